@@ -1,0 +1,129 @@
+"""The loop inside a worker: take a job, call its entry, send events, obey stop.
+
+A worker has no database, no tracker and no password: what it knows came through its pipe, and all it does goes back
+through it or into its job's folder. When the other end of the pipe closes, it leaves at its next batch.
+"""
+
+import gc
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import closing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from searchfm.errors import SearchfmError, Stopped
+from searchfm.job import Context, EpochDone, Event, Failed, Finished, Job, Left
+
+STOP = "stop"
+LEFT = os.EX_TEMPFAIL  # exit code of a worker that was told to go: a job that was on its way to it is not charged
+BEAT_SECONDS = 1.0  # between two signs of life
+IDLE_SECONDS = 0.5  # within which an idle worker leaves that was told to
+
+
+def work(pipe: Connection, device: str) -> None:
+    """Does jobs until the pipe closes or the process is told to end. Runs in the worker's own process."""
+    leaving = False
+
+    def on_terminate(*_: object) -> None:
+        nonlocal leaving
+        leaving = True
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    signal.signal(signal.SIGTERM, on_terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see LocalEngine._start
+    cache: dict[Any, Any] = {}
+    while not leaving:
+        try:
+            # The handler cannot end a wait, and an exception from it could lose a job or the news of its end.
+            if not pipe.poll(IDLE_SECONDS):
+                continue
+            job = pipe.recv()
+            if not isinstance(job, Job):
+                continue  # a stop that came after its job's end
+            beaten = 0.0
+
+            def tick(job: Job = job) -> None:
+                nonlocal beaten
+                if leaving:
+                    raise Stopped
+                try:
+                    while pipe.poll():
+                        if pipe.recv() == (STOP, job.id, job.attempt):
+                            raise Stopped
+                    if time.monotonic() > beaten + BEAT_SECONDS:
+                        pipe.send(None)
+                        beaten = time.monotonic()
+                except (EOFError, OSError):
+                    raise Stopped from None
+
+            pipe.send(_do(job, Context(attempt_folder(job), _earlier(job), device, tick, cache), pipe))
+        except (EOFError, OSError):
+            return
+        gc.collect()  # what a trial held (on a GPU above all) must not weigh on the next
+    sys.exit(LEFT)
+
+
+def attempt_folder(job: Job) -> Path | None:
+    """Where the job's attempt writes."""
+    return job.folder / f"attempt-{job.attempt}" if job.folder else None
+
+
+def _earlier(job: Job) -> tuple[Path, ...]:
+    if job.folder is None:
+        return ()
+    folders = (job.folder / f"attempt-{number}" for number in range(job.attempt - 1, 0, -1))
+    return tuple(folder for folder in folders if folder.is_dir())
+
+
+def _do(job: Job, context: Context, pipe: Connection) -> Event:
+    """Calls the entry, sending each epoch as it comes; returns the event that ends the job."""
+    log = logging.getLogger("searchfm")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [logging.NullHandler()]
+    logging.captureWarnings(True)
+    stream = None
+    if context.folder is not None:
+        context.folder.mkdir(parents=True, exist_ok=True)
+        stream = (context.folder / "log.txt").open("a")
+        file = logging.StreamHandler(stream)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.handlers = [file]
+        # What libraries print belongs to the job too, and never on the coordinator's terminal.
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    logging.getLogger("py.warnings").handlers = log.handlers
+    try:
+        module, _, function = job.entry.partition(":")
+        entry = getattr(importlib.import_module(module), function)
+        with closing(entry(job.payload, context)) as epochs:  # closed, it writes its checkpoint
+            while True:
+                try:
+                    epoch = next(epochs)
+                except StopIteration as end:
+                    return Finished(job.id, job.attempt, end.value)
+                try:
+                    pipe.send(EpochDone(job.id, job.attempt, epoch))
+                except OSError:
+                    raise Stopped from None
+                context.tick()
+    except Stopped:
+        return Left(job.id, job.attempt)
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, SearchfmError):
+            log.error("%s", traceback.format_exc())
+        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = text if isinstance(error, SearchfmError) else f"{type(error).__name__}: {text}"
+        return Failed(job.id, job.attempt, type(error).__name__, reason[:500])
+    finally:
+        if stream is not None:
+            log.handlers = [logging.NullHandler()]
+            stream.close()
+            sys.stdout.flush()
+            sys.stderr.flush()

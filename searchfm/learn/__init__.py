@@ -1,0 +1,1 @@
+"""Data, models and training. Knows torch; never optuna, mlflow, ray or typer."""

@@ -1,0 +1,199 @@
+"""Training on disk: checkpoints to go on from, and weights for people. safetensors and JSON; no pickle anywhere.
+
+A checkpoint is one file, `checkpoint-0003-SHA256.safetensors`: the epoch it was made after, and the hash of what it
+holds, so that one rename puts both in place and a flipped bit, which safetensors loads without a word, is seen.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from searchfm.config import Config, Transfer
+from searchfm.errors import CheckpointError, ConfigError, ModelError, StorageError
+from searchfm.job import Epoch
+from searchfm.learn.models import Classifier, build
+
+log = logging.getLogger("searchfm")
+
+_FORMAT = 1
+_KEPT = 2  # the newest, and one to fall back on
+_NAME = re.compile(r"checkpoint-(\d{4,})-([0-9a-f]{64})\.safetensors")
+
+WEIGHTS, SPEC = "weights.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training after an epoch: all epoch records so far, and every tensor that decides how it goes on."""
+
+    epochs: tuple[Epoch, ...]
+    tensors: Mapping[str, Tensor]
+
+
+def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Path:
+    """Puts a checkpoint into the folder, whole or not at all, and removes all but the two newest.
+
+    owner: what it belongs to (trial, config, data), which `read` compares. Raises StorageError; what was there stays.
+    """
+    about = {"format": _FORMAT, "owner": dict(owner), "epochs": [asdict(epoch) for epoch in checkpoint.epochs]}
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    content = safetensors.torch.save(tensors, metadata={"searchfm": json.dumps(about)})
+    sha = hashlib.sha256(content).hexdigest()
+    path = folder / f"checkpoint-{len(checkpoint.epochs):04}-{sha}.safetensors"
+    write_whole(path, content)
+    for old in _found(folder)[_KEPT:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint in a file. Raises CheckpointError if it is damaged, unreadable, or another owner's."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path}: not the name of a checkpoint")
+    try:
+        with path.open("rb") as file:
+            sha = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha != match[2]:
+            raise CheckpointError(f"{path}: damaged, its sha256 is {sha[:12]}..., not {match[2][:12]}...")
+        with safetensors.safe_open(path, "pt") as opened:
+            about = json.loads((opened.metadata() or {})["searchfm"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        if about["format"] != _FORMAT:
+            raise CheckpointError(f"{path}: of format {about['format']}, this version reads {_FORMAT}")
+        epochs = tuple(Epoch(**record) for record in about["epochs"])
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    for key, expected in owner.items():
+        if about["owner"].get(key) != expected:
+            raise CheckpointError(f"{path}: belongs to {key} {about['owner'].get(key)}, not {expected}")
+    return Checkpoint(epochs, tensors)
+
+
+def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:
+    """The checkpoint with the most epochs that is whole and the owner's own; None if there is none.
+
+    What must be passed over is logged. A folder that is not there holds none.
+    """
+    paths = [path for folder in folders for path in _found(folder)]
+    for path in sorted(paths, key=_epochs, reverse=True):
+        try:
+            return read(path, owner)
+        except CheckpointError as error:
+            log.warning("passed over: %s", error)
+    return None
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Removes the folders' checkpoints; those that are gone, or cannot be removed, do no harm."""
+    for folder in folders:
+        for path in _found(folder):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _found(folder: Path) -> list[Path]:
+    """The folder's checkpoints, the newest first."""
+    paths = [path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)]
+    return sorted(paths, key=_epochs, reverse=True)
+
+
+def _epochs(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def write_whole(path: Path, content: bytes) -> str:
+    """Writes a file so that a crash, or a full disk, leaves the old one or the new one. Returns its sha256.
+
+    Raises StorageError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a server under another user from reading it
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return hashlib.sha256(content).hexdigest()
+
+
+def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> dict[str, str]:
+    """Writes `weights.safetensors` (float32, preprocessing inside) and `model.json`; returns their sha256 by name.
+
+    spec: plain values; `config` (a table), `classes` (names) and `shape` (C, H, W) are what `load_classifier` needs.
+    Raises StorageError.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    described = {"format": _FORMAT, **spec, "mean": model.mean.tolist(), "std": model.std.tolist()}
+    return {
+        WEIGHTS: write_whole(folder / WEIGHTS, safetensors.torch.save(tensors)),
+        SPEC: write_whole(folder / SPEC, (json.dumps(described, indent=1, ensure_ascii=False) + "\n").encode()),
+    }
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier that `save_weights` wrote, on the CPU in evaluation mode, and its spec. Raises ModelError."""
+    with refusing(folder):
+        spec = json.loads((folder / SPEC).read_text("utf-8"))
+        return rebuild(spec, safetensors.torch.load_file(folder / WEIGHTS)), spec
+
+
+def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
+    """The classifier of a spec with its weights, on the CPU in evaluation mode. Call it within `refusing`: what is
+    wrong with a spec shows in many ways.
+    """
+    config = Config.from_table(spec["config"])
+    kind = config.model.kind
+    if isinstance(kind, Transfer):  # the weights are here: nothing to fetch
+        kind = dataclasses.replace(kind, weights="none")
+    channels, height, width = spec["shape"]
+    net = build(dataclasses.replace(config.model, kind=kind), (channels, height, width), len(spec["classes"]), seed=0)
+    model = Classifier(net, tensors["mean"], tensors["std"])
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def refusing(where: Path) -> Iterator[None]:
+    """Whatever a file or folder that holds no model of ours makes its readers raise becomes ModelError, in one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
+    except _NO_MODEL as error:
+        raise ModelError(f"{where}: not a model of this version: {' '.join(str(error).split())[:200]}") from None
+
+
+_NO_MODEL = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError),
+    *(ConfigError, ModelError, safetensors.SafetensorError, zipfile.BadZipFile),
+)

@@ -1,0 +1,198 @@
+"""Any timm model, with or without pretrained weights, of which the head and the last stages are trained."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from searchfm.config import Shape, Transfer
+from searchfm.errors import ConfigError, ModelError
+from searchfm.learn.models.hub import known, weights_file
+
+
+class Pretrained(nn.Module):
+    """A timm model some of whose stages stand still: no gradient, no dropout, batch norm's statistics kept.
+
+    `stages` are the names of its parameters stage by stage, the stem first, the head last; the last `trained` of them
+    are trained. mean, std: (C,) that the weights were trained with, pixels from 0 to 1; None for random weights.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # timm's, which torch's own type says too little of
+        stages: list[list[str]],
+        trained: int,
+        layer_decay: float,
+        mean: Tensor | None,
+        std: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.mean, self.std = model, mean, std
+        self._stages, self._layer_decay = stages, layer_decay
+        frozen = {name for stage in stages[: len(stages) - trained] for name in stage}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        self._still = [
+            module for module in model.modules() if (own := list(module.parameters())) and not any(_trained(own))
+        ]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) float32, normalised -> (N, K) logits."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def train(self, mode: bool = True) -> "Pretrained":
+        """Frozen stages never go into training mode: their batch norm must keep what it has seen on ImageNet."""
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
+
+    def lr_scales(self) -> dict[str, float]:
+        """Each parameter's learning rate over the head's: `layer_decay` to the number of stages between them."""
+        top = len(self._stages) - 1
+        return {f"model.{n}": self._layer_decay ** (top - i) for i, stage in enumerate(self._stages) for n in stage}
+
+    def no_weight_decay(self) -> set[str]:
+        """What timm says must not decay, by name."""
+        return {f"model.{name}" for name in undecayed(self.model)}
+
+
+def undecayed(net: Any) -> set[str]:
+    """Parameters that must not decay though they have two dimensions and more (tokens, embeddings of position), by
+    name. Such nets say so as timm's do, with a method `no_weight_decay`.
+    """
+    return set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()
+
+
+def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
+    """(N, C, H, W) float32 -> (N, classes) float32 logits; the first convolution, the embeddings of position and the
+    head are adapted to the images as timm does it. Raises ModelError, ConfigError.
+    """
+    from timm.models import group_parameters  # only studies that need timm pay for its import
+
+    settings = _settings(config, shape, classes)
+    if config.weights == "none":
+        model = _create(config, shape, settings)
+        mean = std = None
+    else:
+        path = weights_file(config.model, config.weights)
+        model = _load(config, shape, settings, path)
+        mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
+    _try_out(model, config, shape, classes)
+    # The last group is the head, with whatever timm counts to it (a final norm, a last 1x1 convolution).
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    stages = [groups[i] for i in sorted(groups)]
+    below = len(stages) - 1
+    if config.tuned_blocks != "all" and config.tuned_blocks > below:
+        raise ConfigError(
+            "model.transfer.tuned_blocks",
+            f'= {config.tuned_blocks}: {config.model} has {below} stages below its head; may be 0 to {below}, or "all"',
+        )
+    trained = len(stages) if config.tuned_blocks == "all" else 1 + int(config.tuned_blocks)
+    return Pretrained(model, stages, trained, config.layer_decay, mean, std)
+
+
+def _settings(config: Transfer, shape: Shape, classes: int) -> dict[str, Any]:
+    import timm
+
+    known(config.model)
+    settings: dict[str, Any] = {"in_chans": shape[0], "num_classes": classes}
+    if config.dropout:
+        settings["drop_rate"] = config.dropout
+    source = timm.models.get_pretrained_cfg(config.model)
+    if source is not None and source.fixed_input_size:
+        settings["img_size"] = shape[1:]
+    return settings
+
+
+def _create(config: Transfer, shape: Shape, settings: Mapping[str, Any]) -> Any:
+    import timm
+
+    with _named(config, shape):
+        return timm.create_model(config.model, pretrained=False, **settings)
+
+
+def _load(config: Transfer, shape: Shape, settings: Mapping[str, Any], path: Path) -> Any:
+    """The model with the file's weights.
+
+    timm loads a file leniently as soon as the head differs, so a file of another model of the same shapes would
+    leave random weights in place without a word. Hence the comparison with a model from the same seed and no file.
+    """
+    import timm
+    from timm.models import group_parameters
+
+    state = torch.random.get_rng_state()
+    plain = _create(config, shape, settings)
+    torch.random.set_rng_state(state)
+    with _named(config, shape, str(path)), _quiet():
+        model: Any = timm.create_model(
+            config.model, pretrained=True, pretrained_cfg_overlay={"file": str(path), "custom_load": False}, **settings
+        )
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    head = set(groups[max(groups)])
+    before = dict(plain.named_parameters())
+    missing = [
+        name
+        for name, after in model.named_parameters()
+        # Biases and scales may rightly be what they start as: zeros and ones.
+        if name not in head and after.ndim > 1 and torch.equal(after, before[name])
+    ]
+    if missing:
+        raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {missing[0]}')
+    return model
+
+
+def _try_out(model: Any, config: Transfer, shape: Shape, classes: int) -> None:
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(side % size for side, size in zip(shape[1:], patch, strict=True)):
+        raise ModelError(
+            f'model.transfer.model = "{config.model}": its patches of {patch[0]}x{patch[1]} pixels do not cover images'
+            f" of {shape[1]}x{shape[2]}; set data.size to a multiple of {patch[0]}"
+        )
+    with _named(config, shape), torch.no_grad():
+        logits = model.eval()(torch.zeros(1, *shape))
+    if tuple(logits.shape) != (1, classes):
+        raise ModelError(f'model.transfer.model = "{config.model}": gives {tuple(logits.shape)}, not (1, {classes})')
+    model.train()
+
+
+@contextlib.contextmanager
+def _named(config: Transfer, shape: Shape, path: str = "") -> Iterator[None]:
+    """What timm and torch raise, as one line that names the model or the file."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if path:
+            raise ModelError(
+                f'model.transfer.weights = "{path}": does not load into {config.model}: {reason}'
+            ) from None
+        size = "x".join(map(str, shape))
+        raise ModelError(f'model.transfer.model = "{config.model}": does not take images of {size}: {reason}') from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """timm warns of the head's keys it leaves out, which is what we asked for."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _channels(values: tuple[float, ...], channels: int) -> Tensor:
+    """Means or deviations for images of another number of channels than the weights': their mean for each."""
+    given = torch.tensor(values, dtype=torch.float32)
+    return given if len(given) == channels else given.mean().expand(channels).clone()
+
+
+def _trained(parameters: list[nn.Parameter]) -> list[bool]:
+    return [parameter.requires_grad for parameter in parameters]

@@ -1,0 +1,175 @@
+"""From config to optimizer, learning rate at every step, and averaged weights."""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from searchfm.config import (
+    Adagrad,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    Exponential,
+    OneCycle,
+    OptimizerConfig,
+    Rmsprop,
+    ScheduleConfig,
+    Sgd,
+    StepDecay,
+)
+from searchfm.learn.models import Classifier
+from searchfm.learn.models.transfer import Pretrained, undecayed
+
+
+def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer of the model's trainable parameters, one fused kernel a step where torch has one.
+
+    Each group carries its own learning rate as `initial_lr`; `set_lr` scales it.
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    kind, lr = config.kind, config.lr
+    built: torch.optim.Optimizer
+    match kind:
+        case Sgd():
+            built = torch.optim.SGD(groups, lr, momentum=kind.momentum, nesterov=kind.nesterov, fused=True)
+        case Adagrad():
+            built = torch.optim.Adagrad(groups, lr, lr_decay=kind.lr_decay, **_fused_if(model, "cpu"))
+        case Rmsprop():  # torch has no fused one
+            built = torch.optim.RMSprop(groups, lr, alpha=kind.alpha, momentum=kind.momentum, foreach=True)
+        case Adam():
+            built = torch.optim.Adam(groups, lr, betas=(kind.beta1, kind.beta2), fused=True)
+        case AdamW():
+            built = torch.optim.AdamW(groups, lr, betas=(kind.beta1, kind.beta2), fused=True)
+        case _:
+            assert_never(kind)
+    for group in built.param_groups:
+        group["initial_lr"] = lr * group["lr_scale"]
+    return built
+
+
+def parameter_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and learning-rate scale, in the model's order.
+
+    Nothing that has one dimension decays (biases, scales of norms), nor what the net names (embeddings of position):
+    a decay there shifts a layer's working point and regularises nothing.
+    """
+    net = model.net
+    scales = net.lr_scales() if isinstance(net, Pretrained) else {}
+    kept = undecayed(net)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim <= 1 or name in kept else weight_decay
+            groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
+    return [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
+
+
+def _fused_if(model: Classifier, device: str) -> dict[str, bool]:
+    return {"fused": True} if model.mean.device.type == device else {"foreach": True}
+
+
+def set_lr(built: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's learning rate is `factor` of its highest."""
+    for group in built.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: ScheduleConfig) -> float:
+    """The learning rate at a step (from 0) over its highest: a pure function, so that nothing of it needs saving.
+
+    A warm-up rises in equal steps and then the schedule begins, with what is left of training before it. Equal to
+    torch's StepLR, ExponentialLR, CosineAnnealingLR and OneCycleLR stepped every batch, except that one-cycle leaves
+    momentum alone: it is a value of its own in a search.
+    """
+    warmup = round(config.warmup * steps_per_epoch)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    step, total = step - warmup, max(1, total_steps - warmup)
+    kind = config.kind
+    match kind:
+        case Constant():
+            return 1.0
+        case StepDecay():
+            return float(kind.factor ** (step // (kind.every * steps_per_epoch)))
+        case Exponential():
+            return float(kind.factor ** (step / steps_per_epoch))
+        case Cosine():
+            return kind.floor + (1 - kind.floor) * _cosine(step / total)
+        case OneCycle():
+            first, last = 1 / 25, 1 / 25e4  # of the highest, as in the paper's fastai and in torch
+            top, end = kind.rise * total - 1, total - 1
+            if step < top:
+                return 1 + (first - 1) * _cosine(step / top)
+            return last + (1 - last) * _cosine((step - top) / (end - top))
+        case _:
+            assert_never(kind)
+
+
+def _cosine(share: float) -> float:
+    """From 1 down to 0 in half a cosine, as `share` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+def memory(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's memory as named tensors: `INDEX.KEY`, parameters counted through its groups."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{key}": value
+        for index, entry in state.items()
+        for key, value in entry.items()
+        if value is not None  # SGD's momentum where there is none
+    }
+
+
+def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Gives a fresh optimizer the memory that `memory` took.
+
+    Every tensor takes its parameter's place in memory, not only its values: torch's fused kernels walk parameter,
+    gradient and moments side by side and train wrong, silently, where one of them is laid out differently.
+    """
+    members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(".", 1)
+        parameter = members[int(index)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Average:
+    """An exponential moving average of a model's weights and batch-norm statistics.
+
+    The decay of step n is min(decay, (1 + n) / (10 + n)), as in Tan & Le's training (2019) and TensorFlow's
+    ExponentialMovingAverage: with a plain 0.999 a training of 500 steps would be judged by its random start.
+    """
+
+    def __init__(self, model: Classifier, decay: float) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        # What never moves (frozen stages, mean and std) is right already.
+        pairs = zip(_moving(self.model, model), _moving(model, model), strict=True)
+        self._pairs = [(own, other) for own, other in pairs]
+        self._lerped = [(own, other) for own, other in self._pairs if own.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the model's weights after a step (from 0). Counters, which have no mean, are copied."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        ours, theirs = zip(*self._lerped, strict=True)
+        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        for own, other in self._pairs:
+            if not own.is_floating_point():
+                own.copy_(other)
+
+
+def _moving(model: nn.Module, trained: nn.Module) -> list[Tensor]:
+    """The model's own tensors in the places where `trained` has trainable parameters or statistics."""
+    places = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    return [p for name, p in model.named_parameters() if name in places] + list(model.buffers())

@@ -1,0 +1,236 @@
+"""The training loop, in plain sight."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from searchfm.config import Config, TrainConfig
+from searchfm.errors import ConfigError, DivergedError
+from searchfm.job import Epoch
+from searchfm.learn import optim
+from searchfm.learn.augment import augment
+from searchfm.learn.checkpoint import Checkpoint
+from searchfm.learn.data import Part, Splits, batches
+from searchfm.learn.models import Classifier, classifier
+
+
+def _idle() -> None:
+    """What `tick` does where nobody listens."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A part of the data as a model sees it."""
+
+    loss: float  # mean cross-entropy, no smoothing
+    accuracy: float  # share of right answers, 0 to 1
+    probabilities: Tensor  # (N, K) float32, on the model's device, in the part's order
+
+
+class Training(Iterator[Epoch]):
+    """One configuration in training. Each `next` trains an epoch, validates, and gives its record.
+
+    Between two epochs `model` is what is trained, `classifier` what would be kept
+    (the averaged weights where the config averages), `validation` what validation said last, and `checkpoint()` all it
+    takes to go on.
+
+    Every epoch starts from seeds of its own, made from `config.train.seed` (0 where there is none) and its index: the
+    order of the images, their treatments, and torch's global generator for dropout, which is handed back as it was.
+    So training resumed after an epoch is bitwise the unbroken one, on a CPU with as many threads.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: Splits,
+        *,
+        device: torch.device | str = "cpu",
+        resume: Checkpoint | None = None,
+        tick: Callable[[], None] = _idle,
+    ) -> None:
+        self.config, self.data, self.device = config, data, torch.device(device)
+        self._tick = tick
+        self.shape = (int(data.train.images.shape[1]), int(data.train.images.shape[2]), int(data.train.images.shape[3]))
+        config.fit_images(self.shape)
+        self._seed = config.train.seed or 0
+        self.model = classifier(
+            config.model,
+            self.shape,
+            len(data.classes),
+            data.mean,
+            data.std,
+            seed=_derive(self._seed, "weights"),
+            device=self.device,
+        )
+        self._count = _whole_batches(len(data.train.labels), config.train, self.model)
+        self._optimizer = optim.optimizer(self.model, config.optimizer)
+        self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
+        self.validation: Evaluation | None = None
+        self.epochs: list[Epoch] = []
+        if resume is not None:
+            self._restore(resume)
+
+    @property
+    def classifier(self) -> Classifier:
+        """The model that is validated and kept."""
+        return self._average.model if self._average else self.model
+
+    def __next__(self) -> Epoch:
+        """Trains the next epoch. Raises StopIteration after the last, DivergedError if a loss is not finite."""
+        index, started = len(self.epochs) + 1, time.perf_counter()
+        if index > self.config.train.epochs:
+            raise StopIteration
+        loss, accuracy, lr = self._pass(index)
+        trained = time.perf_counter()
+        _finite("train_loss", loss, index)
+        self.validation = self.validate()
+        if self.validation is not None:
+            _finite("val_loss", self.validation.loss, index)
+        epoch = Epoch(
+            index=index,
+            train_loss=loss,
+            train_accuracy=accuracy,
+            val_loss=None if self.validation is None else self.validation.loss,
+            val_accuracy=None if self.validation is None else self.validation.accuracy,
+            lr=lr,
+            seconds=time.perf_counter() - started,
+            samples_per_second=self._count / (trained - started),
+            time=time.time(),
+        )
+        self.epochs.append(epoch)
+        return epoch
+
+    def _pass(self, index: int) -> tuple[float, float, float]:
+        """Once over the training part: mean loss, accuracy, last learning rate. Only the end waits for the device."""
+        config, model, device = self.config, self.model, self.device
+        size, classes = config.train.batch_size, len(self.data.classes)
+        steps = math.ceil(self._count / size)
+        order = torch.randperm(len(self.data.train.labels), generator=_generator(self._seed, "order", index))
+        treatments = _generator(self._seed, "treatments", index, device=device)
+        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        factor = 0.0
+        model.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(_derive(self._seed, "dropout", index))
+            for i, (images, labels) in enumerate(batches(self.data.train, size, order[: self._count])):
+                self._tick()
+                step = (index - 1) * steps + i
+                factor = optim.lr_factor(step, steps, config.train.epochs * steps, config.schedule)
+                optim.set_lr(self._optimizer, factor)
+                images, targets = augment(images, labels, classes, config.augment, treatments)
+                with _precision(config.train, device):
+                    logits = model(images)
+                    loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
+                self._optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                if config.optimizer.clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+                self._optimizer.step()
+                if self._average:
+                    self._average.update(step)
+                with torch.no_grad():
+                    loss_sum += loss * len(images)
+                    # A mixed image is right where its larger share is named.
+                    answers = targets if targets.ndim == 1 else targets.argmax(1)
+                    right += (logits.argmax(1) == answers).sum()
+        return loss_sum.item() / self._count, right.item() / self._count, config.optimizer.lr * factor
+
+    def validate(self) -> Evaluation | None:
+        """What the held-out part says now; None where nothing is held out."""
+        if self.data.val is None:
+            return None
+        return evaluate(self.classifier, self.data.val, self.config.train, tick=self._tick)
+
+    def checkpoint(self) -> Checkpoint:
+        """All it takes to go on from here, copied: later epochs do not change it."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self._average:
+            tensors |= {f"average.{name}": tensor for name, tensor in self._average.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optim.memory(self._optimizer).items()}
+        return Checkpoint(tuple(self.epochs), {name: tensor.detach().clone() for name, tensor in tensors.items()})
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+
+        self.model.load_state_dict(under("model."))
+        if self._average:
+            self._average.model.load_state_dict(under("average."))
+        optim.restore(self._optimizer, under("optimizer."))
+        self.epochs = list(checkpoint.epochs)
+
+
+def train(
+    config: Config,
+    data: Splits,
+    *,
+    device: torch.device | str = "cpu",
+    resume: Checkpoint | None = None,
+    tick: Callable[[], None] = _idle,
+) -> Training:
+    """Trains `config` on `data`, epoch by epoch, as the caller iterates; from the start, or on from a checkpoint.
+
+    data: as `learn.data.load` gives it for the same device; without a validation part the epochs' val_* are None.
+    tick: called every batch, in training and validation; what it raises leaves the unfinished epoch.
+    Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
+    """
+    return Training(config, data, device=device, resume=resume, tick=tick)
+
+
+@torch.inference_mode()
+def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callable[[], None] = _idle) -> Evaluation:
+    """The model's answers for every image of a part, in batches of the training's size and in its precision.
+
+    Leaves the model in evaluation mode.
+    """
+    device = model.mean.device
+    loss_sum = torch.zeros((), device=device)
+    rows: list[Tensor] = []
+    model.eval()
+    for images, labels in batches(part, config.batch_size, None):
+        tick()
+        with _precision(config, device):
+            logits = model(images).float()
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        rows.append(logits)
+    probabilities = torch.cat(rows).softmax(1)
+    right = int((probabilities.argmax(1).cpu() == part.labels.cpu()).sum())
+    count = len(part.labels)
+    return Evaluation(loss_sum.item() / count, right / count, probabilities)
+
+
+def _precision(config: TrainConfig, device: torch.device) -> torch.autocast:
+    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    # The cache of casts saves nothing where every weight is used once a step.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def _whole_batches(images: int, config: TrainConfig, model: nn.Module) -> int:
+    """How many images of the training part an epoch takes: all, but for a single one left over where the model has
+    batch norm, which cannot say how one image differs from itself.
+    """
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return images
+    if min(images, config.batch_size) == 1:
+        raise ConfigError("train.batch_size", f"= {config.batch_size}: batch norm needs at least 2 images a batch")
+    return images - 1 if images % config.batch_size == 1 else images
+
+
+def _derive(seed: int, use: str, index: int = 0) -> int:
+    """A seed of 63 bits for one use of a trial's seed, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{use}/{index}".encode()).digest()[:8], "big") >> 1
+
+
+def _generator(seed: int, use: str, index: int, *, device: torch.device | str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(_derive(seed, use, index))
+
+
+def _finite(what: str, loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise DivergedError(f"{what} is {loss} in epoch {epoch}; a lower optimizer.lr, or optimizer.clip, may help")

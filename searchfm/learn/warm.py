@@ -1,0 +1,24 @@
+"""Imported by the forkserver so that every worker starts warm: what costs seconds is paid once, before the fork.
+
+torch's first optimizer step imports half of torch._dynamo. One thread, because threads do not survive a fork; no CUDA,
+because a forked CUDA context is broken.
+"""
+
+import torch
+
+import searchfm.learn.trial  # noqa: F401  the entries, and all they need but timm
+
+torch.set_num_threads(1)
+# L2 drives weights that nothing needs towards zero, and a CPU takes many times as long over numbers below 1e-38: 11.6 s
+# an epoch instead of 1.0 (an MLP, weight_decay = 0.02, from the fourth epoch on). Forked workers inherit the setting.
+torch.set_flush_denormal(True)
+
+
+def _step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    torch.autograd.backward(weight.square().sum())
+    optimizer.step()
+
+
+_step()

@@ -1,0 +1,288 @@
+"""From a finished search to one model: finalists with fresh seeds, the winner on all training data, the test part once.
+
+What comes of it is kept as the study's `final` (see `Final`), in `HOME/studies/NAME/final/`, and in MLflow's registry.
+Every part is a job whose folder says when it is done, so the same command after a crash goes on.
+"""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from searchfm.batch import Batch, Errand, Step
+from searchfm.coordinator import TRIAL, WEIGHTS, choose_devices, prepare
+from searchfm.engines import Engine
+from searchfm.errors import DataError, StudyError, UserError, WorldError
+from searchfm.final import FOLDER, Final, count_read, draw, install, keep, record
+from searchfm.finalists import Verdict, choose, read
+from searchfm.job import Result
+from searchfm.search.files import reopen
+from searchfm.search.history import StudyRow, TrialRow, read_epochs
+from searchfm.search.storage import Home, failures, load_study, open_storage, study_lock
+from searchfm.search.study import Study
+from searchfm.tracking.registry import publish
+
+FIT = "searchfm.learn.final:fit"
+TEST = "searchfm.learn.final:test"
+TOP, SEEDS = 3, 3  # finalists, and fresh seeds of each, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a command line asks; None is what was asked before, else the default."""
+
+    home: Home
+    name: str
+    top: int | None = None
+    seeds: int | None = None
+    trial: int | None = None
+    epochs: int | None = None
+    again: bool = False  # train all of it anew, with seeds that were never used
+    promote: bool = False  # the model becomes the champion whatever it is compared with
+    device: str = "auto"
+    workers: int | None = None
+    data_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained: equal plans give the same final model."""
+
+    trials: tuple[int, ...]  # the finalists; the winner, where there is one only and no fresh seed for it
+    top: int
+    seeds: int  # fresh ones of each finalist
+    trial: int | None  # chosen by a person
+    epochs: int | None  # of the final training, where they are not the trial's own
+    round: int  # how often all was asked for anew
+
+    def record(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self) | {"trials": list(self.trials)}
+
+    @property
+    def contested(self) -> bool:
+        """Whether finalists are trained at all."""
+        return self.trial is None and (self.top, self.seeds) != (1, 1)
+
+
+def retrain(
+    wish: Wish, engine: Callable[[Sequence[str]], Engine], stopping: Callable[[], bool]
+) -> Generator[Step, None, Final]:
+    """Brings a study to its final model; yields news for a person, returns what is kept as the study's `final`.
+
+    Raises StudyError, DataError and other UserErrors before anything is begun, WorldError where every finalist or the
+    final training fails, and KeyboardInterrupt once all jobs have left, if told to stop.
+    """
+    began = time.monotonic()
+    home = wish.home
+    load_study(open_storage(home), home, wish.name)  # an unknown study is refused before its lock makes a folder
+    with failures(f"study {wish.name!r}"), study_lock(home, wish.name) as check_lock:
+        row = load_study(open_storage(home), home, wish.name)
+        plan = make_plan(row, wish)
+        final = row.final
+        there = (row.folder / FOLDER / WEIGHTS[0]).is_file()
+        if final is None or final["plan"] != plan.record() or not there:
+            if final is not None and there:
+                yield Step("said", text=_anew(final, plan))
+            study = reopen(None, row, {})
+            with closing(engine(["cpu"])) as workers:
+                devices = _prepare(row, study, workers, wish, stopping)
+                yield Step("said", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
+                batch = Batch(workers, study.search.retries, stopping, check_lock)
+                work = _Work(home, row, study, plan, batch, wish.data_dir)
+                verdict = (yield from work.finalists()) if plan.contested else None
+                final = yield from work.final(verdict)
+            final |= {"seconds": round(time.monotonic() - began, 3), "plan": plan.record()}
+            keep(home, row, final)
+        if final["model"] is None or (wish.promote and not final["model"]["champion"]):
+            yield Step("said", text="registering the model with MLflow")
+            model = publish(home, row, final, row.folder / FOLDER, promote=wish.promote)
+            final = {**final, "model": model}
+            keep(home, row, final)
+    return final
+
+
+def make_plan(row: StudyRow, wish: Wish) -> Plan:
+    """What a command line asks of a study as it stands. Raises StudyError, UserError."""
+    contest = wish.top is not None or wish.seeds is not None
+    if wish.trial is not None and contest:
+        raise UserError(f"--trial {wish.trial}: names the winner; --top and --seeds are for finalists")
+    before: Mapping[str, Any] = row.final["plan"] if row.final else {}
+    chosen = wish.trial if wish.trial is not None or contest else before.get("trial")
+    top, seeds = wish.top or before.get("top", TOP), wish.seeds or before.get("seeds", SEEDS)
+    ranked = row.ranked(twins=False)
+    if not ranked:
+        raise StudyError(f"study {row.name!r}: has no complete trial; go on with `searchfm tune {row.name}`")
+    if chosen is not None:
+        complete = sorted(trial.number for trial in ranked)
+        if chosen not in complete:
+            raise StudyError(f"study {row.name!r}: trial {chosen} is {_state(row, chosen)}; may be {_some(complete)}")
+        trials: tuple[int, ...] = (chosen,)
+    elif running := row.of("running"):
+        raise StudyError(
+            f"study {row.name!r}: is unfinished, {len(running)} of its trials still run; "
+            f"go on with `searchfm tune {row.name}`, or choose a trial with --trial"
+        )
+    else:
+        trials = tuple(trial.number for trial in ranked[:top])
+    epochs = wish.epochs if wish.epochs is not None else before.get("epochs")
+    return Plan(trials, top, seeds, chosen, epochs, before.get("round", 0) + wish.again)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One retraining under way."""
+
+    home: Home
+    row: StudyRow
+    study: Study
+    plan: Plan
+    batch: Batch
+    data_dir: Path | None
+
+    def finalists(self) -> Generator[Step, None, Verdict]:
+        """Trains every finalist with every fresh seed, and chooses the winner."""
+        plan, errands = self.plan, {}
+        for number in plan.trials:
+            for k in range(1, plan.seeds + 1):
+                errands[number, k] = self._errand(
+                    f"trial {number}, seed {k} of {plan.seeds}", number, _seed(self.study, number, plan.round, k)
+                )
+        yield from self.batch.run(errands.values())
+        for errand in errands.values():
+            for name in WEIGHTS:  # what they answered is all that is needed of them
+                (errand.folder / name).unlink(missing_ok=True)
+        found, reason = [], ""
+        for number in plan.trials:
+            mine = [errands[number, k] for k in range(1, plan.seeds + 1)]
+            failed = [self.batch.failures[errand.label] for errand in mine if errand.label in self.batch.failures]
+            if failed:
+                reason = failed[0]
+                yield Step("said", text=f"trial {number} is no finalist: with a fresh seed, {reason}")
+            else:
+                seeds = [errand.payload["config"]["train"]["seed"] for errand in mine]
+                results = [self.batch.results[errand.label] for errand in mine]
+                found.append(read(self._trial(number), seeds, [errand.folder for errand in mine], results))
+        if not found:
+            raise WorldError(f"study {self.row.name!r}: every finalist failed, the last with: {reason}")
+        return choose(found)
+
+    def final(self, verdict: Verdict | None) -> Generator[Step, None, dict[str, Any]]:
+        """Trains the winner on all training data, then reads the test part with it, and writes it all down."""
+        number = self.plan.trials[0] if verdict is None else verdict.winner.trial
+        trial, seed = self._trial(number), _seed(self.study, number, self.plan.round, 0)
+        config = _with(trial.config, seed, self.plan.epochs)
+        done, coming = self.row.folder / FOLDER, self.row.folder / f"{FOLDER}-{number:04d}-{seed}"
+        identity = f"{self.row.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
+        fit = self._job("final training", identity, done, FIT, config, record="fit.json")
+        if fit.result() is None:
+            fit = self._job("final training", identity, coming, FIT, config, record="fit.json")
+            coming.mkdir(parents=True, exist_ok=True)
+            (coming / "config.toml").write_text(_header(self.row, number) + tomli_w.dumps(config))
+        fitted = yield from self._one(fit)
+        test = Errand(
+            label="test",
+            identity=f"{identity}/{fitted['files'][WEIGHTS[0]]}",
+            folder=fit.folder,
+            record="test.json",
+            entry=TEST,
+            payload={"model": str(fit.folder), "files": fitted["files"], "data_dir": self._data_dir},
+        )
+        reads = count_read(self.home, self.row, number, test.identity)
+        tested = yield from self._one(test)
+        epochs = read_epochs(fit.folder / "epochs.csv")
+        draw(fit.folder, epochs, self.row.data["classes"])
+        if fit.folder == coming:
+            install(coming, done)
+        return record(self.row, trial, verdict, epochs, fitted, tested, reads)
+
+    def _one(self, errand: Errand) -> Generator[Step, None, Result]:
+        yield from self.batch.run([errand])
+        if errand.label in self.batch.failures:
+            raise WorldError(f"study {self.row.name!r}: {errand.label}: {self.batch.failures[errand.label]}")
+        return self.batch.results[errand.label]
+
+    def _errand(self, label: str, number: int, seed: int) -> Errand:
+        config = _with(self._trial(number).config, seed)
+        folder = self.row.folder / "finalists" / f"{number:04d}-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(self.study.replay(number, config))
+        return self._job(label, f"{self.row.uuid}/{number}/{seed}", folder, TRIAL, config, record="result.json")
+
+    def _job(
+        self, label: str, identity: str, folder: Path, entry: str, config: Mapping[str, Any], record: str
+    ) -> Errand:
+        payload = {
+            "config": config,
+            "identity": identity,
+            "data_dir": self._data_dir,
+            "fingerprint": self.row.data["fingerprint"],
+            "checkpoint_seconds": self.study.search.checkpoint_seconds,
+        }
+        return Errand(label, identity, folder, record, entry, payload, config["train"]["epochs"])
+
+    @property
+    def _data_dir(self) -> str | None:
+        return str(self.data_dir) if self.data_dir else None
+
+    def _trial(self, number: int) -> TrialRow:
+        return next(trial for trial in self.row.trials if trial.number == number)
+
+
+def _prepare(row: StudyRow, study: Study, engine: Engine, wish: Wish, stopping: Callable[[], bool]) -> list[str]:
+    """Sees that the data are those of the search, and gives the engine its workers."""
+    found = prepare(study, engine, wish.data_dir, stopping)
+    if found["fingerprint"] != row.data["fingerprint"]:
+        raise DataError(
+            f"{study.data['name']}: the data have changed since study {row.name!r} was begun; put them back"
+        )
+    devices = choose_devices(wish.device, wish.workers, found["devices"])
+    engine.resize(devices)
+    return devices
+
+
+def _seed(study: Study, number: int, round_: int, k: int) -> int:
+    """A 31-bit seed that the search did not use: of fresh seed k of a finalist, from 1, or (0) of the final model."""
+    words = hashlib.sha256(f"{study.search.seed}/{number}/fresh/{round_}/{k}".encode()).digest()
+    return int.from_bytes(words[:4], "big") >> 1
+
+
+def _with(config: Mapping[str, Any], seed: int, epochs: int | None = None) -> dict[str, Any]:
+    """A trial's config with another seed, and other epochs if there are some."""
+    train = {**config["train"], "seed": seed}
+    return {**config, "train": train | ({} if epochs is None else {"epochs": epochs})}
+
+
+def _header(row: StudyRow, number: int) -> str:
+    return (
+        f"# The final training of study {row.name}, after its trial {number}: on all training and validation data,\n"
+        "# whatever `subset` and `validation` say here.\n"
+    )
+
+
+def _anew(final: Final, plan: Plan) -> str:
+    """Why what was found before does not stand."""
+    before = final["plan"]
+    if plan.round != before["round"]:
+        return "all of it is trained again, with seeds that were not used before"
+    if list(plan.trials) != before["trials"] and plan.trial is None and before["trial"] is None:
+        return f"the finalists are trials {_some(plan.trials)} now, and were {_some(before['trials'])}"
+    return f"trial {final['winner']} won under other settings; what they change is trained anew"
+
+
+def _state(row: StudyRow, number: int) -> str:
+    for trial in row.trials:
+        if trial.number == number:
+            return f"a twin of trial {trial.twin}" if trial.twin is not None else trial.state
+    return "not there"
+
+
+def _some(numbers: Sequence[int], most: int = 12) -> str:
+    text = ", ".join(map(str, numbers[:most]))
+    return text + (" ..." if len(numbers) > most else "")

@@ -1,0 +1,1 @@
+"""Spaces, studies and their storage. Knows optuna; never imports torch itself."""

@@ -1,0 +1,201 @@
+"""Study files: where they are, how they are read, and what a command line may change in a study that has begun."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import searchfm
+from searchfm.config import DATASETS
+from searchfm.errors import ConfigError, StudyError
+from searchfm.schema import show
+from searchfm.search.history import StudyRow
+from searchfm.search.study import FREE, NAME, Study, check_name
+
+
+@dataclass(frozen=True)
+class StudyFile:
+    """A study file as it was read: `table` without its `name`, and the name the study goes by."""
+
+    path: Path
+    name: str
+    question: str
+    table: Mapping[str, Any]
+
+    def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
+        """The study of the file with dotted keys overridden. Raises ConfigError."""
+        table = self.table
+        for dotted, value in (overrides or {}).items():
+            table = _with(table, dotted.split("."), value, dotted)
+        for dotted in ("data.name", "model.transfer.weights"):
+            value = get(table, dotted)
+            if isinstance(value, str) and value not in (*DATASETS, "hub", "none") and _exists(Path(value)):
+                # A path means the same wherever the study is resumed from.
+                table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
+        try:
+            study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
+        except ConfigError as error:
+            given = any(f"{key}.".startswith(f"{error.key}.") for key in overrides or {})
+            raise ConfigError(error.key, error.problem, "command line") if given else error from None
+        for dotted in overrides or {}:
+            # An option that no trial enters is a table like any other, but to set it is a mistake.
+            if get(study.resolved, dotted) is None:
+                raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")
+        return study
+
+
+def find(name: str) -> Path | None:
+    """Where the study file of that name is: a path if it ends in `.toml`, else in the checkout's `studies/`, else in
+    the wheel's. None if nowhere.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        return path if _exists(path) else None
+    if not all(NAME.fullmatch(part) for part in name.split("/")):
+        return None
+    path = folder() / f"{name}.toml"
+    return path if _exists(path) else None
+
+
+def folder() -> Path:
+    """The study files that ship: the checkout's, or the wheel's."""
+    package = Path(searchfm.__file__).parent
+    checkout = package.parent / "studies"
+    return checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "_studies"
+
+
+def shipped() -> list[str]:
+    """The names of the study files that ship, as `find` takes them."""
+    root = folder()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+
+
+def read(path: Path) -> StudyFile:
+    """Reads a study file without checking its tables. Raises StudyError, naming the line, for broken TOML."""
+    try:
+        text = path.read_text("utf-8")
+        table = tomllib.loads(text)
+    except OSError as error:
+        raise StudyError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise StudyError(f"{path}: is not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: is not TOML: {error}") from None
+    name = table.pop("name", path.stem)
+    if not isinstance(name, str):
+        raise ConfigError("name", f"= {show(name)}: must be a text", path.name)
+    try:
+        return StudyFile(path, check_name(name), question(text), table)
+    except StudyError as error:
+        raise StudyError(f"{path.name}: {error}") from None
+
+
+def question(text: str) -> str:
+    """What the header of a study file says after `# Question:`, on one line."""
+    found = re.search(r"^# Question:\s*(.+(?:\n#  +\S.*)*)", text, re.MULTILINE)
+    return re.sub(r"\s*\n#\s*", " ", found[1]).strip() if found else ""
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of the command line: a dotted key, and a TOML value, an inline range or a bare word.
+
+    Raises ConfigError.
+    """
+    dotted, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not dotted or not value:
+        raise ConfigError(
+            text, 'must be KEY=VALUE, such as optimizer.lr=0.01 or "optimizer.lr={low=0.001, high=0.1}"', "--set"
+        )
+    try:
+        return dotted, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        if value[0] in "[{\"'":
+            raise ConfigError(dotted, f"= {value}: is not a TOML value: {error}", "--set") from None
+        return dotted, value  # a word or a path
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, before, after) of every leaf in which two resolved studies differ, None where one lacks it."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        # A range is a leaf, a table is not: a table's own keys are compared.
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and not {"low", "choice"} & (set(old) | set(new)):
+            found += changed(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append((prefix + name, old, new))
+    return found
+
+
+def get(table: Mapping[str, Any], dotted: str) -> Any:
+    """The leaf or table at a dotted key, None where there is none."""
+    node: Any = table
+    for name in dotted.split("."):
+        if isinstance(node, list | tuple) and name.isdigit():
+            node = node[int(name) - 1] if 0 < int(name) <= len(node) else None
+        else:
+            node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
+    """The table with one dotted key set; entries of a list are counted from 1. Raises ConfigError."""
+    name, rest = path[0], path[1:]
+    if not rest:
+        return {**table, name: value}
+    inner = table.get(name, {})
+    if isinstance(inner, str):
+        inner = {"name": inner}  # sampler = "tpe"
+    if isinstance(inner, list) and len(rest) == 1 and rest[0].isdigit():
+        place = int(rest[0])
+        if not 1 <= place <= len(inner):
+            raise ConfigError(dotted, f"has entries 1 to {len(inner)}", "--set")
+        return {**table, name: [*inner[: place - 1], value, *inner[place:]]}
+    if not isinstance(inner, Mapping):
+        raise ConfigError(dotted, f"is below {name} = {show(inner)}, which is not a table", "--set")
+    return {**table, name: _with(inner, rest, value, dotted)}
+
+
+def reopen(file: StudyFile | None, stored: StudyRow, overrides: Mapping[str, Any]) -> Study:
+    """A study that has begun, going on: as it was stored, but for what may change (`FREE`).
+
+    Raises ConfigError, naming the key, where the file has changed since or an override says something else.
+    """
+    where = file.path.name if file else ""
+    search = dict(stored.resolved["search"])
+
+    def take(dotted: str, old: Any, new: Any, where: str) -> None:
+        if dotted in FREE:
+            search[dotted.removeprefix("search.")] = new
+        elif old != new:
+            came, was = ("nothing" if value is None else show(value) for value in (new, old))
+            raise ConfigError(
+                dotted,
+                f"= {came}: study {stored.name!r} was begun with {was}; name another study with --name to begin afresh",
+                where,
+            )
+
+    if file is not None:
+        for dotted, old, new in changed(stored.file, file.study(name=stored.name).resolved):
+            if dotted not in FREE or new is not None:
+                take(dotted, old, new, where)
+    begun = StudyFile(Path(stored.name), stored.name, stored.question, stored.resolved)
+    for dotted, value in overrides.items():
+        old = get(stored.resolved, dotted)
+        try:
+            new = get(begun.study({dotted: value}).resolved, dotted)
+        except ConfigError:
+            if dotted in FREE or old is None:
+                raise
+            new = value  # impossible beside the rest of the study, so not what the study was begun with
+        take(dotted, old, new, "")
+    return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # names too long, with a NUL, of an unknown user
+        return False

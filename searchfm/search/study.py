@@ -1,0 +1,374 @@
+"""A study, checked: its space, its sampler and pruner, and the resolved table that is stored with it."""
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, assert_never
+
+import optuna
+import tomli_w
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from searchfm.config import Config, Shape, Transfer, image_shape
+from searchfm.errors import ConfigError, StudyError
+from searchfm.schema import Table, branch, digest, expect_table, key, schema
+from searchfm.search import space
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+# --- [search] ---------------------------------------------------------------------------------------------------------
+
+
+class Tpe(Table):
+    """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
+
+    word = "tpe"
+    startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
+    candidates: int = key(24, "candidates the model compares for each proposal", ge=1, fixed=True)
+
+
+class Random(Table):
+    """Independent draws (Bergstra & Bengio 2012)."""
+
+    word = "random"
+
+
+class Grid(Table):
+    """Every point of a finite space, in order: trial i is point i."""
+
+    word = "grid"
+
+
+class CmaEs(Table):
+    """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
+
+    word = "cmaes"
+    startup_trials: int = key(10, "random trials before the strategy proposes", ge=1, fixed=True)
+
+
+class Gp(Table):
+    """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
+
+    word = "gp"
+    startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
+
+
+class Qmc(Table):
+    """A scrambled Sobol sequence (Bergstra & Bengio 2012); choices and branches are drawn at random."""
+
+    word = "qmc"
+
+
+class Median(Table):
+    """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
+
+    word = "median"
+    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
+    min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
+
+
+class Percentile(Table):
+    """Stops a trial that is not among the best `keep` percent at the same epoch."""
+
+    word = "percentile"
+    keep: float = key(25.0, "percent of the trials that go on", gt=0, lt=100, fixed=True)
+    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
+    min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
+
+
+class Hyperband(Table):
+    """Successive halving at several rates side by side (Li et al. 2018, arXiv 1603.06560)."""
+
+    word = "hyperband"
+    min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
+    reduction: int = key(3, "one in so many goes on at each halving", ge=2, fixed=True)
+
+
+class Asha(Table):
+    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
+
+    word = "asha"
+    min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
+    reduction: int = key(4, "one in so many goes on at each halving", ge=2, fixed=True)
+
+
+class Patient(Table):
+    """Stops a trial that has been worse than its own best for more than `patience` epochs in a row."""
+
+    word = "patient"
+    patience: int = key(3, "epochs in a row that may be worse than the best before them", ge=0, fixed=True)
+    min_delta: float = key(0.0, "how much lower an accuracy must be to be worse", ge=0, fixed=True)
+
+
+class NoPruner(Table):
+    """Every trial runs to its end."""
+
+    word = "none"
+
+
+class SearchConfig(Table):
+    """`[search]`: how many trials, and who proposes and prunes them."""
+
+    trials: int | None = key(
+        None, "trials in all, failed ones included; unless given all points of a grid, else 20", ge=1, fixed=True
+    )
+    seed: int = key(0, "seed of proposals and trainings", ge=0, fixed=True)
+    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "who proposes", inline=True, fixed=True)
+    pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(
+        Median, "who stops weak trials", inline=True, fixed=True
+    )
+    keep: int = key(3, "best trials whose weights are kept", ge=0, fixed=True)
+    retries: int = key(2, "times that a trial is given again to a new worker when its worker died", ge=0, fixed=True)
+    checkpoint_seconds: float = key(5.0, "least time between two checkpoints of a trial", ge=0, fixed=True)
+
+
+# What may change between two commands on one study: it decides how far a search goes, never what a trial gives.
+FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
+
+
+@contextmanager
+def _experimental() -> Iterator[None]:
+    """Optuna calls experimental what it has had unchanged for years."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+class Study:
+    """A study file, checked: every trial it can propose is possible.
+
+    `resolved` is the file with overrides and defaults, as a table; `where` names the file in messages.
+    Raises ConfigError, with the file's name, for anything that cannot be.
+    """
+
+    def __init__(self, name: str, resolved: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
+        self.name, self.question, self.where = name, question, where
+        known = ["search", *schema(Config)]
+        for item in resolved:
+            if item not in known:
+                raise ConfigError(item, f"is unknown here; may be one of: name, {', '.join(known)}", where)
+        settings = resolved.get("search", {})
+        try:
+            self.search = SearchConfig.from_table(expect_table("search", settings))
+        except ConfigError as error:
+            raise (error.under("search") if isinstance(settings, Mapping) else error).at(where) from None
+        try:
+            self.tree = space.parse(Config, {key: table for key, table in resolved.items() if key != "search"})
+            self._check()
+        except ConfigError as error:
+            raise error.at(where) from None
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """File, overrides and defaults as one table: what is stored, compared and shown."""
+        return {"search": self.search.to_table(), **space.to_toml(self.tree)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the resolved study."""
+        return digest(self.resolved)
+
+    @property
+    def epochs(self) -> int:
+        """The most epochs a trial has."""
+        node = self._node("train", "epochs")
+        assert isinstance(node, space.Value | space.Choice | space.Range)
+        return int(max(node.ends))
+
+    @cached_property
+    def points(self) -> list[dict[str, Any]] | None:
+        """Every point of the space; None for one without end, or with more than a grid may have."""
+        return space.points(self.tree)
+
+    def size(self, most: int) -> int | None:
+        """The number of points of the space; None where there are more than `most`."""
+        points = space.points(self.tree, most)
+        return None if points is None else len(points)
+
+    @property
+    def trials(self) -> int:
+        """Trials in all."""
+        if self.search.trials is not None:
+            return self.search.trials
+        return len(self.points or ()) if isinstance(self.search.sampler, Grid) else 20
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The table of `[data]`, which is the same for every trial."""
+        return self.first.data.to_table()
+
+    def transfers(self) -> list[tuple[str, str]]:
+        """(model, weights) of every pretrained model that a trial may ask for."""
+        node = self._node("model", "name")
+        assert isinstance(node, space.Branch)
+        tree = node.options.get(Transfer.word)
+        if tree is None:
+            return []
+        ways = space.walk(
+            space.Tree({name: tree.nodes[name] for name in ("model", "weights")}), lambda _, leaf: leaf.ends
+        )
+        return [(table["model"], table["weights"]) for table, _ in ways]
+
+    def sample(self, trial: space.Suggester) -> Config:
+        """The config of one trial. `FixedTrial(best.params)` gives that trial's config again, but for its seed."""
+        return Config.from_table(space.sample(trial, self.tree))
+
+    def samples(self, count: int) -> list[Config]:
+        """Configs drawn at random from the space, or all of them where it has no more points than that."""
+        points = space.points(self.tree, count)
+        if points is not None:
+            return [self.sample(optuna.trial.FixedTrial(point)) for point in points]
+        sampler = optuna.samplers.RandomSampler(self.search.seed)
+        study = optuna.create_study(sampler=sampler)
+        return [self.sample(study.ask()) for _ in range(count)]
+
+    def check_images(self, shape: Shape) -> None:
+        """Checks every architecture of the space against images (channels, height, width). Raises ConfigError."""
+        for table in space.corners(self.tree):
+            try:
+                Config.from_table(table).fit_images(shape)
+            except ConfigError as error:
+                raise error.at(self.where) from None
+
+    @_experimental()
+    def sampler(self, number: int) -> BaseSampler:
+        """Who proposes trial `number`: seeded from the study's seed and that number alone, so that it does not
+        matter what this process did before.
+        """
+        seed = self.seed(number)
+        match self.search.sampler:
+            case Tpe(startup_trials=startup, candidates=candidates):
+                # Branches make the space conditional, which the multivariate TPE takes in groups only.
+                return optuna.samplers.TPESampler(
+                    n_startup_trials=startup,
+                    n_ei_candidates=candidates,
+                    multivariate=True,
+                    group=True,
+                    constant_liar=True,
+                    seed=seed,
+                )
+            case Random():
+                return optuna.samplers.RandomSampler(seed)
+            case Grid():
+                assert self.points is not None
+                return GridWalk(self.points)
+            case CmaEs(startup_trials=startup):
+                return optuna.samplers.CmaEsSampler(
+                    n_startup_trials=startup,
+                    seed=seed,
+                    independent_sampler=optuna.samplers.RandomSampler(seed),
+                    warn_independent_sampling=False,
+                )
+            case Gp(startup_trials=startup):
+                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+            case Qmc():
+                # The sequence is one for the whole study, and Optuna keeps our place in it.
+                return optuna.samplers.QMCSampler(
+                    scramble=True,
+                    seed=self.search.seed,
+                    independent_sampler=optuna.samplers.RandomSampler(seed),
+                    warn_asynchronous_seeding=False,
+                    warn_independent_sampling=False,
+                )
+            case _ as never:
+                assert_never(never)
+
+    @_experimental()
+    def pruner(self) -> BasePruner:
+        """Who stops weak trials; epochs count from 1."""
+        match self.search.pruner:
+            case Median(startup_trials=startup, min_epochs=least):
+                return optuna.pruners.MedianPruner(startup, least)
+            case Percentile(keep=keep, startup_trials=startup, min_epochs=least):
+                return optuna.pruners.PercentilePruner(keep, startup, least)
+            case Hyperband(min_epochs=least, reduction=reduction):
+                return optuna.pruners.HyperbandPruner(least, self.epochs, reduction)
+            case Asha(min_epochs=least, reduction=reduction):
+                return optuna.pruners.SuccessiveHalvingPruner(least, reduction)
+            case Patient(patience=patience, min_delta=delta):
+                return optuna.pruners.PatientPruner(None, patience, delta)
+            case NoPruner():
+                return optuna.pruners.NopPruner()
+            case _ as never:
+                assert_never(never)
+
+    def seed(self, number: int) -> int:
+        """A 31-bit seed for trial `number`, of proposal and training alike."""
+        words = hashlib.sha256(f"{self.search.seed}/{number}".encode()).digest()
+        return int.from_bytes(words[:4], "big") >> 1
+
+    def replay(self, number: int, config: Mapping[str, Any]) -> str:
+        """The study file that trains just this trial again."""
+        header = (
+            f"# Question: does trial {number} of {self.name} give the same again?\n# Run:      searchfm tune FILE\n"
+        )
+        search = {"trials": 1, "seed": self.search.seed, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
+        return header + tomli_w.dumps({"name": f"{self.name[:58]}-{number:04d}", "search": search, **config})
+
+    def _node(self, table: str, name: str) -> Any:
+        node = self.tree.nodes[table]
+        assert isinstance(node, space.Tree)
+        return node.nodes[name]
+
+    def _check(self) -> None:
+        """Builds a config for every corner of the space, and holds the search against it."""
+        first = None
+        for table in space.corners(self.tree):
+            config = Config.from_table(table)
+            first = first or config
+            shape = image_shape(config.data)
+            if shape is not None:
+                config.fit_images(shape)
+        assert first is not None
+        self.first = first
+        grid, pruned = isinstance(self.search.sampler, Grid), not isinstance(self.search.pruner, NoPruner)
+        if grid and self.points is None:
+            endless = [name for name, leaf in space.leaves(self.tree) if leaf.options is None]
+            if endless:
+                raise ConfigError(endless[0], "has no step: a grid needs values, choices or stepped ranges")
+            raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MOST_POINTS} points")
+        epochs = self._node("train", "epochs")
+        if not isinstance(epochs, space.Value) and (pruned or not grid):
+            raise ConfigError("train.epochs", "takes a value here; only a grid with pruner = none compares epochs")
+        least = getattr(self.search.pruner, "min_epochs", 1)
+        if least > self.epochs:
+            raise ConfigError("search.pruner.min_epochs", f"= {least}: must be <= train.epochs = {self.epochs}")
+
+
+class GridWalk(BaseSampler):
+    """Point i of the space for trial i, whatever happened before."""
+
+    def __init__(self, points: Sequence[Mapping[str, Any]]) -> None:
+        self.points = points
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Nothing is drawn together."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Nothing is drawn together."""
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The leaf's value at the trial's point; a trial beyond the last point begins again."""
+        return self.points[trial.number % len(self.points)][param_name]
+
+
+def check_name(name: str) -> str:
+    """The name, if a study may have it: folders and links are made from it. Raises StudyError."""
+    if not NAME.fullmatch(name):
+        raise StudyError(
+            f"study name {name[:80]!r}: must be letters, digits, '.', '_' or '-', at most 64, not beginning with a sign"
+        )
+    return name

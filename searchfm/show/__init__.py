@@ -1,0 +1,1 @@
+"""Reads what a search has left, and never writes."""

@@ -1,0 +1,83 @@
+"""What MLflow lacks of a study, and putting it right: `searchfm sync`. Hold the study's lock while applying."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from searchfm.errors import StorageError
+from searchfm.search.history import StudyRow, TrialRow
+from searchfm.search.notes import Links, Notes
+from searchfm.search.storage import Home
+from searchfm.tracking.mirror import Difference, Mirror, connect, shown
+
+
+def differences(home: Home, study: StudyRow) -> list[Difference]:
+    """Everything in which MLflow differs from the study's record; writes nothing. Raises StorageError."""
+    mirror = Mirror(home, study)
+    try:
+        if not mirror.find():
+            return [
+                Difference(None, "missing", "has no experiment"),
+                *(Difference(row.number, "missing", "has no run") for row in study.trials),
+            ]
+        found = mirror.compare_study()
+        for row in study.trials:
+            found += mirror.compare(row, deep=True)
+        return found + mirror.compare_weights(kept(study))
+    except Exception as error:
+        raise _unreachable(home, error) from error
+
+
+def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
+    """Brings MLflow in line in everything that was found, and the dashboard's notes with it. Raises StorageError."""
+    mirror, notes = Mirror(home, study), Notes(home, study)
+    rows = {row.number: row for row in study.trials}
+    numbers = sorted({difference.trial for difference in found if difference.trial is not None})
+    try:
+        mirror.open()
+        for number in numbers:
+            mirror.align(rows[number])
+        # What is still different cannot be corrected, only made anew: params and metrics never change in MLflow.
+        mirror.forget()
+        mirror.open()
+        for number in numbers:
+            if any(rest.kind in ("params", "metrics") for rest in mirror.compare(rows[number], deep=True)):
+                mirror.replace(number)
+                mirror.align(rows[number])
+        if any(difference.trial is None for difference in mirror.compare_study()):
+            mirror.align_study(study, "RUNNING" if study.of("running") else "FINISHED")
+        mirror.keep(kept(study))
+    except Exception as error:
+        raise _unreachable(home, error) from error
+    for row in study.trials:
+        if row.state != "running" and (row.number in numbers or not notes.has(row)):
+            notes.trial(row, mirror.links())
+    notes.study(study, mirror.links())
+
+
+def kept(study: StudyRow) -> list[TrialRow]:
+    """The trials whose weights are kept: the best that were trained themselves."""
+    return study.ranked(twins=False)[: int(study.resolved.get("search", {}).get("keep", 3))]
+
+
+def run_links(home: Home, study: StudyRow) -> Links:
+    """The ids that links into MLflow's pages are made of. Raises StorageError."""
+    mirror = Mirror(home, study)
+    try:
+        mirror.find()
+    except Exception as error:
+        raise _unreachable(home, error) from error
+    return mirror.links()
+
+
+def make_schema(home: Home) -> None:
+    """Makes MLflow's database where it is a file that is not there yet. Raises StorageError."""
+    try:
+        connect(home)
+    except Exception as error:
+        raise _unreachable(home, error) from error
+
+
+def _unreachable(home: Home, error: Exception) -> StorageError:
+    """One line, without what MLflow says: that may hold an address with a password."""
+    code: Any = getattr(error, "error_code", None)
+    return StorageError(f"MLflow at {shown(home.tracking_uri)}: {type(error).__name__}{f' ({code})' if code else ''}")

@@ -1,0 +1,190 @@
+"""Many small searches on digits, each retrained as `searchfm retrain` does, and then held to what was said of it.
+
+`python -m tests.honesty 120` prints the figures that the README gives.
+"""
+
+import multiprocessing
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from searchfm.config import Config
+from searchfm.finalists import Finalist, Verdict, choose
+from searchfm.learn.data import Part, Splits, moments
+from searchfm.learn.models import flops, parameters
+from searchfm.learn.train import evaluate, train
+from searchfm.stats import wilson
+
+TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out, and no `searchfm` ever sees them
+TRIALS, TOP, SEEDS = 100, 3, 5
+DRAWS = 200  # further test parts that each final model is tested on
+
+Answers = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was said of one search's winner, and what then came."""
+
+    best: float  # what the search said of its best trial
+    mean: float  # of the winner over fresh seeds
+    optimism: float
+    low: float  # for one further training of the winner
+    high: float
+    further: float  # what a further training gave, on the same validation images
+    tie: int  # finalists that could not be told apart
+    tested: int  # right answers of the final model among TEST images
+    held: float  # its accuracy on the images held out
+    covered: float  # share of DRAWS further test parts whose interval held its accuracy on all other images
+
+    @property
+    def further_inside(self) -> bool:
+        """Whether the further training fell inside the interval."""
+        return self.low <= self.further <= self.high
+
+    @property
+    def best_inside(self) -> bool:
+        """Whether what the search said does."""
+        return self.low <= self.best <= self.high
+
+    @property
+    def held_inside(self) -> bool:
+        """Whether the test interval holds the accuracy on images held out."""
+        low, high = wilson(self.tested, TEST)
+        return low <= self.held <= high
+
+
+def study(seed: int) -> Outcome:
+    """One search of TRIALS, its finalists, its final training, and what they are held to. All by `seed`."""
+    torch.set_num_threads(1)
+    parts = _parts(seed)
+    splits = _splits(parts["train"], parts["validation"])
+    rng = np.random.default_rng(seed)
+    configs = [_config(rng) for _ in range(TRIALS)]
+    values = [float(_train(config, splits, 1000 * seed + i).mean()) for i, config in enumerate(configs)]
+    top = sorted(range(TRIALS), key=lambda i: (-values[i], i))[:TOP]
+    verdict = choose([_finalist(i, configs[i], values[i], splits, seed) for i in top])
+    winner = configs[verdict.winner.trial]
+    further = _train(winner, splits, 10**8 + seed).mean()
+
+    final = train(_seeded(winner, 10**9 + seed), _splits(_both(parts["train"], parts["validation"]), None))
+    for _ in final:
+        pass
+    unseen = _both(parts["test"], parts["held"])
+    right = _right(evaluate(final.classifier, unseen, winner.train).probabilities, unseen)
+    return _outcome(verdict, max(values), float(further), right, rng)
+
+
+def _outcome(verdict: Verdict, best: float, further: float, right: Answers, rng: np.random.Generator) -> Outcome:
+    assert verdict.interval is not None
+    draws = [right[rng.permutation(len(right))] for _ in range(DRAWS)]
+    intervals = [(wilson(int(draw[:TEST].sum()), TEST), float(draw[TEST:].mean())) for draw in draws]
+    return Outcome(
+        best=best,
+        mean=verdict.winner.mean,
+        optimism=verdict.optimism,
+        low=verdict.interval[0],
+        high=verdict.interval[1],
+        further=further,
+        tie=len(verdict.tie),
+        tested=int(right[:TEST].sum()),
+        held=float(right[TEST:].mean()),
+        covered=float(np.mean([low <= held <= high for (low, high), held in intervals])),
+    )
+
+
+def _config(rng: np.random.Generator) -> Config:
+    """A point of a narrow space, as late in a search: all of them are about equally good."""
+    return Config.from_table(
+        {
+            "data": {"name": "digits"},
+            "model": {"name": "mlp", "mlp": {"layers": 1, "width": int(rng.integers(40, 65))}},
+            "optimizer": {"lr": float(10 ** rng.uniform(-2.05, -1.95))},
+            "train": {"epochs": 3, "batch_size": 64},
+        }
+    )
+
+
+def _parts(seed: int) -> dict[str, Part]:
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(np.round(images * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
+    order = torch.from_numpy(np.random.default_rng(10**6 + seed).permutation(len(labels)))
+    ends = np.cumsum([0, TRAIN, VALIDATION, TEST, len(labels)])
+    places = {name: order[ends[i] : ends[i + 1]] for i, name in enumerate(("train", "validation", "test", "held"))}
+    truth = torch.from_numpy(labels)
+    return {name: Part(pixels[place], truth[place], place, torch.device("cpu")) for name, place in places.items()}
+
+
+def _both(one: Part, other: Part) -> Part:
+    joined = {name: torch.cat([getattr(one, name), getattr(other, name)]) for name in ("images", "labels", "indices")}
+    return replace(one, **joined)
+
+
+def _splits(training: Part, validation: Part | None) -> Splits:
+    mean, std = moments(training.images)
+    return Splits(training, validation, tuple("0123456789"), mean, std, "")
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    return replace(config, train=replace(config.train, seed=seed))
+
+
+def _train(config: Config, splits: Splits, seed: int) -> Answers:
+    """Which validation images (N,) a training is right about."""
+    training = train(_seeded(config, seed), splits)
+    for _ in training:
+        pass
+    assert training.validation is not None
+    assert splits.val is not None
+    return _right(training.validation.probabilities, splits.val)
+
+
+def _right(probabilities: torch.Tensor, part: Part) -> Answers:
+    right: Answers = (probabilities.argmax(1) == part.labels).numpy()
+    return right
+
+
+def _finalist(number: int, config: Config, value: float, splits: Splits, seed: int) -> Finalist:
+    seeds = tuple(10**7 + 10000 * seed + 100 * number + k for k in range(SEEDS))
+    right = np.stack([_train(config, splits, each) for each in seeds])
+    model = train(config, splits).classifier
+    return Finalist(number, value, seeds, right, parameters(model)[0], flops(model, (1, 8, 8)), 1.0)
+
+
+def studies(count: int, workers: int = 2) -> list[Outcome]:
+    """So many searches, on so many processes."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(study, range(count)))
+
+
+def summary(found: Sequence[Outcome]) -> str:
+    """The figures in words."""
+
+    def share(values: Sequence[bool]) -> str:
+        return f"{sum(values)} of {len(values)} ({np.mean(values):.1%})"
+
+    luck = np.array([one.best - one.mean for one in found])
+    error = luck.std(ddof=1) / len(luck) ** 0.5
+    ties = [one.tie for one in found]
+    return "\n".join(
+        [
+            f"n = {len(found)} searches of {TRIALS} trials on digits, {TOP} finalists with {SEEDS} fresh seeds each",
+            f"a further seed inside its 95% interval:       {share([one.further_inside for one in found])}",
+            f"the search's own best value inside it:        {share([one.best_inside for one in found])}",
+            f"the search's best value over the fresh mean:  {luck.mean():+.2%} +- {error:.2%}",
+            f"half width of the interval:                   {np.mean([(o.high - o.low) / 2 for o in found]):.2%}",
+            f"finalists in a tie:                           {np.mean(ties):.1f} of {TOP}",
+            f"95% test interval holds held-out accuracy:    {share([one.held_inside for one in found])}",
+            f"the same over {DRAWS} test parts a model:       {np.mean([one.covered for one in found]):.1%}",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(summary(studies(int(sys.argv[1]))))

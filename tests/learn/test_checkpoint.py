@@ -1,0 +1,250 @@
+"""What is on disk is whole, its owner's, and holds no code; what is not is refused, and the one before it serves."""
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from searchfm.errors import CheckpointError, ModelError, StorageError
+from searchfm.learn import checkpoint
+from searchfm.learn.checkpoint import SPEC, WEIGHTS, Checkpoint
+from searchfm.learn.data import Splits
+from searchfm.learn.train import train
+from tests.learn.test_models import Hostile
+from tests.learn.toys import config, losses
+
+OWNER = {"trial": "study/7", "config": "c" * 64, "data": "d" * 64}
+
+
+@pytest.fixture(scope="module")
+def kept(digits: Splits) -> list[Checkpoint]:
+    """After one, two and three epochs."""
+    training = train(config(train={"epochs": 3, "ema": 0.9}), digits)
+    return [training.checkpoint() for _ in training]
+
+
+def flip(path: Path, place: int = -100) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_round_trip_is_bitwise(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    path = checkpoint.write(tmp_path, kept[1], OWNER)
+    again = checkpoint.read(path, OWNER)
+    assert again.epochs == kept[1].epochs
+    assert again.tensors.keys() == kept[1].tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in kept[1].tensors.items())
+
+
+def test_training_goes_on_bitwise_from_disk(tmp_path: Path, digits: Splits) -> None:
+    settings = config(
+        "cnn",
+        {"filters": 8, "dropout": 0.2, "batch_norm": True},
+        optimizer={"name": "sgd", "lr": 0.05},
+        augment={"flip": 0.5, "mixup": 0.4},
+        train={"epochs": 4, "ema": 0.9},
+    )
+    begun = train(settings, digits)
+    next(begun), next(begun)
+    path = checkpoint.write(tmp_path, begun.checkpoint(), OWNER)
+    resumed = train(settings, digits, resume=checkpoint.read(path, OWNER))
+    list(resumed)
+    assert losses(resumed.epochs) == losses(list(train(settings, digits)))
+
+
+def test_two_are_kept_and_the_newest_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    for one in kept:
+        checkpoint.write(tmp_path, one, OWNER)
+    assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["0002", "0003"]
+    found = checkpoint.newest([tmp_path, tmp_path / "never"], OWNER)
+    assert found is not None
+    assert found.epochs == kept[2].epochs
+
+
+def test_the_newest_of_several_attempts_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    checkpoint.write(tmp_path / "attempt-2", kept[0], OWNER)
+    checkpoint.write(tmp_path / "attempt-1", kept[1], OWNER)
+    found = checkpoint.newest([tmp_path / "attempt-2", tmp_path / "attempt-1"], OWNER)
+    assert found is not None
+    assert len(found.epochs) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "flip-header", "cut", "empty"])
+def test_a_damaged_one_is_refused_and_the_one_before_serves(
+    tmp_path: Path, kept: list[Checkpoint], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint.write(tmp_path, kept[0], OWNER)
+    path = checkpoint.write(tmp_path, kept[1], OWNER)
+    match damage:
+        case "flip":
+            flip(path)
+            safetensors.torch.load_file(path)  # which is why there is a hash
+        case "flip-header":
+            flip(path, 40)
+        case "cut":
+            path.write_bytes(path.read_bytes()[:5000])
+        case "empty":
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read(path, OWNER)
+    with caplog.at_level(logging.WARNING, "searchfm"):
+        found = checkpoint.newest([tmp_path], OWNER)
+    assert found is not None
+    assert len(found.epochs) == 1
+    assert "damaged" in caplog.text
+
+
+def test_with_nothing_whole_training_starts_afresh(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    flip(checkpoint.write(tmp_path, kept[0], OWNER))
+    (tmp_path / f"checkpoint-0009-{'0' * 64}.safetensors").mkdir()
+    assert checkpoint.newest([tmp_path], OWNER) is None
+
+
+@pytest.mark.parametrize("key", OWNER)
+def test_another_s_is_refused(tmp_path: Path, kept: list[Checkpoint], key: str) -> None:
+    path = checkpoint.write(tmp_path, kept[0], OWNER)
+    other = OWNER | {key: "another"}
+    with pytest.raises(CheckpointError, match=f"belongs to {key} {OWNER[key]}, not another"):
+        checkpoint.read(path, other)
+    assert checkpoint.newest([tmp_path], other) is None
+
+
+def test_a_whole_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    import hashlib
+
+    content = safetensors.torch.save({"a": torch.zeros(2)})
+    path = tmp_path / f"checkpoint-0001-{hashlib.sha256(content).hexdigest()}.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(path, OWNER)
+    with pytest.raises(CheckpointError, match="not the name"):
+        checkpoint.read(tmp_path / "checkpoint.safetensors", OWNER)
+
+
+def test_a_hostile_pickle_runs_no_code(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    """Even one that brings the right hash in its name: nothing here unpickles."""
+    import hashlib
+    import pickle
+
+    mark = tmp_path / "ran"
+    content = pickle.dumps(Hostile(mark))
+    folder = tmp_path / "folder"
+    checkpoint.write(folder, kept[0], OWNER)
+    (folder / f"checkpoint-0002-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
+    found = checkpoint.newest([folder], OWNER)
+    assert found is not None
+    assert len(found.epochs) == 1
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / SPEC).write_text("{}")
+    with pytest.raises(ModelError):
+        checkpoint.load_classifier(folder)
+    assert not mark.exists()
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    """The kernel's own refusal: no file of this process may grow beyond a few kilobytes."""
+    checkpoint.write(tmp_path, kept[0], OWNER)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(StorageError, match=os.strerror(errno.EFBIG)):
+            checkpoint.write(tmp_path, kept[1], OWNER)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(list(tmp_path.iterdir())) == 1  # no temporary file either
+    found = checkpoint.newest([tmp_path], OWNER)
+    assert found is not None
+    assert len(found.epochs) == 1
+
+
+KILLED = """
+import os, signal, sys, tempfile
+from pathlib import Path
+from searchfm.learn.checkpoint import write_whole
+folder = Path(sys.argv[1])
+write_whole(folder / "a", b"old")
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)  # at the worst moment: written, not yet renamed
+write_whole(folder / "a", b"new" * 100_000)
+"""
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written"):
+        checkpoint.write(tmp_path / "file", kept[0], OWNER)
+
+
+def test_remove_takes_checkpoints_only(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    checkpoint.write(tmp_path, kept[0], OWNER)
+    (tmp_path / "log.txt").write_text("")
+    checkpoint.remove([tmp_path, tmp_path / "never"])
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+# --- weights for people -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path, digits: Splits) -> Path:
+    training = train(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
+    next(training)
+    spec = {"config": training.config.to_table(), "classes": list(digits.classes), "shape": [1, 8, 8]}
+    hashes = checkpoint.save_weights(tmp_path / "model", training.classifier, spec)
+    assert hashes.keys() == {WEIGHTS, SPEC}
+    return tmp_path / "model"
+
+
+def test_weights_answer_as_the_trained_model_did(saved: Path, digits: Splits) -> None:
+    training = train(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
+    next(training)
+    assert digits.val is not None
+    model, spec = checkpoint.load_classifier(saved)
+    torch.testing.assert_close(model(digits.val.images), training.classifier.eval()(digits.val.images))
+    assert spec["classes"] == list(digits.classes)
+    assert spec["mean"] == pytest.approx(digits.mean.tolist())
+
+
+def test_pretrained_weights_need_not_be_fetched_again(tmp_path: Path, digits: Splits) -> None:
+    training = train(config("transfer", {"model": "test_resnet", "weights": "none"}, train={"epochs": 1}), digits)
+    table = training.config.to_table()
+    table["model"]["transfer"]["weights"] = "hub"
+    spec = {"config": table, "classes": list(digits.classes), "shape": [1, 8, 8]}
+    checkpoint.save_weights(tmp_path, training.classifier, spec)
+    model, _ = checkpoint.load_classifier(tmp_path)
+    assert digits.val is not None
+    assert torch.equal(model(digits.val.images), training.classifier.eval()(digits.val.images))
+
+
+def test_models_that_are_none_are_refused_in_one_line(saved: Path, tmp_path: Path) -> None:
+    def refused(folder: Path, text: str) -> None:
+        with pytest.raises(ModelError, match=text) as caught:
+            checkpoint.load_classifier(folder)
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "nothing", "no model here")
+    spec = json.loads((saved / SPEC).read_text())
+    for number, change in enumerate([{"config": {"modle": {}}}, {"classes": ["one"]}, {"shape": [1, 8]}]):
+        folder = shutil.copytree(saved, tmp_path / str(number))
+        (folder / SPEC).write_text(json.dumps(spec | change))
+        refused(folder, "not a model of this version")
+    (saved / WEIGHTS).write_bytes(b"not tensors")
+    refused(saved, "not a model of this version")

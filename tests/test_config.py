@@ -1,0 +1,141 @@
+"""What one trial is."""
+
+import tomllib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tomli_w
+
+from searchfm.config import DATASETS, Config, DataConfig, ModelConfig, TrainConfig, image_shape
+from searchfm.errors import ConfigError
+from searchfm.schema import Table, schema
+
+
+def read(text: str) -> Config:
+    return Config.from_table(tomllib.loads(text))
+
+
+def tables(cls: type[Table]) -> list[type[Table]]:
+    """The table and all below it."""
+    below = [item.table for item in schema(cls).values() if item.table]
+    below += [option for item in schema(cls).values() for option in item.options.values()]
+    return [cls, *(found for table in below for found in tables(table))]
+
+
+@pytest.mark.parametrize("name", schema(ModelConfig)["name"].options)
+def test_every_architecture_goes_to_toml_and_back(name: str) -> None:
+    config = read(f'model.name = "{name}"')
+    assert config.model.kind.word == name
+    assert Config.from_table(tomllib.loads(tomli_w.dumps(config.to_table()))) == config
+
+
+@pytest.mark.parametrize("cls", tables(Config))
+def test_every_key_is_documented_and_its_default_is_possible(cls: type[Table]) -> None:
+    assert cls.__doc__
+    assert cls.from_table({}) == cls()
+    for name, item in schema(cls).items():
+        assert item.doc or item.table, f"{cls.__name__}.{name}"
+    for name in (name for group in cls.agree for name in group):
+        assert name in schema(cls)
+
+
+WRONG = [
+    (
+        "model.vit = { hidden_dim = 16, heads = 3 }\nmodel.name = 'vit'",
+        "model.vit.heads = 3 must divide hidden_dim = 16 (1, 2, 4, 8, 16)",
+    ),
+    ("model.name = 'cnn'\nmodel.cnn.kernel = 4", "model.cnn.kernel = 4: must be odd"),
+    (
+        "optimizer.name = 'sgd'\noptimizer.sgd = { momentum = 0.0, nesterov = true }",
+        "optimizer.sgd.nesterov = true needs momentum > 0",
+    ),
+    ("schedule = { name = 'one-cycle', warmup = 1.5 }", "schedule.warmup = 1.5: must be 0, for one-cycle has its own"),
+    ("data.subset = 0", "data.subset = 0.0: must be a number > 0 and <= 1"),
+    ("data.validation = 1.0", "data.validation = 1.0: must be a number > 0 and < 1"),
+    ("data.size = 5000", "data.size = 5000: must be a whole number >= 0 and <= 1024"),
+    ("train.epochs = 0", "train.epochs = 0: must be a whole number >= 1"),
+    ("optimizer.lr = 0", "optimizer.lr = 0.0: must be a number > 0"),
+    ("optimizer.name = 'adamx'", '"adamx": must be one of "sgd", "adagrad", "rmsprop", "adam", "adamw"'),
+    ("train.precision = 'float16'", 'train.precision = "float16": must be one of "auto", "float32", "bfloat16"'),
+    (
+        "model.name = 'transfer'\nmodel.transfer.tuned_blocks = 'some'",
+        'tuned_blocks = "some": must be a whole number >= 0 or "all"',
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG)
+def test_what_cannot_be_is_named(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert message in str(caught.value)
+
+
+IMAGES = [
+    ("model.name = 'cnn'\nmodel.cnn.stages = 5", (3, 32, 32), None),
+    ("model.name = 'cnn'\nmodel.cnn.stages = 6", (3, 32, 32), "pool halves images of 32x32 pixels 6 times"),
+    ("model.name = 'cnn'\nmodel.cnn = { stages = 9, pool = 'max-same' }", (3, 32, 32), None),
+    ("model.name = 'cnn'\nmodel.cnn.stages = 4", (1, 28, 28), None),
+    ("model.name = 'cnn'\nmodel.cnn.stages = 4", (1, 40, 8), "pool halves images of 40x8 pixels 4 times"),
+    ("model.name = 'vit'\nmodel.vit.patch_size = 7", (1, 28, 28), None),
+    (
+        "model.name = 'vit'\nmodel.vit.patch_size = 5",
+        (1, 28, 28),
+        "patch_size = 5 must divide the images' side of 28 pixels (1, 2, 4, 7, 14, 28)",
+    ),
+    (
+        "model.name = 'vit'\nmodel.vit.patch_size = 7",
+        (1, 28, 30),
+        "patch_size = 7 must divide the images' side of 30 pixels",
+    ),
+    ("model.name = 'residual'\nmodel.residual.stages = 4", (1, 8, 8), None),
+    (
+        "model.name = 'residual'\nmodel.residual.stages = 5",
+        (1, 8, 8),
+        "stages = 5: halves images of 8x8 pixels to nothing",
+    ),
+    ("model.name = 'mlp'", (1, 1, 1), None),
+]
+
+
+@pytest.mark.parametrize(("text", "shape", "message"), IMAGES)
+def test_an_architecture_that_does_not_fit_the_images_is_named(
+    text: str, shape: tuple[int, int, int], message: str | None
+) -> None:
+    config = read(text)
+    if message is None:
+        config.fit_images(shape)
+    else:
+        with pytest.raises(ConfigError) as caught:
+            config.fit_images(shape)
+        assert str(caught.value).startswith(f"model.{config.model.kind.word}.{message}")
+
+
+def test_twins_are_equal_but_for_their_seed() -> None:
+    config = read("train = { seed = 1, epochs = 3 }")
+    assert replace(config, train=replace(config.train, seed=2)).digest() == config.digest()
+    assert replace(config, train=replace(config.train, seed=None)).digest() == config.digest()
+    assert replace(config, train=replace(config.train, epochs=4)).digest() != config.digest()
+    assert replace(config, data=replace(config.data, seed=1)).digest() != config.digest()  # another split
+    assert Config(train=TrainConfig(epochs=3)).digest() == config.digest()
+
+
+def test_a_digest_stays_what_it_is() -> None:
+    """Stored studies know their twins by it: when it changes, so must the version of the home."""
+    assert Config().digest() == "2f7c05a7e642aa0d93f2950175287cfcc99fdebeaf58910a3b9887016796039b"
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_shape_of_known_images_is_known(name: str) -> None:
+    shape = image_shape(DataConfig(name=name))
+    assert shape == DATASETS[name][0]
+    assert image_shape(DataConfig(name=name, size=64)) == (shape[0], 64, 64)
+    assert image_shape(DataConfig(name="some/folder")) is None
+
+
+def test_keys_that_belong_to_the_whole_study_take_no_range() -> None:
+    fixed: dict[str, Any] = {name: item.fixed for name, item in schema(DataConfig).items()}
+    assert all(fixed.values())
+    assert schema(TrainConfig)["seed"].fixed
+    assert not schema(TrainConfig)["batch_size"].fixed

@@ -1,0 +1,465 @@
+"""The spine on toy trials: nothing lost, nothing doubled, and the same study however it was interrupted."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from searchfm import coordinator
+from searchfm.coordinator import HOPELESS, LEAVE_SECONDS, News
+from searchfm.engines.local import LocalEngine
+from searchfm.errors import DataError, LockedError, StorageError, WorldError
+from searchfm.job import EpochDone, Event, Finished, Lost
+from searchfm.search import files
+from searchfm.search.history import StudyRow, TrialRow
+from searchfm.search.storage import Home
+from tests import driving, toys
+from tests.driving import Recorder, check, facts, search, toy
+
+pytestmark = pytest.mark.usefixtures("cold_forkserver")
+
+SIX: dict[str, Any] = {
+    "model": {"mlp": {"layers": {"choice": [1, 2]}, "width": {"choice": [4, 8, 16]}}},
+    "optimizer": {},
+}
+ONE: dict[str, Any] = {"model": {"mlp": {"layers": 1}}, "optimizer": {}}
+GRID = {"sampler": {"name": "grid"}}
+
+
+def goes_on_after(row: TrialRow) -> list[int]:
+    """Where each attempt of a trial found the one before."""
+    return [int(line.rpartition(" ")[2]) for line in (row.folder / "log.txt").read_text().splitlines()]
+
+
+# --- so many, and no others -------------------------------------------------------------------------------------------
+
+
+def test_so_many_trials_are_so_many(any_home: Home) -> None:
+    study = search(any_home, toy(), workers=2, trials=10)
+    check(study, 10)
+    assert len(study.of("complete")) == 10
+
+
+def test_asked_again_nothing_is_trained_and_three_more_are_three(home: Home) -> None:
+    first = search(home, toy(), trials=5)
+    tracker = Recorder()
+    assert facts(search(home, toy(), trials=5, tracker=tracker)) == facts(first)
+    assert tracker.calls == []
+    more = search(home, toy(), trials=8)
+    check(more, 8)
+    assert facts(more)[:5] == facts(first)
+
+
+def test_one_worker_is_asked_for_a_trial_only_when_the_last_has_ended(home: Home) -> None:
+    news: list[tuple[str, int]] = []
+    search(home, toy(train={"epochs": 1}), watch=lambda item, _: news.append((item.kind, item.trial)))
+    assert news == [(kind, trial) for trial in range(8) for kind in ("started", "epoch", "ended")]
+
+
+def test_a_second_coordinator_is_refused_while_the_first_goes_on(any_home: Home) -> None:
+    def second(item: News, _: LocalEngine) -> None:
+        if item.kind == "started":
+            with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
+                search(any_home, toy())
+
+    check(search(any_home, toy(), trials=2, watch=second), 2)
+
+
+def test_the_tracker_hears_all_in_order_and_nothing_twice(home: Home) -> None:
+    tracker = Recorder()
+    search(home, toy(), trials=2, tracker=tracker)
+    assert tracker.calls == [
+        entry
+        for trial in range(2)
+        for entry in [
+            ("started", trial),
+            *[("epoch", trial, index) for index in (1, 2, 3)],
+            ("ended", trial, "complete"),
+        ]
+    ]
+
+
+# --- trials that fail -------------------------------------------------------------------------------------------------
+
+
+def test_trials_that_fail_or_have_no_value_are_told_and_the_study_goes_on(home: Home) -> None:
+    study = search(home, toy(), payload={"fail": [1], "nan": [2]})
+    check(study, 8)
+    assert [row.number for row in study.of("failed")] == [1, 2]
+    assert study.trials[1].reason == "ValueError: made to fail"
+    assert study.trials[2].reason == "its value is nan, not a finite number"
+    assert study.best is not None
+    assert study.best.number not in (1, 2)
+
+
+def test_a_study_whose_every_trial_fails_is_stopped_early_and_can_be_taken_up_once_that_is_mended(home: Home) -> None:
+    with pytest.raises(WorldError, match=r"[34] trials failed and none succeeded, the last with: .*made to fail"):
+        search(home, toy(), workers=2, payload={"fail": list(range(20))})
+    stored = driving.stored(home, "toy")
+    check(stored, len(stored.trials))
+    assert HOPELESS <= len(stored.trials) <= HOPELESS + 1  # the other worker had begun another
+    mended = search(home, toy())
+    check(mended, 8)
+    assert len(mended.of("complete")) == 8 - len(stored.trials)
+
+
+def test_failed_trials_are_tried_again_with_their_own_config_if_asked(home: Home) -> None:
+    search(home, toy(), trials=6, payload={"fail": [2, 4]})
+    study = search(home, toy(), trials=8, retry_failed=True, payload={"fail": [7]})
+    check(study, 8)
+    assert [study.trials[i].digest for i in (6, 7)] == [study.trials[i].digest for i in (2, 4)]
+    assert study.trials[6].state == "complete"
+    last = search(home, toy(), trials=9, retry_failed=True)  # only what has not succeeded since
+    check(last, 9)
+    assert last.trials[8].digest == last.trials[4].digest
+    assert last.trials[8].state == "complete"
+
+
+@pytest.mark.parametrize("kind", ["StorageError", "DataError"])
+def test_what_every_trial_would_meet_stops_the_study_and_charges_no_trial(home: Home, kind: str) -> None:
+    expected = {"StorageError": StorageError, "DataError": DataError}[kind]
+    with pytest.raises(expected, match=r"^made to fail$"):
+        search(home, toy(), payload={"raise": {"1": kind}})
+    assert [row.state for row in driving.stored(home, "toy").trials] == ["complete", "running"]
+    study = search(home, toy())
+    check(study, 8)
+    assert len(study.of("complete")) == 8
+
+
+def test_a_trial_that_kills_its_worker_every_time_fails_and_the_study_goes_on(home: Home) -> None:
+    study = search(home, toy(search={"retries": 1}), trials=4, workers=2, payload={"kill": {"1": 9}})
+    check(study, 4)
+    assert study.trials[1].state == "failed"
+    assert study.trials[1].reason == "its worker died (signal SIGKILL), 2 times"
+    assert study.trials[1].attempts == 2
+    assert len(study.of("complete")) == 3
+
+
+# --- workers that die or leave ----------------------------------------------------------------------------------------
+
+
+def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home) -> None:
+    tracker = Recorder()
+    study = search(home, toy(), trials=3, payload={"kill": {"1": 2}}, tracker=tracker)
+    check(study, 3)
+    row = study.trials[1]
+    assert (row.state, row.attempts) == ("complete", 3)
+    assert goes_on_after(row) == [0, 1, 1]
+    assert [call for call in tracker.calls if call[:2] == ("epoch", 1)] == [("epoch", 1, i) for i in (1, 2, 3)]
+
+
+def test_a_worker_told_to_go_costs_its_trial_no_retry(home: Home) -> None:
+    told: list[int] = []
+
+    def tell(item: News, engine: LocalEngine) -> None:
+        if item.kind == "epoch" and item.trial == 1 and len(told) < 3:
+            told.extend(engine.pids)
+            os.kill(engine.pids[0], signal.SIGTERM)
+
+    study = search(home, toy(search={"retries": 0}), trials=3, payload={"seconds": 0.05}, watch=tell)
+    check(study, 3)
+    assert len(study.of("complete")) == 3
+    assert len(set(told)) == 3  # a fresh worker each time
+    assert study.trials[1].attempts in (3, 4)  # the third signal comes just before it is done, or after
+
+
+class Echo(LocalEngine):
+    """Says everything twice, and again what an attempt that was given up might still have said."""
+
+    def __init__(self, devices: list[str], warm: str) -> None:
+        super().__init__(devices, warm)
+        self.again: list[Event] = []
+
+    def next_event(self, timeout: float) -> Event | None:
+        if self.again:
+            return self.again.pop()
+        event = super().next_event(timeout)
+        match event:
+            case EpochDone(job, attempt, epoch) if attempt > 1:
+                self.again = [event, EpochDone(job, 1, epoch), Finished(job, 1, {"value": 1.0}), Lost(job, 1, "dead")]
+            case EpochDone():
+                self.again = [event]
+            case Finished(job, attempt):
+                self.again = [Finished(job, attempt, {"value": 1.0})]
+        return event
+
+
+@pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
+def test_what_comes_late_or_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
+    study = toy(search={"pruner": {"name": pruner}, "trials": 10}, train={"epochs": 5})
+    payload = {"kill": {"0": 1, "3": 1}}
+    once = search(Home(tmp_path / "once"), study, payload=payload)
+    monkeypatch.setattr(driving, "LocalEngine", Echo)
+    twice = search(Home(tmp_path / "twice"), study, payload=payload)
+    assert facts(twice) == facts(once)
+    assert once.of("pruned")
+
+
+# --- coordinators that stop or die ------------------------------------------------------------------------------------
+
+
+def stop_every(count: int) -> Callable[[News, LocalEngine], bool]:
+    seen = itertools.count(1)
+    return lambda *_: next(seen) == count
+
+
+def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[StudyRow, int]:
+    """The study, stopped after so many news, taken up again, and so on; and how often it was stopped."""
+    for stops in itertools.count():
+        study = search(home, make(), watch=stop_every(lengths[stops % len(lengths)]))
+        if len(study.trials) == make().trials and not study.of("running"):
+            return study, stops
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [
+        ({"name": "tpe", "startup_trials": 3}, {"name": "hyperband"}),
+        ({"name": "random"}, {"name": "asha", "reduction": 2}),
+        ({"name": "tpe", "startup_trials": 3}, {"name": "median", "startup_trials": 2}),
+        ({"name": "cmaes", "startup_trials": 2}, {"name": "percentile", "startup_trials": 2, "keep": 50.0}),
+        ({"name": "qmc"}, {"name": "patient", "patience": 1}),
+    ],
+)
+def test_a_study_stopped_and_taken_up_again_is_bitwise_the_unbroken_one(
+    tmp_path: Path, sampler: dict[str, Any], pruner: dict[str, Any]
+) -> None:
+    def make() -> Any:
+        return toy(search={"sampler": sampler, "pruner": pruner, "trials": 9}, train={"epochs": 4})
+
+    unbroken = search(Home(tmp_path / "unbroken"), make())
+    check(unbroken, 9)
+    broken, stops = in_pieces(Home(tmp_path / "broken"), make, [3, 8, 1, 6])
+    assert stops > 3
+    assert facts(broken) == facts(unbroken)
+    assert any(row.attempts > 1 for row in broken.trials)
+
+
+@pytest.fixture(scope="module")
+def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRow]]:
+    """Lets coordinators die one after another, each at the write named, in one home; the last one lives."""
+    command = [sys.executable, "-c", "from tests.mortal import main; main()"]  # a main that workers need not import
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def die(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRow:
+        assert process.stdin
+        assert process.stdout
+        path = tmp_path_factory.mktemp("deaths", numbered=True) / home
+        for moment in moments:
+            process.stdin.write(json.dumps({**spec, "home": str(path), "die_at": moment}) + "\n")
+            process.stdin.flush()
+            assert int(process.stdout.readline()) == (0 if moment is None else -signal.SIGKILL)
+        return driving.stored(Home(path), "toy")
+
+    with process:
+        yield die
+    assert process.returncode == 0
+
+
+MORTAL = {
+    "tables": {"search": {"trials": 4, "pruner": {"name": "asha", "reduction": 2}}, "train": {"epochs": 2}},
+    "workers": 1,
+    "payload": {"fail": [2]},
+}
+
+
+def check_deaths(broken: StudyRow, unbroken: StudyRow) -> None:
+    """The same counts, and for the same configs bitwise the same values."""
+    check(broken, 4)
+    assert [row.number for row in broken.of("failed")] == [2]
+    for row in broken.of("complete"):
+        assert row.value == toys.curve(row.config, 2)
+    values = {row.digest: row.value for row in unbroken.of("complete")}
+    assert all(row.value == values.get(row.digest, row.value) for row in broken.of("complete"))
+
+
+def test_a_coordinator_killed_at_ten_writes_is_followed_by_one_that_completes_the_study(deaths: Any) -> None:
+    unbroken = deaths("unbroken", MORTAL, [None])
+    writes = int((unbroken.folder.parents[1] / "writes").read_text())
+    assert writes > 60
+    for moment in random.Random(0).sample(range(1, writes + 1), 10):
+        check_deaths(deaths("broken", MORTAL, [moment, None]), unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_coordinator_killed_at_any_write_is_followed_by_one_that_completes_the_study(
+    deaths: Any, workers: int
+) -> None:
+    spec = MORTAL | {"workers": workers}
+    unbroken = deaths("unbroken", spec, [None])
+    for moment in range(1, int((unbroken.folder.parents[1] / "writes").read_text()) - 5):
+        check_deaths(deaths("broken", spec, [moment, None]), unbroken)
+
+
+def test_coordinators_that_keep_dying_still_come_to_the_end(deaths: Any) -> None:
+    unbroken = deaths("unbroken", MORTAL, [None])
+    check_deaths(deaths("broken", MORTAL, [40, 20, 9, 14, 30, 11, None]), unbroken)
+
+
+# --- twins ------------------------------------------------------------------------------------------------------------
+
+
+def with_twins(pattern: str, falling: bool = False, **search: Any) -> Any:
+    """A study of six points whose first trials are equal as the letters are: `aab` makes 1 a twin of 0. If `falling`,
+    each point is worse than the one before.
+    """
+    for seed in itertools.count():
+        study = toy(search={"seed": seed, "trials": len(pattern), **search}, **SIX)
+        asked = [optuna.create_study(sampler=study.sampler(number)).ask() for number in range(len(pattern))]
+        configs = [study.sample(trial) for trial in asked]
+        digests = [config.digest() for config in configs]
+        values = list({config.digest(): toys.curve(config.to_table(), 1) for config in configs}.values())
+        alike = [digests.index(digest) for digest in digests] == [pattern.index(letter) for letter in pattern]
+        if alike and (not falling or values == sorted(values, reverse=True)):
+            return study
+    raise AssertionError
+
+
+def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home) -> None:
+    tracker = Recorder()
+    study = search(home, with_twins("abab"), tracker=tracker)
+    check(study, 4)
+    for first, twin in ((0, 2), (1, 3)):
+        a, b = study.trials[first], study.trials[twin]
+        assert (b.state, b.value, b.twin, b.digest, b.reported) == ("complete", a.value, first, a.digest, a.reported)
+        assert a.config["train"]["seed"] != b.config["train"]["seed"]  # what a twin may differ in
+        assert b.epochs == a.epochs
+        assert goes_on_after(b) == []  # no worker has seen it
+        assert [call for call in tracker.calls if call[1] == twin] == [("started", twin), ("ended", twin, "complete")]
+    assert {row.number for row in study.ranked(twins=False)} == {0, 1}
+
+
+def test_a_twin_of_a_running_trial_waits_for_it(home: Home) -> None:
+    study = search(home, with_twins("aab"), workers=2, payload={"seconds": 0.05})
+    check(study, 3)
+    assert (study.trials[1].twin, study.trials[1].value) == (0, study.trials[0].value)
+    assert goes_on_after(study.trials[1]) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_twin_of_a_failed_trial_is_trained_and_the_next_is_its_twin(home: Home, workers: int) -> None:
+    study = search(home, with_twins("aaab"), workers=workers, payload={"fail": [0], "seconds": 0.02})
+    check(study, 4)
+    assert [row.state for row in study.trials] == ["failed", "complete", "complete", "complete"]
+    assert [row.twin for row in study.trials] == [None, None, 1, None]
+
+
+def test_a_twin_of_a_pruned_trial_is_pruned_with_its_reports(home: Home) -> None:
+    study = search(home, with_twins("abb", falling=True, pruner={"name": "asha", "reduction": 2}))
+    check(study, 3)
+    first, twin = study.trials[1:]
+    assert (first.state, first.twin, first.reason) == ("pruned", None, "pruned by asha after epoch 1")
+    assert (twin.state, twin.twin, twin.reason, twin.reported) == ("pruned", 1, first.reason, first.reported)
+
+
+def test_twins_that_wait_when_a_search_is_stopped_are_taken_up_by_the_next(home: Home) -> None:
+    """The one that is waited for fails when nobody gives out work any more: nobody must wait for its twin then."""
+    study = with_twins("aab")
+    began = time.monotonic()
+    stopped = search(
+        home,
+        study,
+        workers=2,
+        payload={"seconds": 0.5, "ticks": 1, "fail": [0]},
+        watch=lambda item, _: item.kind == "started" and item.trial == 2,
+    )
+    assert time.monotonic() - began < LEAVE_SECONDS / 2
+    assert [row.state for row in stopped.trials] == ["failed", "running", "running"]
+    study = search(home, study, workers=2)
+    check(study, 3)
+    assert [row.state for row in study.trials] == ["failed", "complete", "complete"]
+
+
+def test_a_finite_space_ends_the_study_when_all_of_it_was_seen(home: Home) -> None:
+    study = search(home, toy(search={"trials": 200}, **SIX), workers=2)
+    assert len({row.digest for row in study.trials}) == 6
+    check(study, len(study.trials))
+    assert len(study.trials) < 60
+    assert len(study.ranked(twins=False)) == 6
+
+
+# --- grids ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_walked_in_order_and_taken_up_where_it_was_left(home: Home) -> None:
+    study = toy(search=GRID, **SIX)
+    search(home, study, trials=2)
+    done = search(home, study, workers=2, trials=100)
+    check(done, 6)
+    assert [(row.params["model.mlp.layers"], row.params["model.mlp.width"]) for row in done.trials] == [
+        (layers, width) for layers in (1, 2) for width in (4, 8, 16)
+    ]
+
+
+def test_the_failed_points_of_a_grid_are_tried_again_if_asked(home: Home) -> None:
+    study = toy(search=GRID, **SIX)
+    search(home, study, trials=6, payload={"fail": [1, 5]})
+    done = search(home, study, trials=8, retry_failed=True)
+    check(done, 8)
+    assert [done.trials[i].digest for i in (6, 7)] == [done.trials[i].digest for i in (1, 5)]
+    assert len({row.digest for row in done.of("complete")}) == 6
+
+
+def test_a_space_of_one_point_is_one_trial(home: Home) -> None:
+    check(search(home, toy(search={"trials": 20}, **ONE)), 1)
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def test_weights_stay_with_the_best_alone(home: Home) -> None:
+    study = search(home, toy(search={"keep": 2}), workers=2)
+    held = {row.number for row in study.trials if (row.folder / "weights.safetensors").exists()}
+    assert held == {row.number for row in study.ranked(twins=False)[:2]}
+    fewer = search(home, toy(search={"keep": 1}))  # nothing is left to train
+    assert fewer.best is not None
+    assert [row.number for row in fewer.trials if (row.folder / "weights.safetensors").exists()] == [fewer.best.number]
+
+
+def test_a_trials_folder_holds_a_study_that_trains_just_this_trial_again(home: Home, tmp_path: Path) -> None:
+    study = search(home, toy(), trials=3)
+    row = study.trials[2]
+    file = files.read(row.folder / "config.toml")
+    again = search(Home(tmp_path / "again"), file.study())
+    assert again.name == "toy-0002"
+    assert [(trial.value, trial.config) for trial in again.trials] == [(row.value, row.config)]
+
+
+def test_a_database_that_is_taken_away_stops_the_study_and_is_not_made_anew(home: Home, monkeypatch: Any) -> None:
+    monkeypatch.setattr(coordinator, "LOCK_SECONDS", 0.0)
+
+    def take(item: News, _: LocalEngine) -> None:
+        if item.kind == "ended":
+            (home.path / "optuna.db").rename(home.path / "kept.db")
+
+    with pytest.raises(StorageError, match=r"optuna.db: the database is gone"):
+        search(home, toy(), watch=take)
+    assert not (home.path / "optuna.db").exists()
+    (home.path / "kept.db").rename(home.path / "optuna.db")
+    check(search(home, toy()), 8)
+
+
+def test_a_database_locked_by_somebody_else_is_waited_for(home: Home) -> None:
+    def hold(item: News, _: LocalEngine) -> None:
+        if item.kind == "started" and item.trial == 1:
+            other = sqlite3.connect(home.path / "optuna.db", check_same_thread=False)
+            other.execute("BEGIN EXCLUSIVE")
+            threading.Timer(1.5, lambda: (other.rollback(), other.close())).start()
+
+    began = time.monotonic()
+    check(search(home, toy(), trials=3, watch=hold), 3)
+    assert time.monotonic() - began > 1.5

@@ -1,0 +1,132 @@
+"""Nothing is lost and nothing is doubled: real processes, real training on digits, killed at random moments."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from searchfm.search.history import StudyRow
+from searchfm.search.storage import Home, load_study, open_storage
+
+pytestmark = pytest.mark.slow
+
+TRIALS = 10
+WORDS = ("tune", "mlp", "--trials", str(TRIALS), "--dataset", "digits", "--epochs", "6")
+
+
+def start(home: Path, *words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "searchfm", *WORDS, *words, "--home", str(home), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "SEARCHFM_CACHE": str(home.parent / "cache")},
+    )
+
+
+def finish(home: Path, *words: str) -> dict[str, Any]:
+    out, _ = start(home, *words).communicate(timeout=300)
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def study(home: Path) -> StudyRow:
+    return load_study(open_storage(Home(home)), Home(home), "mlp")
+
+
+def wait_for_trials(process: subprocess.Popen[bytes], home: Path, count: int) -> None:
+    """Until so many trials have begun, or the process is done."""
+    while process.poll() is None and len(list((home / "studies").glob("mlp/[0-9]*"))) < count:
+        time.sleep(0.02)
+
+
+def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The leaves of the process tree that train: children of the fork server."""
+    return [child for server in psutil.Process(process.pid).children() for child in server.children()]
+
+
+def check(home: Path) -> None:
+    """Every trial asked for has exactly one end, MLflow equals Optuna, and nothing half-written is left."""
+    row = study(home)
+    assert [trial.number for trial in row.trials] == list(range(TRIALS))
+    assert not row.of("running")
+    assert not row.of("failed"), [trial.reason for trial in row.of("failed")]
+    for trial in row.trials:
+        assert [epoch.index for epoch in trial.epochs] == list(trial.reported) == list(range(1, len(trial.epochs) + 1))
+    found = subprocess.check_output([sys.executable, "-m", "searchfm", "sync", "mlp", "--home", str(home), "--json"])
+    assert json.loads(found) == []
+    assert not list(home.rglob("attempt-*"))
+    assert not list((home / "studies").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("moment", range(10))
+def test_killed_at_any_moment_the_same_command_ends_the_study(moment: int, tmp_path: Path) -> None:
+    home, chance = tmp_path / "home", random.Random(moment)
+    process = start(home, "--workers", "2")
+    wait_for_trials(process, home, chance.randint(0, TRIALS - 1))
+    time.sleep(chance.uniform(0, 0.3))
+    orphans = tree(process)
+    victims = workers(process)
+    if moment % 2 and victims:
+        chance.choice(victims).kill()  # the study goes on without it
+        process.communicate(timeout=300)
+        assert process.returncode == 0
+    else:
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(orphans, timeout=30)
+        assert not alive, "workers leave when their coordinator is gone"
+    assert finish(home, "--workers", "2")["trials"]["total"] == TRIALS
+    check(home)
+
+
+def lasting(home: Path) -> list[dict[str, Any]]:
+    """All that must be bitwise the same in two runs: everything but times."""
+    return [
+        {
+            "params": dict(trial.params),
+            "state": trial.state,
+            "value": trial.value,
+            "reported": dict(trial.reported),
+            "config": trial.config,
+            "epochs": [
+                {key: text for key, text in line.items() if key not in ("seconds", "samples_per_second", "time")}
+                for line in csv.DictReader((trial.folder / "epochs.csv").read_text().splitlines())
+            ],
+            "files": {
+                name: digest for name, digest in trial.result.get("files", {}).items() if name.endswith("tensors")
+            },
+        }
+        for trial in study(home).trials
+    ]
+
+
+@pytest.mark.parametrize("search", [(), ("--set", "search.pruner=hyperband"), ("--set", "search.sampler=random")])
+def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
+    search: tuple[str, ...], tmp_path: Path
+) -> None:
+    words = ("--workers", "1", *search)
+    finish(tmp_path / "unbroken", *words)
+    broken = tmp_path / "broken"
+    for count in (2, 5, 8):
+        process = start(broken, *words)
+        wait_for_trials(process, broken, count)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode in (143, 0)
+    finish(broken, *words)
+    check(broken)
+    assert lasting(broken) == lasting(tmp_path / "unbroken")

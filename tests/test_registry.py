@@ -1,0 +1,284 @@
+"""The final model in MLflow: registered once, the champion only if it is better, usable without anything of ours."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from searchfm.config import Config
+from searchfm.errors import ModelError, StorageError
+from searchfm.learn.checkpoint import load_classifier, save_weights
+from searchfm.learn.models import Served, classifier
+from searchfm.search.history import StudyRow
+from searchfm.search.storage import TRACKING, Home
+from searchfm.tracking import registry
+from tests import rows
+
+# mlflow's own use of SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+
+SHAPE, CLASSES = (1, 28, 28), rows.CLASSES
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("registry") / "home")
+
+
+@pytest.fixture(scope="module")
+def study(home: Home) -> StudyRow:
+    return rows.four(home)
+
+
+def model(folder: Path, seed: int) -> dict[str, Any]:
+    """A final model as `fit` leaves it, untrained, and its record."""
+    folder.mkdir(parents=True)
+    config = Config.from_table({"model": {"name": "cnn", "cnn": {"filters": 4, "batch_norm": True}}})
+    half = torch.full((1,), 0.5)
+    net = classifier(config.model, SHAPE, 10, half, half, seed=seed, device=torch.device("cpu"))
+    spec = {"config": config.to_table(), "classes": CLASSES, "shape": list(SHAPE)}
+    files = save_weights(folder, net.eval(), spec)
+    np.save(folder / "example.npy", np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8))
+    rows.write_predictions(folder / "predictions.npz")
+    rows.write_epochs(folder / "epochs.csv", rows.epochs(seed, 3))
+    return {
+        "study": "toy",
+        "winner": 3,
+        "optimism": 0.01,
+        "test": {"accuracy": 0.9, "low": 0.88, "high": 0.92, "n": 900, "reads": 1, "fingerprint": "t" * 64},
+        "parameters": 100,
+        "flops": 1000,
+        "training_seconds": 3.0,
+        "epochs": 3,
+        "fingerprint": "f" * 64,
+        "time": rows.STARTED,
+        "params": {"optimizer.lr": 0.1},
+        "weights": files["weights.safetensors"],
+    }
+
+
+def scored(record: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:
+    return {**record, "test": {**record["test"], "accuracy": accuracy}, **more}
+
+
+@pytest.fixture(scope="module")
+def first(home: Home, study: StudyRow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("models") / "first"
+    return folder, model(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def published(home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(TRACKING, raising=False)
+        return registry.publish(home, study, first[1], first[0])
+
+
+def client(home: Home) -> Any:
+    return registry.connect(home)
+
+
+def test_the_first_version_is_the_champion(published: dict[str, Any]) -> None:
+    assert published == {"name": "searchfm-toy", "version": 1, "uri": "models:/searchfm-toy/1", "champion": True}
+
+
+def test_it_loads_with_mlflow_alone_and_answers_what_the_model_does(
+    home: Home, first: tuple[Path, dict[str, Any]], published: dict[str, Any]
+) -> None:
+    import mlflow.pyfunc
+
+    source = client(home).get_model_version("searchfm-toy", "1").source
+    loaded = mlflow.pyfunc.load_model(source)
+    inputs, outputs = loaded.metadata.signature.inputs.inputs, loaded.metadata.signature.outputs.inputs
+    assert [(spec.type, spec.shape) for spec in inputs] == [(np.dtype("uint8"), (-1, *SHAPE))]
+    assert [(spec.type, spec.shape) for spec in outputs] == [(np.dtype("float32"), (-1, 10))]
+    assert loaded.metadata.metadata["classes"] == CLASSES
+    example = loaded.input_example
+    assert np.array_equal(example, np.load(first[0] / "example.npy"))
+    ours = Served(load_classifier(first[0])[0]).eval()
+    for count in (1, 2, 5):
+        images = np.random.default_rng(count).integers(0, 256, (count, *SHAPE), np.uint8)
+        with torch.no_grad():
+            expected = ours(torch.from_numpy(images)).numpy()
+        assert np.abs(loaded.predict(images) - expected).max() < 1e-6
+
+
+def test_it_says_what_it_needs_and_carries_plain_weights(home: Home, published: dict[str, Any]) -> None:
+    folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
+    needed = (folder / "requirements.txt").read_text().split()
+    assert {line.partition("==")[0] for line in needed} == {"mlflow", "torch", "numpy"}
+    assert all("+" not in line for line in needed), "a local version is in no registry"
+    assert {path.name for path in (folder / "extra_files").iterdir()} == {"weights.safetensors", "model.json"}
+    assert not list(folder.rglob("*.pkl")), "no pickle beside the program"
+
+
+def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, published: dict[str, Any]) -> None:
+    version = client(home).get_model_version("searchfm-toy", "1")
+    run = client(home).get_run(version.run_id)
+    parent = client(home).get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["role"] == "study"
+    assert run.data.tags["role"] == "final"
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["test/accuracy"] == run.data.metrics["value"] == 0.9
+    assert [m.step for m in client(home).get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
+    names = {info.path for info in client(home).list_artifacts(run.info.run_id)}
+    assert {"epochs.csv", "final.json", "predictions.csv"} <= names
+    assert "Wilson" in version.description
+
+
+def test_a_model_is_registered_once(
+    home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]], published: dict[str, Any]
+) -> None:
+    assert registry.publish(home, study, first[1], first[0]) == published
+    assert len(client(home).search_model_versions("name = 'searchfm-toy'")) == 1
+
+
+def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
+    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path
+) -> None:
+    def publish(seed: int, accuracy: float, promote: bool = False, **more: Any) -> tuple[int, bool]:
+        folder = tmp_path / str(seed)
+        record = model(folder, seed) if not folder.exists() else json.loads((folder / "record").read_text())
+        (folder / "record").write_text(json.dumps(record))
+        found = registry.publish(home, study, scored(record, accuracy, **more), folder, promote=promote)
+        alias = client(home).get_model_version_by_alias("searchfm-toy", "champion").version
+        assert (str(alias) == str(found["version"])) == found["champion"]
+        return found["version"], found["champion"]
+
+    assert publish(2, 0.9) == (2, False), "no better"
+    assert publish(3, 0.91) == (3, True)
+    assert publish(4, 0.99, fingerprint="0" * 64) == (4, False), "other data say nothing"
+    assert publish(2, 0.9, promote=True) == (2, True)
+    assert publish(2, 0.9) == (2, True), "asked again it stays"
+
+
+def test_mlflow_away_is_one_line_without_a_password(
+    home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRACKING, "http://somebody:secret@127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:9: ") as refused:
+        registry.publish(home, study, first[1], first[0])
+    assert "secret" not in str(refused.value)
+
+
+def test_a_folder_without_a_model_is_named(home: Home, study: StudyRow, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model here"):
+        registry.save(tmp_path, tmp_path / "out", study)
+
+
+def test_the_result_in_a_sentence_says_what_its_interval_is_about(first: tuple[Path, dict[str, Any]]) -> None:
+    assert registry.sentence(first[1]) == (
+        "90.00% of 900 test images right; 95% interval 88.00% to 92.00% (Wilson), for this one model on images like "
+        "these. The test part of these data had been read once by then, this time included."
+    )
+    assert [registry.times(number) for number in (1, 2, 3)] == ["once", "twice", "3 times"]
+
+
+# --- where nothing of ours is installed -------------------------------------------------------------------------------
+
+PREDICT = """
+import sys, json, numpy as np, mlflow.pyfunc
+for name in ("searchfm", "timm", "torchvision", "optuna"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{name} is here")
+model = mlflow.pyfunc.load_model(sys.argv[1])
+print(json.dumps(model.predict(np.load(sys.argv[2])).tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(home: Home, published: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The interpreter of a fresh environment with the model's recorded requirements and nothing else; the model."""
+    folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
+    place = tmp_path_factory.mktemp("bare") / "venv"
+    quiet = {**os.environ, "UV_NO_PROGRESS": "1"}
+    quiet.pop("VIRTUAL_ENV", None)
+    subprocess.run(["uv", "venv", "--python", sys.executable, str(place)], check=True, env=quiet, timeout=120)
+    python = place / "bin" / "python"
+    install = ["uv", "pip", "install", "--python", str(python), "-r", str(folder / "requirements.txt")]
+    subprocess.run(install, check=True, env=quiet, timeout=1500)
+    return python, folder
+
+
+@pytest.fixture
+def asked(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """Images in a file, and what our own model answers."""
+    images = np.random.default_rng(7).integers(0, 256, (3, *SHAPE), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    with torch.no_grad():
+        return tmp_path / "images.npy", Served(load_classifier(first[0])[0]).eval()(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.slow
+def test_with_its_recorded_requirements_alone_it_predicts_the_same(
+    bare: tuple[Path, Path], asked: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    python, folder = bare
+    done = subprocess.run(
+        [str(python), "-c", PREDICT, str(folder), str(asked[0])],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.array(json.loads(done.stdout.splitlines()[-1])) - asked[1]).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_served_over_http_it_answers_the_same(
+    bare: tuple[Path, Path], asked: tuple[Path, np.ndarray], tmp_path: Path, free_port: int
+) -> None:
+    python, folder = bare
+    command = [str(python), "-m", "mlflow", "models", "serve", "-m", str(folder), "-p", str(free_port)]
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--env-manager", "local", "--host", "127.0.0.1"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        answer = ask(f"http://127.0.0.1:{free_port}", np.load(asked[0]), server)
+    finally:
+        os.killpg(server.pid, 15)
+        server.wait(30)
+    assert np.abs(np.array(answer["predictions"]) - asked[1]).max() < 1e-6
+
+
+def ask(address: str, images: np.ndarray, server: "subprocess.Popen[bytes]") -> dict[str, Any]:
+    body = json.dumps({"inputs": images.tolist()}).encode()
+    question = urllib.request.Request(f"{address}/invocations", body, {"Content-Type": "application/json"})
+    for _ in range(240):
+        try:
+            with closing(urllib.request.urlopen(question, timeout=60)) as reply:
+                found: dict[str, Any] = json.load(reply)
+                return found
+        except urllib.error.URLError:
+            assert server.poll() is None, "the server ended"
+            time.sleep(0.5)
+    raise AssertionError("the server never answered")
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -1,0 +1,352 @@
+"""From a finished search to one model, on real digits: what is trained, what is read, what is kept, what is refused."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+
+from searchfm import cli
+from searchfm.batch import Step
+from searchfm.coordinator import Plan, Tuning
+from searchfm.engines.local import LocalEngine
+from searchfm.errors import DataError, StorageError, StudyError, UserError
+from searchfm.retrain import Wish, make_plan, retrain
+from searchfm.search.history import StudyRow
+from searchfm.search.storage import STORAGE, TRACKING, Home, load_study, open_storage, update_study
+from searchfm.search.study import Study
+from searchfm.stats import wilson
+from searchfm.tracking import NullTracker, registry
+from tests import rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+
+DIGITS: dict[str, Any] = {
+    "data": {"name": "digits", "subset": 0.8},
+    "model": {"name": "mlp", "mlp": {"layers": 1, "width": {"choice": [8, 16, 32, 64]}}},
+    "optimizer": {"lr": {"low": 1e-3, "high": 1e-2, "log": True}},
+    "train": {"epochs": 2, "batch_size": 64},
+}
+KEYS = {
+    *("study", "finalists", "tie", "winner", "optimism", "validation", "test", "per_class", "model", "seconds"),
+    *("seconds_per_epoch", "training_seconds", "parameters", "flops", "epochs", "fingerprint", "time"),
+}
+
+
+def never() -> bool:
+    return False
+
+
+def row(home: Home) -> StudyRow:
+    return load_study(open_storage(home), home, "digits")
+
+
+def tune(home: Home, trials: int = 4) -> None:
+    """The search itself, on two workers, without MLflow."""
+    search = {"trials": trials, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
+    study = Study("digits", {"search": search, **DIGITS}, question="How wide?")
+    try:
+        stored = load_study(open_storage(home), home, study.name)
+    except StudyError:
+        stored = None
+    plan = Plan(study, home, study.resolved, stored, "cpu", 2)
+    with Tuning(plan, LocalEngine, lambda *_: NullTracker(), never) as tuning:
+        for _ in tuning.run():
+            pass
+
+
+def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[dict[str, Any], list[Step]]:
+    """Retrains to the end; what is kept, and the news on the way."""
+    steps, running = [], retrain(Wish(home, name, workers=2, **asked), LocalEngine, never)
+    while True:
+        try:
+            steps.append(next(running))
+        except StopIteration as end:
+            return dict(end.value), steps
+
+
+def done(steps: list[Step]) -> list[str]:
+    return [step.errand.label for step in steps if step.errand and step.kind == "done"]
+
+
+def reads(home: Home) -> list[dict[str, Any]]:
+    (mine,) = json.loads((home.path / "test-reads.json").read_text()).values()
+    return list(mine)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For fixtures of the module too: no home or database of whoever runs this, and a cache of our own."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (STORAGE, TRACKING):
+            patch.delenv(name, raising=False)
+        patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "retrain-cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    home = Home(tmp_path_factory.mktemp("tuned") / "home")
+    tune(home)
+    return home
+
+
+@pytest.fixture(scope="module")
+def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, Any], list[Step]]:
+    home = Home(tmp_path_factory.mktemp("retrained") / "home")
+    shutil.copytree(tuned.path, home.path)
+    final, steps = finish(home, top=2, seeds=2)
+    return home, final, steps
+
+
+@pytest.fixture
+def copied(retrained: tuple[Home, dict[str, Any], list[Step]], tmp_path: Path) -> Home:
+    """A retrained study of the test's own."""
+    home = Home(tmp_path / "home")
+    shutil.copytree(retrained[0].path, home.path)
+    return home
+
+
+# --- what comes of it -------------------------------------------------------------------------------------------------
+
+
+def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+    home, final, _ = retrained
+    assert set(final) >= KEYS
+    assert row(home).final == final == json.loads((home.study("digits") / "final" / "final.json").read_text())
+    assert final["study"] == "digits"
+    assert final["fingerprint"] == row(home).data["fingerprint"]
+
+
+def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
+    retrained: tuple[Home, dict[str, Any], list[Step]],
+) -> None:
+    home, final, steps = retrained
+    study = row(home)
+    assert [one["trial"] for one in final["finalists"]] == [trial.number for trial in study.ranked(twins=False)[:2]]
+    seeds = [seed for one in final["finalists"] for seed in one["seeds"]]
+    used = {trial.config["train"]["seed"] for trial in study.trials}
+    assert len(set(seeds)) == 4
+    assert not used & set(seeds)
+    for one in final["finalists"]:
+        assert one["value"] == study.trials[one["trial"]].value
+        assert one["mean"] == pytest.approx(np.mean(one["values"]))
+        for seed, value in zip(one["seeds"], one["values"], strict=True):
+            with np.load(home.study("digits") / "finalists" / f"{one['trial']:04d}-{seed}" / "predictions.npz") as file:
+                assert np.mean(file["probabilities"].argmax(1) == file["labels"]) == value
+                assert len(file["labels"]) == study.data["validation"] == final["validation"]["n"]
+    winner = next(one for one in final["finalists"] if one["trial"] == final["winner"])
+    assert final["optimism"] == pytest.approx(winner["value"] - winner["mean"])
+    assert final["validation"]["low"] < final["validation"]["accuracy"] == winner["mean"] < final["validation"]["high"]
+    assert len(done(steps)) == 6, "two finalists with two seeds, the final training, the test"
+
+
+def test_the_final_model_saw_all_training_images_and_the_test_part_once(
+    retrained: tuple[Home, dict[str, Any], list[Step]],
+) -> None:
+    home, final, _ = retrained
+    folder = home.study("digits") / "final"
+    left = {"weights.safetensors", "model.json", "predictions.npz", "epochs.csv", "curves.png", "confusion.png"}
+    assert {path.name for path in folder.iterdir()} == left | {
+        *("log.txt", "config.toml", "final.json", "example.npy", "fit.json", "test.json")
+    }
+    with np.load(folder / "predictions.npz") as file:
+        right = int((file["probabilities"].argmax(1) == file["labels"]).sum())
+        assert final["test"]["n"] == len(file["labels"]) == 384
+    assert final["test"]["accuracy"] == right / 384
+    assert (final["test"]["low"], final["test"]["high"]) == wilson(right, 384)
+    assert sum(one["n"] for one in final["per_class"]) == 384
+    assert final["test"]["reads"] == 1
+    (read,) = reads(home)
+    assert (read["study"], read["winner"]) == ("digits", final["winner"])
+    assert read["time"] < final["time"], "counted before it happened"
+    assert (final["epochs"], final["seconds_per_epoch"]) == (2, pytest.approx(final["training_seconds"] / 2))
+
+
+def test_the_model_is_registered_as_champion(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+    home, final, _ = retrained
+    assert final["model"] == {
+        "name": "searchfm-digits",
+        "version": 1,
+        "uri": "models:/searchfm-digits/1",
+        "champion": True,
+    }
+    version = registry.connect(home).get_model_version_by_alias("searchfm-digits", "champion")
+    assert version.tags["weights"] == final["weights"]
+    assert version.tags["test_accuracy"] == repr(final["test"]["accuracy"])
+
+
+def test_nothing_is_left_half_done(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+    home = retrained[0]
+    assert not [path for path in home.path.rglob("*") if "attempt-" in path.name or path.name.endswith(".tmp")]
+    assert not list(home.study("digits").glob("final-*"))
+
+
+def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_about(
+    retrained: tuple[Home, dict[str, Any], list[Step]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home, final, _ = retrained
+    said = {}
+    for words in (("--json",), ()):
+        monkeypatch.setattr(sys, "argv", ["searchfm", "retrain", "digits", "--home", str(home.path), *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert not left.value.code
+        said[words] = capsys.readouterr().out
+    promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
+    assert json.loads(said[("--json",)]) == {key: final[key] for key in promised}
+    text = " ".join(said[()].split())
+    test, validation = final["test"], final["validation"]
+    assert f"a further seed would give {validation['low']:.2%} to {validation['high']:.2%} (95% prediction" in text
+    assert f"{test['accuracy']:.2%} of 384 images right, 95% interval {test['low']:.2%} to {test['high']:.2%}" in text
+    assert "of this one model, on images like these" in text
+    assert "has been read once" in text
+    assert "models:/searchfm-digits/1, the champion" in text
+
+
+# --- asked again ------------------------------------------------------------------------------------------------------
+
+
+def test_asked_again_it_only_says_it_again(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+    home, final, _ = retrained
+    again, steps = finish(home)
+    assert (again, steps) == (final, [])
+    assert len(reads(home)) == 1
+
+
+def test_another_winner_goes_anew_and_reads_the_test_part_again(copied: Home) -> None:
+    before = row(copied).final
+    assert before is not None
+    other = next(trial.number for trial in row(copied).ranked() if trial.number != before["winner"])
+    final, steps = finish(copied, trial=other)
+    assert any("won under other settings" in step.text for step in steps)
+    assert done(steps) == ["final training", "test"]
+    assert (final["winner"], final["finalists"], final["optimism"]) == (other, [], None)
+    assert final["validation"]["accuracy"] == row(copied).trials[other].value
+    assert final["validation"]["low"] is None
+    assert final["test"]["reads"] == 2 == len(reads(copied))
+    assert (finish(copied)[0]["winner"], len(reads(copied))) == (other, 2), "what was chosen stays chosen"
+    back, steps = finish(copied, top=2)
+    assert back["winner"] == before["winner"]
+    assert [step.kind for step in steps if step.errand and "seed" in step.errand.label] == ["found"] * 4
+    assert back["test"]["accuracy"] == before["test"]["accuracy"], "the same model, trained again"
+    assert back["test"]["reads"] == 2 == len(reads(copied)), "a model is counted once"
+
+
+def test_more_trials_make_other_finalists_and_what_is_known_stays_known(copied: Home) -> None:
+    before = row(copied).final
+    assert before is not None
+    tune(copied, trials=12)
+    study = row(copied)
+    best = [trial.number for trial in study.ranked(twins=False)[:2]]
+    assert best != before["plan"]["trials"]
+    final, steps = finish(copied)
+    assert steps[0].text == f"the finalists are trials {best[0]}, {best[1]} now, and were " + ", ".join(
+        map(str, before["plan"]["trials"])
+    )
+    found = {step.errand.label for step in steps if step.errand and step.kind == "found"}
+    kept = set(best) & set(before["plan"]["trials"])
+    assert {label for label in found if "seed" in label} == {f"trial {n}, seed {k} of 2" for n in kept for k in (1, 2)}
+    assert final["test"]["reads"] == (1 if final["winner"] == before["winner"] else 2)
+
+
+def test_again_means_other_seeds_and_another_reading(copied: Home) -> None:
+    before = row(copied).final
+    assert before is not None
+    final, _ = finish(copied, again=True)
+    old, new = ({seed for one in each["finalists"] for seed in one["seeds"]} for each in (before, final))
+    assert len(old | new) == 8
+    assert final["weights"] != before["weights"]
+    assert final["test"]["reads"] == 2
+    assert finish(copied)[1] == []
+
+
+def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
+    copied: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = row(copied).final
+    assert before is not None
+    with monkeypatch.context() as away:
+        away.setenv(TRACKING, "http://127.0.0.1:9")
+        with pytest.raises(StorageError, match="MLflow at"):
+            finish(copied, epochs=1)
+    kept = row(copied).final
+    assert kept is not None
+    assert (kept["epochs"], kept["model"], kept["test"]["reads"]) == (1, None, 2)
+    final, steps = finish(copied)
+    assert done(steps) == []
+    assert final == {**kept, "model": final["model"]}
+    assert final["model"]["version"] == 2
+    assert len(reads(copied)) == 2
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four(home: Home) -> StudyRow:
+    """Trials 0 and 3 complete, 1 pruned, 2 failed."""
+    return rows.four(home)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"trial": 1}, "study 'toy': trial 1 is pruned; may be 0, 3"),
+        ({"trial": 2}, "study 'toy': trial 2 is failed; may be 0, 3"),
+        ({"trial": 9}, "study 'toy': trial 9 is not there; may be 0, 3"),
+        ({"trial": 0, "top": 2}, "--trial 0: names the winner; --top and --seeds are for finalists"),
+    ],
+)
+def test_a_trial_that_cannot_win_is_named(four: StudyRow, home: Home, asked: dict[str, int], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        make_plan(four, Wish(home, "toy", **asked))  # type: ignore[arg-type]
+    assert str(refused.value) == said
+
+
+def test_a_study_that_still_runs_is_refused_unless_a_trial_is_chosen(four: StudyRow, home: Home) -> None:
+    rows.ask(home)
+    with pytest.raises(StudyError, match="'toy': is unfinished, 1 of its trials still run; go on with `searchfm tune"):
+        make_plan(rows.study(home), Wish(home, "toy"))
+    assert make_plan(rows.study(home), Wish(home, "toy", trial=3)).trials == (3,)
+
+
+def test_a_study_without_a_complete_trial_is_refused(home: Home) -> None:
+    rows.begin(home)
+    rows.tell(home, rows.ask(home), TrialState.FAIL)
+    with pytest.raises(StudyError, match="'toy': has no complete trial"):
+        make_plan(rows.study(home), Wish(home, "toy"))
+
+
+def test_an_unknown_study_is_one_line_and_leaves_nothing(
+    tuned: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home, said in ((tuned.path, "study 'nothing' is not in "), (tmp_path / "no", "holds no study yet")):
+        monkeypatch.setattr(sys, "argv", ["searchfm", "retrain", "nothing", "--home", str(home)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        heard = capsys.readouterr().err
+        assert left.value.code == 2
+        assert said in heard
+        assert heard.count("\n") == 1
+    assert not (tuned.study("nothing")).exists()
+    assert not (tmp_path / "no").exists()
+
+
+def test_data_that_changed_are_refused_before_anything_is_trained(tuned: Home, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    shutil.copytree(tuned.path, home.path)
+    storage, study = open_storage(home), row(home)
+    kept = storage.get_study_user_attrs(study.number)["searchfm"]
+    update_study(storage, study.number, {**kept, "data": {**kept["data"], "fingerprint": "0" * 64}})
+    with pytest.raises(DataError, match="the data have changed since study 'digits' was begun"):
+        finish(home)
+    assert not (home.study("digits") / "finalists").exists()
+    assert not (home.path / "test-reads.json").exists()

@@ -1,0 +1,145 @@
+"""A final training killed at random moments, or told to stop, ends as if nothing had happened: real processes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from searchfm.search.storage import Home, load_study, open_storage
+
+pytestmark = pytest.mark.slow
+
+RETRAIN = ("retrain", "mlp", "--top", "2", "--seeds", "2", "--workers", "2", "--json")
+
+
+def start(home: Path, *words: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "searchfm", *words, "--home", str(home)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "SEARCHFM_CACHE": str(home.parent.parent / "cache")},
+    )
+
+
+def finish(home: Path, *words: str) -> dict[str, Any]:
+    process = start(home, *words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("crash") / "tuned" / "home"
+    words = ("--trials", "3", "--dataset", "digits", "--epochs", "20", "--set", "search.checkpoint_seconds=0")
+    finish(home, "tune", "mlp", "--set", "search.pruner=none", *words, "--json")
+    return home
+
+
+@pytest.fixture(scope="module")
+def unbroken(tuned: Path) -> dict[str, Any]:
+    """What an unbroken final training gives, but for the clock."""
+    home = copy(tuned, "unbroken")
+    finish(home, *RETRAIN)
+    return lasting(home)
+
+
+def copy(tuned: Path, name: str) -> Path:
+    home = tuned.parents[1] / name / "home"
+    shutil.copytree(tuned, home)
+    return home
+
+
+def lasting(home: Path) -> dict[str, Any]:
+    final = load_study(open_storage(Home(home)), Home(home), "mlp").final
+    assert final is not None
+    finalists = [{key: one[key] for key in ("trial", "seeds", "values")} for one in final["finalists"]]
+    kept = ("winner", "tie", "optimism", "validation", "test", "per_class", "weights", "epochs", "plan")
+    model = {key: final["model"][key] for key in ("version", "champion")}
+    return {key: final[key] for key in kept} | {"finalists": finalists, "model": model}
+
+
+def check(home: Path, unbroken: dict[str, Any]) -> None:
+    """Bitwise the unbroken final model, one reading of the test part, one version, nothing half-written."""
+    assert lasting(home) == unbroken
+    (reads,) = json.loads((home / "test-reads.json").read_text()).values()
+    assert len(reads) == 1
+    left = [path for path in (home / "studies").rglob("*") if "attempt-" in path.name or path.suffix == ".tmp"]
+    assert not left
+    assert not list((home / "studies" / "mlp").glob("final-*"))
+
+
+def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
+    """Until so many jobs have begun, or the process is done."""
+    study = home / "studies" / "mlp"
+    while process.poll() is None:
+        begun = list((study / "finalists").glob("*/log.txt")) + list((study / "finalists").glob("*/attempt-*"))
+        begun += [*study.glob("final-*"), *study.glob("final*/test.json")]
+        if len(begun) >= jobs:
+            return
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("moment", [0, 2, 4, 5, 6])
+def test_killed_at_any_moment_the_same_command_ends_it(moment: int, tuned: Path, unbroken: dict[str, Any]) -> None:
+    home, chance = copy(tuned, f"killed-{moment}"), random.Random(moment)
+    process = start(home, *RETRAIN)
+    wait_for(process, home, moment)
+    time.sleep(chance.uniform(0, 0.5))
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive, "workers leave when their coordinator is gone"
+    finish(home, *RETRAIN)
+    check(home, unbroken)
+
+
+def test_a_killed_worker_is_replaced(tuned: Path, unbroken: dict[str, Any]) -> None:
+    home = copy(tuned, "worker")
+    process = start(home, *RETRAIN)
+    wait_for(process, home, 2)
+    (server,) = [child for child in psutil.Process(process.pid).children() if child.children()]
+    server.children()[0].kill()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "lost" in err
+    check(home, unbroken)
+
+
+def test_told_to_stop_it_leaves_with_143_and_goes_on(tuned: Path, unbroken: dict[str, Any]) -> None:
+    home = copy(tuned, "stopped")
+    for jobs in (2, 4):
+        process = start(home, *RETRAIN)
+        wait_for(process, home, jobs)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        process.communicate(timeout=60)
+        assert time.monotonic() < began + 25
+        assert process.returncode == 143
+    finish(home, *RETRAIN)
+    check(home, unbroken)
+
+
+def test_two_at_once_the_second_is_refused(tuned: Path) -> None:
+    home = copy(tuned, "two")
+    first = start(home, *RETRAIN)
+    wait_for(first, home, 1)
+    second = start(home, *RETRAIN)
+    _, err = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert f"is held by process {first.pid}" in err
+    assert err.count("\n") == 1

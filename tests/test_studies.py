@@ -1,0 +1,243 @@
+"""The study files that ship: each says what it asks and measured, is in the table, and trains."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+from searchfm import cli
+from searchfm.coordinator import Plan, Tuning
+from searchfm.engines.local import LocalEngine
+from searchfm.search import files
+from searchfm.search.history import StudyRow
+from searchfm.search.space import leaves
+from searchfm.search.storage import Home
+from tests.driving import Recorder, let_go
+
+SHIPPED = files.shipped()
+SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
+ROWS = [f"A{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 8)]  # all that the two reports tried
+# Workers import timm for these, which takes longer than all the training here.
+TIMM = [name for name in SHIPPED if re.search(r"any|vit|resnet|residual", name)]
+
+
+def header(name: str) -> dict[str, str]:
+    """The opening comment of a study file by keyword, continued lines joined."""
+    path = files.find(name)
+    assert path is not None
+    found: dict[str, str] = {}
+    key = ""
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        if begun := re.fullmatch(r"# ([A-Z]\w+(?: as)?): +(\S.*)", line):
+            key, found[begun[1]] = begun[1], begun[2]
+        else:
+            assert key, f"{name}: {line}"
+            assert line.startswith("#   "), f"{name}: a continued line is indented, or is lost: {line}"
+            found[key] += " " + line[1:].strip()
+    return found
+
+
+def command(*words: str) -> str:
+    """What `searchfm` prints for these words; it must end well."""
+    done = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, (words, done.output, done.exception)
+    return done.stdout
+
+
+# --- what they say ----------------------------------------------------------------------------------------------------
+
+
+def test_all_the_searches_ship() -> None:
+    assert [name for name in SHIPPED if not name.startswith("reports/")] == SEARCHES
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_study_says_what_it_asks_and_what_came_of_it(name: str, tmp_path: Path) -> None:
+    path = files.find(name)
+    assert path is not None
+    file, said = files.read(path), header(name)
+    assert file.study().name == path.stem
+    assert file.question == said["Question"]
+    assert file.question.endswith("?")
+    assert {"Run", "Measured"} <= set(said) <= {"Question", "Run", "Reports", "Read as", "Measured"}
+    assert ("Reports" in said) == name.startswith("reports/")
+    assert re.search(r"\d\d\d\d-\d\d-\d\d|not yet measured: needs ", said["Measured"]), "when, or why not"
+    program, verb, study, *options = said["Run"].split()
+    assert (program, verb, study) == ("searchfm", "tune", name)
+    command("tune", study, *options, "--dry-run", "--home", str(tmp_path / "home"))
+    assert not (tmp_path / "home").exists()
+
+
+def test_names_are_unique() -> None:
+    names = [Path(name).name for name in SHIPPED]
+    assert len(set(names)) == len(names)
+
+
+def table() -> dict[str, str]:
+    """The rows of studies/README.md's table by their first cell."""
+    text = (files.folder() / "README.md").read_text("utf-8")
+    lines = re.findall(r"^\| *([AB]\d+[^|]*?) *\|(.*)\|$", text, re.MULTILINE)
+    assert len({cell for cell, _ in lines}) == len(lines)
+    return dict(lines)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_reports_has_a_study(row: str) -> None:
+    lines = [line for cell, line in table().items() if cell.split()[0].rstrip(",") == row]
+    assert lines
+    for line in lines:
+        study, theirs, ours = (cell.strip() for cell in line.split("|"))
+        assert set(re.findall(r"reports/[\w-]+", study)) & set(SHIPPED), study
+        assert theirs
+        assert re.search(r"\d\.\d|not yet measured", ours), ours
+
+
+def test_the_table_names_all_studies_and_no_others() -> None:
+    text = (files.folder() / "README.md").read_text("utf-8")
+    assert set(re.findall(r"`(?:searchfm tune )?(reports/[\w-]+)`", text)) == set(SHIPPED) - set(SEARCHES)
+    assert set(SEARCHES) <= set(re.findall(r"`([\w-]+)`", text))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_study_shows_its_space_and_what_a_trial_costs(name: str) -> None:
+    path = files.find(name)
+    assert path is not None
+    study = files.read(path).study()
+    shown = command("studies", name)
+    assert header(name)["Question"] in shown
+    assert all(key in shown for key, _ in leaves(study.tree))
+    points = "endless" if name in SEARCHES else len(study.points or ())
+    assert f"points: {points}; trials: {study.trials}" in shown
+    assert re.search(r"cost of a trial: \d\S* .*parameters, \d\S* .*MFLOP a sample", shown)
+
+
+# --- that they train --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """One home for all: its databases are made once."""
+    return Home(tmp_path_factory.mktemp("studies") / "home")
+
+
+def train(name: str, home: Home, overrides: Mapping[str, Any], rename: str | None = None) -> StudyRow:
+    """The study, tuned with the overrides by a coordinator and its worker; nobody follows in MLflow."""
+    path = files.find(name)
+    assert path is not None
+    study = files.read(path).study(overrides, name=rename)
+    plan = Plan(study, home, study.resolved, None, device="cpu", workers=1)
+    with Tuning(plan, LocalEngine, lambda *_: Recorder(), lambda: False) as tuning:
+        for _ in tuning.run():
+            pass
+        found = tuning.result()
+        let_go(tuning.storage)
+    return found
+
+
+def tiny(name: str) -> dict[str, Any]:
+    """Overrides that make one short trial on 121 digits of what the study asks for."""
+    overrides: dict[str, Any] = {
+        "search.trials": 1,
+        "data.name": "digits",
+        "data.subset": 0.1,
+        "train.epochs": 1,
+        "train.batch_size": 64,
+    }
+    if "cifar100" in name:
+        overrides["data.size"] = 32  # B5 halves images five times
+    if name == "vit":
+        overrides["model.vit.patch_size"] = 4  # a patch of 7 pixels does not divide 8
+    if "resnet" in name:
+        overrides["model.transfer.weights"] = "none"
+    return overrides
+
+
+def check_one_trial(name: str, home: Home) -> None:
+    found = train(name, home, tiny(name))
+    (row,) = found.trials
+    assert (found.name, row.state, row.reason) == (Path(name).name, "complete", None)
+    assert row.value is not None
+    assert len(row.epochs) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TIMM])
+def test_one_trial_trains(name: str, home: Home) -> None:
+    check_one_trial(name, home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TIMM)
+def test_one_trial_that_needs_timm_trains(name: str, home: Home) -> None:
+    check_one_trial(name, home)
+
+
+def write_digits(root: Path) -> Path:
+    """scikit-learn's digits as CLASS/NUMBER.png."""
+    source = load_digits()
+    for number, (image, label) in enumerate(zip(source.images, source.target, strict=True)):
+        path = root / str(label) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.slow
+def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -> None:
+    """The same images on every side, and so the same accuracy but for their order in training."""
+    overrides = {"search.trials": 6, "search.pruner": "none", "train.epochs": 10}
+    named = train("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
+    root = write_digits(tmp_path / "images")
+    folder = train("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
+    assert [named.data[key] for key in ("shape", "classes", "train", "validation")] == [
+        folder.data[key] for key in ("shape", "classes", "train", "validation")
+    ]
+    assert named.best is not None
+    assert folder.best is not None
+    assert min(named.best.value or 0, folder.best.value or 0) > 0.95
+    assert abs((named.best.value or 0) - (folder.best.value or 0)) < 0.02
+
+
+def tune(home: Path, *words: str) -> dict[str, Any]:
+    """`searchfm tune` in a process of its own, as a person types it."""
+    asked = [sys.executable, "-m", "searchfm", "tune", *words, "--json", "--home", str(home)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def resnet18_weights(path: Path) -> Path:
+    """A file of weights for timm's ResNet-18, as somebody may have trained them."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(timm.create_model("resnet18").state_dict(), path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "resnet=none", "resnet=FILE", "residual", "any"])
+def test_an_architecture_is_tuned_on_fashion_mnist(name: str, tmp_path: Path) -> None:
+    study, _, weights = name.partition("=")
+    options = []
+    if weights:
+        given = resnet18_weights(tmp_path / "resnet18.safetensors") if weights == "FILE" else weights
+        options = ["--set", f"model.transfer.weights={given}"]
+    found = tune(tmp_path / "home", study, "--trials", "4", "--subset", "0.05", "--epochs", "1", *options)
+    assert found["study"] == study
+    assert (found["trials"]["total"], found["trials"]["failed"]) == (4, 0)
+    assert found["best"]["value"] > 0.2, "ten classes: better than chance"

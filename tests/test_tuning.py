@@ -1,0 +1,229 @@
+"""A whole study: what is opened before it, and what is checked before anything is written. Real training on digits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from searchfm.coordinator import News, Plan, Tuning, choose_devices, open_study
+from searchfm.engines.local import LocalEngine, default_workers
+from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
+from searchfm.search.files import StudyFile
+from searchfm.search.history import StudyRow
+from searchfm.search.storage import Home, open_storage, study_lock, update_study
+from tests.driving import Recorder, facts, let_go, stored
+
+pytestmark = pytest.mark.usefixtures("cold_forkserver")
+
+TABLE: dict[str, Any] = {
+    "search": {"trials": 2, "pruner": "none"},
+    "data": {"name": "digits", "subset": 0.2},
+    "model": {"mlp": {"layers": 1, "width": {"choice": [8, 16, 32]}}},
+    "optimizer": {"lr": {"low": 1e-3, "high": 1e-1, "log": True}},
+    "train": {"epochs": 2},
+}
+FILE = StudyFile(Path("toy.toml"), "toy", "which width?", TABLE)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "tuning-cache"))
+
+
+class Engines:
+    """Makes local engines and remembers them."""
+
+    def __init__(self) -> None:
+        self.made: list[LocalEngine] = []
+
+    def __call__(self, devices: Any) -> LocalEngine:
+        self.made.append(LocalEngine(devices))
+        return self.made[-1]
+
+
+def tune(
+    home: Home,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    file: StudyFile | None = FILE,
+    engines: Engines | None = None,
+    tracker: Recorder | None = None,
+    stopping: Any = lambda: False,
+    **plan: Any,
+) -> tuple[StudyRow, list[News]]:
+    study, before = open_study(home, file, "toy", overrides or {})
+    plain = file.study().resolved if file else before.file if before else {}
+    known = {"device": "cpu", "workers": 1, **plan}
+    asked = Plan(study, home, plain, before, **known)
+    with Tuning(asked, engines or Engines(), lambda *_: tracker or Recorder(), stopping) as tuning:
+        news = list(tuning.run())
+    result = tuning.result()
+    let_go(tuning.storage)
+    return result, news
+
+
+def test_a_study_is_begun_gone_on_with_and_complete(home: Home) -> None:
+    tracker = Recorder()
+    study, news = tune(home, {"train.epochs": 1}, tracker=tracker)
+    check_trained(study, 2)
+    assert study.data["shape"] == [1, 8, 8]
+    assert study.question == "which width?"
+    assert (study.resolved["train"]["epochs"], study.file["train"]["epochs"]) == (1, 2)
+    assert [item.kind for item in news] == ["started", "epoch", "ended"] * 2
+    assert tracker.calls[0] == ("reconcile", 0)
+    best = [row.number for row in study.ranked()]
+    assert tracker.calls[-2:] == [("keep", best), ("close", 2, 60.0)]
+
+    tracker, engines = Recorder(), Engines()
+    again, news = tune(home, tracker=tracker, engines=engines)
+    assert facts(again) == facts(study)
+    assert news == []
+    assert tracker.calls == [("reconcile", 2), ("keep", best), ("close", 2, 60.0)]
+    assert engines.made[0].pids == []  # nobody was started to do nothing
+
+    more, _ = tune(home, {"search.trials": 3}, file=None)  # what was begun needs no file
+    check_trained(more, 3)
+    assert facts(more)[:2] == facts(study)
+    assert (more.uuid, more.planned, more.resolved["train"]["epochs"]) == (study.uuid, 3, 1)
+
+
+def check_trained(study: StudyRow, trials: int) -> None:
+    assert [(row.number, row.state) for row in study.trials] == [(i, "complete") for i in range(trials)]
+    for row in study.trials:
+        assert row.value == round(row.epochs[-1].val_accuracy or 0.0, 6)
+        assert not list(row.folder.glob("attempt-*"))
+
+
+def test_a_trial_that_a_coordinator_left_behind_is_adopted_before_others_are_asked(home: Home) -> None:
+    study, _ = tune(home, {"search.trials": 1})
+    storage = open_storage(home)
+    optuna.load_study(study_name="toy", storage=storage).ask()  # and then, it died
+    let_go(storage)
+    study, news = tune(home, {"search.trials": 3})
+    check_trained(study, 3)
+    assert [(item.kind, item.trial) for item in news if item.kind != "epoch"] == [
+        *[("adopted", 1), ("ended", 1)],
+        *[("started", 2), ("ended", 2)],
+    ]
+
+
+def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home: Home) -> None:
+    before, _ = tune(home)
+    storage = open_storage(home)
+    kept = storage.get_study_user_attrs(before.number)["searchfm"]
+    update_study(storage, before.number, {**kept, "data": {**kept["data"], "fingerprint": "another"}})
+    let_go(storage)
+    with pytest.raises(DataError, match="digits: the data have changed since study 'toy' was begun; put them back"):
+        tune(home, {"search.trials": 5})
+    assert facts(stored(home, "toy")) == facts(before)
+    assert stored(home, "toy").planned == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "plan", "error", "message"),
+    [
+        ({"data.name": "no/such/folder"}, {}, DataError, "no/such/folder"),
+        ({}, {"device": "cuda:7"}, UserError, "--device cuda:7"),
+        ({"model.name": "transfer", "model.transfer.model": "resnet0"}, {}, UserError, "resnet0"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    home: Home, overrides: dict[str, Any], plan: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        tune(home, overrides, **plan)
+    assert "\n" not in str(caught.value)
+    assert not home.path.exists()
+
+
+def test_told_to_stop_before_it_began_a_study_leaves_nothing(home: Home) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tune(home, stopping=lambda: True)
+    assert not home.path.exists()
+
+
+def test_a_held_study_is_refused_before_any_worker_is_started(home: Home) -> None:
+    tune(home)
+    engines = Engines()
+    with study_lock(home, "toy"), pytest.raises(LockedError):
+        tune(home, {"search.trials": 9}, engines=engines)
+    assert engines.made == []
+
+
+def test_what_another_did_in_the_meantime_is_seen_once_the_lock_is_ours(home: Home) -> None:
+    first, _ = tune(home)
+    study, before = open_study(home, FILE, "toy", {"search.trials": 3})
+    other, _ = tune(home, {"search.trials": 4})
+    engines = Engines()
+    with Tuning(
+        Plan(study, home, first.file, before, "cpu", 1), engines, lambda *_: Recorder(), lambda: False
+    ) as tuning:
+        assert list(tuning.run()) == []
+        assert facts(tuning.result()) == facts(other)
+    assert engines.made[0].pids == []
+    let_go(tuning.storage)
+
+
+def test_opening_a_study_writes_nothing_and_names_what_is_unknown(home: Home) -> None:
+    assert open_study(home, FILE, "toy", {})[1] is None
+    with pytest.raises(StudyError, match="study 'nothing': no such study file, and no study of that name in "):
+        open_study(home, None, "nothing", {})
+    for name in ("../../x", "a\0b", "<b>", "x" * 600, ""):
+        with pytest.raises(StudyError, match="must be letters"):
+            open_study(home, FILE, name, {})
+    with pytest.raises(ConfigError, match=r"train.epochs = 0"):
+        open_study(home, FILE, "toy", {"train.epochs": 0})
+    assert not home.path.exists()
+
+
+def test_a_name_of_its_own_makes_a_study_of_its_own(home: Home) -> None:
+    study, before = open_study(home, FILE, "other", {})
+    assert (study.name, before) == ("other", None)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+NONE, GPUS, MAC = {"cuda": 0, "mps": 0}, {"cuda": 2, "mps": 0}, {"cuda": 0, "mps": 1}
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "found", "expected"),
+    [
+        ("auto", 3, NONE, ["cpu"] * 3),
+        ("auto", None, NONE, ["cpu"] * default_workers()),
+        ("cpu", 2, GPUS, ["cpu"] * 2),
+        ("auto", None, GPUS, ["cuda:0", "cuda:1"]),
+        ("cuda", 3, GPUS, ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:1", None, GPUS, ["cuda:1"]),
+        ("cuda:1", 2, GPUS, ["cuda:1"] * 2),
+        ("auto", None, MAC, ["mps"]),
+        ("mps", 2, MAC, ["mps"] * 2),
+    ],
+)
+def test_workers_share_the_devices_there_are(
+    device: str, workers: int | None, found: dict[str, int], expected: list[str]
+) -> None:
+    assert choose_devices(device, workers, found) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "may_be"),
+    [
+        ("cuda", NONE, "auto, cpu"),
+        ("mps", GPUS, "auto, cpu, cuda, cuda:0, cuda:1"),
+        ("gpu", GPUS, "auto, cpu, cuda, cuda:0, cuda:1"),
+        ("cuda:2", GPUS, "auto, cpu, cuda, cuda:0, cuda:1"),
+        ("cuda:x", GPUS, "auto, cpu, cuda, cuda:0, cuda:1"),
+        ("cpu:1", NONE, "auto, cpu"),
+        ("", NONE, "auto, cpu"),
+        ("cuda", MAC, "auto, cpu, mps"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_saying_what_may_come(
+    device: str, found: dict[str, int], may_be: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_devices(device, None, found)
+    assert str(caught.value) == f"--device {device}: torch finds no such device here; may be {may_be}"

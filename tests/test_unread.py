@@ -1,0 +1,108 @@
+"""A search leaves the test part unread, whatever the data: whoever opened it here would hang, fail or leave a trace."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from searchfm.config import DataConfig
+from searchfm.errors import DataError
+from searchfm.learn import sources
+from searchfm.learn.data import load_test
+
+DEBIAN = sources.DEBIAN_FOLDER
+
+
+def fashion(place: Path) -> tuple[str, ...]:
+    """Fashion-MNIST in its own format; its test files are pipes without a writer: to open one is to wait for ever."""
+    raw = place / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
+        (raw / name).symlink_to(DEBIAN / name)
+    for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        os.mkfifo(raw / name)
+    return "--dataset", "fashion-mnist", "--data-dir", str(place), "--subset", "0.02"
+
+
+def digits(place: Path) -> tuple[str, ...]:
+    """One file for all: which images are for testing, their content says."""
+    return "--dataset", "digits"
+
+
+def folder(place: Path) -> tuple[str, ...]:
+    """A person's own images; those for testing cannot be read."""
+    images, labels = load_digits(return_X_y=True)
+    for number, (image, label) in enumerate(zip(images[:400], labels[:400], strict=True)):
+        path = place / "train" / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
+    for label in range(10):
+        (place / "test" / str(label)).mkdir(parents=True)
+        (place / "test" / str(label) / "poison.png").write_bytes(b"\x89PNG, but not really")
+    return "--dataset", str(place)
+
+
+def searchfm(cache: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "searchfm", *words, "--home", str(cache.parent / "home")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "SEARCHFM_CACHE": str(cache)},
+        timeout=240,
+        check=False,
+    )
+
+
+def parts(cache: Path) -> set[str]:
+    """The parts of data sets that somebody has read."""
+    return {path.name.partition("-")[0] for path in cache.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [fashion, digits, folder])
+def test_no_search_reads_the_test_part(data: Callable[[Path], tuple[str, ...]], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "data").mkdir()
+    words = data(tmp_path / "data")
+    asked = ("--trials", "3", "--epochs", "1", "--json", "--workers", "2")
+    done = searchfm(cache, "tune", "mlp", *words, *asked)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trials"]["complete"] == 3
+    assert parts(cache) == {"train"}
+
+
+@pytest.mark.slow
+def test_the_poison_works_and_only_the_last_step_meets_it(tmp_path: Path) -> None:
+    """Finalists and final training leave the test part alone too; what reads it is named, and has been counted."""
+    cache = tmp_path / "cache"
+    (tmp_path / "data").mkdir()
+    words = folder(tmp_path / "data")
+    searchfm(cache, "tune", "mlp", *words, "--trials", "2", "--epochs", "1", "--json")
+    done = searchfm(cache, "retrain", "mlp", "--top", "1", "--seeds", "2", "--json")
+    assert done.returncode == 2
+    assert "poison.png" in done.stderr.splitlines()[-1]
+    said = done.stderr.splitlines()
+    assert any(line.startswith("final training") and "done" in line for line in said)
+    (reads,) = json.loads((tmp_path / "home" / "test-reads.json").read_text()).values()
+    assert len(reads) == 1
+    assert not (tmp_path / "home" / "studies" / "mlp" / "final").exists()
+
+
+def test_the_test_part_of_digits_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path))
+    load_test(DataConfig(name="digits"))
+    assert parts(tmp_path) == {"test"}
+
+
+def test_the_test_part_of_a_poisoned_folder_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path / "cache"))
+    folder(tmp_path / "data")
+    with pytest.raises(DataError, match=r"poison\.png"):
+        load_test(DataConfig(name=str(tmp_path / "data")))

@@ -1,0 +1,204 @@
+"""Who may import whom. The source is read, not run, so imports inside functions and for type checkers count too."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import searchfm
+
+PACKAGE = Path(searchfm.__file__).parent
+
+# The rooms from the ground up, one floor a row. A room imports from the floors below it and from itself; rooms of one
+# floor never see each other. The bare package (the version) may be imported from anywhere.
+FLOORS = (
+    {"errors"},
+    {"schema"},
+    {"config"},
+    {"job", "stats"},
+    {"search", "learn", "engines"},
+    {"plots"},
+    {"tracking"},
+    {"coordinator", "finalists"},
+    {"batch", "final"},
+    {"retrain"},
+    {"show"},
+    {"cli"},
+    {"__main__", "__init__"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+STANDARD_LIBRARY_ONLY = {"errors", "schema", "config", "job"}
+# Every package with a wall around it, and the rooms inside.
+INSIDE = {
+    "torch": {"learn"},
+    "torchvision": {"learn"},
+    "timm": {"learn"},
+    "optuna": {"search", "coordinator", "show"},
+    "optuna_dashboard": {"search", "show"},
+    "mlflow": {"tracking"},
+    "ray": {"engines"},
+    "matplotlib": {"plots"},
+    "typer": {"cli"},
+}
+# The one module, besides learn/data.py that defines it, that may name `load_test`: the job that tests a final model.
+TESTS_THE_FINAL_MODEL = "searchfm.learn.final"
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str  # who imports
+    target: str  # what, as a dotted name; of our own package always a module
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.line} imports {self.target}"
+
+
+def read(package: Path) -> dict[str, ast.Module]:
+    """Module names and their syntax trees; a package's own module ends in `.__init__`."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts): ast.parse(path.read_text("utf-8"))
+        for path in sorted(package.rglob("*.py"))
+    }
+
+
+def imports(trees: Mapping[str, ast.Module]) -> Iterator[Import]:
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            match node:
+                case ast.Import(names):
+                    targets = [alias.name for alias in names]
+                case ast.ImportFrom(str(source), names, level=0):
+                    # `from package import module` means the module, `from module import name` the module too.
+                    named = [f"{source}.{alias.name}" for alias in names]
+                    targets = [name if {name, f"{name}.__init__"} & trees.keys() else source for name in named]
+                case ast.ImportFrom():
+                    raise AssertionError(f"{module}:{node.lineno} imports relatively; ours are absolute")
+                case _:
+                    continue
+            for target in targets:
+                package = f"{target}.__init__"
+                yield Import(module, package if package in trees else target, node.lineno)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def faults(trees: Mapping[str, ast.Module]) -> list[str]:
+    """Every import that goes through a wall, as a line for a person."""
+    found = [f"{module} is in no room" for module in trees if room(module) not in FLOOR]
+    for item in imports(trees):
+        here, package = room(item.module), item.target.split(".")[0]
+        if package == "searchfm":
+            there = "" if item.target == "searchfm.__init__" else room(item.target)
+            if there and there != here and FLOOR.get(there, -1) >= FLOOR.get(here, -1):
+                found.append(f"{item}: not below")
+        elif here in STANDARD_LIBRARY_ONLY and package not in sys.stdlib_module_names:
+            found.append(f"{item}: {here} is standard library only")
+        elif here not in INSIDE.get(package, {here}):
+            found.append(f"{item}: only {', '.join(sorted(INSIDE[package]))} may")
+    return found
+
+
+def naming(word: str, trees: Mapping[str, ast.Module]) -> set[str]:
+    """The modules whose code has the word as a name, an attribute, an import or a text of its own."""
+
+    def says(node: ast.AST) -> bool:
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name) | ast.FunctionDef(name=name):
+                return name == word
+            case ast.Constant(value=str(text)):  # getattr(data, "load_test"), "searchfm.learn.data:load_test"
+                return text == word or text.endswith((f":{word}", f".{word}"))
+        return False
+
+    return {module for module, tree in trees.items() if any(says(node) for node in ast.walk(tree))}
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    return read(PACKAGE)
+
+
+def test_imports_run_downward_and_stay_inside_their_walls(trees: dict[str, ast.Module]) -> None:
+    assert not faults(trees)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("searchfm.learn.planted", "import optuna"),
+        ("searchfm.learn.planted", "from mlflow.entities import Metric"),
+        ("searchfm.learn.planted", "from searchfm.search.study import Study"),
+        ("searchfm.search.planted", "import torch.nn.functional as F"),
+        ("searchfm.search.planted", "def f():\n    from searchfm.learn import data"),
+        ("searchfm.engines.planted", "from optuna.trial import TrialState"),
+        ("searchfm.engines.planted", "from searchfm import tracking"),
+        ("searchfm.coordinator", "if TYPE_CHECKING:\n    from torch import Tensor"),
+        ("searchfm.coordinator", "import searchfm.cli"),
+        ("searchfm.show.planted", "import mlflow"),
+        ("searchfm.config", "import numpy"),
+        ("searchfm.errors", "from searchfm.job import Job"),
+        ("searchfm.utilities", ""),
+    ],
+)
+def test_a_hole_in_a_wall_is_seen(trees: dict[str, ast.Module], module: str, line: str) -> None:
+    before = set(faults(trees))
+    (fault,) = set(faults(trees | {module: ast.parse(line)})) - before
+    assert fault.startswith(module)
+
+
+def test_no_import_leads_back_to_where_it_began(trees: dict[str, ast.Module]) -> None:
+    ours = [item for item in imports(trees) if item.target in trees and item.target != "searchfm.__init__"]
+    graph = {module: {item.target for item in ours if item.module == module} for module in trees}
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_only_the_final_test_reads_the_test_part(trees: dict[str, ast.Module]) -> None:
+    assert "searchfm.learn.data" in naming("load_test", trees)
+    assert naming("load_test", trees) <= {"searchfm.learn.data", TESTS_THE_FINAL_MODEL}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from searchfm.learn.data import load_test", "data.load_test(config)", 'getattr(data, "load_test")'],
+)
+def test_another_reader_of_the_test_part_is_seen(trees: dict[str, ast.Module], line: str) -> None:
+    assert "searchfm.learn.planted" in naming("load_test", trees | {"searchfm.learn.planted": ast.parse(line)})
+
+
+def loaded(code: str) -> set[str]:
+    """The packages that a fresh interpreter has loaded after the code."""
+    tail = "\nimport sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import contextlib, sys
+from searchfm.cli import main
+sys.argv = ["searchfm", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    heavy = {"torch", "torchvision", "timm", "optuna", "mlflow", "matplotlib", "plotly", "sklearn", "scipy", "numpy"}
+    packages = loaded(code)
+    assert "typer" in packages
+    assert not heavy & packages
+
+
+def test_the_coordinator_starts_without_torch_and_mlflow() -> None:
+    code = (
+        "import searchfm.cli, searchfm.coordinator, searchfm.engines.local, searchfm.tracking, searchfm.show.terminal"
+    )
+    packages = loaded(code)
+    assert "optuna" in packages
+    assert not {"torch", "torchvision", "timm", "mlflow", "matplotlib"} & packages
