@@ -126,11 +126,11 @@ def tune(
         if key in overrides:
             raise UserError(f"--set {text}: {key} is given twice")
         overrides[key] = value
-    from searchfm.coordinator import Plan, Tuning
     from searchfm.engines.local import LocalEngine
     from searchfm.search.storage import Home
     from searchfm.show import terminal
     from searchfm.tracking import Tracker
+    from searchfm.tuning import Plan, Tuning
 
     where = Home.find(home)
     opened, stored, file = _open(study, name, overrides, where)
@@ -467,8 +467,8 @@ def _open(
     argument: str, name: str | None, overrides: Mapping[str, Any], home: "Home"
 ) -> "tuple[Study, StudyRow | None, Mapping[str, Any]]":
     """The study that the command line means, what is stored of it, and its file as it is now."""
-    from searchfm.coordinator import open_study
     from searchfm.search import files
+    from searchfm.tuning import open_study
 
     path = files.find(argument)
     if path is None and argument.endswith(".toml"):

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from searchfm.config import Config
-from searchfm.finalists import Finalist, Verdict, choose
 from searchfm.learn.data import Part, Splits, moments
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.train import evaluate, train
+from searchfm.retrain.finalists import Finalist, Verdict, choose
 from searchfm.stats import wilson
 
 TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out, and no `searchfm` ever sees them

@@ -17,12 +17,12 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from searchfm import cli
-from searchfm.coordinator import Plan, Tuning
 from searchfm.engines.local import LocalEngine
 from searchfm.search import files
 from searchfm.search.history import StudyRow
 from searchfm.search.space import leaves
 from searchfm.search.storage import Home
+from searchfm.tuning import Plan, Tuning
 from tests.driving import Recorder, let_go
 
 SHIPPED = files.shipped()

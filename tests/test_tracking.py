@@ -472,6 +472,17 @@ def test_addresses_are_shown_without_passwords() -> None:
     assert web_address("sqlite:////home/a/mlflow.db") is None
 
 
+def test_a_home_may_have_any_path(tmp_path: Path) -> None:
+    home = Home(tmp_path / "50% of a home? #1 %20 ü")
+    make_schema(home)
+    assert (home.path / "mlflow.db").stat().st_size > 0
+    rows.begin(home)
+    rows.tell(home, rows.ask(home), TrialState.FAIL, reason="out of memory")
+    study = rows.study(home)
+    apply(home, study, differences(home, study))
+    assert not differences(home, study)
+
+
 def test_an_installed_package_has_no_commit(tmp_path: Path) -> None:
     assert record.git_commit(tmp_path) is None
 

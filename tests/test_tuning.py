@@ -7,12 +7,13 @@ from typing import Any
 import optuna
 import pytest
 
-from searchfm.coordinator import News, Plan, Tuning, choose_devices, open_study
+from searchfm.coordinator import News
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.search.files import StudyFile
 from searchfm.search.history import StudyRow
 from searchfm.search.storage import Home, open_storage, study_lock, update_study
+from searchfm.tuning import Plan, Tuning, choose_devices, open_study
 from tests.driving import Recorder, facts, let_go, stored
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")

@@ -57,8 +57,7 @@ class Home:
     @property
     def optuna_url(self) -> str:
         """Optuna's database: SEARCHFM_STORAGE, or a SQLite file of the home."""
-        own = sqlalchemy.URL.create("sqlite", database=str(self.path / "optuna.db"))  # paths may hold a `?`
-        return os.environ.get(STORAGE) or own.render_as_string(False)
+        return os.environ.get(STORAGE) or self._own("optuna.db")
 
     @property
     def begun(self) -> bool:
@@ -68,7 +67,16 @@ class Home:
     @property
     def tracking_uri(self) -> str:
         """MLflow's database or server: MLFLOW_TRACKING_URI, or a SQLite file of the home (never Optuna's own)."""
-        return os.environ.get(TRACKING) or f"sqlite:///{self.path / 'mlflow.db'}"
+        return os.environ.get(TRACKING) or self._own("mlflow.db")
+
+    def _own(self, name: str) -> str:
+        """The URL of a SQLite file of the home. Encoded is what SQLAlchemy would take for more than a path, and nothing
+        else, since MLflow makes the folder of the name that stands in the URL.
+        """
+        path = str(self.path / name)
+        for letter in "%?#":  # the first one first: the others bring it in
+            path = path.replace(letter, f"%{ord(letter):X}")
+        return f"sqlite:///{path}"
 
     @property
     def artifacts(self) -> Path:

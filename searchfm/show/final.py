@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from searchfm.batch import Errand, Step
-from searchfm.final import Final
 from searchfm.job import Epoch
+from searchfm.retrain import Final
+from searchfm.retrain.batch import Errand, Step
 from searchfm.show.terminal import seconds
 from searchfm.tracking.registry import times
 

@@ -14,11 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.coordinator import News, Tuning
+from searchfm.coordinator import News
 from searchfm.job import Epoch
 from searchfm.search.history import State, StudyRow, TrialRow
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
+from searchfm.tuning import Tuning
 
 if TYPE_CHECKING:
     from searchfm.learn.sources import Described

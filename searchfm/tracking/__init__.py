@@ -4,7 +4,8 @@
 """
 
 from searchfm.search.notes import Links
-from searchfm.tracking.mirror import Difference, shown
+from searchfm.tracking.client import shown
+from searchfm.tracking.mirror import Difference
 from searchfm.tracking.pages import log_comparison, log_report, study_environment
 from searchfm.tracking.sync import apply, differences, make_schema, run_links
 from searchfm.tracking.tracker import NullTracker, Tracker

@@ -15,7 +15,8 @@ from searchfm.job import Epoch
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import Notes
 from searchfm.search.storage import Home
-from searchfm.tracking.mirror import Mirror, shown
+from searchfm.tracking.client import shown
+from searchfm.tracking.mirror import Mirror
 
 log = logging.getLogger(__name__)
 

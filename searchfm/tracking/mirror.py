@@ -6,34 +6,19 @@ There is one writer a study: whoever holds the study's lock.
 """
 
 import json
-import logging
-import os
-import re
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from filelock import FileLock
 
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import VIEW, Links
 from searchfm.search.storage import Home
 from searchfm.tracking import record
+from searchfm.tracking.client import connect
 from searchfm.tracking.record import Point
 
-# MLflow must neither talk, nor phone, nor wait long in one call (we try again ourselves). What a user has set stands.
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-BATCH = 900  # metrics a call; MLflow takes 1000 entities, 100 of them params or tags
 PAGE = 1000  # runs a page
 GONE = "replaced"  # the role of runs that we deleted ourselves, never to be found again
 
@@ -387,31 +372,6 @@ class Mirror:
         """The study's name, or one with part of its uuid where an older study of that name is remembered."""
         taken = self._client.get_experiment_by_name(self.study.name) is not None
         return f"{self.study.name}-{self.study.uuid[:8]}" if taken else self.study.name
-
-
-def connect(home: Home) -> Any:
-    """An MlflowClient for the home, its database made if it is a file that is not there. Raises what MLflow raises."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    # urllib3 warns of every refused connection; one line a spell is ours to say.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
-    from mlflow.tracking import MlflowClient
-
-    uri = home.tracking_uri
-    if uri.startswith("sqlite:"):
-        path = Path(uri.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes that make the tables at once leave a file that none can open.
-        with FileLock(path.with_suffix(".lock")):
-            with closing(sqlite3.connect(path, timeout=60)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
-            return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def shown(uri: str) -> str:
-    """A database's or server's address as it may be shown: without user, password and query."""
-    return re.sub("//[^/]*@", "//", uri).partition("?")[0]
 
 
 def _read(run: Any) -> Run:

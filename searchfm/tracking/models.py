@@ -14,8 +14,7 @@ from searchfm.errors import ModelError, StorageError, StudyError
 from searchfm.search.history import StudyRow
 from searchfm.search.storage import Home, load_study, open_storage
 from searchfm.tracking import record
-from searchfm.tracking.mirror import connect, shown
-from searchfm.tracking.sync import _unreachable
+from searchfm.tracking.client import connect, database, reaching, shown
 
 log = logging.getLogger("searchfm")
 
@@ -88,15 +87,16 @@ def _version(home: Home, uri: str) -> Any:
         raise ModelError(f"{uri}: must be models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
     where = f"MLflow at {shown(home.tracking_uri)}"
-    if home.tracking_uri.startswith("sqlite:///") and not Path(home.tracking_uri.removeprefix("sqlite:///")).is_file():
+    if (file := database(home)) is not None and not file.is_file():
         raise ModelError(f"{uri}: {where} is not there yet; begin with `searchfm tune`, or name another --home")
-    try:
+    with reaching(home):
         client = connect(home)
-        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
-    except Exception as error:
-        if getattr(error, "error_code", None) in _UNKNOWN:
-            raise ModelError(f"{uri}: {where} has no such model") from None
-        raise _unreachable(home, error) from error
+        try:
+            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except Exception as error:
+            if getattr(error, "error_code", None) in _UNKNOWN:
+                raise ModelError(f"{uri}: {where} has no such model") from None
+            raise
 
 
 @contextmanager
@@ -105,13 +105,11 @@ def _fetched(home: Home, version: Any, uri: str) -> Iterator[Path]:
     from mlflow.artifacts import download_artifacts, list_artifacts
 
     with tempfile.TemporaryDirectory(prefix="searchfm-") as place:
-        try:
+        with reaching(home):
             source = f"{connect(home).get_model_version_download_uri(version.name, version.version)}/{FILES}"
             there = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
             if there.issuperset(record.WEIGHTS):
                 download_artifacts(source, dst_path=place, tracking_uri=home.tracking_uri)
-        except Exception as error:
-            raise _unreachable(home, error) from error
         if not there.issuperset(record.WEIGHTS):
             wanted = " and ".join(record.WEIGHTS)
             raise ModelError(

@@ -14,8 +14,8 @@ from searchfm.search.history import StudyRow
 from searchfm.search.notes import VIEW
 from searchfm.search.storage import Home
 from searchfm.tracking import record
-from searchfm.tracking.mirror import Mirror, connect
-from searchfm.tracking.sync import _unreachable
+from searchfm.tracking.client import connect, reaching
+from searchfm.tracking.mirror import Mirror
 
 COMPARISONS = "searchfm comparisons"  # an experiment; no study's can be named so, for the blank
 COMMIT = "mlflow.source.git.commit"
@@ -23,22 +23,18 @@ COMMIT = "mlflow.source.git.commit"
 
 def log_report(home: Home, study: StudyRow, path: Path) -> None:
     """Keeps a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
-    try:
+    with reaching(home):
         client, run = _own(home, study)
         if run is not None:
             client.log_text(run.info.run_id, path.read_text("utf-8"), "report.html")
-    except Exception as error:
-        raise _unreachable(home, error) from error
     if run is None:
         raise StorageError(f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply")
 
 
 def study_environment(home: Home, study: StudyRow) -> dict[str, str]:
     """Hardware, system and versions that a study was begun with, as its run has them. Raises StorageError."""
-    try:
+    with reaching(home):
         _, run = _own(home, study)
-    except Exception as error:
-        raise _unreachable(home, error) from error
     tags = {} if run is None else run.data.tags
     names = {**{name: name for name in ("hardware", "platform", "python", *record.PACKAGES)}, "commit": COMMIT}
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
@@ -49,14 +45,12 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
 
     lines: of one study each, with `study` and plain values. The same lines are kept once. Raises StorageError.
     """
-    try:
+    with reaching(home):
         client = connect(home)
         experiment = _experiment(client, home)
         mark = digest({"lines": [dict(line) for line in lines]})
         if not client.search_runs([experiment], f"tags.digest = '{mark}'", max_results=1):
             _log(client, experiment, lines, note, files, mark)
-    except Exception as error:
-        raise _unreachable(home, error) from error
 
 
 def _own(home: Home, study: StudyRow) -> tuple[Any, Any]:

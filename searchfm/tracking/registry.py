@@ -17,8 +17,8 @@ import numpy as np
 from searchfm.search.history import StudyRow, read_epochs
 from searchfm.search.storage import Home
 from searchfm.tracking import record
-from searchfm.tracking.mirror import QUIET, Mirror, connect
-from searchfm.tracking.sync import _unreachable
+from searchfm.tracking.client import QUIET, connect, reaching
+from searchfm.tracking.mirror import Mirror
 
 CHAMPION = "champion"
 EXAMPLE = "example.npy"
@@ -38,27 +38,21 @@ def publish(
     Raises StorageError where MLflow cannot be reached, ModelError where the folder holds no model.
     """
     name = f"searchfm-{study.name}"
-    try:
+    with reaching(home):
         client, mirror = connect(home), Mirror(home, study)
         mirror.open()
         found = _version(client, name, final["weights"])
         run = _run(client, mirror, study, final, folder)
-    except Exception as error:
-        raise _unreachable(home, error) from error
     if found is None:
         with tempfile.TemporaryDirectory(prefix="searchfm-") as place:
             path = Path(place) / "model"
             save(folder, path, study)
-            try:
+            with reaching(home):
                 found = _register(client, mirror, study, final, run, path)
-            except Exception as error:
-                raise _unreachable(home, error) from error
-    try:
+    with reaching(home):
         champion, number = _crown(client, name, found, promote), int(found.version)
         model = {"name": name, "version": number, "uri": f"models:/{name}/{number}", "champion": champion}
         client.log_dict(run.info.run_id, {**final, "model": model}, "final.json")
-    except Exception as error:
-        raise _unreachable(home, error) from error
     return model
 
 
@@ -128,7 +122,7 @@ def _run(client: Any, mirror: Mirror, study: StudyRow, final: Mapping[str, Any],
         run = client.create_run(mirror.experiment, start_time=time, tags=tags | record.environment())
         epochs = read_epochs(folder / "epochs.csv")
         points = [point for epoch in epochs for point in record.epoch_points(epoch)]
-        ends = {"value": final["test"]["accuracy"], **{f"test/{key}": final["test"][key] for key in TESTED}}
+        ends = {f"test/{key}": final["test"][key] for key in TESTED}  # no `value`: that is validation accuracy
         ends |= {key: final[key] for key in ("parameters", "flops", "training_seconds", "epochs")}
         ends |= {} if final["optimism"] is None else {"optimism": final["optimism"]}
         metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]

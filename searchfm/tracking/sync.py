@@ -1,19 +1,18 @@
 """What MLflow lacks of a study, and putting it right: `searchfm sync`. Hold the study's lock while applying."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from searchfm.errors import StorageError
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import Links, Notes
 from searchfm.search.storage import Home
-from searchfm.tracking.mirror import Difference, Mirror, connect, shown
+from searchfm.tracking.client import connect, reaching
+from searchfm.tracking.mirror import Difference, Mirror
 
 
 def differences(home: Home, study: StudyRow) -> list[Difference]:
     """Everything in which MLflow differs from the study's record; writes nothing. Raises StorageError."""
     mirror = Mirror(home, study)
-    try:
+    with reaching(home):
         if not mirror.find():
             return [
                 Difference(None, "missing", "has no experiment"),
@@ -23,8 +22,6 @@ def differences(home: Home, study: StudyRow) -> list[Difference]:
         for row in study.trials:
             found += mirror.compare(row, deep=True)
         return found + mirror.compare_weights(kept(study))
-    except Exception as error:
-        raise _unreachable(home, error) from error
 
 
 def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
@@ -32,7 +29,7 @@ def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
     mirror, notes = Mirror(home, study), Notes(home, study)
     rows = {row.number: row for row in study.trials}
     numbers = sorted({difference.trial for difference in found if difference.trial is not None})
-    try:
+    with reaching(home):
         mirror.open()
         for number in numbers:
             mirror.align(rows[number])
@@ -46,8 +43,6 @@ def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
         if any(difference.trial is None for difference in mirror.compare_study()):
             mirror.align_study(study, "RUNNING" if study.of("running") else "FINISHED")
         mirror.keep(kept(study))
-    except Exception as error:
-        raise _unreachable(home, error) from error
     for row in study.trials:
         if row.state != "running" and (row.number in numbers or not notes.has(row)):
             notes.trial(row, mirror.links())
@@ -62,22 +57,12 @@ def kept(study: StudyRow) -> list[TrialRow]:
 def run_links(home: Home, study: StudyRow) -> Links:
     """The ids that links into MLflow's pages are made of. Raises StorageError."""
     mirror = Mirror(home, study)
-    try:
+    with reaching(home):
         mirror.find()
-    except Exception as error:
-        raise _unreachable(home, error) from error
     return mirror.links()
 
 
 def make_schema(home: Home) -> None:
     """Makes MLflow's database where it is a file that is not there yet. Raises StorageError."""
-    try:
+    with reaching(home):
         connect(home)
-    except Exception as error:
-        raise _unreachable(home, error) from error
-
-
-def _unreachable(home: Home, error: Exception) -> StorageError:
-    """One line, without what MLflow says: that may hold an address with a password."""
-    code: Any = getattr(error, "error_code", None)
-    return StorageError(f"MLflow at {shown(home.tracking_uri)}: {type(error).__name__}{f' ({code})' if code else ''}")

@@ -19,7 +19,7 @@ from searchfm.search.storage import STORAGE, Home
 from searchfm.show import page
 from searchfm.show.compare import Line, compare, describe, html, markdown, notes, picture, tables
 from searchfm.stats import holm, mcnemar, wilson
-from searchfm.tracking.mirror import connect
+from searchfm.tracking.client import connect
 
 SAID = ["study", "accuracy", "low", "high", "split", "difference", "p", "seconds_per_epoch", "parameters", "flops"]
 

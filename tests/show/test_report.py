@@ -30,7 +30,7 @@ from searchfm.search.storage import Home, load_study, open_storage
 from searchfm.show import findings, page, words
 from searchfm.show.report import report
 from searchfm.tracking import run_links
-from searchfm.tracking.mirror import connect
+from searchfm.tracking.client import connect
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">"]
 BEST = range(10)  # places that the best trial gets wrong

@@ -11,8 +11,8 @@ import numpy as np
 from filelock import FileLock
 
 from searchfm import plots, stats
-from searchfm.finalists import Verdict
 from searchfm.job import Epoch, Result
+from searchfm.retrain.finalists import Verdict
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.storage import Home, open_storage, write_final
 

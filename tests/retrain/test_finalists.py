@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from searchfm.finalists import Finalist, choose
+from searchfm.retrain.finalists import Finalist, choose
 
 
 def finalist(trial: int, right: np.ndarray, *, value: float = 0.9, flops: int = 100, parameters: int = 10) -> Finalist:

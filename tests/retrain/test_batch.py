@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from searchfm.batch import Batch, Errand, Step
 from searchfm.engines.local import LocalEngine
+from searchfm.retrain.batch import Batch, Errand, Step
 from searchfm.search.history import read_epochs
 from tests.driving import LIGHT
 from tests.toys import curve

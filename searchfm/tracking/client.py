@@ -1,0 +1,70 @@
+"""MLflow's client: quiet, impatient, and wrong in one line."""
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from filelock import FileLock
+
+from searchfm.errors import SearchfmError, StorageError
+from searchfm.search.storage import Home
+
+# MLflow must neither talk, nor phone, nor wait long in one call (we try again ourselves). What a user has set stands.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+
+
+@contextmanager
+def reaching(home: Home) -> Iterator[None]:
+    """Whatever MLflow raises within becomes StorageError, in one line, without what MLflow says: that may hold an
+    address with a password. Errors of our own pass through.
+    """
+    try:
+        yield
+    except SearchfmError:
+        raise
+    except Exception as error:
+        code: Any = getattr(error, "error_code", None)
+        what = f"{type(error).__name__}{f' ({code})' if code else ''}"
+        raise StorageError(f"MLflow at {shown(home.tracking_uri)}: {what}") from error
+
+
+def connect(home: Home) -> Any:
+    """An MlflowClient for the home, its database made if it is a file that is not there. Raises what MLflow raises."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    # urllib3 warns of every refused connection; one line a spell is ours to say.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
+    from mlflow.tracking import MlflowClient
+
+    uri, path = home.tracking_uri, database(home)
+    if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes that make the tables at once leave a file that none can open.
+    with FileLock(path.with_suffix(".lock")):
+        with closing(sqlite3.connect(path, timeout=60)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def database(home: Home) -> Path | None:
+    """The file of MLflow's database, where it is one."""
+    uri = home.tracking_uri
+    return Path(sqlalchemy.make_url(uri).database or "") if uri.startswith("sqlite:") else None
+
+
+def shown(uri: str) -> str:
+    """A database's or server's address as it may be shown: without user, password and query."""
+    return re.sub("//[^/]*@", "//", uri).partition("?")[0]
