@@ -39,8 +39,10 @@ def _open(home: Home) -> BaseStorage:
     return open_storage(home, create=True)
 
 
-def begin(home: Home, name: str = "toy", *, question: str = "How deep?", uuid_: str | None = None) -> StudyRow:
-    """A study without trials."""
+def begin(
+    home: Home, name: str = "toy", *, question: str = "How deep?", uuid_: str | None = None, data: str = "f" * 64
+) -> StudyRow:
+    """A study without trials; data: their fingerprint."""
     kept = {
         "uuid": uuid_ or uuid.uuid4().hex,
         "resolved": RESOLVED,
@@ -48,7 +50,7 @@ def begin(home: Home, name: str = "toy", *, question: str = "How deep?", uuid_: 
         "question": question,
         "digest": "d" * 64,
         "trials": 4,
-        "data": {"fingerprint": "f" * 64, "shape": [1, 28, 28], "classes": CLASSES, "train": 5100, "validation": 900},
+        "data": {"fingerprint": data, "shape": [1, 28, 28], "classes": CLASSES, "train": 5100, "validation": 900},
     }
     create_study(_open(home), name, kept)
     return study(home, name)

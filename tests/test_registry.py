@@ -20,8 +20,8 @@ from searchfm.errors import ModelError, StorageError
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.models import Served, classifier
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import TRACKING, Home
-from searchfm.tracking import registry
+from searchfm.search.storage import TRACKING, Home, open_storage, write_final
+from searchfm.tracking import models, registry
 from tests import rows
 
 # mlflow's own use of SQLAlchemy.
@@ -161,6 +161,21 @@ def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
     assert publish(4, 0.99, fingerprint="0" * 64) == (4, False), "other data say nothing"
     assert publish(2, 0.9, promote=True) == (2, True)
     assert publish(2, 0.9) == (2, True), "asked again it stays"
+
+
+def test_a_champion_trained_on_other_data_does_not_answer_by_the_studys_name(
+    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two homes with one server of MLflow: the second study of a name finds the first one's champion."""
+    monkeypatch.setenv(TRACKING, home.tracking_uri)
+    other = Home(tmp_path / "other")
+    mine = rows.begin(other, data="0" * 64)
+    write_final(open_storage(other), mine.number, {"weights": "0" * 64})
+    expected = (
+        r"@champion: version \d was trained on other data than study 'toy' here; may be .*final, models:/searchfm"
+    )
+    with pytest.raises(ModelError, match=expected), models.find(other, "toy"):
+        pass
 
 
 def test_mlflow_away_is_one_line_without_a_password(

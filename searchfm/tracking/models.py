@@ -75,6 +75,12 @@ def _champion(home: Home, study: StudyRow) -> Iterator[Path]:
     if version is None or version.tags.get("weights") == ours:
         _check(folder, ours)
         yield folder
+    elif version.tags.get("fingerprint") != study.data["fingerprint"]:
+        # Homes that share a server of MLflow share its names too.
+        raise ModelError(
+            f"{uri}: version {version.version} was trained on other data than study {study.name!r} here; "
+            f"may be {folder}, models:/searchfm-{study.name}/VERSION, or first: searchfm retrain {study.name} --promote"
+        )
     else:
         with _fetched(home, version, uri) as fetched:
             yield fetched
