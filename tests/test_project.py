@@ -103,6 +103,17 @@ def test_what_ci_checks_stands_in_contributing() -> None:
     assert not [command for command in checked if command not in told]
 
 
+def test_the_house_as_built_names_every_room() -> None:
+    told = (ROOT / ".github" / "ARCHITECTURE.md").read_text("utf-8")
+    files = [path for path in (ROOT / "searchfm").rglob("*.py") if not path.stem.startswith("__")]
+    architectures = {
+        path for path in files if path.parent.name == "models"
+    }  # one file each, which is all there is to say
+    names = {path.name for path in {*files} - architectures} | {f"{path.parent.name}/" for path in files}
+    assert len(names) > 50
+    assert not [name for name in names if not re.search(rf"\b{name}", told)]
+
+
 def test_the_version_stands_in_one_place() -> None:
     assert pyproject()["project"]["dynamic"] == ["version"]
     assert pyproject()["tool"]["hatch"]["version"]["path"] == "searchfm/__init__.py"

@@ -104,7 +104,6 @@ def failures(where: str) -> Iterator[None]:
 def open_storage(home: Home, *, create: bool = False) -> BaseStorage:
     """Optuna's storage of a home. Raises StudyError where there is none yet, StorageError where it fails."""
     url = _url(home)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     opened = _open_sqlite if url.get_backend_name() == "sqlite" else _open_postgres
     hidden = url.render_as_string(hide_password=True)
