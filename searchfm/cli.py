@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,7 +130,7 @@ def tune(
     from searchfm.engines.local import LocalEngine
     from searchfm.search.storage import Home
     from searchfm.show import terminal
-    from searchfm.tracking import Tracker
+    from searchfm.tracking import Tracker, start
     from searchfm.tuning import Plan, Tuning
 
     where = Home.find(home)
@@ -141,7 +142,8 @@ def tune(
     plan = Plan(opened, where, file, stored, device, workers, _data_dir(data_dir), retry_failed)
     began = time.monotonic()
     with _Stop(timeout) as stop:
-        with Tuning(plan, LocalEngine, Tracker, stop.asked) as tuning:
+        follow = partial(Tracker, process=start())  # which imports MLflow while the data are prepared
+        with Tuning(plan, LocalEngine, follow, stop.asked) as tuning:
             watch = terminal.Watch(console, tuning.result(), tuning.trials, tuning.devices)
             with watch.showing():
                 for news in tuning.run():

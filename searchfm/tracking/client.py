@@ -40,12 +40,18 @@ def reaching(home: Home) -> Iterator[None]:
         raise StorageError(f"MLflow at {shown(home.tracking_uri)}: {what}") from error
 
 
-def connect(home: Home) -> Any:
-    """An MlflowClient for the home, its database made if it is a file that is not there. Raises what MLflow raises."""
+def prepare() -> None:
+    """Imports MLflow, quietly."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     # urllib3 warns of every refused connection; one line a spell is ours to say.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
+    import mlflow.tracking  # noqa: F401
+
+
+def connect(home: Home) -> Any:
+    """An MlflowClient for the home, its database made if it is a file that is not there. Raises what MLflow raises."""
+    prepare()
     from mlflow.tracking import MlflowClient
 
     uri, path = home.tracking_uri, database(home)

@@ -4,7 +4,6 @@ What is registered needs nothing of ours to be used: a torch.export program (pt2
 probabilities, with signature, input example, class names and pinned requirements.
 """
 
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from searchfm.search.history import StudyRow, read_epochs
 from searchfm.search.storage import Home
 from searchfm.tracking import record
-from searchfm.tracking.client import QUIET, connect, reaching
+from searchfm.tracking.client import connect, prepare, reaching
 from searchfm.tracking.mirror import Mirror
 
 CHAMPION = "champion"
@@ -61,8 +60,7 @@ def save(folder: Path, path: Path, study: StudyRow) -> None:
 
     Raises ModelError where the folder holds no model.
     """
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
+    prepare()
     from searchfm.learn.final import served
 
     model, spec = served(folder)
