@@ -6,7 +6,8 @@
 import hashlib
 import io
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ EXAMPLE = "example.npy"
 def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Trains on training and validation data together, no subset taken; nothing is held out.
 
-    payload, result, files and errors as those of `trial.trial`, but that there are no predictions and `value` is None;
-    two training images (2, C, H, W) uint8 are left as an example of what the model takes.
+    payload, result, files and errors as those of `trial.trial`, but that there are no predictions and `value` is None,
+    and that on a CPU it takes `threads` of the payload: nobody else needs the cores. Two training images (2, C, H, W)
+    uint8 are left as an example of what the model takes.
     """
-    result = yield from trained(payload, context, load_full)
+    with _threads(payload["threads"]):
+        result = yield from trained(payload, context, load_full)
     if context.folder is None:
         return result
     config, data_dir = Config.from_table(payload["config"]), payload["data_dir"]
@@ -91,6 +94,16 @@ def served(folder: Path) -> tuple[Served, dict[str, Any]]:
     """The model that `fit` left in a folder, on the CPU in evaluation mode, and its spec. Raises ModelError."""
     model, spec = checkpoint.load_classifier(folder)
     return Served(model).eval(), spec
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sha256(path: Path) -> str:

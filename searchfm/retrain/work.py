@@ -56,7 +56,7 @@ def retrain(
                 devices = _prepare(row, study, workers, wish, stopping)
                 yield Step("said", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 batch = Batch(workers, study.search.retries, stopping, check_lock)
-                work = _Work(home, row, study, plan, batch, wish.data_dir)
+                work = _Work(home, row, study, plan, batch, len(devices), wish.data_dir)
                 verdict = (yield from work.finalists()) if plan.contested else None
                 final = yield from work.final(verdict)
             final |= {"seconds": round(time.monotonic() - began, 3), "plan": plan.record()}
@@ -78,6 +78,7 @@ class _Work:
     study: Study
     plan: Plan
     batch: Batch
+    workers: int
     data_dir: Path | None
 
     def finalists(self) -> Generator[Step, None, Verdict]:
@@ -158,6 +159,7 @@ class _Work:
             "data_dir": self._data_dir,
             "fingerprint": self.row.data["fingerprint"],
             "checkpoint_seconds": self.study.search.checkpoint_seconds,
+            "threads": self.workers,  # of the final training, which no other keeps company
         }
         return Errand(label, identity, folder, record, entry, payload, config["train"]["epochs"])
 

@@ -16,6 +16,7 @@ from searchfm.show.terminal import seconds
 from searchfm.tracking.registry import times
 
 LESSER = ", not better than the champion on the same test part, which stays; --promote changes that"
+LONG = 10.0  # seconds of an epoch that is worth a line of its own where there is no live picture
 SHOWN = 20  # classes, of which the hardest are shown
 
 
@@ -57,6 +58,8 @@ class Watch:
             self.running[errand.label] = (errand, [])
         elif step.kind == "epoch" and step.epoch is not None:
             self.running[errand.label][1].append(step.epoch)
+            if not self.console.is_terminal and step.epoch.seconds > LONG:
+                self._line(f"{name} epoch {step.epoch.index}/{errand.epochs}  {seconds(step.epoch.seconds)}")
         elif step.kind == "lost":
             self._line(f"{name} [red]lost[/]: {escape(step.text)}; goes on from its last checkpoint")
         else:

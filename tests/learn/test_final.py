@@ -31,6 +31,7 @@ def payload(digits: Splits, settings: Config = SETTINGS, **changes: Any) -> dict
         "data_dir": None,
         "fingerprint": digits.fingerprint,
         "identity": "a-study-uuid/7/final",
+        "threads": 2,
         "checkpoint_seconds": 1000.0,
     } | changes
 
