@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,7 +129,7 @@ def tune(
     from searchfm.engines.local import LocalEngine
     from searchfm.search.storage import Home
     from searchfm.show import terminal
-    from searchfm.tracking import Tracker, start
+    from searchfm.tracking import Tracker
     from searchfm.tuning import Plan, Tuning
 
     where = Home.find(home)
@@ -142,8 +141,7 @@ def tune(
     plan = Plan(opened, where, file, stored, device, workers, _data_dir(data_dir), retry_failed)
     began = time.monotonic()
     with _Stop(timeout) as stop:
-        follow = partial(Tracker, process=start())  # which imports MLflow while the data are prepared
-        with Tuning(plan, LocalEngine, follow, stop.asked) as tuning:
+        with Tuning(plan, LocalEngine, Tracker, stop.asked) as tuning:
             watch = terminal.Watch(console, tuning.result(), tuning.trials, tuning.devices)
             with watch.showing():
                 for news in tuning.run():

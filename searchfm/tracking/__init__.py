@@ -8,7 +8,7 @@ from searchfm.tracking.client import shown
 from searchfm.tracking.mirror import Difference
 from searchfm.tracking.pages import log_comparison, log_report, study_environment
 from searchfm.tracking.sync import apply, differences, make_schema, run_links
-from searchfm.tracking.tracker import NullTracker, Tracker, start
+from searchfm.tracking.tracker import NullTracker, Tracker
 
 __all__ = [
     "Difference",
@@ -22,6 +22,5 @@ __all__ = [
     "make_schema",
     "run_links",
     "shown",
-    "start",
     "study_environment",
 ]

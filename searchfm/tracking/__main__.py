@@ -15,7 +15,6 @@ from typing import Any
 from filelock import FileLock
 
 from searchfm.search.history import StudyRow
-from searchfm.tracking.client import prepare
 from searchfm.tracking.follower import Follower
 
 
@@ -30,7 +29,6 @@ def main() -> None:
     """Follows until the pipe breaks."""
     with contextlib.suppress(OSError):
         os.nice(5)  # training goes first
-    prepare()
     home, study = _heard()
     study.folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("searchfm").addHandler(_Voice())

@@ -23,21 +23,6 @@ from searchfm.search.storage import Home
 
 log = logging.getLogger(__name__)
 
-Process = subprocess.Popen[bytes]
-
-
-def start() -> Process:
-    """A process that follows nothing yet: importing MLflow takes it seconds, in which a search can be prepared. It ends
-    when its standard input does. Raises OSError.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-m", "searchfm.tracking"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C is for the coordinator, which then closes us in order
-    )
-
 
 class NullTracker:
     """Follows nothing."""
@@ -65,12 +50,11 @@ class NullTracker:
 class Tracker:
     """Every call but `close` returns at once. One instance a search, used by the one thread of its coordinator."""
 
-    def __init__(self, home: Home, study: StudyRow, process: Process | None = None) -> None:
-        """The process is one that `start` gave, or a new one."""
+    def __init__(self, home: Home, study: StudyRow) -> None:
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._left: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ended = 0
-        threading.Thread(target=self._run, args=(home, study, process), name="tracker", daemon=True).start()
+        threading.Thread(target=self._run, args=(home, study), name="tracker", daemon=True).start()
 
     def started(self, row: TrialRow) -> None:
         """A trial began, or goes on."""
@@ -105,9 +89,15 @@ class Tracker:
         except queue.Empty:
             return max(self._ended, 1)
 
-    def _run(self, home: Home, study: StudyRow, process: Process | None) -> None:
+    def _run(self, home: Home, study: StudyRow) -> None:
         try:
-            process = process or start()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "searchfm.tracking"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the coordinator, which then closes us in order
+            )
             assert process.stdin is not None
             threading.Thread(target=self._listen, args=(process,), name="tracker-log", daemon=True).start()
             call: Any = (home, study)
@@ -119,7 +109,7 @@ class Tracker:
             log.warning("nobody follows into MLflow (%s); `searchfm sync` brings what is missing", error.strerror)
             self._left.put(max(self._ended, 1))
 
-    def _listen(self, process: Process) -> None:
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
         """Passes on what the process says, and lets it go once it has said how much is left."""
         assert process.stdin is not None
         assert process.stdout is not None
