@@ -75,7 +75,7 @@ def searchfm(
     """Runs a command in this process, in an empty folder, where `runs` is the home."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
 
     def run(*words: str | Path) -> Said:
         monkeypatch.setattr(sys, "argv", ["searchfm", *map(str, words)])

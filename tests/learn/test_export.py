@@ -53,7 +53,8 @@ def made(name: str) -> Model:
     net = build(Config.from_table(table).model, shape, len(CLASSES), seed=1)
     model = Classifier(net, torch.full(shape[:1], 0.3), torch.full(shape[:1], 0.4))
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)  # for dropout
         for _ in range(2):
             model.train()(torch.randint(0, 256, (16, *shape), generator=generator, dtype=torch.uint8))
     return model.eval(), {"format": 1, "config": table, "classes": CLASSES, "shape": list(shape)}
