@@ -60,9 +60,27 @@ def connect(home: Home) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes that make the tables at once leave a file that none can open.
     with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _make(uri, path)
         with closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make(uri: str, path: Path) -> None:
+    """Makes MLflow's tables in a file that takes its place when it is whole: they take some 1700 statements, and of a
+    process that is killed in the middle remains what MLflow refuses to open ever after.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    partial = path.with_name(f"{path.name}.new")
+    for left in path.parent.glob(f"{partial.name}*"):
+        left.unlink()
+    place, _, query = uri.partition("?")
+    store: Any = SqlAlchemyStore  # untyped
+    made = store(f"{place}.new{'?' * bool(query)}{query}", (path.parent / "mlartifacts").as_uri())
+    made.engine.dispose()
+    partial.replace(path)
 
 
 def database(home: Home) -> Path | None:
