@@ -299,10 +299,10 @@ def test_a_coordinator_killed_at_ten_writes_is_followed_by_one_that_completes_th
 def test_a_coordinator_killed_at_any_write_is_followed_by_one_that_completes_the_study(
     deaths: Any, workers: int
 ) -> None:
-    """Every odd write with one worker, every even one with two."""
+    """Every fourth write: from the first with one worker, from the second with two."""
     spec = MORTAL | {"workers": workers}
     unbroken = deaths("unbroken", spec, [None])
-    for moment in range(workers, int((unbroken.folder.parents[1] / "writes").read_text()) - 5, 2):
+    for moment in range(workers, int((unbroken.folder.parents[1] / "writes").read_text()) - 5, 4):
         check_deaths(deaths("broken", spec, [moment, None]), unbroken)
 
 
