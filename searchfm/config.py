@@ -7,7 +7,7 @@ payload of a job, so a key means one thing everywhere. Defaults live here and no
 from typing import Any, Literal
 
 from searchfm.errors import ConfigError
-from searchfm.schema import Table, branch, digest, key, table
+from searchfm.tables import Table, branch, digest, key, table
 
 Shape = tuple[int, int, int]  # channels, height, width
 

@@ -9,7 +9,7 @@ import tomli_w
 
 from searchfm.config import DATASETS, Config, DataConfig, ModelConfig, TrainConfig, image_shape
 from searchfm.errors import ConfigError
-from searchfm.schema import Table, schema
+from searchfm.tables import Table, schema
 
 
 def read(text: str) -> Config:

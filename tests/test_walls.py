@@ -18,7 +18,7 @@ PACKAGE = Path(searchfm.__file__).parent
 # floor never see each other. The bare package (the version) may be imported from anywhere.
 FLOORS = (
     {"errors"},
-    {"schema"},
+    {"tables"},
     {"config"},
     {"job", "stats"},
     {"search", "learn", "engines"},
@@ -32,7 +32,7 @@ FLOORS = (
     {"__main__", "__init__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-STANDARD_LIBRARY_ONLY = {"errors", "schema", "config", "job"}
+STANDARD_LIBRARY_ONLY = {"errors", "tables", "config", "job"}
 # Every package with a wall around it, and the rooms inside.
 INSIDE = {
     "torch": {"learn"},

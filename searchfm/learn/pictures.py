@@ -10,7 +10,7 @@ from safetensors import safe_open
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.learn import parsed
-from searchfm.schema import show
+from searchfm.tables import show
 
 
 def images(

@@ -24,7 +24,7 @@ from searchfm.errors import DataError
 from searchfm.learn import folder, formats
 from searchfm.learn.download import debian_package, download
 from searchfm.learn.formats import IDX, Arrays, PartName
-from searchfm.schema import show
+from searchfm.tables import show
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

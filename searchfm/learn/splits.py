@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
-from searchfm.schema import show
+from searchfm.tables import show
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]

@@ -22,7 +22,7 @@ from searchfm.learn.data import Part, Splits, load
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.train import Evaluation, Training, train
-from searchfm.schema import digest
+from searchfm.tables import digest
 
 log = logging.getLogger("searchfm")
 

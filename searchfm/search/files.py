@@ -10,9 +10,9 @@ from typing import Any
 import searchfm
 from searchfm.config import DATASETS
 from searchfm.errors import ConfigError, StudyError
-from searchfm.schema import show
 from searchfm.search.history import StudyRow
 from searchfm.search.study import FREE, NAME, Study, check_name
+from searchfm.tables import show
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Protocol, assert_never
 
 from searchfm.errors import ConfigError
-from searchfm.schema import Key, Table, chooser, expect_table, refuse_unknown, schema, show
+from searchfm.tables import Key, Table, chooser, expect_table, refuse_unknown, schema, show
 
 MOST_POINTS = 100_000  # of a grid, and of combinations that must agree: more is a mistake, not a plan
 

@@ -17,8 +17,8 @@ from optuna.trial import FrozenTrial
 
 from searchfm.config import Config, Shape, Transfer, image_shape
 from searchfm.errors import ConfigError, StudyError
-from searchfm.schema import Table, branch, digest, expect_table, key, schema
 from searchfm.search import space
+from searchfm.tables import Table, branch, digest, expect_table, key, schema
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -22,7 +22,7 @@ from searchfm.errors import DataError
 from searchfm.learn import parsed, sources
 from searchfm.learn.data import Part, batches, load, load_full, load_test, moments
 from searchfm.learn.splits import TEST_SHARE, split
-from searchfm.schema import show
+from searchfm.tables import show
 
 DIGITS = DataConfig(name="digits")
 FASHION = DataConfig(name="fashion-mnist")

@@ -13,8 +13,8 @@ import tomli_w
 
 from searchfm.config import Config
 from searchfm.errors import ConfigError
-from searchfm.schema import Table, branch, key, schema, table
 from searchfm.search import space
+from searchfm.tables import Table, branch, key, schema, table
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

@@ -9,9 +9,9 @@ from optuna.trial import FixedTrial, TrialState
 
 from searchfm.config import Config
 from searchfm.errors import ConfigError, StudyError
-from searchfm.schema import schema
 from searchfm.search import files
 from searchfm.search.study import SearchConfig, Study, check_name
+from searchfm.tables import schema
 from tests import toys
 from tests.driving import TABLES, toy
 

@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from searchfm.errors import ConfigError
-from searchfm.schema import Table, branch, digest, key, schema, show, table
+from searchfm.tables import Table, branch, digest, key, schema, show, table
 
 
 class Plain(Table):
