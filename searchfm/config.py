@@ -38,7 +38,7 @@ class DataConfig(Table):
 class Mlp(Table):
     """Fully connected layers, each followed by batch norm (if asked for), ReLU and dropout."""
 
-    word = "mlp"
+    tag = "mlp"
     layers: int = key(2, "hidden layers", ge=0, le=64)
     width: tuple[int, ...] = key(200, "units of each hidden layer", ge=1, per="layers")
     dropout: float = key(0.0, "probability of dropping a unit after each hidden layer", ge=0, lt=1)
@@ -48,7 +48,7 @@ class Mlp(Table):
 class Cnn(Table):
     """Stages of convolutions, each stage followed by its pooling; then dense layers."""
 
-    word = "cnn"
+    tag = "cnn"
     agree = (("stages", "pool"), ("kernel",))
     stages: int = key(2, "stages; a stage is `convs` convolutions and one pooling", ge=1, le=32)
     filters: tuple[int, ...] = key(32, "filters of each stage's convolutions", ge=1, per="stages")
@@ -87,7 +87,7 @@ class Cnn(Table):
 class Vit(Table):
     """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
-    word = "vit"
+    tag = "vit"
     agree = (("patch_size",), ("hidden_dim", "heads"))
     patch_size: int = key(4, "side of a patch in pixels; divides the images' side", ge=1)
     hidden_dim: int = key(64, "width of a token", ge=1)
@@ -116,7 +116,7 @@ class Vit(Table):
 class Transfer(Table):
     """Any timm model by name, of which the head and the last `tuned_blocks` stages are trained."""
 
-    word = "transfer"
+    tag = "transfer"
     model: str = key("resnet18", "name of a timm model")
     tuned_blocks: int | Literal["all"] = key(
         0, 'stages trained, from the top; 0 is the head only, "all" everything', ge=0
@@ -131,7 +131,7 @@ class Residual(Table):
     of residual blocks; each stage but the first halves the image.
     """
 
-    word = "residual"
+    tag = "residual"
     agree = (("stages",),)
     stages: int = key(3, "stages of residual blocks", ge=1, le=6)
     blocks: int = key(2, "residual blocks a stage", ge=1, le=64)
@@ -157,7 +157,7 @@ class ModelConfig(Table):
 class Sgd(Table):
     """Stochastic gradient descent."""
 
-    word = "sgd"
+    tag = "sgd"
     momentum: float = key(0.9, "momentum", ge=0, lt=1)
     nesterov: bool = key(False, "Nesterov's momentum")
 
@@ -172,14 +172,14 @@ class Sgd(Table):
 class Adagrad(Table):
     """Adagrad (Duchi et al. 2011)."""
 
-    word = "adagrad"
+    tag = "adagrad"
     lr_decay: float = key(0.0, "decay of the learning rate with each step", ge=0)
 
 
 class Rmsprop(Table):
     """RMSprop (Hinton 2012)."""
 
-    word = "rmsprop"
+    tag = "rmsprop"
     alpha: float = key(0.99, "smoothing of the squared gradients", ge=0, lt=1)
     momentum: float = key(0.0, "momentum", ge=0, lt=1)
 
@@ -187,7 +187,7 @@ class Rmsprop(Table):
 class Adam(Table):
     """Adam (Kingma & Ba 2015, arXiv 1412.6980); weight_decay is L2 in the gradient."""
 
-    word = "adam"
+    tag = "adam"
     beta1: float = key(0.9, "smoothing of the gradient", ge=0, lt=1)
     beta2: float = key(0.999, "smoothing of the squared gradient", ge=0, lt=1)
 
@@ -195,7 +195,7 @@ class Adam(Table):
 class AdamW(Table):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
-    word = "adamw"
+    tag = "adamw"
     beta1: float = key(0.9, "smoothing of the gradient", ge=0, lt=1)
     beta2: float = key(0.999, "smoothing of the squared gradient", ge=0, lt=1)
 
@@ -214,13 +214,13 @@ class OptimizerConfig(Table):
 class Constant(Table):
     """The learning rate stays."""
 
-    word = "constant"
+    tag = "constant"
 
 
 class StepDecay(Table):
     """The learning rate is multiplied by `factor` every `every` epochs."""
 
-    word = "step"
+    tag = "step"
     every: int = key(5, "epochs between two steps", ge=1)
     factor: float = key(0.5, "what a step multiplies by", gt=0, le=1)
 
@@ -228,21 +228,21 @@ class StepDecay(Table):
 class Exponential(Table):
     """The learning rate is multiplied by `factor` an epoch, batch by batch."""
 
-    word = "exponential"
+    tag = "exponential"
     factor: float = key(0.9, "what an epoch multiplies by", gt=0, le=1)
 
 
 class Cosine(Table):
     """Half a cosine from the learning rate down to `floor` of it (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
 
-    word = "cosine"
+    tag = "cosine"
     floor: float = key(0.0, "last learning rate over the highest", ge=0, le=1)
 
 
 class OneCycle(Table):
     """Up and down again in one cycle (Smith & Topin 2018, arXiv 1708.07120); has its own warm-up."""
 
-    word = "one-cycle"
+    tag = "one-cycle"
     rise: float = key(0.3, "share of training that the learning rate rises for", gt=0, lt=1)
 
 
@@ -305,7 +305,7 @@ class Config(Table):
             try:
                 kind.fit_images(shape)
             except ConfigError as error:
-                raise error.under(f"model.{kind.word}") from None
+                raise error.under(f"model.{kind.tag}") from None
 
     def digest(self) -> str:
         """sha256 of the config without its seed: equal digests are twins."""

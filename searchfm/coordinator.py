@@ -257,7 +257,7 @@ class Coordinator:
             live.reported = epoch.index
             # Successive halving marks its rung before it answers: a step judged twice would answer differently.
             if epoch.index < live.config.train.epochs and live.trial.should_prune():
-                live.pruned = f"pruned by {self.study.search.pruner.word} after epoch {epoch.index}"
+                live.pruned = f"pruned by {self.study.search.pruner.tag} after epoch {epoch.index}"
                 live.trial.set_user_attr("pruned", live.pruned)  # it may take its worker a while to leave
         self.tracker.epoch(number, epoch)
         yield News("epoch", number, epoch=epoch)

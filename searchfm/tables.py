@@ -105,10 +105,10 @@ class Key:
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(key, table, branch))
 class Table:
     """A table of a study file. Subclasses are frozen, keyword-only dataclasses whose fields are made by `key`,
-    `table` and `branch`; `word` is what chooses one in a branch.
+    `table` and `branch`; `tag` is what chooses one in a branch.
     """
 
-    word: ClassVar[str] = ""
+    tag: ClassVar[str] = ""
     _keys: ClassVar[Mapping[str, Key]]  # what `schema` has read, kept
     agree: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of discrete keys of which not all values fit: see `fit`
 
@@ -137,7 +137,7 @@ class Table:
         ready: dict[str, Any] = {}
         for item in known.values():
             if item.options and not item.inline:
-                chosen = values.get("name", item.default.word)
+                chosen = values.get("name", item.default.tag)
                 option = choose(item, chosen)
                 ready["kind"] = _within(chosen, option, values.get(chosen, {}))
             elif item.name not in values:
@@ -145,7 +145,7 @@ class Table:
             elif item.options:
                 given = values[item.name]
                 given = {"name": given} if isinstance(given, str) else expect_table(item.name, given)
-                option = choose(item, given.get("name", item.default.word), f"{item.name}.")
+                option = choose(item, given.get("name", item.default.tag), f"{item.name}.")
                 ready[item.name] = _within(item.name, option, {k: v for k, v in given.items() if k != "name"})
             elif item.table is not None:
                 ready[item.name] = _within(item.name, item.table, values[item.name])
@@ -161,9 +161,9 @@ class Table:
                 kind = getattr(self, item.name if item.inline else "kind")
                 settings = kind.to_table()
                 if item.inline:
-                    values[item.name] = {"name": kind.word, **settings}
+                    values[item.name] = {"name": kind.tag, **settings}
                 else:
-                    values |= {"name": kind.word} | ({kind.word: settings} if settings else {})
+                    values |= {"name": kind.tag} | ({kind.tag: settings} if settings else {})
                 continue
             value = getattr(self, item.name)
             if isinstance(value, Table):
@@ -188,7 +188,7 @@ def schema(cls: type[Table]) -> Mapping[str, Key]:
         tables = [part for part in parts if isinstance(part, type) and issubclass(part, Table)]
         if "inline" in meta:
             name = item.name if meta["inline"] else "name"
-            options = {part.word: part for part in tables}
+            options = {part.tag: part for part in tables}
             default = item.default_factory
             keys[name] = Key(name, meta["doc"], default, options=options, inline=meta["inline"], fixed=meta["fixed"])
         elif tables:

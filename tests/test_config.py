@@ -26,7 +26,7 @@ def tables(cls: type[Table]) -> list[type[Table]]:
 @pytest.mark.parametrize("name", schema(ModelConfig)["name"].options)
 def test_every_architecture_goes_to_toml_and_back(name: str) -> None:
     config = read(f'model.name = "{name}"')
-    assert config.model.kind.word == name
+    assert config.model.kind.tag == name
     assert Config.from_table(tomllib.loads(tomli_w.dumps(config.to_table()))) == config
 
 
@@ -109,7 +109,7 @@ def test_an_architecture_that_does_not_fit_the_images_is_named(
     else:
         with pytest.raises(ConfigError) as caught:
             config.fit_images(shape)
-        assert str(caught.value).startswith(f"model.{config.model.kind.word}.{message}")
+        assert str(caught.value).startswith(f"model.{config.model.kind.tag}.{message}")
 
 
 def test_twins_are_equal_but_for_their_seed() -> None:

@@ -15,13 +15,13 @@ from searchfm.tables import Table, branch, digest, key, schema, show, table
 class Plain(Table):
     """Nothing to set."""
 
-    word = "plain"
+    tag = "plain"
 
 
 class Fancy(Table):
     """Something to set."""
 
-    word = "fancy"
+    tag = "fancy"
     depth: int = key(2, "how deep", ge=1, le=9)
     share: float = key(0.5, "a share", gt=0, lt=1)
 

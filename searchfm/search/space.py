@@ -174,7 +174,7 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
     for item in known.values():
         assert not item.inline, "inline branches belong to [search], which takes no ranges"
         if item.options:
-            words = _leaf(chooser(item), values.get("name", item.default.word))
+            words = _leaf(chooser(item), values.get("name", item.default.tag))
             # Options that no trial enters are read too: a mistake in one is a mistake.
             trees = {word: _tree(word, option, values.get(word, {})) for word, option in item.options.items()}
             nodes["name"] = Branch(words, {word: trees[word] for word in words.ends})

@@ -29,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class Tpe(Table):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
 
-    word = "tpe"
+    tag = "tpe"
     startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
     candidates: int = key(24, "candidates the model compares for each proposal", ge=1, fixed=True)
 
@@ -37,39 +37,39 @@ class Tpe(Table):
 class Random(Table):
     """Independent draws (Bergstra & Bengio 2012)."""
 
-    word = "random"
+    tag = "random"
 
 
 class Grid(Table):
     """Every point of a finite space, in order: trial i is point i."""
 
-    word = "grid"
+    tag = "grid"
 
 
 class CmaEs(Table):
     """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
 
-    word = "cmaes"
+    tag = "cmaes"
     startup_trials: int = key(10, "random trials before the strategy proposes", ge=1, fixed=True)
 
 
 class Gp(Table):
     """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
 
-    word = "gp"
+    tag = "gp"
     startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
 
 
 class Qmc(Table):
     """A scrambled Sobol sequence (Bergstra & Bengio 2012); choices and branches are drawn at random."""
 
-    word = "qmc"
+    tag = "qmc"
 
 
 class Median(Table):
     """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
 
-    word = "median"
+    tag = "median"
     startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
     min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
 
@@ -77,7 +77,7 @@ class Median(Table):
 class Percentile(Table):
     """Stops a trial that is not among the best `keep` percent at the same epoch."""
 
-    word = "percentile"
+    tag = "percentile"
     keep: float = key(25.0, "percent of the trials that go on", gt=0, lt=100, fixed=True)
     startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
     min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
@@ -86,7 +86,7 @@ class Percentile(Table):
 class Hyperband(Table):
     """Successive halving at several rates side by side (Li et al. 2018, arXiv 1603.06560)."""
 
-    word = "hyperband"
+    tag = "hyperband"
     min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
     reduction: int = key(3, "one in so many goes on at each halving", ge=2, fixed=True)
 
@@ -94,7 +94,7 @@ class Hyperband(Table):
 class Asha(Table):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
 
-    word = "asha"
+    tag = "asha"
     min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
     reduction: int = key(4, "one in so many goes on at each halving", ge=2, fixed=True)
 
@@ -102,7 +102,7 @@ class Asha(Table):
 class Patient(Table):
     """Stops a trial that has been worse than its own best for more than `patience` epochs in a row."""
 
-    word = "patient"
+    tag = "patient"
     patience: int = key(3, "epochs in a row that may be worse than the best before them", ge=0, fixed=True)
     min_delta: float = key(0.0, "how much lower an accuracy must be to be worse", ge=0, fixed=True)
 
@@ -110,7 +110,7 @@ class Patient(Table):
 class NoPruner(Table):
     """Every trial runs to its end."""
 
-    word = "none"
+    tag = "none"
 
 
 class SearchConfig(Table):
@@ -208,7 +208,7 @@ class Study:
         """(model, weights) of every pretrained model that a trial may ask for."""
         node = self._node("model", "name")
         assert isinstance(node, space.Branch)
-        tree = node.options.get(Transfer.word)
+        tree = node.options.get(Transfer.tag)
         if tree is None:
             return []
         ways = space.walk(

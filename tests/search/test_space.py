@@ -22,13 +22,13 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 class Bare(Table):
     """Nothing to set."""
 
-    word = "bare"
+    tag = "bare"
 
 
 class Stack(Table):
     """Lists that are as long as another key says."""
 
-    word = "stack"
+    tag = "stack"
     layers: int = key(1, "layers", ge=0, le=4)
     width: tuple[int, ...] = key(8, "a width a layer", ge=1, per="layers")
     kind: tuple[Literal["a", "b", "c"], ...] = key("a", "a kind a layer", per="layers")
@@ -37,7 +37,7 @@ class Stack(Table):
 class Pair(Table):
     """Keys of which not all values fit."""
 
-    word = "pair"
+    tag = "pair"
     agree = (("whole", "part"), ("odd",))
     whole: int = key(12, "what is divided", ge=1)
     part: int = key(2, "what divides", ge=1)
@@ -232,10 +232,10 @@ def test_only_what_is_entered_is_asked_for_and_everything_has_its_dotted_name() 
         config = Config.from_table(space.sample(trial, tree))
         names = set(trial.params)
         seen |= names
-        other = "cnn" if config.model.kind.word == "mlp" else "mlp"
+        other = "cnn" if config.model.kind.tag == "mlp" else "mlp"
         assert not any(name.startswith(f"model.{other}.") for name in names)
-        assert ("optimizer.sgd.momentum" in names) == (config.optimizer.kind.word == "sgd")
-        if config.model.kind.word == "mlp":  # a list of no entries asks for none
+        assert ("optimizer.sgd.momentum" in names) == (config.optimizer.kind.tag == "sgd")
+        if config.model.kind.tag == "mlp":  # a list of no entries asks for none
             assert ("model.mlp.width" in names) == (trial.params["model.mlp.layers"] > 0)
         else:
             assert ("model.cnn.filters.2" in names) == (trial.params["model.cnn.stages"] == 2)

@@ -144,7 +144,7 @@ def test_a_trials_parameters_give_its_config_again() -> None:
         config = study.sample(FixedTrial(trial.params))
         assert study.sample(FixedTrial(trial.params)) == config
         assert config.train.seed is None
-        flat = {"model.mlp.layers": config.model.kind.layers, "optimizer.name": config.optimizer.kind.word}  # type: ignore[union-attr]
+        flat = {"model.mlp.layers": config.model.kind.layers, "optimizer.name": config.optimizer.kind.tag}  # type: ignore[union-attr]
         assert flat.items() <= trial.params.items()
 
 
