@@ -22,8 +22,8 @@ from searchfm.errors import DataError, SearchfmError, StorageError, StudyError, 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from searchfm.home import Home
     from searchfm.search.history import StudyRow
-    from searchfm.search.storage import Home
     from searchfm.search.study import Study
 
 app = typer.Typer(
@@ -127,7 +127,7 @@ def tune(
             raise UserError(f"--set {text}: {key} is given twice")
         overrides[key] = value
     from searchfm.engines.local import LocalEngine
-    from searchfm.search.storage import Home
+    from searchfm.home import Home
     from searchfm.show import terminal
     from searchfm.tracking import Tracker
     from searchfm.tuning import Plan, Tuning
@@ -173,7 +173,7 @@ def retrain(
     """Train the best trials with fresh seeds, the winner on all training data, test it once, and register it."""
     from searchfm import retrain as retraining
     from searchfm.engines.local import LocalEngine
-    from searchfm.search.storage import Home
+    from searchfm.home import Home
     from searchfm.show import final as show
 
     name, console = _stem(study), _console(stderr=as_json)
@@ -196,7 +196,8 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show what studies there are, how far they are, and what is best."""
-    from searchfm.search.storage import Home, load_study, open_storage, study_names
+    from searchfm.home import Home
+    from searchfm.search.storage import load_study, open_storage, study_names
     from searchfm.show import terminal
 
     where = Home.find(home)
@@ -278,7 +279,8 @@ def dashboard(
     home: HomeOption = None,
 ) -> None:
     """Serve optuna-dashboard and the MLflow UI on loopback, until Ctrl-C."""
-    from searchfm.search.storage import Home, load_study, open_storage
+    from searchfm.home import Home
+    from searchfm.search.storage import load_study, open_storage
     from searchfm.show import terminal
     from searchfm.show.dashboard import serve
 
@@ -298,7 +300,8 @@ def compare(
 ) -> None:
     """Set studies side by side: accuracy with its interval, paired tests, time and size. Kept in MLflow too."""
     from searchfm import tracking
-    from searchfm.search.storage import Home, load_study, open_storage
+    from searchfm.home import Home
+    from searchfm.search.storage import load_study, open_storage
     from searchfm.show import compare as side
     from searchfm.show import page, terminal
 
@@ -331,7 +334,8 @@ def report(
 ) -> None:
     """Write a page that says what a study asked, what came of it and how sure one may be. Kept in MLflow too."""
     from searchfm import tracking
-    from searchfm.search.storage import Home, load_study, open_storage
+    from searchfm.home import Home
+    from searchfm.search.storage import load_study, open_storage
     from searchfm.show import page
     from searchfm.show import report as paper
 
@@ -359,7 +363,8 @@ def sync(
     from contextlib import nullcontext
 
     from searchfm import tracking
-    from searchfm.search.storage import Home, load_study, open_storage, study_lock
+    from searchfm.home import Home
+    from searchfm.search.storage import load_study, open_storage, study_lock
     from searchfm.show import terminal
 
     where = Home.find(home)
@@ -395,8 +400,8 @@ def predict(
     Fashion-MNIST, say, knows white things on black, and a photograph on white paper is yours to invert. Files that
     cannot be read are named, and the rest goes on. No code of a model's file is run.
     """
+    from searchfm.home import Home
     from searchfm.learn import export, predict
-    from searchfm.search.storage import Home
     from searchfm.show import models as show
     from searchfm.tracking import models
 
@@ -443,8 +448,8 @@ def export(
     so load others' with torch only if you trust them; safetensors is weights alone, with how to build the model as
     JSON in it and beside it.
     """
+    from searchfm.home import Home
     from searchfm.learn import export
-    from searchfm.search.storage import Home
     from searchfm.show import models as show
     from searchfm.tracking import models
 

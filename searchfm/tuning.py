@@ -13,10 +13,11 @@ from searchfm.coordinator import Coordinator, News, Tracker
 from searchfm.engines import Engine
 from searchfm.engines.local import default_workers
 from searchfm.errors import DataError, ModelError, StudyError, UserError, WorldError
+from searchfm.home import Home
 from searchfm.job import Failed, Finished, Job, Left, Lost
 from searchfm.search.files import StudyFile, reopen
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home, create_study, failures, load_study, open_storage, study_lock, update_study
+from searchfm.search.storage import create_study, failures, load_study, open_storage, study_lock, update_study
 from searchfm.search.study import Study, check_name
 
 PREPARE = "searchfm.learn.trial:prepare"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from searchfm.search.storage import HOME, STORAGE, TRACKING, Home
+from searchfm.home import HOME, STORAGE, TRACKING, Home
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ from optuna.storages import BaseStorage
 from searchfm.coordinator import Coordinator, News
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError
+from searchfm.home import Home
 from searchfm.job import Epoch
 from searchfm.search.history import StudyRow, TrialRow
-from searchfm.search.storage import Home, create_study, load_study, open_storage, study_lock
+from searchfm.search.storage import create_study, load_study, open_storage, study_lock
 from searchfm.search.study import Study
 
 LIGHT = "tests.toys"  # what the forkserver imports instead of torch

@@ -8,7 +8,7 @@ import optuna
 import rows
 from optuna.trial import TrialState
 
-from searchfm.search.storage import Home
+from searchfm.home import Home
 from searchfm.tracking import Tracker
 
 EPOCHS = 3

@@ -15,7 +15,8 @@ from typing import Any
 
 import sqlalchemy
 
-from searchfm.search.storage import Home, open_storage
+from searchfm.home import Home
+from searchfm.search.storage import open_storage
 from tests.driving import let_go, search, toy
 
 FILES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

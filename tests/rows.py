@@ -13,9 +13,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 from searchfm.config import Config
+from searchfm.home import Home
 from searchfm.job import Epoch
 from searchfm.search.history import StudyRow, write_epochs
-from searchfm.search.storage import Home, create_study, load_study, open_storage
+from searchfm.search.storage import create_study, load_study, open_storage
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 RESOLVED: dict[str, Any] = {

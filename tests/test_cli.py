@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from searchfm import __version__, cli
-from searchfm.search.storage import Home, load_study, open_storage, study_lock
+from searchfm.home import Home
+from searchfm.search.storage import load_study, open_storage, study_lock
 
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
 

@@ -21,10 +21,10 @@ from searchfm import coordinator
 from searchfm.coordinator import HOPELESS, LEAVE_SECONDS, News
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, WorldError
+from searchfm.home import Home
 from searchfm.job import EpochDone, Event, Finished, Lost
 from searchfm.search import files
 from searchfm.search.history import StudyRow, TrialRow
-from searchfm.search.storage import Home
 from tests import driving, toys
 from tests.driving import Recorder, check, facts, search, toy
 

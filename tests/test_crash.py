@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from searchfm.home import Home
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home, load_study, open_storage
+from searchfm.search.storage import load_study, open_storage
 
 pytestmark = pytest.mark.slow
 

@@ -19,12 +19,12 @@ from rows import four
 
 from searchfm import cli
 from searchfm.config import Config
+from searchfm.home import Home
 from searchfm.learn import export, folder, predict, sources
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
 from searchfm.learn.formats import FASHION_CLASSES, Arrays, read_digits
 from searchfm.learn.train import train
-from searchfm.search.storage import Home
 
 Said = tuple[int, str, str]  # exit code, stdout, stderr
 

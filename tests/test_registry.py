@@ -17,10 +17,11 @@ import torch
 
 from searchfm.config import Config
 from searchfm.errors import ModelError, StorageError
+from searchfm.home import TRACKING, Home
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.models import Served, classifier
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import TRACKING, Home, open_storage, write_final
+from searchfm.search.storage import open_storage, write_final
 from searchfm.tracking import models, registry
 from tests import rows
 

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 from searchfm import cli
 from searchfm.engines.local import LocalEngine
+from searchfm.home import Home
 from searchfm.search import files
 from searchfm.search.history import StudyRow
 from searchfm.search.space import leaves
-from searchfm.search.storage import Home
 from searchfm.tuning import Plan, Tuning
 from tests.driving import Recorder, let_go
 

@@ -20,10 +20,11 @@ import rows
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
+from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.job import Epoch
 from searchfm.search.history import StudyRow
 from searchfm.search.notes import Notes, artifact_folder, escape, web_address
-from searchfm.search.storage import STORAGE, TRACKING, Home, open_storage
+from searchfm.search.storage import open_storage
 from searchfm.tracking import Tracker, apply, differences, make_schema, record, run_links, shown
 from searchfm.tracking.follower import Follower
 from searchfm.tracking.mirror import Mirror
@@ -487,7 +488,7 @@ DIE = """
 import os, signal, sys
 import sqlalchemy
 from pathlib import Path
-from searchfm.search.storage import Home
+from searchfm.home import Home
 from searchfm.tracking import make_schema
 left = int(sys.argv[2])
 def statement(*_):

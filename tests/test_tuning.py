@@ -10,9 +10,10 @@ import pytest
 from searchfm.coordinator import News
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
+from searchfm.home import Home
 from searchfm.search.files import StudyFile
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home, open_storage, study_lock, update_study
+from searchfm.search.storage import open_storage, study_lock, update_study
 from searchfm.tuning import Plan, Tuning, choose_devices, open_study
 from tests.driving import Recorder, facts, let_go, stored
 

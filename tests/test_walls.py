@@ -18,9 +18,10 @@ PACKAGE = Path(searchfm.__file__).parent
 # floor never see each other. The bare package (the version) may be imported from anywhere.
 FLOORS = (
     {"errors"},
+    {"stats", "home"},
     {"tables"},
     {"config"},
-    {"job", "stats"},
+    {"job"},
     {"search", "learn", "engines"},
     {"plots"},
     {"tracking"},
@@ -32,7 +33,7 @@ FLOORS = (
     {"__main__", "__init__"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-STANDARD_LIBRARY_ONLY = {"errors", "tables", "config", "job"}
+STANDARD_LIBRARY_ONLY = {"errors", "home", "tables", "config", "job"}
 # Every package with a wall around it, and the rooms inside.
 INSIDE = {
     "torch": {"learn"},

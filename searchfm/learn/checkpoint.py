@@ -9,9 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -23,7 +21,8 @@ import safetensors.torch
 from torch import Tensor
 
 from searchfm.config import Config, Transfer
-from searchfm.errors import CheckpointError, ConfigError, ModelError, StorageError
+from searchfm.errors import CheckpointError, ConfigError, ModelError
+from searchfm.home import file_sha256, write_whole
 from searchfm.job import Epoch
 from searchfm.learn.models import Classifier, build
 
@@ -66,8 +65,7 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
     if match is None:
         raise CheckpointError(f"{path}: not the name of a checkpoint")
     try:
-        with path.open("rb") as file:
-            sha = hashlib.file_digest(file, "sha256").hexdigest()
+        sha = file_sha256(path)
         if sha != match[2]:
             raise CheckpointError(f"{path}: damaged, its sha256 is {sha[:12]}..., not {match[2][:12]}...")
         with safetensors.safe_open(path, "pt") as opened:
@@ -116,34 +114,6 @@ def _epochs(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
-
-
-def write_whole(path: Path, content: bytes) -> str:
-    """Writes a file so that a crash, or a full disk, leaves the old one or the new one. Returns its sha256.
-
-    Raises StorageError.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a server under another user from reading it
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
-    return hashlib.sha256(content).hexdigest()
 
 
 def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 
 from searchfm.config import Config
 from searchfm.errors import ModelError
+from searchfm.home import write_whole
 from searchfm.job import Context, Epoch, Result
 from searchfm.learn import checkpoint
 from searchfm.learn.data import Part, load_full, load_test
@@ -41,7 +42,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
     data = cached_data(config.data, Path(data_dir) if data_dir else None, context, load_full)
     content = io.BytesIO()
     np.save(content, data.train.images[:2].cpu().numpy())
-    sha256 = checkpoint.write_whole(context.folder / EXAMPLE, content.getvalue())
+    sha256 = write_whole(context.folder / EXAMPLE, content.getvalue())
     return {**result, "files": {**result["files"], EXAMPLE: sha256}}
 
 

@@ -16,6 +16,7 @@ import torch
 
 from searchfm.config import Config, DataConfig, Transfer
 from searchfm.errors import DataError, Stopped, WorldError
+from searchfm.home import write_whole
 from searchfm.job import Context, Epoch, Result
 from searchfm.learn import checkpoint, parsed
 from searchfm.learn.data import Part, Splits, load
@@ -170,7 +171,7 @@ def save_predictions(path: Path, part: Part, validation: Evaluation) -> str:
         labels=part.labels.cpu().numpy(),
         probabilities=validation.probabilities.cpu().numpy(),
     )
-    return checkpoint.write_whole(path, content.getvalue())
+    return write_whole(path, content.getvalue())
 
 
 def _versions() -> dict[str, str]:

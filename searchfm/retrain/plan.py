@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from searchfm.errors import StudyError, UserError
+from searchfm.home import Home
 from searchfm.retrain.record import Final
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home
 
 TOP, SEEDS = 3, 3  # finalists, and fresh seeds of each, unless told otherwise
 

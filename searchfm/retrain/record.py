@@ -11,10 +11,11 @@ import numpy as np
 from filelock import FileLock
 
 from searchfm import plots, stats
+from searchfm.home import Home
 from searchfm.job import Epoch, Result
 from searchfm.retrain.finalists import Verdict
 from searchfm.search.history import StudyRow, TrialRow
-from searchfm.search.storage import Home, open_storage, write_final
+from searchfm.search.storage import open_storage, write_final
 
 FOLDER = "final"
 READS = "test-reads.json"

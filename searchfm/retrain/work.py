@@ -16,6 +16,7 @@ import tomli_w
 from searchfm.coordinator import TRIAL, WEIGHTS
 from searchfm.engines import Engine
 from searchfm.errors import DataError, WorldError
+from searchfm.home import Home
 from searchfm.job import Result
 from searchfm.retrain.batch import Batch, Errand, Step
 from searchfm.retrain.finalists import Verdict, choose, read
@@ -23,7 +24,7 @@ from searchfm.retrain.plan import Plan, Wish, anew, make_plan
 from searchfm.retrain.record import FOLDER, Final, count_read, draw, install, keep, record
 from searchfm.search.files import reopen
 from searchfm.search.history import StudyRow, TrialRow, read_epochs
-from searchfm.search.storage import Home, failures, load_study, open_storage, study_lock
+from searchfm.search.storage import failures, load_study, open_storage, study_lock
 from searchfm.search.study import Study
 from searchfm.tracking.registry import publish
 from searchfm.tuning import choose_devices, prepare

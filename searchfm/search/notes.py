@@ -17,8 +17,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from optuna.storages import BaseStorage
 
+from searchfm.home import Home
 from searchfm.search.history import StudyRow, TrialRow
-from searchfm.search.storage import Home, open_storage
+from searchfm.search.storage import open_storage
 
 PICTURES = ("curves.png", "confusion.png")
 LONGEST = 2045  # characters that the dashboard puts in one attribute

@@ -1,6 +1,5 @@
 """Where a search lives: the home folder, Optuna's storage in it or elsewhere, and the lock of a study."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -9,7 +8,6 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,76 +18,11 @@ from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
+from searchfm.home import STORAGE, Home, unwritable
 from searchfm.search.history import StudyRow, trial_row
 
-HOME = "SEARCHFM_HOME"
-STORAGE = "SEARCHFM_STORAGE"
-TRACKING = "MLFLOW_TRACKING_URI"
 BUSY_SECONDS = 60.0  # how long a locked SQLite file is waited for
 CONNECT_SECONDS = 10  # how long a PostgreSQL server is waited for
-
-
-@dataclass(frozen=True)
-class Home:
-    """The folder a search leaves everything in: `./runs` unless told otherwise.
-
-    Storage URLs come from the environment, never from the command line, where `ps` would show their passwords.
-    """
-
-    path: Path
-
-    @classmethod
-    def find(cls, given: Path | None = None) -> "Home":
-        """`--home`, else SEARCHFM_HOME, else `./runs`."""
-        return cls((given or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
-
-    def probe(self) -> None:
-        """Raises UserError if the folder cannot be written, or made. Creates nothing: others may be beginning here."""
-        try:
-            found = next(path for path in (self.path, *self.path.parents) if path.exists() or path.is_symlink())
-            if not found.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(found, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        except OSError as error:
-            raise _unwritable(self.path, error) from None
-
-    @property
-    def optuna_url(self) -> str:
-        """Optuna's database: SEARCHFM_STORAGE, or a SQLite file of the home."""
-        return os.environ.get(STORAGE) or self._own("optuna.db")
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a database to read, as far as can be told without connecting."""
-        return bool(os.environ.get(STORAGE)) or (self.path / "optuna.db").is_file()
-
-    @property
-    def tracking_uri(self) -> str:
-        """MLflow's database or server: MLFLOW_TRACKING_URI, or a SQLite file of the home (never Optuna's own)."""
-        return os.environ.get(TRACKING) or self._own("mlflow.db")
-
-    def _own(self, name: str) -> str:
-        """The URL of a SQLite file of the home. Encoded is what SQLAlchemy would take for more than a path, and nothing
-        else, since MLflow makes the folder of the name that stands in the URL.
-        """
-        path = str(self.path / name)
-        for letter in "%?#":  # the first one first: the others bring it in
-            path = path.replace(letter, f"%{ord(letter):X}")
-        return f"sqlite:///{path}"
-
-    @property
-    def artifacts(self) -> Path:
-        """Where MLflow keeps artifacts, unless a server keeps its own."""
-        return self.path / "mlartifacts"
-
-    def study(self, name: str) -> Path:
-        """The folder of a study, whose name was checked."""
-        return self.path / "studies" / name
-
-    def trial(self, name: str, number: int) -> Path:
-        """The folder of a trial."""
-        return self.study(name) / f"{number:04d}"
 
 
 @contextmanager
@@ -253,7 +186,7 @@ def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
         raise LockedError(_locked(name, holder.get("host", "?"), holder.get("pid", "?"))) from None
     except OSError as error:
         lock.release()
-        raise _unwritable(folder, error) from None
+        raise unwritable(folder, error) from None
 
     def check() -> None:
         # SQLite goes on writing into a file that was deleted, and nobody would ever read it.
@@ -313,10 +246,6 @@ def _number(name: str) -> int:
 
 def _locked(name: str, host: str, pid: object) -> str:
     return f"study {name!r} is held by process {pid} on {host}; wait for it, stop it, or begin another with --name"
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot write the home folder ({error.strerror}); name another with --home or {HOME}")
 
 
 def _are(names: list[str]) -> str:

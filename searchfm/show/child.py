@@ -16,8 +16,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from searchfm.home import Home
 from searchfm.search.notes import HERE, artifact_folder
-from searchfm.search.storage import Home, open_storage
+from searchfm.search.storage import open_storage
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")  # what a browser on this machine calls us

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import IO
 
 from searchfm.errors import StudyError, WorldError
+from searchfm.home import HOME, Home
 from searchfm.search.history import StudyRow
 from searchfm.search.notes import web_address
-from searchfm.search.storage import HOME, Home, load_study, open_storage, study_names
+from searchfm.search.storage import load_study, open_storage, study_names
 from searchfm.tracking import make_schema, run_links
 
 HOST = "127.0.0.1"

@@ -13,7 +13,7 @@ import sqlalchemy
 from filelock import FileLock
 
 from searchfm.errors import SearchfmError, StorageError
-from searchfm.search.storage import Home
+from searchfm.home import Home
 
 # MLflow must neither talk, nor phone, nor wait long in one call (we try again ourselves). What a user has set stands.
 QUIET = {

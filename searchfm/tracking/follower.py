@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from searchfm.home import Home
 from searchfm.job import Epoch
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import Notes
-from searchfm.search.storage import Home
 from searchfm.tracking.client import shown
 from searchfm.tracking.mirror import Mirror
 

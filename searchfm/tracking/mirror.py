@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import tomli_w
 
+from searchfm.home import Home
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import VIEW, Links
-from searchfm.search.storage import Home
 from searchfm.tracking import record
 from searchfm.tracking.client import connect
 from searchfm.tracking.record import Point

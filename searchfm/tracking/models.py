@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from searchfm.errors import ModelError, StorageError, StudyError
+from searchfm.home import Home
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home, load_study, open_storage
+from searchfm.search.storage import load_study, open_storage
 from searchfm.tracking import record
 from searchfm.tracking.client import connect, database, reaching, shown
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from searchfm.errors import StorageError
+from searchfm.home import Home
 from searchfm.search.history import StudyRow
 from searchfm.search.notes import VIEW
-from searchfm.search.storage import Home
 from searchfm.tables import digest
 from searchfm.tracking import record
 from searchfm.tracking.client import connect, reaching

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from searchfm.home import Home
 from searchfm.search.history import StudyRow, read_epochs
-from searchfm.search.storage import Home
 from searchfm.tracking import record
 from searchfm.tracking.client import connect, prepare, reaching
 from searchfm.tracking.mirror import Mirror

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from searchfm.home import Home
 from searchfm.search.history import StudyRow, TrialRow
 from searchfm.search.notes import Links, Notes
-from searchfm.search.storage import Home
 from searchfm.tracking.client import connect, reaching
 from searchfm.tracking.mirror import Difference, Mirror
 

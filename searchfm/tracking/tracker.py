@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from searchfm.home import Home
 from searchfm.job import Epoch
 from searchfm.search.history import StudyRow, TrialRow
-from searchfm.search.storage import Home
 
 log = logging.getLogger(__name__)
 

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, kept: list[Checkpoint
 KILLED = """
 import os, signal, sys, tempfile
 from pathlib import Path
-from searchfm.learn.checkpoint import write_whole
+from searchfm.home import write_whole
 folder = Path(sys.argv[1])
 write_whole(folder / "a", b"old")
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)  # at the worst moment: written, not yet renamed

@@ -14,10 +14,11 @@ from optuna.trial import TrialState
 from searchfm import cli
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, StorageError, StudyError, UserError
+from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.retrain import Wish, make_plan, retrain
 from searchfm.retrain.batch import Step
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import STORAGE, TRACKING, Home, load_study, open_storage, update_study
+from searchfm.search.storage import load_study, open_storage, update_study
 from searchfm.search.study import Study
 from searchfm.stats import wilson
 from searchfm.tracking import NullTracker, registry

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from searchfm.search.storage import Home, load_study, open_storage
+from searchfm.home import Home
+from searchfm.search.storage import load_study, open_storage
 
 pytestmark = pytest.mark.slow
 

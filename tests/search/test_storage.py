@@ -22,10 +22,8 @@ import sqlalchemy
 from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
+from searchfm.home import HOME, STORAGE, Home
 from searchfm.search.storage import (
-    HOME,
-    STORAGE,
-    Home,
     create_study,
     failures,
     load_study,

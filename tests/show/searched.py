@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from searchfm.config import Config, DataConfig
+from searchfm.home import Home
 from searchfm.job import Epoch
 from searchfm.learn import parsed
 from searchfm.learn.splits import split
 from searchfm.search.history import StudyRow, write_epochs
-from searchfm.search.storage import Home, create_study, load_study, open_storage, write_final
+from searchfm.search.storage import create_study, load_study, open_storage, write_final
 from searchfm.search.study import Study
 
 DIGITS = [str(digit) for digit in range(10)]

@@ -14,8 +14,8 @@ from searched import Told
 
 from searchfm import cli
 from searchfm.errors import StudyError
+from searchfm.home import STORAGE, Home
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import STORAGE, Home
 from searchfm.show import page
 from searchfm.show.compare import Line, compare, describe, html, markdown, notes, picture, tables
 from searchfm.stats import holm, mcnemar, wilson

@@ -21,7 +21,8 @@ import rows
 from PIL import Image
 
 from searchfm.errors import StudyError, WorldError
-from searchfm.search.storage import HOME, STORAGE, TRACKING, Home, open_storage
+from searchfm.home import HOME, STORAGE, TRACKING, Home
+from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
 from searchfm.show.child import Guard
 from searchfm.tracking import apply, differences, run_links

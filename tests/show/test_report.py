@@ -23,10 +23,11 @@ from sklearn.metrics import precision_recall_fscore_support
 from searchfm import cli
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
+from searchfm.home import Home
 from searchfm.learn import pictures
 from searchfm.search import files
 from searchfm.search.history import StudyRow
-from searchfm.search.storage import Home, load_study, open_storage
+from searchfm.search.storage import load_study, open_storage
 from searchfm.show import findings, page, words
 from searchfm.show.report import report
 from searchfm.tracking import run_links

@@ -1,0 +1,116 @@
+"""The home folder: its paths, its database URLs, and how files in it are written. Standard library only."""
+
+import errno
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from searchfm.errors import StorageError, UserError
+
+HOME = "SEARCHFM_HOME"
+STORAGE = "SEARCHFM_STORAGE"
+TRACKING = "MLFLOW_TRACKING_URI"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder a search leaves everything in: `./runs` unless told otherwise.
+
+    Storage URLs come from the environment, never from the command line, where `ps` would show their passwords.
+    """
+
+    path: Path
+
+    @classmethod
+    def find(cls, given: Path | None = None) -> "Home":
+        """`--home`, else SEARCHFM_HOME, else `./runs`."""
+        return cls((given or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
+
+    def probe(self) -> None:
+        """Raises UserError if the folder cannot be written, or made. Creates nothing: others may be beginning here."""
+        try:
+            found = next(path for path in (self.path, *self.path.parents) if path.exists() or path.is_symlink())
+            if not found.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(found, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise unwritable(self.path, error) from None
+
+    @property
+    def optuna_url(self) -> str:
+        """Optuna's database: SEARCHFM_STORAGE, or a SQLite file of the home."""
+        return os.environ.get(STORAGE) or self._own("optuna.db")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a database to read, as far as can be told without connecting."""
+        return bool(os.environ.get(STORAGE)) or (self.path / "optuna.db").is_file()
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow's database or server: MLFLOW_TRACKING_URI, or a SQLite file of the home (never Optuna's own)."""
+        return os.environ.get(TRACKING) or self._own("mlflow.db")
+
+    def _own(self, name: str) -> str:
+        """The URL of a SQLite file of the home. Encoded is what SQLAlchemy would take for more than a path, and nothing
+        else, since MLflow makes the folder of the name that stands in the URL.
+        """
+        path = str(self.path / name)
+        for letter in "%?#":  # the first one first: the others bring it in
+            path = path.replace(letter, f"%{ord(letter):X}")
+        return f"sqlite:///{path}"
+
+    @property
+    def artifacts(self) -> Path:
+        """Where MLflow keeps artifacts, unless a server keeps its own."""
+        return self.path / "mlartifacts"
+
+    def study(self, name: str) -> Path:
+        """The folder of a study, whose name was checked."""
+        return self.path / "studies" / name
+
+    def trial(self, name: str, number: int) -> Path:
+        """The folder of a trial."""
+        return self.study(name) / f"{number:04d}"
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The error for a home folder that cannot be written."""
+    return UserError(f"{path}: cannot write the home folder ({error.strerror}); name another with --home or {HOME}")
+
+
+def write_whole(path: Path, content: bytes) -> str:
+    """Writes a file so that a crash, or a full disk, leaves the old one or the new one. Returns its sha256.
+
+    Makes the folder where it is missing. Raises StorageError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a server under another user from reading it
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
