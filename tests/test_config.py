@@ -2,14 +2,13 @@
 
 import tomllib
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import tomli_w
 
 from searchfm.config import DATASETS, Config, DataConfig, ModelConfig, TrainConfig, image_shape
 from searchfm.errors import ConfigError
-from searchfm.tables import Table, schema
+from searchfm.tables import BranchKey, LeafKey, Table, TableKey
 
 
 def read(text: str) -> Config:
@@ -18,12 +17,17 @@ def read(text: str) -> Config:
 
 def tables(cls: type[Table]) -> list[type[Table]]:
     """The table and all below it."""
-    below = [item.table for item in schema(cls).values() if item.table]
-    below += [option for item in schema(cls).values() for option in item.options.values()]
+    below: list[type[Table]] = []
+    for item in cls.schema.values():
+        match item:
+            case TableKey():
+                below.append(item.table)
+            case BranchKey():
+                below += item.options.values()
     return [cls, *(found for table in below for found in tables(table))]
 
 
-@pytest.mark.parametrize("name", schema(ModelConfig)["name"].options)
+@pytest.mark.parametrize("name", [cls.tag for cls in tables(ModelConfig)[1:]])
 def test_every_architecture_goes_to_toml_and_back(name: str) -> None:
     config = read(f'model.name = "{name}"')
     assert config.model.kind.tag == name
@@ -34,10 +38,12 @@ def test_every_architecture_goes_to_toml_and_back(name: str) -> None:
 def test_every_key_is_documented_and_its_default_is_possible(cls: type[Table]) -> None:
     assert cls.__doc__
     assert cls.from_table({}) == cls()
-    for name, item in schema(cls).items():
-        assert item.doc or item.table, f"{cls.__name__}.{name}"
+    for name, item in cls.schema.items():
+        match item:
+            case LeafKey(doc=doc) | BranchKey(chooser=LeafKey(doc=doc)):
+                assert doc, f"{cls.__name__}.{name}"
     for name in (name for group in cls.agree for name in group):
-        assert name in schema(cls)
+        assert name in cls.schema
 
 
 WRONG = [
@@ -135,7 +141,9 @@ def test_the_shape_of_known_images_is_known(name: str) -> None:
 
 
 def test_keys_that_belong_to_the_whole_study_take_no_range() -> None:
-    fixed: dict[str, Any] = {name: item.fixed for name, item in schema(DataConfig).items()}
-    assert all(fixed.values())
-    assert schema(TrainConfig)["seed"].fixed
-    assert not schema(TrainConfig)["batch_size"].fixed
+    def ranges(cls: type[Table]) -> set[str]:
+        return {name for name, item in cls.schema.items() if isinstance(item, LeafKey) and not item.fixed}
+
+    assert not ranges(DataConfig)
+    assert "seed" not in ranges(TrainConfig)
+    assert "batch_size" in ranges(TrainConfig)

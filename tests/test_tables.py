@@ -9,7 +9,7 @@ import pytest
 import tomli_w
 
 from searchfm.errors import ConfigError
-from searchfm.tables import Table, branch, digest, key, schema, show, table
+from searchfm.tables import BranchKey, LeafKey, Table, branch, digest, key, show, table
 
 
 class Plain(Table):
@@ -112,11 +112,14 @@ def test_tables_cannot_be_changed_and_equal_ones_are_equal() -> None:
 
 
 def test_a_schema_tells_every_key_with_its_default_and_bounds() -> None:
-    keys = schema(Whole)
-    assert list(keys) == ["name", "part", "method", "rate", "stages", "quick", "label", "seed"]
-    assert keys["rate"].bounds == {">": 0}
-    assert list(keys["name"].options) == list(keys["method"].options) == ["plain", "fancy"]
-    assert all(item.doc for item in schema(Part).values())
+    assert list(Whole.schema) == ["name", "part", "method", "rate", "stages", "quick", "label", "seed"]
+    rate, kind, method = (Whole.schema[name] for name in ("rate", "name", "method"))
+    assert isinstance(rate, LeafKey)
+    assert (rate.default, rate.bounds) == (1e-3, {"gt": 0})
+    assert isinstance(kind, BranchKey)
+    assert isinstance(method, BranchKey)
+    assert list(kind.options) == list(method.options) == ["plain", "fancy"]
+    assert (kind.chooser.default, method.chooser.default) == ("plain", "fancy")
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

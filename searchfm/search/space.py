@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, assert_never
 
 from searchfm.errors import ConfigError
-from searchfm.tables import Key, Table, chooser, expect_table, refuse_unknown, schema, show
+from searchfm.tables import BranchKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
 
 MOST_POINTS = 100_000  # of a grid, and of combinations that must agree: more is a mistake, not a plan
 
@@ -167,30 +167,31 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
 
     Only what a trial can enter is kept: the other options of a branch are checked and left out.
     """
-    known = schema(cls)
-    refuse_unknown(values, known)
+    refuse_unknown(values, cls)
     nodes: dict[str, Leaf | Leaves | Branch | Tree] = {}
     per: dict[str, str] = {}
-    for item in known.values():
-        assert not item.inline, "inline branches belong to [search], which takes no ranges"
-        if item.options:
-            words = _leaf(chooser(item), values.get("name", item.default.tag))
-            # Options that no trial enters are read too: a mistake in one is a mistake.
-            trees = {word: _tree(word, option, values.get(word, {})) for word, option in item.options.items()}
-            nodes["name"] = Branch(words, {word: trees[word] for word in words.ends})
-        elif item.table is not None:
-            nodes[item.name] = _tree(item.name, item.table, values.get(item.name, {}))
-        else:
-            raw = values.get(item.name, item.default)
-            if raw is None:
-                continue  # a key that may be absent, and is
-            if item.many and isinstance(raw, list | tuple):
-                entries = tuple(_leaf(item, entry, i) for i, entry in enumerate(raw, 1))
-                nodes[item.name] = Leaves(entries, item.per)
-            else:
-                nodes[item.name] = _leaf(item, raw)
-                if item.per:
-                    per[item.name] = item.per
+    for name, item in cls.schema.items():
+        match item:
+            case BranchKey(chooser=chooser, options=options):
+                assert not item.inline, "inline branches belong to [search], which takes no ranges"
+                tags = _leaf(chooser, values.get("name", chooser.default))
+                # Options that no trial enters are read too: a mistake in one is a mistake.
+                trees = {tag: _tree(tag, option, values.get(tag, {})) for tag, option in options.items()}
+                nodes["name"] = Branch(tags, {tag: trees[tag] for tag in tags.ends})
+            case TableKey(table=table):
+                nodes[name] = _tree(name, table, values.get(name, {}))
+            case LeafKey():
+                raw = values.get(name, item.default)
+                if raw is None:
+                    continue  # a key that may be absent, and is
+                if item.many and isinstance(raw, list | tuple):
+                    nodes[name] = Leaves(tuple(_leaf(item, entry, i) for i, entry in enumerate(raw, 1)), item.per)
+                else:
+                    nodes[name] = _leaf(item, raw)
+                    if item.per:
+                        per[name] = item.per
+            case _:
+                assert_never(item)
     return Tree(nodes, cls.agree, per)
 
 
@@ -366,14 +367,10 @@ def _below(name: str, group: tuple[str, ...]) -> bool:
 
 
 def _tree(name: str, cls: type[Table], values: Any) -> Tree:
-    table = expect_table(name, values)
-    try:
-        return parse(cls, table)
-    except ConfigError as error:
-        raise error.under(name) from None
+    return read_within(name, partial(parse, cls), values)
 
 
-def _leaf(item: Key, raw: Any, place: int | None = None) -> Leaf:
+def _leaf(item: LeafKey, raw: Any, place: int | None = None) -> Leaf:
     """A value, `{ choice = [...] }` or `{ low =, high =, log =, step = }`, each value checked as the key's own."""
     name = item.name if place is None else f"{item.name}.{place}"
     if not isinstance(raw, Mapping):
@@ -414,7 +411,7 @@ def _leaf(item: Key, raw: Any, place: int | None = None) -> Leaf:
     return Range(low, high, log, None if step is None else float(step))
 
 
-def _choice(item: Key, name: str, given: Any) -> Leaf:
+def _choice(item: LeafKey, name: str, given: Any) -> Leaf:
     if not isinstance(given, list | tuple) or not given:
         raise ConfigError(name, f"= {show({'choice': given})}: choice must be a list of at least one value")
     values = []

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial
 from searchfm.config import Config, Shape, Transfer, image_shape
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search import space
-from searchfm.tables import Table, branch, digest, expect_table, key, schema
+from searchfm.tables import Table, branch, digest, key, read_within
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -30,8 +30,8 @@ class Tpe(Table):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
 
     tag = "tpe"
-    startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
-    candidates: int = key(24, "candidates the model compares for each proposal", ge=1, fixed=True)
+    startup_trials: int = key(10, "random trials before the model proposes", ge=1)
+    candidates: int = key(24, "candidates the model compares for each proposal", ge=1)
 
 
 class Random(Table):
@@ -50,14 +50,14 @@ class CmaEs(Table):
     """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
 
     tag = "cmaes"
-    startup_trials: int = key(10, "random trials before the strategy proposes", ge=1, fixed=True)
+    startup_trials: int = key(10, "random trials before the strategy proposes", ge=1)
 
 
 class Gp(Table):
     """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
 
     tag = "gp"
-    startup_trials: int = key(10, "random trials before the model proposes", ge=1, fixed=True)
+    startup_trials: int = key(10, "random trials before the model proposes", ge=1)
 
 
 class Qmc(Table):
@@ -70,41 +70,41 @@ class Median(Table):
     """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
 
     tag = "median"
-    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
-    min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
+    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0)
+    min_epochs: int = key(1, "epochs that every trial is given", ge=1)
 
 
 class Percentile(Table):
     """Stops a trial that is not among the best `keep` percent at the same epoch."""
 
     tag = "percentile"
-    keep: float = key(25.0, "percent of the trials that go on", gt=0, lt=100, fixed=True)
-    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0, fixed=True)
-    min_epochs: int = key(1, "epochs that every trial is given", ge=1, fixed=True)
+    keep: float = key(25.0, "percent of the trials that go on", gt=0, lt=100)
+    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0)
+    min_epochs: int = key(1, "epochs that every trial is given", ge=1)
 
 
 class Hyperband(Table):
     """Successive halving at several rates side by side (Li et al. 2018, arXiv 1603.06560)."""
 
     tag = "hyperband"
-    min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
-    reduction: int = key(3, "one in so many goes on at each halving", ge=2, fixed=True)
+    min_epochs: int = key(1, "epochs before the first halving", ge=1)
+    reduction: int = key(3, "one in so many goes on at each halving", ge=2)
 
 
 class Asha(Table):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
 
     tag = "asha"
-    min_epochs: int = key(1, "epochs before the first halving", ge=1, fixed=True)
-    reduction: int = key(4, "one in so many goes on at each halving", ge=2, fixed=True)
+    min_epochs: int = key(1, "epochs before the first halving", ge=1)
+    reduction: int = key(4, "one in so many goes on at each halving", ge=2)
 
 
 class Patient(Table):
     """Stops a trial that has been worse than its own best for more than `patience` epochs in a row."""
 
     tag = "patient"
-    patience: int = key(3, "epochs in a row that may be worse than the best before them", ge=0, fixed=True)
-    min_delta: float = key(0.0, "how much lower an accuracy must be to be worse", ge=0, fixed=True)
+    patience: int = key(3, "epochs in a row that may be worse than the best before them", ge=0)
+    min_delta: float = key(0.0, "how much lower an accuracy must be to be worse", ge=0)
 
 
 class NoPruner(Table):
@@ -117,16 +117,16 @@ class SearchConfig(Table):
     """`[search]`: how many trials, and who proposes and prunes them."""
 
     trials: int | None = key(
-        None, "trials in all, failed ones included; unless given all points of a grid, else 20", ge=1, fixed=True
+        None, "trials in all, failed ones included; unless given all points of a grid, else 20", ge=1
     )
-    seed: int = key(0, "seed of proposals and trainings", ge=0, fixed=True)
-    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "who proposes", inline=True, fixed=True)
+    seed: int = key(0, "seed of proposals and trainings", ge=0)
+    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "who proposes", inline=True)
     pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(
-        Median, "who stops weak trials", inline=True, fixed=True
+        Median, "who stops weak trials", inline=True
     )
-    keep: int = key(3, "best trials whose weights are kept", ge=0, fixed=True)
-    retries: int = key(2, "times that a trial is given again to a new worker when its worker died", ge=0, fixed=True)
-    checkpoint_seconds: float = key(5.0, "least time between two checkpoints of a trial", ge=0, fixed=True)
+    keep: int = key(3, "best trials whose weights are kept", ge=0)
+    retries: int = key(2, "times that a trial is given again to a new worker when its worker died", ge=0)
+    checkpoint_seconds: float = key(5.0, "least time between two checkpoints of a trial", ge=0)
 
 
 # What may change between two commands on one study: it decides how far a search goes, never what a trial gives.
@@ -150,16 +150,12 @@ class Study:
 
     def __init__(self, name: str, resolved: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
         self.name, self.question, self.where = name, question, where
-        known = ["search", *schema(Config)]
+        known = ["search", *Config.schema]
         for item in resolved:
             if item not in known:
                 raise ConfigError(item, f"is unknown here; may be one of: name, {', '.join(known)}", where)
-        settings = resolved.get("search", {})
         try:
-            self.search = SearchConfig.from_table(expect_table("search", settings))
-        except ConfigError as error:
-            raise (error.under("search") if isinstance(settings, Mapping) else error).at(where) from None
-        try:
+            self.search = read_within("search", SearchConfig.from_table, resolved.get("search", {}))
             self.tree = space.parse(Config, {key: table for key, table in resolved.items() if key != "search"})
             self._check()
         except ConfigError as error:

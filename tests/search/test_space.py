@@ -14,7 +14,7 @@ import tomli_w
 from searchfm.config import Config
 from searchfm.errors import ConfigError
 from searchfm.search import space
-from searchfm.tables import Table, branch, key, schema, table
+from searchfm.tables import Table, branch, key, table
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -427,4 +427,4 @@ def test_lists_with_too_few_entries_for_the_longest_trial_are_found_at_the_corne
 def test_every_table_of_a_config_can_be_a_space() -> None:
     tree = space.parse(Config, {})
     assert Config.from_table(space.sample(optuna.trial.FixedTrial({}), tree)) == Config()
-    assert set(tree.nodes) == set(schema(Config))
+    assert set(tree.nodes) == set(Config.schema)

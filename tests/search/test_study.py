@@ -11,14 +11,14 @@ from searchfm.config import Config
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search import files
 from searchfm.search.study import SearchConfig, Study, check_name
-from searchfm.tables import schema
+from searchfm.tables import BranchKey
 from tests import toys
 from tests.driving import TABLES, toy
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-SAMPLERS = list(schema(SearchConfig)["sampler"].options)
-PRUNERS = list(schema(SearchConfig)["pruner"].options)
+OPTIONS = {item.name: list(item.options) for item in SearchConfig.schema.values() if isinstance(item, BranchKey)}
+SAMPLERS, PRUNERS = OPTIONS["sampler"], OPTIONS["pruner"]
 GRIDDED = {  # 24 points, of a space with a branch
     "model": {"mlp": {"layers": {"low": 1, "high": 2}, "width": {"choice": [4, 8, 16]}}},
     "optimizer": {"name": {"choice": ["sgd", "adam"]}, "lr": 0.01, "sgd": {"momentum": {"choice": [0.0, 0.5, 0.9]}}},
@@ -134,7 +134,7 @@ def test_the_resolved_study_is_the_same_study() -> None:
     assert again.resolved == study.resolved
     assert again.digest == study.digest
     assert toy(search={"seed": 1}, **OPEN).digest != study.digest
-    assert set(study.resolved) == {"search", *schema(Config)}
+    assert set(study.resolved) == {"search", *Config.schema}
     assert study.resolved["train"]["batch_size"] == 128  # defaults and all
 
 
