@@ -23,6 +23,8 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
+# Set whatever the user has set: the printed URL of a run holds the server's password, and it breaks --json.
+FORCED = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
 @contextmanager
@@ -44,6 +46,7 @@ def prepare() -> None:
     """Imports MLflow, quietly."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(FORCED)
     # urllib3 warns of every refused connection; one line a spell is ours to say.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
     import mlflow.tracking  # noqa: F401

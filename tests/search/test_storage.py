@@ -220,6 +220,15 @@ def test_the_homes_own_database_is_a_file_in_wal_mode_whatever_the_homes_name(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == [home.path.name]
 
 
+def test_every_commit_to_the_file_is_flushed_to_the_disk(home: Home) -> None:
+    """With WAL and less than FULL, a power cut can lose a trial that was told: no test can cut the power."""
+    opened = open_storage(home, create=True)
+    with opened._backend.engine.connect() as connection:  # type: ignore[attr-defined]
+        full = 2
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == full
+    let_go(opened)
+
+
 def test_the_lock_belongs_to_the_database_whatever_home_it_is_used_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
