@@ -23,7 +23,7 @@ from searchfm.config import Config
 from searchfm.engines import Engine
 from searchfm.errors import WorldError
 from searchfm.job import Epoch, EpochDone, Event, Failed, Finished, Job, Left, Lost, Result
-from searchfm.search.history import StudyRow, TrialRow, read_epochs, trial_row, write_epochs
+from searchfm.search.history import StudyRow, TrialRow, kept, read_epochs, trial_row, write_epochs
 from searchfm.search.study import GridWalk, Study
 
 TRIAL = "searchfm.learn.trial:trial"
@@ -104,7 +104,7 @@ class Coordinator:
         self.asked = 0
         self.failures: list[str] = []  # why, since this coordinator began: what was wrong before may be mended
         self.useful = 0  # complete or pruned
-        self.ranking: list[tuple[float, int]] = []  # (-value, number) of trials whose weights are in their folder
+        self.complete: list[TrialRow] = []  # trials that may have weights in their folder
         for row in stored.trials:
             if row.state != "running":
                 self._count(row)
@@ -336,19 +336,17 @@ class Coordinator:
 
     def _count(self, row: TrialRow) -> None:
         self.useful += row.state in ("complete", "pruned")
-        if row.state == "complete" and row.twin is None and row.value is not None:
-            self.ranking.append((-row.value, row.number))
+        if row.state == "complete":
+            self.complete.append(row)
 
     def _trim(self) -> None:
         """Drops the weights of all but the best trials."""
-        self.ranking.sort()
-        for _, number in self.ranking[self.study.search.keep :]:
-            for name in WEIGHTS:
-                (self.stored.folder / f"{number:04d}" / name).unlink(missing_ok=True)
-
-    def kept(self) -> list[int]:
-        """The trials whose weights are kept, the best first."""
-        return [number for _, number in sorted(self.ranking)[: self.study.search.keep]]
+        best = kept(self.complete, self.study.search.keep)
+        numbers = {row.number for row in best}
+        for row in self.complete:
+            for name in WEIGHTS if row.number not in numbers else ():
+                (row.folder / name).unlink(missing_ok=True)
+        self.complete = best
 
     @property
     def exhausted(self) -> bool:

@@ -154,7 +154,7 @@ class Tuning:
         """Lets the tracker finish, for a bounded time."""
         with self._failures():
             study = self.result()
-        tracker.keep([study.trials[number] for number in self.coordinator.kept()])
+        tracker.keep(study.kept)
         self.missing = tracker.close(study, timeout=TRACKER_SECONDS)
 
     def _failures(self) -> AbstractContextManager[None]:

@@ -143,6 +143,8 @@ def check(study: StudyRow, trials: int) -> None:
         if row.state == "complete":
             assert len(row.epochs) == row.config["train"]["epochs"]
             assert row.value == row.epochs[-1].val_accuracy
+        if row.state == "pruned":
+            assert len(row.epochs) < row.config["train"]["epochs"], "trained to its end, it has a value"
         left = {path.name for path in row.folder.rglob("*")}
         assert left <= {"config.toml", "epochs.csv", "log.txt", "done", "weights.safetensors", "model.json"}
 

@@ -91,6 +91,17 @@ def test_the_tracker_hears_all_in_order_and_nothing_twice(home: Home) -> None:
     ]
 
 
+def test_a_trial_is_not_pruned_after_its_last_epoch(home: Home) -> None:
+    """Asked there, successive halving would prune trials that have their value already."""
+    halving = {"pruner": {"name": "asha", "reduction": 4}}
+    study = search(home, toy(search=halving, train={"epochs": 1}))
+    check(study, 8)
+    assert all(row.state == "complete" and row.value is not None for row in study.trials)
+    pruned = search(home, toy("longer", search=halving, train={"epochs": 2}))
+    check(pruned, 8)
+    assert pruned.of("pruned"), "this pruner stops what it is asked about"
+
+
 # --- trials that fail -------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +353,14 @@ def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home)
         assert goes_on_after(b) == []  # no worker has seen it
         assert [call for call in tracker.calls if call[1] == twin] == [("started", twin), ("ended", twin, "complete")]
     assert {row.number for row in study.ranked(twins=False)} == {0, 1}
+
+
+def test_a_twin_takes_no_place_among_the_kept_weights(home: Home) -> None:
+    study = search(home, with_twins("aab", falling=True, keep=2))
+    check(study, 3)
+    assert [row.number for row in study.ranked()] == [0, 1, 2], "the twin ranks before the other that was trained"
+    assert [row.number for row in study.trials if (row.folder / "weights.safetensors").exists()] == [0, 2]
+    assert [row.number for row in study.kept] == [0, 2]
 
 
 def test_a_twin_of_a_running_trial_waits_for_it(home: Home) -> None:

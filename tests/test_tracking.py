@@ -28,7 +28,6 @@ from searchfm.search.storage import open_storage
 from searchfm.tracking import Tracker, apply, differences, make_schema, record, run_links, shown
 from searchfm.tracking.follower import Follower
 from searchfm.tracking.mirror import Mirror
-from searchfm.tracking.sync import kept
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -72,7 +71,7 @@ def follow(home: Home, study: StudyRow) -> None:
     """Brings a whole study into MLflow."""
     follower = Follower(home, study)
     follower.reconcile(study)
-    follower.keep(kept(study))
+    follower.keep(study.kept)
     assert follower.close(study, 60) == 0
 
 

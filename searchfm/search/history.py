@@ -1,7 +1,7 @@
 """Finished and running trials as typed rows: the one reader for all that tracks and shows a study."""
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -78,8 +78,23 @@ class StudyRow:
 
     def ranked(self, *, twins: bool = True) -> list[TrialRow]:
         """Complete trials, the best first; without twins only those that were trained."""
-        complete = [row for row in self.of("complete") if row.value is not None and (twins or row.twin is None)]
-        return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+        return ranked(self.trials, twins=twins)
+
+    @property
+    def kept(self) -> list[TrialRow]:
+        """The trials whose weights are kept, the best first."""
+        return kept(self.trials, self.resolved["search"]["keep"])
+
+
+def ranked(trials: Iterable[TrialRow], *, twins: bool = True) -> list[TrialRow]:
+    """Complete trials, the best first, the earlier of equal ones; without twins only those that were trained."""
+    complete = [row for row in trials if row.state == "complete" and (twins or row.twin is None)]
+    return sorted(complete, key=lambda row: (-(row.value or 0.0), row.number))
+
+
+def kept(trials: Iterable[TrialRow], count: int) -> list[TrialRow]:
+    """The trials whose weights are kept: a twin has none, and takes no place of one that has."""
+    return ranked(trials, twins=False)[:count]
 
 
 def trial_row(trial: FrozenTrial, folder: Path) -> TrialRow:

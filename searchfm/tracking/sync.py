@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from searchfm.home import Home
-from searchfm.search.history import StudyRow, TrialRow
+from searchfm.search.history import StudyRow
 from searchfm.search.notes import Links, Notes
 from searchfm.tracking.client import connect, reaching
 from searchfm.tracking.mirror import Difference, Mirror
@@ -21,7 +21,7 @@ def differences(home: Home, study: StudyRow) -> list[Difference]:
         found = mirror.compare_study()
         for row in study.trials:
             found += mirror.compare(row, deep=True)
-        return found + mirror.compare_weights(kept(study))
+        return found + mirror.compare_weights(study.kept)
 
 
 def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
@@ -42,16 +42,11 @@ def apply(home: Home, study: StudyRow, found: Sequence[Difference]) -> None:
                 mirror.align(rows[number])
         if any(difference.trial is None for difference in mirror.compare_study()):
             mirror.align_study(study, "RUNNING" if study.of("running") else "FINISHED")
-        mirror.keep(kept(study))
+        mirror.keep(study.kept)
     for row in study.trials:
         if row.state != "running" and (row.number in numbers or not notes.has(row)):
             notes.trial(row, mirror.links())
     notes.study(study, mirror.links())
-
-
-def kept(study: StudyRow) -> list[TrialRow]:
-    """The trials whose weights are kept: the best that were trained themselves."""
-    return study.ranked(twins=False)[: int(study.resolved.get("search", {}).get("keep", 3))]
 
 
 def run_links(home: Home, study: StudyRow) -> Links:
