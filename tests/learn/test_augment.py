@@ -131,6 +131,22 @@ def test_cutmix_weighs_targets_by_the_pixels_that_stay() -> None:
     assert clipped > 50
 
 
+def test_cutmix_boxes_lie_as_the_paper_draws_them_cut_at_the_border() -> None:
+    """Its centre is uniform over the image, its side sqrt(1 - lambda), and what falls outside is cut off."""
+    size, draws = 48, generator()
+    boxes = torch.stack([1 - treat.cutmix_share(1.0, size, size, draws) for _ in range(3000)])
+    # alpha = 1 makes 1 - lambda uniform. A side s covers place t of the unit interval where the centre is within s / 2.
+    sides = ((torch.arange(500) + 0.5) / 500).sqrt()[:, None]
+    places = (torch.arange(size) + 0.5) / size
+    covers = (places + sides / 2).clamp(max=1) - (places - sides / 2).clamp(min=0)
+    expected = torch.einsum("sy,sx->yx", covers, covers) / len(sides)
+    assert expected[0, 0].item() == pytest.approx(1 / 8, abs=0.02)
+    assert expected[size // 2, size // 2].item() == pytest.approx(1 / 2, abs=0.02)
+    torch.testing.assert_close(boxes.mean(0), expected, atol=0.04, rtol=0)
+    areas = boxes.mean((1, 2))
+    assert areas.mean().item() == pytest.approx(77 / 240, abs=0.015)  # E (s - s^2 / 4)^2; uncut it would be 1/2
+
+
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 4.0])
 def test_lambda_is_beta_distributed(alpha: float) -> None:
     draws = generator()

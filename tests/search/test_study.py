@@ -83,6 +83,35 @@ def test_a_model_of_the_results_proposes_better_than_chance() -> None:
     assert last("tpe") > last("random") + 0.05
 
 
+def test_tpe_models_all_parameters_of_a_branch_together() -> None:
+    """Univariate, or multivariate without groups, it would model a branch's parameters one by one."""
+    study = toy(search=search("tpe", "none"), **OPEN)
+    record = tune(study, 20)
+    record.ask()
+    together = study.sampler(20).infer_relative_search_space(record, record.trials[-1])
+    always = {"model.mlp.layers", "model.mlp.width", "optimizer.name", "optimizer.lr"}
+    assert set(together) == always | {"optimizer.sgd.momentum"}
+
+
+def test_tpe_takes_trials_that_other_workers_run_into_account() -> None:
+    study = toy(search=search("tpe", "none"), **OPEN)
+
+    def proposals(*, running: bool) -> list[dict[str, Any]]:
+        record, found = tune(study, 20), []
+        for number in range(20, 28):
+            record.sampler = study.sampler(number)
+            trial = record.ask()
+            study.sample(trial)
+            found.append(trial.params)
+            if not running:
+                record.tell(trial, state=TrialState.FAIL)  # counts for nothing
+        return found
+
+    alone, beside = proposals(running=False), proposals(running=True)
+    assert alone[0] == beside[0], "the same results, the same proposal"
+    assert alone != beside
+
+
 @pytest.mark.parametrize("pruner", ["median", "percentile", "hyperband", "asha"])
 @pytest.mark.parametrize("least", [1, 2, 3])
 def test_every_trial_is_given_its_least_epochs_and_hopeless_ones_no_more(pruner: str, least: int) -> None:
