@@ -179,6 +179,16 @@ def test_a_champion_trained_on_other_data_does_not_answer_by_the_studys_name(
         pass
 
 
+def test_a_run_has_all_parameters_though_mlflow_takes_a_hundred_at_once(
+    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path
+) -> None:
+    record = model(tmp_path / "many", 5)
+    params = {f"key.{number}": number for number in range(250)}
+    version = registry.publish(home, study, {**record, "params": params}, tmp_path / "many")["version"]
+    run = client(home).get_run(client(home).get_model_version("searchfm-toy", str(version)).run_id)
+    assert run.data.params == {key: str(value) for key, value in params.items()}
+
+
 def test_mlflow_away_is_one_line_without_a_password(
     home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,8 @@ def _run(client: Any, mirror: Mirror, study: StudyRow, final: Mapping[str, Any],
         for start in range(0, len(metrics), 900):
             client.log_batch(run.info.run_id, metrics=metrics[start : start + 900])
         params = [Param(key, str(value)[:6000]) for key, value in final["params"].items()]
-        client.log_batch(run.info.run_id, params=params[:99])
+        for start in range(0, len(params), 99):  # MLflow takes at most 100 at once
+            client.log_batch(run.info.run_id, params=params[start : start + 99])
     for path in [folder / each for each in LOGGED]:
         if path.is_file():
             client.log_artifact(run.info.run_id, str(path))
