@@ -26,7 +26,7 @@ from searchfm.engines.worker import LEFT, STOP, work
 from searchfm.job import EpochDone, Event, Job, Left, Lost
 
 WORKER_BYTES = 1_500_000_000  # what a worker on a CPU may come to, torch, data and a small model together
-WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork
+WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
 
 
 @dataclass
@@ -47,7 +47,7 @@ class LocalEngine:
     """
 
     def __init__(self, devices: Sequence[str], warm: str = WARM, patience: float = 600.0) -> None:
-        self._context = _context(warm)
+        self._context, self._warm = _context(warm), warm
         self._patience = patience
         self._workers: list[_Worker] = []  # those who spoke last stand last, so that all are heard
         self._devices = list(devices)
@@ -157,7 +157,9 @@ class LocalEngine:
 
     def _start(self, device: str) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=work, args=(theirs, device), name=f"searchfm-{device}", daemon=True)
+        process = self._context.Process(
+            target=work, args=(theirs, device, self._warm), name=f"searchfm-{device}", daemon=True
+        )
         # A signal to the whole process group must reach neither the forkserver, with which every worker would seem
         # dead, nor a worker that is not ready for it: what is blocked here stays blocked in them. (Python starts its
         # resource tracker with the forkserver, and that start unblocks both signals, so it comes first.)

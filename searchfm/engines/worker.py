@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ BEAT_SECONDS = 1.0  # between two signs of life
 IDLE_SECONDS = 0.5  # within which an idle worker leaves that was told to
 
 
-def work(pipe: Connection, device: str) -> None:
+def work(pipe: Connection, device: str, warm: str) -> None:
     """Does jobs until the pipe closes or the process is told to end. Runs in the worker's own process."""
     leaving = False
 
@@ -37,6 +37,8 @@ def work(pipe: Connection, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
     signal.signal(signal.SIGTERM, on_terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see LocalEngine._start
+    with suppress(ImportError):  # the entry's own import says what is missing
+        importlib.import_module(warm)  # done already in a fork; a spawned worker needs its settings too
     cache: dict[Any, Any] = {}
     while not leaving:
         try:

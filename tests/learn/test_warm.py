@@ -1,8 +1,13 @@
 """What the forkserver prepares for every worker."""
 
+import gc
+import multiprocessing
+import subprocess
+import sys
 from collections.abc import Generator, Mapping
 from typing import Any
 
+import pytest
 import torch
 
 from searchfm.engines.local import LocalEngine
@@ -11,20 +16,41 @@ from searchfm.job import Context, Epoch, Finished, Job, Result
 TINY = 1e-40  # below float32's smallest normal number, 1.2e-38
 
 
-def product(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """A number that only exists where denormal numbers do."""
+def settings(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
+    """A number that only exists where denormal numbers do, and how many objects no collection looks at."""
     yield from ()
-    return {"value": (torch.full((8,), TINY * 1e10) * torch.full((8,), 1e-10)).sum().item()}
+    product = (torch.full((8,), TINY * 1e10) * torch.full((8,), 1e-10)).sum().item()
+    return {"product": product, "frozen": gc.get_freeze_count()}
 
 
-def test_workers_take_numbers_too_small_to_matter_for_zero() -> None:
-    """Where they do not, L2 slows an MLP's training tenfold after a few epochs."""
+@pytest.fixture(scope="module", params=["forkserver", "spawn"])
+def found(request: pytest.FixtureRequest) -> Result:
+    """What a job finds in a worker that was started so."""
     engine = LocalEngine(["cpu"])
+    engine._context = multiprocessing.get_context(request.param)
     try:
-        engine.submit(Job("product", 1, None, "tests.learn.test_warm:product", {}))
+        engine.submit(Job("settings", 1, None, "tests.learn.test_warm:settings", {}))
         event = None
         while event is None:
             event = engine.next_event(timeout=10)
     finally:
         engine.close()
-    assert event == Finished("product", 1, {"value": 0.0})
+    assert isinstance(event, Finished)
+    return event.result
+
+
+def test_workers_take_numbers_too_small_to_matter_for_zero(found: Result) -> None:
+    """Where they do not, L2 slows an MLP's training tenfold after a few epochs."""
+    assert found["product"] == 0.0
+
+
+def test_no_collection_looks_at_what_was_imported(found: Result) -> None:
+    """Where it does, collecting garbage takes most of a small trial's time."""
+    assert found["frozen"] > 100_000
+
+
+def test_nothing_is_printed_when_the_interpreter_ends() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import searchfm.learn.warm"], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert (done.stdout, done.stderr) == ("", "")
