@@ -28,6 +28,7 @@ from searchfm.search.storage import open_storage
 from searchfm.tracking import Tracker, apply, differences, make_schema, record, run_links, shown
 from searchfm.tracking.follower import Follower
 from searchfm.tracking.mirror import Mirror
+from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -581,45 +582,6 @@ def test_notes_stop_where_the_dashboard_would_crawl(home: Home) -> None:
 
 
 # --- a real server ----------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """MLflow's own, over HTTP, which keeps its own artifacts."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder / 'mlflow.db'}",
-            "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "artifacts"),
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=self.folder,
-            start_new_session=True,
-        )
-        until(self.answers, 60)
-
-    def answers(self) -> bool:
-        import urllib.request
-
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture
