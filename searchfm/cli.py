@@ -37,8 +37,8 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A study by name (its champion), models:/NAME@ALIAS or models:/NAME/VERSION, a file (.onnx, .pt2,"
-        " .safetensors), or a trial's folder.",
+        help="A study by name (its champion), models:/NAME@ALIAS or models:/NAME/VERSION, "
+        "a file (.onnx, .safetensors), or a trial's folder.",
         metavar="MODEL",
     ),
 ]
@@ -258,13 +258,13 @@ def data(
 ) -> None:
     """Show where data sets come from and whether they are here, or fetch one."""
     from searchfm.config import DATASETS
-    from searchfm.learn import sources
+    from searchfm.learn import datasets
     from searchfm.show import terminal
 
     where = _data_dir(data_dir)
     if name is not None:
-        sources.fetch(name, where)
-    rows = [sources.describe(item, where) for item in ([name] if name else DATASETS)]
+        datasets.fetch(name, where)
+    rows = [datasets.describe(item, where) for item in ([name] if name else DATASETS)]
     if as_json:
         typer.echo(json.dumps([terminal.describe_data(row) for row in rows]))
     else:
@@ -443,10 +443,10 @@ def export(
 ) -> None:
     """Write a model as one file that takes raw images, uint8 (N, channels, height, width), and answers probabilities.
 
-    The file is read again and its answers are compared with the model's: it is kept if no probability differs by more
-    than 0.00001. onnx is for other runtimes, and needs searchfm[onnx]; pt2 is torch.export's, and torch unpickles it,
-    so load others' with torch only if you trust them; safetensors is weights alone, with how to build the model as
-    JSON in it and beside it.
+    What is written is run and compared with the model: it is kept if no probability differs by more than 0.00001. onnx
+    is for other runtimes, and needs searchfm[onnx]; pt2 is torch.export's, for torch alone, which unpickles it, so load
+    others' only if you trust them; safetensors is weights alone, with how to build the model as JSON in it and beside
+    it. `searchfm predict` reads onnx and safetensors.
     """
     from searchfm.home import Home
     from searchfm.learn import export

@@ -20,10 +20,11 @@ from rows import four
 from searchfm import cli
 from searchfm.config import Config
 from searchfm.home import Home
-from searchfm.learn import export, folder, predict, sources
+from searchfm.learn import datasets, export, predict
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
-from searchfm.learn.formats import FASHION_CLASSES, Arrays, read_digits
+from searchfm.learn.datasets import FASHION_CLASSES
+from searchfm.learn.images import Arrays, listing, read_folder
 from searchfm.learn.train import train
 
 Said = tuple[int, str, str]  # exit code, stdout, stderr
@@ -32,7 +33,7 @@ Said = tuple[int, str, str]  # exit code, stdout, stderr
 @pytest.fixture(scope="module")
 def fashion() -> Arrays:
     """Fashion-MNIST's test part, as its makers published it."""
-    return sources.read("fashion-mnist", "test")
+    return datasets.read_named("fashion-mnist", "test")
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +179,10 @@ def varied(root: Path) -> Path:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [6, 12, 40])
 def test_an_image_is_read_bitwise_as_training_reads_it(channels: int, size: int, tmp_path: Path) -> None:
-    listing = folder.listing(varied(tmp_path), "val")
-    trained = folder.read(listing, size, channels).images
-    assert len(listing.files) == 34
-    for path, image in zip(listing.files, trained, strict=True):
+    files = listing(varied(tmp_path), "val")
+    trained = read_folder(files, size, channels).images
+    assert len(files.files) == 34
+    for path, image in zip(files.files, trained, strict=True):
         ours = predict.read(path, (channels, size, size))
         assert ours.dtype == np.uint8
         assert ours.tobytes() == image.tobytes(), path.name
@@ -193,10 +194,10 @@ def test_a_folders_own_size_need_not_be_square(tmp_path: Path) -> None:
         (root / part / label).mkdir(parents=True)
         pixels = np.random.RandomState(number).randint(0, 256, (9, 14, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(root / part / label / "0.png")
-    listing = folder.listing(root, "val")
-    trained = folder.read(listing, 0, 3).images
+    files = listing(root, "val")
+    trained = read_folder(files, 0, 3).images
     assert trained.shape == (2, 3, 9, 14)
-    for path, image in zip(listing.files, trained, strict=True):
+    for path, image in zip(files.files, trained, strict=True):
         assert (predict.read(path, (3, 9, 14)) == image).all()
         Image.open(path).resize((28, 18), Image.Resampling.NEAREST).save(tmp_path / "large.png")
         again = predict.read(tmp_path / "large.png", (3, 9, 14))
@@ -322,14 +323,19 @@ def test_a_model_that_is_none_is_one_line(
 ) -> None:
     home = Home(tmp_path / "home")
     four(home)
-    (tmp_path / "text.pt2").write_text("no model")
-    (tmp_path / "m.bin").write_text("no model")
+    for file in ("text.safetensors", "m.pt2", "m.bin"):
+        (tmp_path / file).write_text("no model")
     for name, said in {
         "toy": "study 'toy': was not retrained, so it has no model; first: searchfm retrain toy",
         "nix": "study 'nix' is not in ",
         "nix.onnx": "nix.onnx: no model here",
-        str(tmp_path / "text.pt2"): "not a model of this version",
-        str(tmp_path / "m.bin"): "m.bin: must be one of .onnx, .pt2, .safetensors",
+        str(tmp_path / "text.safetensors"): "not a model of this version",
+        str(
+            tmp_path / "m.bin"
+        ): "m.bin: must be .onnx, .safetensors, or a folder with weights.safetensors and model.json",
+        str(
+            tmp_path / "m.pt2"
+        ): "m.pt2: must be .onnx, .safetensors, or a folder with weights.safetensors and model.json",
         "models:/searchfm-toy@champion": "mlflow.db is not there yet; begin with `searchfm tune`",
         "models:/searchfm-toy": "must be models:/NAME@ALIAS or models:/NAME/VERSION",
         "models:/../x@y": "must be models:/NAME@ALIAS",
@@ -348,8 +354,8 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Pa
     Path("out").mkdir()
     for words, path in {
         ("--format", "safetensors"): "mlp-0007.safetensors",
-        ("--output", "my.pt2"): "my.pt2",
-        ("--output", "out", "--format", "pt2"): "out/mlp-0007.pt2",
+        ("--output", "my.safetensors"): "my.safetensors",
+        ("--output", "out", "--format", "onnx"): "out/mlp-0007.onnx",
     }.items():
         code, out, err = searchfm("export", model, *words, "--json")
         assert (code, err) == (0, "")
@@ -361,9 +367,9 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Pa
         again = json.loads(searchfm("predict", path, images, "--json")[1])
         assert [row["class"] for row in again] == [row["class"] for row in plain]
         assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in plain], abs=2e-6)
-    before = Path("my.pt2").read_bytes()
+    Path("my.pt2").write_text("mine")
     refused(searchfm("export", model, "--output", "my.pt2"), "my.pt2: is there already; --force overwrites it")
-    assert Path("my.pt2").read_bytes() == before
+    assert Path("my.pt2").read_text() == "mine"
     code, out, _ = searchfm("export", model, "--output", "my.pt2", "--force")
     assert code == 0
     assert re.search(r"my\.pt2: [\d,]+ bytes; largest difference of a probability \d\.\de[+-]\d\d$", out.strip())
@@ -409,7 +415,7 @@ def test_a_studys_champion_answers_by_its_name(
     searchfm: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tune, retrain, predict and export, one after another, with a second model that does not become the champion."""
-    home, digits, images = tmp_path / "home", read_digits("test"), tmp_path / "images"
+    home, digits, images = tmp_path / "home", datasets.read_named("digits", "test"), tmp_path / "images"
     images.mkdir()
     for number in range(60):
         Image.fromarray(digits.images[number][0]).save(images / f"{number:02}.png")
@@ -429,6 +435,8 @@ def test_a_studys_champion_answers_by_its_name(
     for kind in export.FORMATS:
         code, _, err = searchfm("export", "mlp", "--format", kind, "--home", home)
         assert code == 0, err
+        if kind == "pt2":
+            continue
         answers = ask(f"mlp.{kind}")
         assert [name for name, _ in answers] == [name for name, _ in best]
         assert [share for _, share in answers] == pytest.approx([share for _, share in best], abs=2e-6)

@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
-from searchfm.learn import sources
+from searchfm.learn import datasets
 from searchfm.learn.data import load_test
 
-DEBIAN = sources.DEBIAN_FOLDER
+DEBIAN = datasets.DEBIAN_FOLDER
 
 
 def fashion(place: Path) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ import safetensors.torch
 from torch import Tensor
 
 from searchfm.config import Config, Transfer
-from searchfm.errors import CheckpointError, ConfigError, ModelError
+from searchfm.errors import CheckpointError, ModelError
 from searchfm.home import file_sha256, write_whole
 from searchfm.job import Epoch
 from searchfm.learn.models import Classifier, build
@@ -154,16 +153,12 @@ def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifie
 
 @contextlib.contextmanager
 def refusing(where: Path) -> Iterator[None]:
-    """Whatever a file or folder that holds no model of ours makes its readers raise becomes ModelError, in one line."""
+    """Whatever is raised while a file or folder is read as a model becomes ModelError, in one line."""
+    if not where.exists():
+        raise ModelError(f"{where}: no model here, nothing of that name")
     try:
         yield
     except FileNotFoundError as error:
         raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
-    except _NO_MODEL as error:
-        raise ModelError(f"{where}: not a model of this version: {' '.join(str(error).split())[:200]}") from None
-
-
-_NO_MODEL = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError),
-    *(ConfigError, ModelError, safetensors.SafetensorError, zipfile.BadZipFile),
-)
+    except Exception as error:  # a file or spec of another make shows in as many ways as there are
+        raise ModelError(f"{where}: not a model of this version: {' '.join(str(error).split())[:200]}") from error

@@ -1,34 +1,38 @@
 """Data sets as tensors on the device: training, validation and test parts, and batches of them.
 
-The test part stands apart: `load_test` alone reads it. `sources` says where data come from, and `splits` which part an
-image belongs to.
+Only `load_test` reads the test part.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from searchfm.config import DataConfig
-from searchfm.learn import parsed
-from searchfm.learn.splits import split
+from searchfm.config import DataConfig, Shape
+from searchfm.errors import DataError
+from searchfm.learn import datasets
+from searchfm.learn.datasets import Parsed
+from searchfm.learn.images import Labels
+from searchfm.tables import show
 
-RESIDENT = 0.5  # share of a device's free memory that data may take; models, and other workers, need the rest
+RESIDENT = 0.5  # fraction of a device's free memory that data may take; models, and other workers, need the rest
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a data set."""
+    """Some of the images of a data set."""
 
     images: Tensor  # (N, C, H, W) uint8, on `device`, or in host memory where they do not fit there
-    labels: Tensor  # (N,) int64, in the same place
-    indices: Tensor  # (N,) int64 on the CPU: place in the data set's own training (or test) part; see `load`
+    labels: Tensor  # (N,) int64, on the same device as the images
+    indices: Tensor  # (N,) int64 on the CPU: among the data set's own training (or test) images; see `load`
     device: torch.device  # where batches are wanted
-    fingerprint: str = ""  # sha256 of the whole part that this is a share of; two tests on equal ones are comparable
+    fingerprint: str = ""  # sha256 of the whole part that these images are from; two tests on equal ones are comparable
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,25 +45,51 @@ class Splits:
     train: Part
     val: Part | None
     classes: tuple[str, ...]
-    mean: Tensor  # (C,) float32 on the CPU: of the training share, pixels scaled to 0..1
+    mean: Tensor  # (C,) float32 on the CPU: of the training images, pixels scaled to 0..1
     std: Tensor  # (C,) float32 on the CPU; at least 1/255, so that one may divide by it
-    fingerprint: str  # sha256 of all training and validation data: pixels, labels, class names; not of seeds and shares
+    fingerprint: (
+        str  # sha256 of all training and validation data: pixels, labels, class names; not of seeds and fractions
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of the data before a search begins."""
+
+    shape: Shape  # channels, height, width, after `config.size`
+    classes: tuple[str, ...]
+    train: int  # images, after validation and subset
+    validation: int
+    fingerprint: str  # as in `Splits`
+
+
+def prepare(config: DataConfig, data_dir: Path | None = None) -> Prepared:
+    """Makes a search's data available, downloading and decoding where need be; the test part is not opened.
+
+    Raises DataError as `load` does.
+    """
+    parts = datasets.training_parts(config, data_dir)
+    first, own = parts[0], len(parts) == 2
+    with safe_open(first.path, "np") as opened:
+        train, val = split(opened.get_tensor("labels"), first.classes, config, validated=own)
+    held = parts[1].count if own else len(val)
+    return Prepared(first.shape, first.classes, len(train), held, datasets.fingerprint_of(parts))
 
 
 def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:
-    """The training share and the validation part. The test part is not opened.
+    """The training images that `config` selects, and the validation part. The test part is not opened.
 
     A folder's own val/ is the validation part, and `config.validation` then means nothing; its indices go on where
     those of the training part end. `data_dir` is searched first for data sets known by name.
 
     Raises DataError for data that are unknown, unreachable or unreadable, or a class too small to be split.
     """
-    whole, given, classes, fingerprint = _training(config, data_dir)
-    places, held = split(whole.labels.numpy(), classes, config, validated=given is not None)
-    train = _share(whole, torch.from_numpy(places))
-    val = _share(whole, torch.from_numpy(held)) if given is None else given
+    whole, own, classes, fingerprint = _training(config, data_dir)
+    rest, held = split(whole.labels.numpy(), classes, config, validated=own is not None)
+    train = _select(whole, torch.from_numpy(rest))
+    val = _select(whole, torch.from_numpy(held)) if own is None else own
     mean, std = moments(train.images)
-    train, val = _place([train, val], torch.device(device))
+    train, val = _to_device([train, val], torch.device(device))
     return Splits(train, val, classes, mean, std, fingerprint)
 
 
@@ -68,14 +98,14 @@ def load_full(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
     Raises DataError as `load` does.
     """
-    whole, given, classes, fingerprint = _training(config, data_dir)
-    if given is not None:
+    whole, own, classes, fingerprint = _training(config, data_dir)
+    if own is not None:
         images, labels, indices = (
-            torch.cat([getattr(part, field) for part in (whole, given)]) for field in ("images", "labels", "indices")
+            torch.cat([getattr(part, field) for part in (whole, own)]) for field in ("images", "labels", "indices")
         )
         whole = Part(images, labels, indices, whole.device, fingerprint)
     mean, std = moments(whole.images)
-    (train,) = _place([whole], torch.device(device))
+    (train,) = _to_device([whole], torch.device(device))
     return Splits(train, None, classes, mean, std, fingerprint)
 
 
@@ -84,9 +114,51 @@ def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
     Raises DataError as `load` does, and for a test part without images.
     """
-    part, _ = _open(parsed.parsed(config, "test", data_dir))
-    (part,) = _place([part], torch.device(device))
+    (part,) = _to_device([_open(datasets.parsed(config, "test", data_dir))], torch.device(device))
     return part
+
+
+def split(
+    labels: Labels, classes: Sequence[str], config: DataConfig, *, validated: bool = False
+) -> tuple[Labels, Labels]:
+    """Indices (ascending) of the training and of the validation images among `labels` (N,).
+
+    Validation is `config.validation` of every class (nothing if the data are `validated` otherwise), training is
+    `config.subset` of what is left: both by `config.seed`, to the nearest image, and at least one image of each class.
+    Subsets of one seed lie within each other. Raises DataError for a class with too few images.
+    """
+    counts, least = np.bincount(labels, minlength=len(classes)), 1 if validated else 2
+    if counts.min() < least:
+        few = int(counts.argmin())
+        raise DataError(
+            f"data.name = {show(config.name)}: class {show(classes[few])} has {counts[few]} images to "
+            f"{'train' if validated else 'train and validate'} on: must have at least {least}"
+        )
+    held = np.zeros(len(labels), dtype=np.bool_)
+    if not validated:
+        held = _chosen(labels, config.validation, "validation", config.seed, leave=1)
+    rest = np.flatnonzero(~held)
+    if config.subset < 1:
+        rest = rest[_chosen(labels[rest], config.subset, "subset", config.seed, leave=0)]
+    return rest, np.flatnonzero(held)
+
+
+def _chosen(labels: Labels, fraction: float, purpose: str, seed: int, *, leave: int) -> NDArray[np.bool_]:
+    """A mask (N,) of about `fraction` of each class: at least one image, and all but `leave` at most."""
+    counts = np.bincount(labels)
+    exact = counts * fraction
+    number = np.floor(exact).astype(np.int64)
+    # Largest remainder: the whole is as near to `fraction` as each class.
+    missing = max(0, round(len(labels) * fraction) - int(number.sum()))
+    number[np.argsort(number - exact, kind="stable")[:missing]] += 1
+    number = np.clip(number, 1, np.maximum(counts - leave, 1))
+    # RandomState, because NumPy promises never to change its stream; the seed may be any whole number.
+    words = np.frombuffer(hashlib.sha256(f"{purpose} {seed}".encode()).digest(), dtype="<u4")
+    rng = np.random.RandomState(words)
+    mask = np.zeros(len(labels), dtype=np.bool_)
+    for label, count in enumerate(number):
+        mask[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
+    return mask
 
 
 def batches(part: Part, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,39 +188,36 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = [torch.bincount(images[:, c].reshape(-1), minlength=256).double() for c in range(images.shape[1])]
-    shares = torch.stack([count / count.sum() for count in counts])
-    mean = shares @ values
-    variance = (shares * (values - mean[:, None]) ** 2).sum(1)
+    fractions = torch.stack([count / count.sum() for count in counts])
+    mean = fractions @ values
+    variance = (fractions * (values - mean[:, None]) ** 2).sum(1)
     return mean.float(), variance.sqrt().clamp_min(1 / 255).float()
 
 
 def _training(config: DataConfig, data_dir: Path | None) -> tuple[Part, Part | None, tuple[str, ...], str]:
-    """All training data; the validation part, if the data bring one; class names; fingerprint of both."""
-    files = parsed.training_files(config, data_dir)
-    fingerprint = parsed.fingerprint(files)
-    whole, classes = _open(files[0])
-    given = _open(files[1])[0] if len(files) == 2 else None
-    if given is not None:
-        given = Part(given.images, given.labels, given.indices + len(whole), given.device, fingerprint)
-    return Part(whole.images, whole.labels, whole.indices, whole.device, fingerprint), given, classes, fingerprint
+    """All training data; the validation part, if the data have their own; class names; fingerprint of both."""
+    files = datasets.training_parts(config, data_dir)
+    fingerprint = datasets.fingerprint_of(files)
+    whole, *own = [replace(_open(file), fingerprint=fingerprint) for file in files]
+    val = replace(own[0], indices=own[0].indices + len(whole)) if own else None
+    return whole, val, files[0].classes, fingerprint
 
 
-def _open(path: Path) -> tuple[Part, tuple[str, ...]]:
-    """A parsed file; its pages are read when they are touched, and shared by all processes that do."""
-    with safe_open(path, "pt") as opened:
-        images, labels, metadata = opened.get_tensor("images"), opened.get_tensor("labels"), opened.metadata()
-    part = Part(images, labels, torch.arange(len(labels)), torch.device("cpu"), metadata["fingerprint"])
-    return part, tuple(json.loads(metadata["classes"]))
+def _open(file: Parsed) -> Part:
+    """A parsed part; its pages are read when they are touched, and shared by all processes that do."""
+    with safe_open(file.path, "pt") as opened:
+        images, labels = opened.get_tensor("images"), opened.get_tensor("labels")
+    return Part(images, labels, torch.arange(len(labels)), torch.device("cpu"), file.fingerprint)
 
 
-def _share(part: Part, places: Tensor) -> Part:
-    images, labels, indices = (tensor.index_select(0, places) for tensor in (part.images, part.labels, part.indices))
-    return Part(images, labels, indices, part.device, part.fingerprint)
+def _select(part: Part, rows: Tensor) -> Part:
+    images, labels, indices = (tensor.index_select(0, rows) for tensor in (part.images, part.labels, part.indices))
+    return replace(part, images=images, labels=labels, indices=indices)
 
 
-def _place(parts: list[Part], device: torch.device) -> list[Part]:
+def _to_device(parts: list[Part], device: torch.device) -> list[Part]:
     """The parts on the device if all fit there, else where they are, to be streamed."""
     size = sum(part.images.nbytes + part.labels.nbytes for part in parts)
     fits = device.type != "cuda" or size <= RESIDENT * torch.cuda.mem_get_info(device)[0]
     home = device if fits else torch.device("cpu")
-    return [Part(part.images.to(home), part.labels.to(home), part.indices, device, part.fingerprint) for part in parts]
+    return [replace(part, images=part.images.to(home), labels=part.labels.to(home), device=device) for part in parts]

@@ -1,4 +1,4 @@
-"""People's images through a model: read as training reads them, whatever their size and mode. No torch."""
+"""User images through a model: read as training reads them, whatever their size and mode. No torch."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from searchfm.config import Shape
 from searchfm.errors import ModelError
-from searchfm.learn.folder import SUFFIXES, decode, images, in_channels
-from searchfm.learn.formats import resized
-from searchfm.learn.splits import Pixels
+from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
 
 Probabilities: TypeAlias = NDArray[np.float32]
 
@@ -66,7 +64,7 @@ def read(path: Path, shape: Shape) -> Pixels:
 
 def _files(path: Path) -> list[Path]:
     """What an argument stands for: a folder for the images in it, at any depth, by name."""
-    return (sorted(images(path, path)) or [path]) if path.is_dir() else [path]
+    return (image_files(path, path) or [path]) if path.is_dir() else [path]
 
 
 def _read(path: Path, shape: Shape) -> Pixels | str:

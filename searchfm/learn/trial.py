@@ -18,7 +18,7 @@ from searchfm.config import Config, DataConfig, Transfer
 from searchfm.errors import DataError, Stopped, WorldError
 from searchfm.home import write_whole
 from searchfm.job import Context, Epoch, Result
-from searchfm.learn import checkpoint, parsed
+from searchfm.learn import checkpoint, data
 from searchfm.learn.data import Part, Splits, load
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.models.transfer import build as build_transfer
@@ -40,7 +40,7 @@ def prepare(payload: Mapping[str, Any], _context: Context) -> Generator[Epoch, N
     `devices` (numbers of accelerators: `cuda`, `mps`).
     Raises DataError, ModelError.
     """
-    found = parsed.prepare(DataConfig.from_table(payload["data"]), _path(payload["data_dir"]))
+    found = data.prepare(DataConfig.from_table(payload["data"]), _path(payload["data_dir"]))
     for model, weights in payload["models"]:  # built, not only found: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), found.shape, len(found.classes))
     yield from ()  # an entry is a generator, even one without epochs

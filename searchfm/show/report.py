@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage
 from searchfm import plots
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
-from searchfm.learn.pictures import images
+from searchfm.learn.datasets import training_images
 from searchfm.search.history import StudyRow, TrialRow, read_epochs
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
@@ -213,7 +213,7 @@ def _pairs(
     try:
         config = DataConfig.from_table(study.resolved["data"])
         wanted = held.indices[places].tolist()
-        shown = images(config, wanted, study.data["fingerprint"], data_dir) if places else ()
+        shown = training_images(config, wanted, study.data["fingerprint"], data_dir) if places else ()
         sources = {place: page.data_uri(image) for place, image in zip(places, shown, strict=True)}
     except DataError as error:
         note = f"Their images cannot be shown here: {error}"

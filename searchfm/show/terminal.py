@@ -22,7 +22,7 @@ from searchfm.search.study import Study
 from searchfm.tuning import Tuning
 
 if TYPE_CHECKING:
-    from searchfm.learn.sources import Described
+    from searchfm.learn.datasets import Described
     from searchfm.show.dashboard import Addresses
     from searchfm.tracking import Difference
 

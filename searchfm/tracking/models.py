@@ -21,7 +21,7 @@ log = logging.getLogger("searchfm")
 
 CHAMPION = "champion"
 FILES = "extra_files"  # where MLflow keeps files beside a model of its own format
-SUFFIXES = (".onnx", ".pt2", ".safetensors")
+SUFFIXES = (".onnx", ".safetensors")
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for a model that is not there
 

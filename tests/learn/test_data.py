@@ -19,14 +19,14 @@ from torchvision.datasets import FashionMNIST
 
 from searchfm.config import DATASETS, DataConfig
 from searchfm.errors import DataError
-from searchfm.learn import parsed, sources
-from searchfm.learn.data import Part, batches, load, load_full, load_test, moments
-from searchfm.learn.splits import TEST_SHARE, split
+from searchfm.learn import datasets
+from searchfm.learn.data import Part, batches, load, load_full, load_test, moments, prepare, split
+from searchfm.learn.images import TEST_FRACTION
 from searchfm.tables import show
 
 DIGITS = DataConfig(name="digits")
 FASHION = DataConfig(name="fashion-mnist")
-DEBIAN = sources.DEBIAN_FOLDER
+DEBIAN = datasets.DEBIAN_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def test_digits_test_part_is_carved_by_content_and_nothing_moves_it() -> None:
     test, full = load_test(DIGITS), load_full(DIGITS)
     source = load_digits()
     assert len(test) + len(full.train) == len(source.images) == 1797
-    assert sources.COUNTS["digits"] == (len(full.train), len(test))
-    assert len(test) / 1797 == pytest.approx(TEST_SHARE, abs=0.03)
+    assert datasets.ABOUT["digits"][:2] == (len(full.train), len(test))
+    assert len(test) / 1797 == pytest.approx(TEST_FRACTION, abs=0.03)
     assert not set(prints(test.images)) & set(prints(full.train.images))
     together = Counter(prints(test.images) + prints(full.train.images))
     expected = np.round(source.images * 255 / 16).astype(np.uint8)
@@ -175,7 +175,7 @@ def test_training_data_never_need_the_test_part(empty_cache: Path, tmp_path: Pat
         (place / path.name).write_bytes(b"rubbish" if path.name.startswith("t10k") else path.read_bytes())
     assert len(load_full(FASHION, data_dir=place).train) == 60000
     load(FASHION, data_dir=place)
-    parsed.prepare(FASHION, place)
+    prepare(FASHION, place)
     assert [path.name for path in empty_cache.rglob("*.safetensors")] == ["train-0.safetensors"]
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_copy_is_passed_over_aloud(
     labels[100] ^= 1
     (place / "t10k-labels-idx1-ubyte").write_bytes(labels)
     monkeypatch.setenv("SEARCHFM_DATA", str(tmp_path / "mine"))
-    assert sources.describe("fashion-mnist").found == place
+    assert datasets.describe("fashion-mnist").found == place
     assert len(load(FASHION).train) == 51000
     assert not caplog.messages
     assert torch.equal(load_test(FASHION).labels, torch.tensor(list(raw("t10k-labels-idx1-ubyte")[8:])))
@@ -237,16 +237,16 @@ def test_images_are_resized_once_as_torch_would(size: int) -> None:
     assert (other.train.images.float() - reference).abs().max() <= 1  # PIL rounds rows and columns apart
     assert torch.equal(other.train.labels, own.labels)
     assert other.fingerprint == own.fingerprint  # the same data still
-    assert parsed.prepare(DataConfig(name="digits", size=size)).shape == (1, size, size)
+    assert prepare(DataConfig(name="digits", size=size)).shape == (1, size, size)
 
 
 def test_the_own_size_is_no_resizing() -> None:
-    assert parsed.parsed(DataConfig(name="digits", size=8), "train") == parsed.parsed(DIGITS, "train")
+    assert datasets.parsed(DataConfig(name="digits", size=8), "train") == datasets.parsed(DIGITS, "train")
 
 
 @pytest.mark.parametrize("config", [DIGITS, DataConfig(subset=0.01, seed=3)], ids=["digits", "fashion-mnist"])
 def test_preparing_says_what_loading_gives(config: DataConfig) -> None:
-    splits, prepared = load(config), parsed.prepare(config)
+    splits, prepared = load(config), prepare(config)
     assert prepared.shape == splits.train.images.shape[1:] == DATASETS[config.name][0]
     assert prepared.classes == splits.classes
     assert splits.val is not None
@@ -254,11 +254,11 @@ def test_preparing_says_what_loading_gives(config: DataConfig) -> None:
     assert prepared.fingerprint == splits.fingerprint
 
 
-def test_preparing_imports_no_torch(parsed_once: Path) -> None:
+def test_reading_imports_no_torch(parsed_once: Path) -> None:
     code = (
-        "import sys; from searchfm.config import DataConfig; from searchfm.learn import parsed, sources; "
-        "[parsed.prepare(DataConfig(name=name)) for name in ('digits', 'fashion-mnist')]; "
-        "[sources.describe(name) for name in ('digits', 'fashion-mnist', 'cifar100')]; "
+        "import sys; from searchfm.config import DataConfig; from searchfm.learn import datasets; "
+        "[datasets.training_parts(DataConfig(name=name)) for name in ('digits', 'fashion-mnist')]; "
+        "[datasets.describe(name) for name in ('digits', 'fashion-mnist', 'cifar100')]; "
         "print({'torch', 'torchvision'} & set(sys.modules))"
     )
     shutil.rmtree(parsed_once / "data", ignore_errors=True)  # from nothing
@@ -268,7 +268,7 @@ def test_preparing_imports_no_torch(parsed_once: Path) -> None:
 
 def test_a_cache_cut_off_is_made_again(empty_cache: Path) -> None:
     whole = load(DIGITS)
-    path = parsed.parsed(DIGITS, "train")
+    path = datasets.parsed(DIGITS, "train").path
     path.write_bytes(path.read_bytes()[:5000])
     (path.parent / f".{path.name}.0123abcd").write_bytes(b"left by a process that was killed")
     assert torch.equal(load(DIGITS).train.images, whole.train.images)
@@ -310,22 +310,23 @@ def test_a_full_disk_leaves_no_half_file(empty_cache: Path) -> None:
     # The largest file this process may write is smaller than the parsed digits.
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
-        "from searchfm.config import DataConfig; from searchfm.learn import parsed; "
-        "parsed.prepare(DataConfig(name='digits'))"
+        "from searchfm.config import DataConfig; from searchfm.learn import datasets; "
+        "datasets.training_parts(DataConfig(name='digits'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert "SEARCHFM_CACHE may name another folder" in done.stderr.splitlines()[-1]
     assert "searchfm.errors.DataError" in done.stderr.splitlines()[-1]
     assert not list(empty_cache.rglob("*safetensors*"))
 
 
 def test_descriptions_say_what_will_be_found() -> None:
     for name, (shape, classes) in DATASETS.items():
-        described = sources.describe(name)
+        described = datasets.describe(name)
         assert (described.name, described.shape, described.classes) == (name, shape, classes)
-    assert sources.describe("fashion-mnist").found == DEBIAN
-    digits = sources.describe("digits").found
+    assert datasets.describe("fashion-mnist").found == DEBIAN
+    digits = datasets.describe("digits").found
     assert digits is not None
     assert digits.is_file()
-    assert sources.describe("cifar100").found is None
-    assert sources.fetch("fashion-mnist") == DEBIAN
+    assert datasets.describe("cifar100").found is None
+    assert datasets.fetch("fashion-mnist") == DEBIAN

@@ -1,6 +1,5 @@
 """Models as single files: they answer as the model does, and what is wrong with a file is said in one line."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import nn
 
 from searchfm.config import Config
 from searchfm.errors import ModelError, UserError
-from searchfm.learn import export, onnx
+from searchfm.learn import export
 from searchfm.learn.checkpoint import SPEC, WEIGHTS, save_weights
 from searchfm.learn.data import Splits
 from searchfm.learn.export import BOUND, FORMATS
@@ -39,6 +37,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "transfer": ({"model": "resnet18", "weights": "none"}, (1, 32, 32)),
 }
 QUICK = {("cnn", "onnx"), ("vit", "pt2")}  # the others of these two formats take seconds each
+READ = ("onnx", "safetensors")  # the formats that are read back; a .pt2 is torch's alone
 CASES = [
     pytest.param(name, kind, marks=[] if kind == "safetensors" or (name, kind) in QUICK else [pytest.mark.slow])
     for name, kind in itertools.product(ARCHITECTURES, FORMATS)
@@ -105,12 +104,18 @@ def test_a_file_answers_as_the_model_does(name: str, kind: export.Format, tmp_pa
     done = export.export(model, spec, kind, tmp_path / f"m.{kind}")
     assert done.difference <= 1e-6, "float32 differs by 1e-7 between runtimes"
     assert done.bytes == done.path.stat().st_size
-    loaded = export.load(done.path)
-    assert (loaded.classes, loaded.shape) == (tuple(CLASSES), ARCHITECTURES[name][1])
+    shape = ARCHITECTURES[name][1]
+    if kind == "pt2":
+        program = torch.export.load(done.path).module()
+        answer = lambda images: program(torch.from_numpy(images)).detach().numpy()  # noqa: E731
+    else:
+        loaded = export.load(done.path)
+        assert (loaded.classes, loaded.shape) == (tuple(CLASSES), shape)
+        answer = loaded.answer
     for count in (1, 5, 33):
-        images = noise(count, *loaded.shape)
+        images = noise(count, *shape)
         wanted = answers(model, images)
-        np.testing.assert_allclose(loaded.answer(images), wanted, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(answer(images), wanted, rtol=0, atol=1e-6)
         assert np.ptp(wanted) > 0.01, "the answers say something"
 
 
@@ -177,11 +182,10 @@ def test_what_a_trial_leaves_is_a_model(tmp_path: Path, digits: Splits) -> None:
 
 
 def test_a_file_can_be_exported_again(files: Path, tmp_path: Path) -> None:
-    for source, kind in (("m.pt2", "safetensors"), ("m.safetensors", "pt2")):
-        export.export(*export.load_model(files / source), export.format_of(kind), tmp_path / f"m.{kind}")
-        again, _ = export.load_model(tmp_path / f"m.{kind}")
-        first, _ = export.load_model(files / f"m.{kind}")
-        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
+    export.export(*export.load_model(files / "m.safetensors"), "safetensors", tmp_path / "m.safetensors")
+    again, _ = export.load_model(tmp_path / "m.safetensors")
+    first, _ = export.load_model(files / "m.safetensors")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
     with pytest.raises(ModelError, match="ONNX is to predict with only; export what it was made of"):
         export.load_model(files / "m.onnx")
 
@@ -201,8 +205,8 @@ def test_a_file_that_is_there_stays_unless_forced(kind: export.Format, small: Mo
         (tmp_path / "m.json").write_text("mine too")
         with pytest.raises(UserError, match=r"m\.json: is there already; --force"):
             export.export(*small, kind, path)
-    export.export(*small, kind, path, force=True)
-    assert export.load(path).classes == tuple(CLASSES)
+    done = export.export(*small, kind, path, force=True)
+    assert path.stat().st_size == done.bytes > 1000
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -266,7 +270,7 @@ def test_without_the_extra_one_line_says_what_to_install(
 def test_a_model_too_large_for_one_onnx_file_is_refused_before_it_is_made(
     small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx, "LARGEST", 1000)
+    monkeypatch.setattr(export, "LARGEST", 1000)
     with pytest.raises(ModelError, match=r"bytes of weights: one ONNX file holds at most 1,000; use pt2 or"):
         export.export(*small, "onnx", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
@@ -275,44 +279,40 @@ def test_a_model_too_large_for_one_onnx_file_is_refused_before_it_is_made(
 # --- what is not read -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "name"), list(itertools.permutations(FORMATS, 2)))
+@pytest.mark.parametrize(("kind", "name"), [pair for pair in itertools.product(FORMATS, READ) if len({*pair}) == 2])
 def test_a_renamed_file_is_refused(kind: str, name: str, copies: Path, tmp_path: Path) -> None:
     refused((copies / f"m.{kind}").rename(tmp_path / f"n.{name}"), "not a model of this version: ")
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_a_cut_file_is_refused(kind: str, share: float, copies: Path) -> None:
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.99])
+def test_a_cut_file_is_refused(kind: str, fraction: float, copies: Path) -> None:
     path = copies / f"m.{kind}"
-    os.truncate(path, int(path.stat().st_size * share))
+    os.truncate(path, int(path.stat().st_size * fraction))
     refused(path, "not a model of this version: ")
 
 
-@pytest.mark.parametrize(("kind", "said"), [("pt2", "Bad CRC-32"), ("safetensors", "damaged: its weights' sha256 is")])
-def test_a_flipped_bit_is_seen(kind: str, said: str, copies: Path, small: Model) -> None:
-    path = copies / f"m.{kind}"
+def test_a_flipped_bit_is_seen(copies: Path, small: Model) -> None:
+    path = copies / "m.safetensors"
     content = bytearray(path.read_bytes())
     weights = small[0].net.get_parameter("1.weight").detach().numpy().tobytes()
     content[content.index(weights) + 10] ^= 4
     path.write_bytes(content)
-    refused(path, said)
+    refused(path, "damaged: its weights' sha256 is")
 
 
 def test_files_that_are_not_there_or_of_another_kind_are_named(tmp_path: Path) -> None:
     for kind in FORMATS:
-        refused(tmp_path / f"nix.{kind}", r"no model here: .*nix.* is missing")
+        refused(tmp_path / f"nix.{kind}", "no model here, nothing of that name")
         (tmp_path / f"folder.{kind}").mkdir()
         refused(tmp_path / f"folder.{kind}", "no model here")
     (tmp_path / "m.h5").write_bytes(b"?")
-    refused(tmp_path / "m.h5", r"must be one of \.onnx, \.pt2, \.safetensors")
+    refused(tmp_path / "m.h5", r"must be \.onnx, \.safetensors, or a folder with weights\.safetensors and model\.json$")
 
 
 def test_another_s_files_are_refused(tmp_path: Path, small: Model) -> None:
     import onnx as format_
 
-    served, images = Served(small[0]).eval(), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    torch.export.save(torch.export.export(served, (images,)), tmp_path / "m.pt2")
-    refused(tmp_path / "m.pt2", r"no item named '.*extra/searchfm\.json'")
     node = format_.helper.make_node("Identity", ["x"], ["y"])
     ends = [format_.helper.make_tensor_value_info(name, format_.TensorProto.FLOAT, [1]) for name in "xy"]
     proto = format_.helper.make_model(
@@ -324,7 +324,7 @@ def test_another_s_files_are_refused(tmp_path: Path, small: Model) -> None:
     refused(tmp_path / "m.onnx", "searchfm")
     proto.metadata_props.add(key="searchfm", value=json.dumps(small[1]))
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
-    refused(tmp_path / "m.onnx", "does not answer images of")
+    refused(tmp_path / "m.onnx", "Required inputs")
 
 
 SPECS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -362,45 +362,21 @@ class Hostile:
         return Path.touch, (self.mark,)
 
 
-def rewrite(path: Path, change: Callable[[str, bytes], bytes], method: int = zipfile.ZIP_STORED) -> None:
-    """A .pt2 with other entries."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, change(name, content))
+def test_a_pt2_is_not_read(copies: Path) -> None:
+    refused(copies / "m.pt2", r"must be \.onnx, \.safetensors, or a folder .*; a \.pt2 would have to be unpickled$")
+    with pytest.raises(ModelError, match="would have to be unpickled"):
+        export.load_model(copies / "m.pt2")
 
 
-@pytest.mark.filterwarnings("ignore")  # torch warns while it runs the attack
-def test_a_hostile_pt2_runs_no_code(copies: Path, tmp_path: Path) -> None:
-    path, mark = copies / "m.pt2", tmp_path / "ran"
+def test_no_file_is_unpickled(copies: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
     poison = pickle.dumps(Hostile(mark))
-    rewrite(path, lambda name, content: poison if "sample_inputs" in name else content)
-    assert export.load(path).classes == tuple(CLASSES)
+    for kind in FORMATS:
+        (copies / f"m.{kind}").write_bytes(poison)
+        refused(copies / f"m.{kind}", "not a model of this version|must be")
     assert not mark.exists()
-    with contextlib.suppress(Exception):
-        torch.export.load(path)
-    assert mark.exists(), "the attack is a real one: torch's own reader falls for it"
-
-
-def test_pickled_or_packed_weights_are_refused(copies: Path, tmp_path: Path) -> None:
-    path, mark = copies / "m.pt2", tmp_path / "ran"
-    before, poison = path.read_bytes(), pickle.dumps(Hostile(mark))
-
-    def pickled(name: str, content: bytes) -> bytes:
-        if name.endswith("weights_config.json"):
-            return content.replace(b'"use_pickle": false', b'"use_pickle": true')
-        return poison if "/data/weights/" in name else content
-
-    rewrite(path, pickled)
-    refused(path, "is pickled")
-    path.write_bytes(before)
-    rewrite(path, lambda name, content: content, zipfile.ZIP_DEFLATED)
-    refused(path, "is compressed")
-    for name in ("m.safetensors", "m.onnx"):
-        (copies / name).write_bytes(poison)
-        refused(copies / name, "not a model of this version")
-    assert not mark.exists()
+    pickle.loads(poison)
+    assert mark.exists(), "the attack is a real one"
 
 
 def test_onnx_weights_elsewhere_are_not_read(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:

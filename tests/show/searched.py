@@ -17,8 +17,8 @@ from optuna.trial import TrialState
 from searchfm.config import Config, DataConfig
 from searchfm.home import Home
 from searchfm.job import Epoch
-from searchfm.learn import parsed
-from searchfm.learn.splits import split
+from searchfm.learn import datasets
+from searchfm.learn.data import split
 from searchfm.search.history import StudyRow, write_epochs
 from searchfm.search.storage import create_study, load_study, open_storage, write_final
 from searchfm.search.study import Study
@@ -55,10 +55,10 @@ def validation() -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
     from safetensors.numpy import load_file
 
     config = DataConfig(name="digits")
-    (path,) = parsed.training_files(config)
-    labels = load_file(path)["labels"]
+    (part,) = datasets.training_parts(config)
+    labels = load_file(part.path)["labels"]
     _, held = split(labels, DIGITS, config)
-    return parsed.fingerprint([path]), held, labels[held]
+    return part.fingerprint, held, labels[held]
 
 
 def answer(path: Path, wrong: Sequence[int], indices: NDArray[np.int64], labels: NDArray[np.int64]) -> None:

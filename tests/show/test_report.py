@@ -24,7 +24,7 @@ from searchfm import cli
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
 from searchfm.home import Home
-from searchfm.learn import pictures
+from searchfm.learn.datasets import training_images
 from searchfm.search import files
 from searchfm.search.history import StudyRow
 from searchfm.search.storage import load_study, open_storage
@@ -133,11 +133,11 @@ def test_images_are_those_of_the_data_and_of_no_other() -> None:
     fingerprint, indices, labels = searched.validation()
     config = DataConfig(name="digits")
     zero, one = (int(indices[np.flatnonzero(labels == digit)[0]]) for digit in (0, 1))
-    found = pictures.images(config, [one, zero], fingerprint)
+    found = training_images(config, [one, zero], fingerprint)
     assert found.shape == (2, 1, 8, 8)
     assert found[0, 0, :, 3:5].sum() > found[1, 0, :, 3:5].sum()  # a one is a stroke, a nought is a hole
     with pytest.raises(DataError, match="the data have changed since"):
-        pictures.images(config, [one], "another")
+        training_images(config, [one], "another")
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------

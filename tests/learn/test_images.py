@@ -1,4 +1,4 @@
-"""A person's own folder of images."""
+"""Folders of user images."""
 
 import hashlib
 import io
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
-from searchfm.learn import parsed, sources
-from searchfm.learn.data import load, load_full, load_test
+from searchfm.learn.data import load, load_full, load_test, prepare
+from searchfm.learn.datasets import describe
 
 Pixels = np.ndarray
 
@@ -115,9 +115,9 @@ def test_own_parts_are_used_as_they_are(tmp_path: Path) -> None:
     assert len(test) == 12
     assert not content(test.images, test.labels) & content(full.train.images, full.train.labels)
     assert len(load(of(root, subset=0.5)).train) == 6
-    prepared = parsed.prepare(of(root, subset=0.5))
+    prepared = prepare(of(root, subset=0.5))
     assert (prepared.train, prepared.validation, prepared.fingerprint) == (6, 12, splits.fingerprint)
-    described = sources.describe(str(root))
+    described = describe(str(root))
     assert (described.classes, described.train, described.test, described.found) == (2, 12, 12, root.resolve())
 
 
@@ -137,7 +137,7 @@ def test_a_test_part_is_carved_where_there_is_none(tmp_path: Path) -> None:
     assert len(training.val) == 80  # its own, whole
     assert len(training.train) + len(test) == 80
     assert 4 <= len(test) <= 30
-    assert sources.describe(str(root)).test is None
+    assert describe(str(root)).test is None
     # More images move no earlier one.
     before = content(test.images, test.labels)
     small(root, parts=("train",), count=60)

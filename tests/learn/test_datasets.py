@@ -27,7 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
-from searchfm.learn import download, formats, sources
+from searchfm.learn import datasets
 from searchfm.learn.data import load, load_full, load_test
 
 CIFAR = DataConfig(name="cifar100")
@@ -167,8 +167,8 @@ def test_cifar100_is_downloaded_once_and_refused_when_corrupt(
     with pytest.raises(DataError) as caught:
         load(CIFAR)
     message = str(caught.value)
-    assert f"{server.url}/cifar-100-python.tar.gz: refused, its MD5 is {md5(bytes(corrupt))}" in message
-    assert f"must be {md5(packed)}" in message
+    assert f"{server.url}/cifar-100-python.tar.gz is damaged: its content has md5 {md5(bytes(corrupt))}" in message
+    assert f"must have {md5(packed)}" in message
     assert "\n" not in message
     assert kept(cache) == []
 
@@ -186,8 +186,8 @@ def test_cifar100_is_downloaded_once_and_refused_when_corrupt(
     test = load_test(CIFAR)
     assert test.images.reshape(-1, 3072).numpy().tolist() == TEST.tolist()
     load(CIFAR)
-    assert sources.fetch("cifar100").name == "cifar-100-python.tar.gz"
-    assert sources.describe("cifar100").found == sources.fetch("cifar100")
+    assert datasets.fetch("cifar100").name == "cifar-100-python.tar.gz"
+    assert datasets.describe("cifar100").found == datasets.fetch("cifar100")
     assert len(server.asked) == 2
 
 
@@ -196,7 +196,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
 ) -> None:
     server.files["/cifar-100-python.tar.gz"] = publish(monkeypatch, members(), server.url)
     server.cut = 1000
-    with pytest.raises(DataError, match=r"IncompleteRead|refused"):
+    with pytest.raises(DataError, match="IncompleteRead"):
         load(CIFAR)
     assert kept(cache) == []
 
@@ -207,7 +207,7 @@ def test_many_that_need_it_at_once_download_it_once(
     server.files["/cifar-100-python.tar.gz"] = publish(monkeypatch, members(), server.url)
     server.pause = 0.3
     with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(sources.fetch, "cifar100") for _ in range(4)]
+        jobs = [pool.submit(datasets.fetch, "cifar100") for _ in range(4)]
         jobs += [pool.submit(lambda size: load_full(DataConfig(name="cifar100", size=size)), size) for size in (0, 8)]
         for job in jobs:
             job.result()
@@ -217,7 +217,7 @@ def test_many_that_need_it_at_once_download_it_once(
 def test_a_silent_server_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(monkeypatch, members(), server.url)
     server.pause = 1.0
-    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets, "TIMEOUT", 0.2)
     started = time.monotonic()
     with pytest.raises(DataError, match="timed out"):
         load(CIFAR)
@@ -259,26 +259,27 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_hostile_archive_runs_no_code(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = members() | {"train": pickle.dumps({"data": Hostile(tmp_path / "harm"), "fine_labels": []})}
-    server.files["/cifar-100-python.tar.gz"] = publish(monkeypatch, files, server.url)
-    with pytest.raises(DataError, match=r"it asks for posix.mkdir, which no CIFAR file needs"):
-        load(CIFAR)
-    assert not (tmp_path / "harm").exists()
-
-
-def test_an_archive_of_something_else_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    for strange in (
-        {"data": TRAIN[:, :-1], "fine_labels": [0] * 400},
-        {"data": TRAIN, "fine_labels": [100] * 400},
-        {"data": TRAIN, "fine_labels": [0] * 399},
-        {"data": TRAIN},
-        [],
-    ):
-        files = members() | {"train": python2(strange)}
-        server.files["/cifar-100-python.tar.gz"] = publish(monkeypatch, files, server.url)
-        with pytest.raises(DataError, match=r"cifar-100-python.tar.gz cannot be read: "):
-            load(CIFAR)
+@pytest.mark.parametrize("packed", [True, False], ids=["archive", "unpacked"])
+def test_a_hostile_file_runs_no_code(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These data sets are pickles: what has not the published MD5 is not unpickled, be it the archive or a file."""
+    publish(monkeypatch, members(), closed())
+    mark, mine = tmp_path / "harm", tmp_path / "mine"
+    poison = pickle.dumps({"data": Hostile(mark), "fine_labels": []})
+    folder = mine / "cifar-100-python"
+    for name in members():
+        files = members() | {name: poison}
+        shutil.rmtree(mine, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if packed:
+            (mine / "cifar-100-python.tar.gz").write_bytes(archive(files))
+        else:
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+        with pytest.raises(DataError, match="is damaged: its content has md5"):
+            (load_test if name == "test" else load)(CIFAR, data_dir=mine)
+    assert not mark.exists()
+    pickle.loads(poison)
+    assert mark.exists(), "the attack is a real one"
 
 
 def test_cifar10_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,7 +318,7 @@ def mnist(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         files[f"{stem}-images-idx3-ubyte"] = struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes()
         files[f"{stem}-labels-idx1-ubyte"] = struct.pack(">2i", 0x801, count) + labels.tobytes()
     packed = {f"{name}.gz": gzip.compress(data, 1) for name, data in files.items()}
-    monkeypatch.setitem(formats.IDX, "mnist", {name: md5(data) for name, data in files.items()})
+    monkeypatch.setitem(datasets.IDX, "mnist", {name: md5(data) for name, data in files.items()})
     monkeypatch.setattr(MNIST, "resources", [(name, md5(data)) for name, data in packed.items()])
     return packed
 
@@ -372,7 +373,7 @@ def test_mnist_at_hand_needs_no_network(
     for name, data in mnist.items():
         (folder / (name if packed else name.removesuffix(".gz"))).write_bytes(data if packed else gzip.decompress(data))
     monkeypatch.setenv("SEARCHFM_DATA", str(tmp_path / "mine"))
-    assert sources.describe("mnist").found == folder
+    assert datasets.describe("mnist").found == folder
     assert torch.equal(load_full(DIGITS).train.labels, torch.arange(60) % 10)
 
 
@@ -381,17 +382,17 @@ def test_mnist_at_hand_needs_no_network(
 
 def published(stem: str) -> bytes:
     """The file as its makers packed it: Debian's, with the name and the time that Debian took out of gzip's header."""
-    packed = (sources.DEBIAN_FOLDER / f"{stem}.gz").read_bytes()
+    packed = (datasets.DEBIAN_FOLDER / f"{stem}.gz").read_bytes()
     at = 1504176627 if stem.startswith("t10k") else 1504176606
     return b"\x1f\x8b\x08\x08" + struct.pack("<I", at) + packed[8:10] + stem.encode() + b"\0" + packed[10:]
 
 
 @pytest.mark.slow
 def test_many_processes_download_the_published_files_once(server: Server, cache: Path) -> None:
-    server.files = {f"/fashion-mnist/{stem}.gz": published(stem) for stem in formats.IDX["fashion-mnist"]}
+    server.files = {f"/fashion-mnist/{stem}.gz": published(stem) for stem in datasets.IDX["fashion-mnist"]}
     code = (
-        "from pathlib import Path; from searchfm.config import DataConfig; from searchfm.learn import data, sources; "
-        "sources.DEBIAN_FOLDER = Path('/nowhere'); print(data.load(DataConfig()).fingerprint)"
+        "from pathlib import Path; from searchfm.config import DataConfig; from searchfm.learn import data, datasets; "
+        "datasets.DEBIAN_FOLDER = Path('/nowhere'); print(data.load(DataConfig()).fingerprint)"
     )
     environment = {**os.environ, "SEARCHFM_MIRROR": server.url, "OMP_NUM_THREADS": "1"}
     jobs = [
@@ -413,20 +414,20 @@ def repository(root: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None
     tree = root / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     control = (
-        f"Package: {sources.DEBIAN_PACKAGE}\nVersion: 1\nArchitecture: all\nMaintainer: tests\nDescription: tests\n"
+        f"Package: {datasets.DEBIAN_PACKAGE}\nVersion: 1\nArchitecture: all\nMaintainer: tests\nDescription: tests\n"
     )
     (tree / "DEBIAN" / "control").write_text(control)
     (tree / folder).parent.mkdir(parents=True)
-    shutil.copytree(sources.DEBIAN_FOLDER, tree / folder)
+    shutil.copytree(datasets.DEBIAN_FOLDER, tree / folder)
     package = root / "package.deb"
     subprocess.run(["dpkg-deb", "-Znone", "--root-owner-group", "-b", tree, package], check=True, capture_output=True)
     shutil.rmtree(tree)
     sha256 = hashlib.sha256(package.read_bytes()).hexdigest()
     entry = f"{control}Filename: ./{package.name}\nSize: {package.stat().st_size}\nSHA256: {sha256}\n"
     (root / "Packages").write_text(entry)
-    (root / "sources.list").write_text(f"deb [trusted=yes] file:{root} ./\n")
+    (root / "datasets.list").write_text(f"deb [trusted=yes] file:{root} ./\n")
     settings = {
-        "Dir::Etc::SourceList": root / "sources.list",
+        "Dir::Etc::SourceList": root / "datasets.list",
         "Dir::Etc::SourceParts": "-",
         "Dir::State::Lists": root / "no-lists",
         "APT::Sandbox::User": "root",  # apt's own user may not read the folders of tests
@@ -439,7 +440,7 @@ def test_the_debian_package_is_the_last_resort(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     repository(tmp_path, "usr/share/elsewhere", monkeypatch)
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", Path("/usr/share/elsewhere"))
+    monkeypatch.setattr(datasets, "DEBIAN_FOLDER", Path("/usr/share/elsewhere"))
     monkeypatch.setenv("SEARCHFM_MIRROR", closed())
     splits = load(DataConfig(name="fashion-mnist"))
     assert len(splits.train) == 51000
@@ -457,7 +458,7 @@ def test_the_debian_package_is_the_last_resort(
 def test_without_apt_the_error_names_it_among_the_rest(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "DEBIAN_FOLDER", Path("/usr/share/elsewhere"))
+    monkeypatch.setattr(datasets, "DEBIAN_FOLDER", Path("/usr/share/elsewhere"))
     monkeypatch.setenv("SEARCHFM_MIRROR", closed())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError) as caught:
