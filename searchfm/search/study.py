@@ -13,7 +13,7 @@ import tomli_w
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import BaseTrial, FrozenTrial
 
 from searchfm.config import Config, Shape, Transfer, image_shape
 from searchfm.errors import ConfigError, StudyError
@@ -207,12 +207,12 @@ class Study:
         tree = node.options.get(Transfer.tag)
         if tree is None:
             return []
-        ways = space.walk(
+        ways = space.enumerate_tables(
             space.Tree({name: tree.nodes[name] for name in ("model", "weights")}), lambda _, leaf: leaf.ends
         )
         return [(table["model"], table["weights"]) for table, _ in ways]
 
-    def sample(self, trial: space.Suggester) -> Config:
+    def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. `FixedTrial(best.params)` gives that trial's config again, but for its seed."""
         return Config.from_table(space.sample(trial, self.tree))
 
@@ -227,7 +227,7 @@ class Study:
 
     def check_images(self, shape: Shape) -> None:
         """Checks every architecture of the space against images (channels, height, width). Raises ConfigError."""
-        for table in space.corners(self.tree):
+        for table in space.edge_cases(self.tree):
             try:
                 Config.from_table(table).fit_images(shape)
             except ConfigError as error:
@@ -316,7 +316,7 @@ class Study:
     def _check(self) -> None:
         """Builds a config for every corner of the space, and holds the search against it."""
         first = None
-        for table in space.corners(self.tree):
+        for table in space.edge_cases(self.tree):
             config = Config.from_table(table)
             first = first or config
             shape = image_shape(config.data)

@@ -172,9 +172,9 @@ def test_the_points_of_a_space_are_those_found_by_brute_force_each_once(toml: di
 
 
 @pytest.mark.parametrize("toml", SPACES)
-def test_corners_are_possible_exactly_if_all_of_the_space_is(toml: dict[str, Any]) -> None:
-    corners = list(space.corners(space.parse(Space, toml)))
-    assert all(map(possible, corners)) == all(map(possible, product(toml)))
+def test_edge_cases_are_possible_exactly_if_all_of_the_space_is(toml: dict[str, Any]) -> None:
+    cases = list(space.edge_cases(space.parse(Space, toml)))
+    assert all(map(possible, cases)) == all(map(possible, product(toml)))
 
 
 @pytest.mark.parametrize("toml", SPACES)
@@ -296,17 +296,17 @@ def test_a_space_of_one_point_has_one() -> None:
     assert space.points(real("optimizer.lr = { low = 0.1, high = 0.1 }\nmodel.name = { choice = ['mlp'] }")) == [{}]
 
 
-# --- corners of real spaces -------------------------------------------------------------------------------------------
+# --- edge cases of real spaces ----------------------------------------------------------------------------------------
 
 
 def broken(text: str) -> str:
-    """What is wrong with the first corner that is wrong."""
+    """What is wrong with the first edge case that is wrong."""
     try:
-        for values in space.corners(real(text)):
+        for values in space.edge_cases(real(text)):
             Config.from_table(values).fit_images((1, 28, 28))
     except ConfigError as error:
         return str(error)
-    raise AssertionError("every corner is possible")
+    raise AssertionError("every edge case is possible")
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_an_impossible_combination_is_found_before_anything_starts(text: str, me
 def test_both_ends_of_every_range_are_tried_in_every_branch() -> None:
     met: dict[str, set[Any]] = {}
     tree = real()
-    for values in space.corners(tree):
+    for values in space.edge_cases(tree):
         flat = Config.from_table(values).to_table()
         met.setdefault("lr", set()).add(flat["optimizer"]["lr"])
         met.setdefault("optimizer", set()).add(flat["optimizer"]["name"])
@@ -369,7 +369,7 @@ def test_too_many_combinations_are_refused_by_name(monkeypatch: pytest.MonkeyPat
     text = "model.name = 'vit'\nmodel.vit = { hidden_dim = { low = 1, high = 100000 }, heads = { choice = [1, 2] } }"
     monkeypatch.setattr(space, "MOST_POINTS", 1000)
     with pytest.raises(ConfigError, match=r"model.vit.hidden_dim, model.vit.heads have more combinations .* 1000;"):
-        list(space.corners(real(text)))
+        list(space.edge_cases(real(text)))
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_a_range_that_cannot_be_is_named_with_what_came_and_what_may_come(text: 
     assert "\n" not in str(caught.value)
 
 
-def test_lists_with_too_few_entries_for_the_longest_trial_are_found_at_the_corners() -> None:
+def test_lists_with_too_few_entries_for_the_longest_trial_are_found_in_the_edge_cases() -> None:
     text = "model.name = 'cnn'\nmodel.cnn = { stages = { low = 1, high = 3 }, filters = [8, 8] }"
     assert "model.cnn.filters = [8, 8]: must have at least stages = 3 entries" in broken(text)
 
