@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import searchfm
 from searchfm.config import DATASETS
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search.history import StudyRow
-from searchfm.search.study import FREE, NAME, Study, check_name
+from searchfm.search.study import FREE, NAME, Study, check_name, resolve
 from searchfm.tables import show
 
 
@@ -26,23 +26,14 @@ class StudyFile:
 
     def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
         """The study of the file with dotted keys overridden. Raises ConfigError."""
-        table = self.table
-        for dotted, value in (overrides or {}).items():
-            table = _with(table, dotted.split("."), value, dotted)
-        for dotted in ("data.name", "model.transfer.weights"):
-            value = get(table, dotted)
-            if isinstance(value, str) and value not in (*DATASETS, "hub", "none") and _exists(Path(value)):
-                # A path means the same wherever the study is resumed from.
-                table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
+        overrides = overrides or {}
+        table = override(self.table, overrides)
         try:
             study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
         except ConfigError as error:
-            given = any(f"{key}.".startswith(f"{error.key}.") for key in overrides or {})
-            raise ConfigError(error.key, error.problem, "command line") if given else error from None
-        for dotted in overrides or {}:
-            # An option that no trial enters is a table like any other, but to set it is a mistake.
-            if get(study.resolved, dotted) is None:
-                raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")
+            overridden = any(f"{dotted}.".startswith(f"{error.key}.") for dotted in overrides)
+            raise ConfigError(error.key, error.problem, "command line") if overridden else error from None
+        _refuse_unused(study.resolved, overrides)
         return study
 
 
@@ -140,6 +131,18 @@ def get(table: Mapping[str, Any], dotted: str) -> Any:
     return node
 
 
+def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table with dotted keys set and paths made absolute. Raises ConfigError."""
+    for dotted, value in overrides.items():
+        table = _with(table, dotted.split("."), value, dotted)
+    for dotted in ("data.name", "model.transfer.weights"):
+        value = get(table, dotted)
+        if isinstance(value, str) and value not in (*DATASETS, "hub", "none") and _exists(Path(value)):
+            # A path means the same wherever the study is resumed from.
+            table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
+    return table
+
+
 def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
     """The table with one dotted key set; entries of a list are counted from 1. Raises ConfigError."""
     name, rest = path[0], path[1:]
@@ -165,33 +168,44 @@ def reopen(file: StudyFile | None, stored: StudyRow, overrides: Mapping[str, Any
     """
     where = file.path.name if file else ""
     search = dict(stored.resolved["search"])
+    if file is not None:
+        table = resolve(override(file.table, {}), where)
+        search |= _free_changes(stored.name, changed(stored.file, table), where)
+    if overrides:
+        # Names first: a table with the name of another sampler and the settings of this one could not be resolved.
+        names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
+        _free_changes(stored.name, [(name, get(stored.resolved, name), overrides[name]) for name in names])
+        table = resolve(override(stored.resolved, overrides), "command line")
+        _refuse_unused(table, overrides)
+        pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
+        search |= _free_changes(stored.name, pairs)
+    return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
 
-    def take(dotted: str, old: Any, new: Any, where: str) -> None:
+
+def _free_changes(study: str, values: Iterable[tuple[str, Any, Any]], where: str = "") -> dict[str, Any]:
+    """The new values of keys of [search] that may change; `values` are (dotted key, old, new).
+
+    Raises ConfigError, naming the key, for another one that differs.
+    """
+    search: dict[str, Any] = {}
+    for dotted, old, new in values:
         if dotted in FREE:
-            search[dotted.removeprefix("search.")] = new
+            search |= {} if new is None else {dotted.removeprefix("search."): new}
         elif old != new:
             came, was = ("nothing" if value is None else show(value) for value in (new, old))
             raise ConfigError(
                 dotted,
-                f"= {came}: study {stored.name!r} was begun with {was}; name another study with --name to begin afresh",
+                f"= {came}: study {study!r} was begun with {was}; name another study with --name to begin afresh",
                 where,
             )
+    return search
 
-    if file is not None:
-        for dotted, old, new in changed(stored.file, file.study(name=stored.name).resolved):
-            if dotted not in FREE or new is not None:
-                take(dotted, old, new, where)
-    begun = StudyFile(Path(stored.name), stored.name, stored.question, stored.resolved)
-    for dotted, value in overrides.items():
-        old = get(stored.resolved, dotted)
-        try:
-            new = get(begun.study({dotted: value}).resolved, dotted)
-        except ConfigError:
-            if dotted in FREE or old is None:
-                raise
-            new = value  # impossible beside the rest of the study, so not what the study was begun with
-        take(dotted, old, new, "")
-    return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
+
+def _refuse_unused(resolved: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """An option that no trial enters is a table like any other, but to set it is a mistake. Raises ConfigError."""
+    for dotted in overrides:
+        if get(resolved, dotted) is None:
+            raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")
 
 
 def _exists(path: Path) -> bool:

@@ -136,28 +136,42 @@ FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_sec
 @contextmanager
 def _experimental() -> Iterator[None]:
     """Optuna calls experimental what it has had unchanged for years."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         yield
+
+
+def parse(table: Mapping[str, Any]) -> tuple[SearchConfig, space.Tree]:
+    """Reads a study's table; each key is checked alone, their combinations are not. Raises ConfigError."""
+    tables = ["search", *Config.schema]
+    for name in table:
+        if name not in tables:
+            raise ConfigError(name, f"is unknown here; may be one of: name, {', '.join(tables)}")
+    search = read_within("search", SearchConfig.from_table, table.get("search", {}))
+    return search, space.parse(Config, {name: table[name] for name in table if name != "search"})
+
+
+def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """A study's table with all defaults; each key is checked alone. Raises ConfigError, with `where`."""
+    try:
+        search, tree = parse(table)
+    except ConfigError as error:
+        raise error.at(where) from None
+    return {"search": search.to_table(), **space.to_toml(tree)}
 
 
 class Study:
     """A study file, checked: every trial it can propose is possible.
 
-    `resolved` is the file with overrides and defaults, as a table; `where` names the file in messages.
-    Raises ConfigError, with the file's name, for anything that cannot be.
+    `table` is the file with overrides; `where` names the file in messages. Raises ConfigError.
     """
 
-    def __init__(self, name: str, resolved: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
+    def __init__(self, name: str, table: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
         self.name, self.question, self.where = name, question, where
-        known = ["search", *Config.schema]
-        for item in resolved:
-            if item not in known:
-                raise ConfigError(item, f"is unknown here; may be one of: name, {', '.join(known)}", where)
         try:
-            self.search = read_within("search", SearchConfig.from_table, resolved.get("search", {}))
-            self.tree = space.parse(Config, {key: table for key, table in resolved.items() if key != "search"})
-            self._check()
+            self.search, self.tree = parse(table)
+            self.first = Config.from_table(next(space.edge_cases(self.tree)))
+            self.check_images(image_shape(self.first.data))
+            self._check_search()
         except ConfigError as error:
             raise error.at(where) from None
 
@@ -207,10 +221,9 @@ class Study:
         tree = node.options.get(Transfer.tag)
         if tree is None:
             return []
-        ways = space.enumerate_tables(
-            space.Tree({name: tree.nodes[name] for name in ("model", "weights")}), lambda _, leaf: leaf.ends
-        )
-        return [(table["model"], table["weights"]) for table, _ in ways]
+        keys = space.Tree({name: tree.nodes[name] for name in ("model", "weights")})
+        tables = space.enumerate_tables(keys, lambda _, leaf: leaf.ends)
+        return [(table["model"], table["weights"]) for table, _ in tables]
 
     def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. `FixedTrial(best.params)` gives that trial's config again, but for its seed."""
@@ -221,17 +234,21 @@ class Study:
         points = space.points(self.tree, count)
         if points is not None:
             return [self.sample(optuna.trial.FixedTrial(point)) for point in points]
-        sampler = optuna.samplers.RandomSampler(self.search.seed)
-        study = optuna.create_study(sampler=sampler)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
         return [self.sample(study.ask()) for _ in range(count)]
 
-    def check_images(self, shape: Shape) -> None:
-        """Checks every architecture of the space against images (channels, height, width). Raises ConfigError."""
-        for table in space.edge_cases(self.tree):
-            try:
-                Config.from_table(table).fit_images(shape)
-            except ConfigError as error:
-                raise error.at(self.where) from None
+    def check_images(self, shape: Shape | None) -> None:
+        """Checks every architecture of the space against images of (channels, height, width). Raises ConfigError.
+
+        Without a shape only the configs themselves are checked.
+        """
+        try:
+            for table in space.edge_cases(self.tree):
+                config = Config.from_table(table)
+                if shape is not None:
+                    config.fit_images(shape)
+        except ConfigError as error:
+            raise error.at(self.where) from None
 
     @_experimental()
     def sampler(self, number: int) -> BaseSampler:
@@ -239,6 +256,7 @@ class Study:
         matter what this process did before.
         """
         seed = self.seed(number)
+        random = optuna.samplers.RandomSampler(seed)
         match self.search.sampler:
             case Tpe(startup_trials=startup, candidates=candidates):
                 # Branches make the space conditional, which the multivariate TPE takes in groups only.
@@ -251,7 +269,7 @@ class Study:
                     seed=seed,
                 )
             case Random():
-                return optuna.samplers.RandomSampler(seed)
+                return random
             case Grid():
                 assert self.points is not None
                 return GridWalk(self.points)
@@ -259,7 +277,7 @@ class Study:
                 return optuna.samplers.CmaEsSampler(
                     n_startup_trials=startup,
                     seed=seed,
-                    independent_sampler=optuna.samplers.RandomSampler(seed),
+                    independent_sampler=random,
                     warn_independent_sampling=False,
                 )
             case Gp(startup_trials=startup):
@@ -269,7 +287,7 @@ class Study:
                 return optuna.samplers.QMCSampler(
                     scramble=True,
                     seed=self.search.seed,
-                    independent_sampler=optuna.samplers.RandomSampler(seed),
+                    independent_sampler=random,
                     warn_asynchronous_seeding=False,
                     warn_independent_sampling=False,
                 )
@@ -313,22 +331,13 @@ class Study:
         assert isinstance(node, space.Tree)
         return node.nodes[name]
 
-    def _check(self) -> None:
-        """Builds a config for every corner of the space, and holds the search against it."""
-        first = None
-        for table in space.edge_cases(self.tree):
-            config = Config.from_table(table)
-            first = first or config
-            shape = image_shape(config.data)
-            if shape is not None:
-                config.fit_images(shape)
-        assert first is not None
-        self.first = first
+    def _check_search(self) -> None:
+        """Checks sampler and pruner against the space. Raises ConfigError."""
         grid, pruned = isinstance(self.search.sampler, Grid), not isinstance(self.search.pruner, NoPruner)
         if grid and self.points is None:
-            endless = [name for name, leaf in space.leaves(self.tree) if leaf.options is None]
-            if endless:
-                raise ConfigError(endless[0], "has no step: a grid needs values, choices or stepped ranges")
+            continuous = [name for name, leaf in space.leaves(self.tree) if leaf.options is None]
+            if continuous:
+                raise ConfigError(continuous[0], "has no step: a grid needs values, choices or stepped ranges")
             raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MOST_POINTS} points")
         epochs = self._node("train", "epochs")
         if not isinstance(epochs, space.Value) and (pruned or not grid):

@@ -321,8 +321,9 @@ def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
     file = read(path)
     with pytest.raises(ConfigError, match=r"model.mlp.depth is unknown here"):
         reopen(file, begun(file.study(), file), {"model.mlp.depth": 3})
-    with pytest.raises(ConfigError, match=r"search.trials = \"x\": must be a whole number"):
-        reopen(file, begun(file.study(), file), {"search.trials": "x"})
+    for key in ("search.trials", "train.epochs"):
+        with pytest.raises(ConfigError, match=rf"command line: {key} = \"x\": must be a whole number"):
+            reopen(file, begun(file.study(), file), {key: "x"})
 
 
 @pytest.mark.parametrize(
