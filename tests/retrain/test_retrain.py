@@ -212,6 +212,17 @@ def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_abo
     assert "models:/searchfm-digits/1, the champion" in text
 
 
+def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tmp_path: Path) -> None:
+    """A test that is killed has been counted, though nobody has its result."""
+    home = Home(tmp_path / "home")
+    shutil.copytree(tuned.path, home.path)
+    running = retrain(Wish(home, "digits", trial=0, workers=1), LocalEngine, never)
+    first = next(step for step in running if step.errand and step.errand.label == "test")
+    running.close()  # as a kill would, with no job of the test begun
+    assert first.kind == "planned"
+    assert len(reads(home)) == 1
+
+
 # --- asked again ------------------------------------------------------------------------------------------------------
 
 
