@@ -24,7 +24,7 @@ def tables(cls: type[Table]) -> list[type[Table]]:
                 below.append(item.table)
             case BranchKey():
                 below += item.options.values()
-    return [cls, *(found for table in below for found in tables(table))]
+    return [cls, *(inner for table in below for inner in tables(table))]
 
 
 @pytest.mark.parametrize("name", [cls.tag for cls in tables(ModelConfig)[1:]])
