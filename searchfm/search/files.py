@@ -27,7 +27,7 @@ class StudyFile:
     def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
         """The study of this file with overrides by dotted key. Raises ConfigError."""
         overrides = overrides or {}
-        table = override(self.table, overrides)
+        table = apply_overrides(self.table, overrides)
         try:
             study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
         except ConfigError as error:
@@ -126,7 +126,7 @@ def get(table: Mapping[str, Any], dotted: str) -> Any:
     return node
 
 
-def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+def apply_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table with overrides by dotted key, and with absolute paths. Raises ConfigError."""
     for dotted, value in overrides.items():
         table = _with(table, dotted.split("."), value, dotted)
@@ -164,13 +164,13 @@ def reopen(file: StudyFile | None, stored: StudyRow, overrides: Mapping[str, Any
     where = file.path.name if file else ""
     search = dict(stored.resolved["search"])
     if file is not None:
-        table = resolve(override(file.table, {}), where)
+        table = resolve(apply_overrides(file.table, {}), where)
         search |= _free_changes(stored.name, changed(stored.file, table), where)
     if overrides:
         # Names first: the name of another sampler beside the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
         _free_changes(stored.name, [(name, get(stored.resolved, name), overrides[name]) for name in names])
-        table = resolve(override(stored.resolved, overrides), "command line")
+        table = resolve(apply_overrides(stored.resolved, overrides), "command line")
         _refuse_unused(table, overrides)
         pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
         search |= _free_changes(stored.name, pairs)
