@@ -34,7 +34,14 @@ class DataConfig(Table):
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-class Mlp(Table):
+class Model(Table):
+    """An architecture."""
+
+    def fit_images(self, shape: Shape) -> None:
+        """Checks the keys against the images' (channels, height, width). Raises ConfigError."""
+
+
+class Mlp(Model):
     """Fully connected layers, each followed by batch norm (optional), ReLU and dropout."""
 
     tag = "mlp"
@@ -44,7 +51,7 @@ class Mlp(Table):
     batch_norm: bool = key(False, "batch norm before each ReLU")
 
 
-class Cnn(Table):
+class Cnn(Model):
     """Stages of convolutions, each followed by pooling; then dense layers."""
 
     tag = "cnn"
@@ -83,7 +90,7 @@ class Cnn(Table):
             )
 
 
-class Vit(Table):
+class Vit(Model):
     """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
     tag = "vit"
@@ -112,7 +119,7 @@ class Vit(Table):
             )
 
 
-class Transfer(Table):
+class Transfer(Model):
     """Any timm model by name. Training updates its head and its last `tuned_blocks` stages; the others are frozen."""
 
     tag = "transfer"
@@ -125,7 +132,7 @@ class Transfer(Table):
     layer_decay: float = key(1.0, "learning rate of a stage, as a fraction of that of the stage above it", gt=0, le=1)
 
 
-class Residual(Table):
+class Residual(Model):
     """A residual network for small images (He et al. 2016, arXiv 1512.03385, section 4.2): a 3x3 stem and stages
     of residual blocks; each stage but the first halves the image.
     """
@@ -299,12 +306,10 @@ class Config(Table):
 
     def fit_images(self, shape: Shape) -> None:
         """Checks the architecture against the images' (channels, height, width). Raises ConfigError."""
-        kind = self.model.kind
-        if isinstance(kind, Cnn | Vit | Residual):
-            try:
-                kind.fit_images(shape)
-            except ConfigError as error:
-                raise error.under(f"model.{kind.tag}") from None
+        try:
+            self.model.kind.fit_images(shape)
+        except ConfigError as error:
+            raise error.under(f"model.{self.model.kind.tag}") from None
 
     def digest(self) -> str:
         """sha256 of the config without its seed. Twins have equal digests."""
