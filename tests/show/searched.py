@@ -1,7 +1,6 @@
 """Finished searches on digits that nobody trained: answers as the test says, everything else as a search leaves it."""
 
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from searchfm.learn.data import split
 from searchfm.search.history import StudyRow, write_epochs
 from searchfm.search.storage import create_study, load_study, open_storage, write_final
 from searchfm.search.study import Study
+from tests.programs import chromium
 
 DIGITS = [str(digit) for digit in range(10)]
 TABLES: dict[str, Any] = {
@@ -178,12 +178,10 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str]]:
 
     The whole page is also drawn, into `page`.png, for a person to see.
     """
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests look at pages in a browser: apt-get install chromium"
     quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps"]
     done = subprocess.run(
         [
-            chromium,
+            chromium(),
             "--headless",
             "--no-sandbox",
             "--no-first-run",

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
 from searchfm.show.child import Guard
 from searchfm.tracking import apply, differences, run_links
+from tests.programs import chromium
 
 BLUE = (31, 95, 168)  # of validation curves, in our own pictures alone
 
@@ -165,9 +165,9 @@ def closed(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home whose study of four trials is in both."""
-    home = Home(tmp_path_factory.mktemp("served") / "home")
+    home = new_home(tmp_path_factory.mktemp("served") / "home")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(STORAGE, raising=False)
         patch.delenv(TRACKING, raising=False)
@@ -190,15 +190,13 @@ def look(address: str, folder: Path, name: str) -> tuple[str, np.ndarray]:
 
     With SEARCHFM_SCREENSHOTS the pictures are kept there, for a person to see.
     """
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests look at pages in a browser: apt-get install chromium"
     folder = Path(os.environ.get("SEARCHFM_SCREENSHOTS") or folder)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{name}.png"
     quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps"]
     done = subprocess.run(
         [
-            chromium,
+            chromium(),
             "--headless",
             "--no-sandbox",
             "--no-first-run",
