@@ -1,10 +1,11 @@
 """The study files that ship: each says what it asks and measured, is in the table, and trains."""
 
 import json
+import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from typer.testing import CliRunner
 from searchfm import cli
 from searchfm.engines.local import LocalEngine
 from searchfm.home import Home
+from searchfm.learn.data import load
+from searchfm.learn.train import train
 from searchfm.search import files
 from searchfm.search.history import StudyRow
 from searchfm.search.space import leaves
@@ -28,8 +31,7 @@ from tests.driving import Recorder, let_go
 SHIPPED = files.shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
 ROWS = [f"A{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 8)]  # all that the two reports tried
-# Workers import timm for these, which takes longer than all the training here.
-TIMM = [name for name in SHIPPED if re.search(r"any|vit|resnet|residual", name)]
+EACH_KIND = ["mlp", "cnn", "vit", "residual", "resnet", "reports/b1-mlp-tr1"]  # every architecture, and a grid
 
 
 def header(name: str) -> dict[str, str]:
@@ -65,20 +67,19 @@ def test_all_the_searches_ship() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_study_says_what_it_asks_and_what_came_of_it(name: str, tmp_path: Path) -> None:
+def test_a_study_says_what_it_asks_and_what_came_of_it(name: str) -> None:
     path = files.find(name)
     assert path is not None
     file, said = files.read(path), header(name)
-    assert file.study().name == path.stem
+    study = file.study()
+    assert study.name == path.stem
+    assert (study.points is None) == (name in SEARCHES)
     assert file.question == said["Question"]
     assert file.question.endswith("?")
     assert {"Run", "Measured"} <= set(said) <= {"Question", "Run", "Reports", "Read as", "Measured"}
     assert ("Reports" in said) == name.startswith("reports/")
     assert re.search(r"\d\d\d\d-\d\d-\d\d|not yet measured: needs ", said["Measured"]), "when, or why not"
-    program, verb, study, *options = said["Run"].split()
-    assert (program, verb, study) == ("searchfm", "tune", name)
-    command("tune", study, *options, "--dry-run", "--home", str(tmp_path / "home"))
-    assert not (tmp_path / "home").exists()
+    assert re.fullmatch(rf"searchfm tune {name}( --trials \d+)?", said["Run"])
 
 
 def test_names_are_unique() -> None:
@@ -111,8 +112,8 @@ def test_the_table_names_all_studies_and_no_others() -> None:
     assert set(SEARCHES) <= set(re.findall(r"`([\w-]+)`", text))
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_study_shows_its_space_and_what_a_trial_costs(name: str) -> None:
+@pytest.mark.parametrize("name", EACH_KIND)
+def test_a_study_shows_its_space_and_what_a_trial_costs(name: str, tmp_path: Path) -> None:
     path = files.find(name)
     assert path is not None
     study = files.read(path).study()
@@ -122,35 +123,27 @@ def test_a_study_shows_its_space_and_what_a_trial_costs(name: str) -> None:
     points = "endless" if name in SEARCHES else len(study.points or ())
     assert f"points: {points}; trials: {study.trials}" in shown
     assert re.search(r"cost of a trial: \d\S* .*parameters, \d\S* .*MFLOP a sample", shown)
+    command(*header(name)["Run"].split()[1:], "--dry-run", "--home", str(tmp_path / "home"))
+    assert not (tmp_path / "home").exists()
 
 
 # --- that they train --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """One home for all: its databases are made once."""
-    return Home(tmp_path_factory.mktemp("studies") / "home")
+@pytest.fixture(scope="module", autouse=True)
+def like_a_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
 
 
-def train(name: str, home: Home, overrides: Mapping[str, Any], rename: str | None = None) -> StudyRow:
-    """The study, tuned with the overrides by a coordinator and its worker; nobody follows in MLflow."""
-    path = files.find(name)
-    assert path is not None
-    study = files.read(path).study(overrides, name=rename)
-    plan = Plan(study, home, study.resolved, None, device="cpu", workers=1)
-    with Tuning(plan, LocalEngine, lambda *_: Recorder(), lambda: False) as tuning:
-        for _ in tuning.run():
-            pass
-        found = tuning.result()
-        let_go(tuning.storage)
-    return found
-
-
-def tiny(name: str) -> dict[str, Any]:
-    """Overrides that make one short trial on 121 digits of what the study asks for."""
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_trial_trains(name: str) -> None:
+    """One short trial on 121 digits of what the study asks for."""
     overrides: dict[str, Any] = {
-        "search.trials": 1,
         "data.name": "digits",
         "data.subset": 0.1,
         "train.epochs": 1,
@@ -162,26 +155,26 @@ def tiny(name: str) -> dict[str, Any]:
         overrides["model.vit.patch_size"] = 4  # a patch of 7 pixels does not divide 8
     if "resnet" in name:
         overrides["model.transfer.weights"] = "none"
-    return overrides
+    path = files.find(name)
+    assert path is not None
+    (config,) = files.read(path).study(overrides).samples(1)
+    (epoch,) = train(config, load(config.data))
+    assert epoch.val_accuracy is not None
+    assert math.isfinite(epoch.train_loss)
 
 
-def check_one_trial(name: str, home: Home) -> None:
-    found = train(name, home, tiny(name))
-    (row,) = found.trials
-    assert (found.name, row.state, row.reason) == (Path(name).name, "complete", None)
-    assert row.value is not None
-    assert len(row.epochs) == 1
-
-
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in TIMM])
-def test_one_trial_trains(name: str, home: Home) -> None:
-    check_one_trial(name, home)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TIMM)
-def test_one_trial_that_needs_timm_trains(name: str, home: Home) -> None:
-    check_one_trial(name, home)
+def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> StudyRow:
+    """The study, tuned with the overrides by a coordinator and its worker; nobody follows in MLflow."""
+    path = files.find(name)
+    assert path is not None
+    study = files.read(path).study(overrides, name=rename)
+    plan = Plan(study, home, study.resolved, None, device="cpu", workers=1)
+    with Tuning(plan, LocalEngine, lambda *_: Recorder(), lambda: False) as tuning:
+        for _ in tuning.run():
+            pass
+        found = tuning.result()
+        let_go(tuning.storage)
+    return found
 
 
 def write_digits(root: Path) -> Path:
@@ -198,9 +191,9 @@ def write_digits(root: Path) -> Path:
 def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -> None:
     """The same images on every side, and so the same accuracy but for their order in training."""
     overrides = {"search.trials": 6, "search.pruner": "none", "train.epochs": 10}
-    named = train("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
+    named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
     root = write_digits(tmp_path / "images")
-    folder = train("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
+    folder = tuned("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
     assert [named.data[key] for key in ("shape", "classes", "train", "validation")] == [
         folder.data[key] for key in ("shape", "classes", "train", "validation")
     ]
@@ -230,14 +223,16 @@ def resnet18_weights(path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit", "resnet=none", "resnet=FILE", "residual", "any"])
-def test_an_architecture_is_tuned_on_fashion_mnist(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vit", "resnet=FILE", "residual", "any"])
+def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     study, _, weights = name.partition("=")
     options = []
     if weights:
-        given = resnet18_weights(tmp_path / "resnet18.safetensors") if weights == "FILE" else weights
-        options = ["--set", f"model.transfer.weights={given}"]
-    found = tune(tmp_path / "home", study, "--trials", "4", "--subset", "0.05", "--epochs", "1", *options)
+        path = resnet18_weights(tmp_path / "resnet18.safetensors")
+        options = ["--set", f"model.transfer.weights={path}"]
+    found = tune(
+        new_home(tmp_path / "home").path, study, "--trials", "4", "--subset", "0.05", "--epochs", "1", *options
+    )
     assert found["study"] == study
     assert (found["trials"]["total"], found["trials"]["failed"]) == (4, 0)
     assert found["best"]["value"] > 0.2, "ten classes: better than chance"

@@ -51,9 +51,12 @@ def search(sampler: str, pruner: str, **settings: Any) -> dict[str, Any]:
 # --- samplers and pruners ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_goes_with_every_pruner(sampler: str, pruner: str) -> None:
+# A sampler and a pruner do not know each other, but for hyperband, which shows TPE one bracket's trials alone.
+@pytest.mark.parametrize(
+    ("sampler", "pruner"),
+    [*((name, "none") for name in SAMPLERS), *(("random", name) for name in PRUNERS), ("tpe", "hyperband")],
+)
+def test_every_sampler_and_every_pruner_search(sampler: str, pruner: str) -> None:
     study = toy(search=search(sampler, pruner), train={"epochs": 4}, **(GRIDDED if sampler == "grid" else OPEN))
     record = tune(study, 15)
     assert len(record.trials) == 15
@@ -97,15 +100,15 @@ def test_tpe_takes_trials_that_other_workers_run_into_account() -> None:
     study = toy(search=search("tpe", "none"), **OPEN)
 
     def proposals(*, running: bool) -> list[dict[str, Any]]:
-        record, params = tune(study, 20), []
+        record, found = tune(study, 20), []
         for number in range(20, 28):
             record.sampler = study.sampler(number)
             trial = record.ask()
             study.sample(trial)
-            params.append(trial.params)
+            found.append(trial.params)
             if not running:
                 record.tell(trial, state=TrialState.FAIL)  # counts for nothing
-        return params
+        return found
 
     alone, beside = proposals(running=False), proposals(running=True)
     assert alone[0] == beside[0], "the same results, the same proposal"
