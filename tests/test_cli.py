@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ def tune(home: Path, *words: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the study `mlp`: four trials on digits."""
-    path = tmp_path_factory.mktemp("cli") / "home"
+    path = new_home(tmp_path_factory.mktemp("cli") / "home").path
     found = tune(path, "mlp", "--trials", "4", *TINY)
     assert found["trials"]["total"] == 4
     return path
@@ -186,10 +187,10 @@ def test_a_study_held_by_another_is_refused_by_pid(
     assert f"held by process {os.getpid()}" in line
 
 
-def test_config_toml_trains_the_same_trial_again(home: Path, tmp_path: Path) -> None:
+def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home], home: Path, tmp_path: Path) -> None:
     row = load_study(open_storage(Home(home)), Home(home), "mlp").best
     assert row is not None
-    found = tune(tmp_path / "home", str(row.folder / "config.toml"), "--workers", "1")
+    found = tune(new_home(tmp_path / "new").path, str(row.folder / "config.toml"), "--workers", "1")
     assert found["study"] == f"mlp-{row.number:04d}"
     assert found["best"]["value"] == row.value
 
@@ -215,8 +216,8 @@ def test_module_and_command_are_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_timeout_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
-    found = tune(tmp_path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
+def test_a_timeout_leaves_a_study_that_goes_on(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    found = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
     assert 0 < found["trials"]["total"] < 500
 
 

@@ -412,10 +412,10 @@ def command(home: Path, *words: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_a_studys_champion_answers_by_its_name(
-    searchfm: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searchfm: Callable[..., Said], new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tune, retrain, predict and export, one after another, with a second model that does not become the champion."""
-    home, digits, images = tmp_path / "home", datasets.read_named("digits", "test"), tmp_path / "images"
+    home, digits, images = new_home(tmp_path / "home").path, datasets.read_named("digits", "test"), tmp_path / "images"
     images.mkdir()
     for number in range(60):
         Image.fromarray(digits.images[number][0]).save(images / f"{number:02}.png")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ SHAPE, CLASSES = (1, 28, 28), rows.CLASSES
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    return Home(tmp_path_factory.mktemp("registry") / "home")
+def home(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return new_home(tmp_path_factory.mktemp("registry") / "home")
 
 
 @pytest.fixture(scope="module")

@@ -36,34 +36,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 TABLES = ("experiments", "experiment_tags", "runs", "params", "tags", "metrics", "latest_metrics", "inputs", "datasets")
 
 
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose databases have their tables: making those takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(STORAGE, raising=False)
-        patch.delenv(TRACKING, raising=False)
-        home = Home(tmp_path_factory.mktemp("blank"))
-        open_storage(home, create=True)
-        make_schema(home)
-    return home.path
-
-
 @pytest.fixture
-def home(blank: Path, tmp_path: Path) -> Home:
-    """A fresh one."""
-    shutil.copytree(blank, tmp_path / "home with ä space")
-    return Home(tmp_path / "home with ä space")
+def home(new_home: Callable[[Path], Home], tmp_path: Path) -> Home:
+    return new_home(tmp_path / "home with ä space")
 
 
 @pytest.fixture(scope="module")
-def told(blank: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
+def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home whose study of four trials is in MLflow; tests that do damage to it have it repaired."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(STORAGE, raising=False)
         patch.delenv(TRACKING, raising=False)
-        folder = tmp_path_factory.mktemp("told") / "home with ä space"
-        shutil.copytree(blank, folder)
-        home = Home(folder)
+        home = new_home(tmp_path_factory.mktemp("told") / "home with ä space")
         follow(home, rows.four(home))
     return home
 
@@ -647,11 +631,11 @@ def test_a_database_locked_for_a_while_is_waited_for(home: Home) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments_every_trial_has_one_run(home: Home) -> None:
+def test_killed_at_four_moments_every_trial_has_one_run(home: Home) -> None:
     rows.begin(home)
     command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "30"]
     moments = random.Random(0)
-    for _ in range(10):
+    for _ in range(4):
         search = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             search.wait(moments.uniform(1.0, 8.0))

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
+from searchfm.home import Home
 from searchfm.learn import datasets
 from searchfm.learn.data import load_test
 
@@ -67,8 +68,11 @@ def parts(cache: Path) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [fashion, digits, folder])
-def test_no_search_reads_the_test_part(data: Callable[[Path], tuple[str, ...]], tmp_path: Path) -> None:
+def test_no_search_reads_the_test_part(
+    data: Callable[[Path], tuple[str, ...]], new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
     cache = tmp_path / "cache"
+    new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
     words = data(tmp_path / "data")
     asked = ("--trials", "3", "--epochs", "1", "--json", "--workers", "2")
@@ -79,9 +83,10 @@ def test_no_search_reads_the_test_part(data: Callable[[Path], tuple[str, ...]], 
 
 
 @pytest.mark.slow
-def test_the_poison_works_and_only_the_last_step_meets_it(tmp_path: Path) -> None:
+def test_the_poison_works_and_only_the_last_step_meets_it(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     """Finalists and final training leave the test part alone too; what reads it is named, and has been counted."""
     cache = tmp_path / "cache"
+    new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
     words = folder(tmp_path / "data")
     searchfm(cache, "tune", "mlp", *words, "--trials", "2", "--epochs", "1", "--json")

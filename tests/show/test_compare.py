@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ def make_three(home: Home) -> list[StudyRow]:
 
 
 @pytest.fixture(scope="module")
-def read_only(tmp_path_factory: pytest.TempPathFactory) -> Home:
+def read_only(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home for tests that leave it as it is."""
-    return Home(tmp_path_factory.mktemp("compare") / "home")
+    return new_home(tmp_path_factory.mktemp("compare") / "home")
 
 
 @pytest.fixture(scope="module")
