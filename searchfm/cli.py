@@ -241,7 +241,7 @@ def studies(
     study = files.read(path).study()
     shape, cost = image_shape(study.first.data), None
     if shape is not None:  # of a folder of images only reading it tells
-        from searchfm.learn.cost import costs  # imports torch, which nothing else here does
+        from searchfm.learn.models import costs  # imports torch, which nothing else here does
 
         cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1])
     if as_json:

@@ -26,7 +26,7 @@ from searchfm.job import Epoch, EpochDone, Event, Failed, Finished, Job, Left, L
 from searchfm.search.history import StudyRow, TrialRow, kept, read_epochs, trial_row, write_epochs
 from searchfm.search.study import GridWalk, Study
 
-TRIAL = "searchfm.learn.trial:trial"
+TRIAL = "searchfm.learn.entries:trial"
 LEAVE_SECONDS = 25.0  # what workers are given to leave their batch, before they are ended
 HOPELESS = 3  # so many failed trials, and none that succeeded, end a search
 LOCK_SECONDS = 5.0  # between two looks at the lock

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that read and write TOML tables. Errors are one line that names the key.
+"""Frozen dataclasses that read and write TOML tables. An error is one line that names the key.
 
 A subclass of `Table` is a table of a study file. Its fields are keys: a leaf (`int`, `float`, `bool`, `str`, a
 `Literal`, or a union of these, such as `int | Literal["all"]`), a list of leaves (`tuple[int, ...]`), another table, or
@@ -73,16 +73,16 @@ class LeafKey:
     fixed: bool = False
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The argument for the table's constructor, which checks it; none where the key is absent."""
+        """The constructor argument of the table, not yet checked; empty if the key is absent."""
         return {self.name: values[self.name]} if self.name in values else {}
 
     def write(self, owner: "Table") -> dict[str, Any]:
-        """The key as TOML; nothing where its value is None."""
+        """The key as TOML; empty if its value is None."""
         value = getattr(owner, self.name)
         return {} if value is None else {self.name: list(value) if self.many else value}
 
     def check(self, value: Any) -> Any:
-        """The value of a leaf, converted to the key's type. Raises ConfigError with the value and what is allowed."""
+        """One value, converted to the key's type. Raises ConfigError with the value and the allowed values."""
         if type(value) is int and float in self.types:
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is float and float in self.types and not math.isfinite(value):
@@ -111,8 +111,8 @@ class LeafKey:
     def _expected(self) -> str:
         bounds = " and ".join(f"{SIGNS[name]} {bound:g}" for name, bound in self.bounds.items())
         kinds = [f"{NAMES[kind]} {bounds}".rstrip() for kind in self.types if kind in NAMES]
-        words = [show(word) for word in self.types if word not in NAMES]
-        return " or ".join([*kinds, "one of " * (len(words) > 1) + ", ".join(words)] if words else kinds)
+        literals = [show(literal) for literal in self.types if literal not in NAMES]
+        return " or ".join([*kinds, "one of " * (len(literals) > 1) + ", ".join(literals)] if literals else kinds)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TableKey:
     table: "type[Table]"
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The argument for the table's constructor. Raises ConfigError."""
+        """The constructor argument of the table. Raises ConfigError."""
         return {self.name: read_within(self.name, self.table.from_table, values.get(self.name, {}))}
 
     def write(self, owner: "Table") -> dict[str, Any]:
@@ -142,7 +142,7 @@ class BranchKey:
     inline: bool
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The argument for the table's constructor. Raises ConfigError, naming the options."""
+        """The constructor argument of the table. Raises ConfigError with the options."""
         if not self.inline:
             return {self.field: self._read_chosen(values)}
         inner = values.get(self.name, {})
@@ -169,13 +169,13 @@ Key = LeafKey | TableKey | BranchKey
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(key, table, branch))
 class Table:
-    """A table of a study file. Subclasses are frozen, keyword-only dataclasses whose fields are made by `key`,
-    `table` and `branch`; a branch chooses among them by `tag`.
+    """A table of a study file. Subclasses are frozen, keyword-only dataclasses with fields from `key`, `table` and
+    `branch`. A branch chooses an option by its `tag`.
     """
 
     tag: ClassVar[str] = ""
-    schema: ClassVar[Mapping[str, Key]] = {}  # in the order of the fields; a branch that is not inline is `name`
-    agree: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of discrete keys that `fit` compares
+    schema: ClassVar[Mapping[str, Key]] = {}  # by name in TOML, in the order of the fields
+    agree: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of discrete keys that `check` compares
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
@@ -186,25 +186,25 @@ class Table:
     def __post_init__(self) -> None:
         for item in self.schema.values():
             if isinstance(item, LeafKey):
-                object.__setattr__(self, item.name, item.check_all(self))  # frozen for everyone else
-        self.fit()
+                object.__setattr__(self, item.name, item.check_all(self))  # the dataclass is frozen
+        self.check()
 
-    def fit(self) -> None:
-        """Checks beyond the bounds of each key; raises ConfigError. The keys it compares are a group in `agree`."""
+    def check(self) -> None:
+        """Checks beyond the bounds of each key. Keys that it compares are a group in `agree`. Raises ConfigError."""
 
     @classmethod
     def from_table(cls, values: Mapping[str, Any]) -> Self:
-        """Reads a table without ranges. Raises ConfigError for unknown keys, wrong types and impossible values."""
+        """Reads a table without ranges. Raises ConfigError for unknown keys, wrong types and invalid values."""
         refuse_unknown(values, cls)
         return cls(**{name: value for item in cls.schema.values() for name, value in item.read(values).items()})
 
     def to_table(self) -> dict[str, Any]:
-        """The table that `from_table` reads back to an equal object; keys whose value is None are left out."""
+        """The object as a table, without keys that are None; `from_table` reads it back to an equal object."""
         return {name: value for item in self.schema.values() for name, value in item.write(self).items()}
 
 
 def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:
-    """Raises ConfigError for the first key that the table does not have, naming those it has."""
+    """Raises ConfigError for the first unknown key, with the allowed keys."""
     allowed = list(cls.schema)
     for item in cls.schema.values():
         if isinstance(item, BranchKey) and not item.inline:
@@ -215,7 +215,7 @@ def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:
 
 
 def read_within(name: str, read: Callable[[Mapping[str, Any]], T], values: Any) -> T:
-    """Reads a table within another; its errors name both. Raises ConfigError."""
+    """Reads a table within another, `name` in front of the keys in its errors. Raises ConfigError."""
     if not isinstance(values, Mapping):
         raise ConfigError(name, f"= {show(values)}: must be a table")
     try:
@@ -225,7 +225,7 @@ def read_within(name: str, read: Callable[[Mapping[str, Any]], T], values: Any) 
 
 
 def show(value: Any) -> str:
-    """A value as TOML writes it, for messages."""
+    """A value as TOML, for messages."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{k} = {show(v)}" for k, v in value.items()) + " }"
     if isinstance(value, bool | str):

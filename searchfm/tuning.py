@@ -20,7 +20,7 @@ from searchfm.search.history import StudyRow
 from searchfm.search.storage import create_study, failures, load_study, open_storage, study_lock, update_study
 from searchfm.search.study import Study, check_name
 
-PREPARE = "searchfm.learn.trial:prepare"
+PREPARE = "searchfm.learn.entries:prepare"
 TRACKER_SECONDS = 60.0  # what MLflow is given to catch up, at the end
 
 
@@ -198,7 +198,7 @@ def choose_devices(device: str, workers: int | None, found: Mapping[str, int]) -
 def prepare(study: Study, engine: Engine, data_dir: Path | None, stopping: Callable[[], bool]) -> Mapping[str, Any]:
     """Has a worker fetch and read the data and look for pretrained weights, before anything is written.
 
-    Returns what the job found (see `learn.trial.prepare`). Raises the job's own error, or KeyboardInterrupt.
+    Returns what the job found (see `learn.entries.prepare`). Raises the job's own error, or KeyboardInterrupt.
     """
     payload = {"data": study.data, "models": study.transfers(), "data_dir": str(data_dir) if data_dir else None}
     job = Job("prepare", 1, None, PREPARE, payload)

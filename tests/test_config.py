@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tomli_w
 
-from searchfm.config import DATASETS, Config, DataConfig, ModelConfig, TrainConfig, image_shape
+from searchfm.config import DATASETS, Config, DataConfig, Model, ModelConfig, Shape, TrainConfig, image_shape
 from searchfm.errors import ConfigError
 from searchfm.tables import BranchKey, LeafKey, Table, TableKey
 
@@ -24,7 +24,7 @@ def tables(cls: type[Table]) -> list[type[Table]]:
                 below.append(item.table)
             case BranchKey():
                 below += item.options.values()
-    return [cls, *(found for table in below for found in tables(table))]
+    return [cls, *(inner for table in below for inner in tables(table))]
 
 
 @pytest.mark.parametrize("name", [cls.tag for cls in tables(ModelConfig)[1:]])
@@ -116,6 +116,19 @@ def test_an_architecture_that_does_not_fit_the_images_is_named(
         with pytest.raises(ConfigError) as caught:
             config.fit_images(shape)
         assert str(caught.value).startswith(f"model.{config.model.kind.tag}.{message}")
+
+
+def test_every_architecture_is_checked_against_the_images() -> None:
+    assert all(issubclass(option, Model) for option in tables(ModelConfig)[1:])
+
+    class Picky(Model):  # the check of a new architecture is called without being listed anywhere
+        tag = "picky"
+
+        def fit_images(self, shape: Shape) -> None:
+            raise ConfigError("depth", f"does not fit {shape}")
+
+    with pytest.raises(ConfigError, match=r"^model\.picky\.depth does not fit \(1, 8, 8\)$"):
+        Config(model=ModelConfig(kind=Picky())).fit_images((1, 8, 8))
 
 
 def test_twins_are_equal_but_for_their_seed() -> None:

@@ -23,7 +23,7 @@ class Fancy(Table):
 
     tag = "fancy"
     depth: int = key(2, "how deep", ge=1, le=9)
-    share: float = key(0.5, "a share", gt=0, lt=1)
+    fraction: float = key(0.5, "a fraction", gt=0, lt=1)
 
 
 class Part(Table):
@@ -67,7 +67,7 @@ def test_nothing_given_is_all_defaults() -> None:
     [
         "",
         'name = "fancy"\nrate = 1\nstages = "all"\nquick = true\nlabel = "ü\\n\\""\nseed = 7',
-        'name = "fancy"\n[fancy]\ndepth = 9\nshare = 0.25',
+        'name = "fancy"\n[fancy]\ndepth = 9\nfraction = 0.25',
         '[part]\ncount = 3\nsizes = [1, 2, 3]\nfree = ["b", "a", "b"]',
         "[part]\ncount = 0",
         'method = { name = "fancy", depth = 5 }',
@@ -127,7 +127,7 @@ def test_a_schema_tells_every_key_with_its_default_and_bounds() -> None:
 WRONG = [
     ("rats = 1", "rats", "is unknown here; may be one of: name, part, method, rate, stages, quick, label, seed, fancy"),
     ("plain = {}", "plain", "is unknown here; may be one of: name, part, "),  # it has nothing to set
-    ('name = "fancy"\n[fancy]\nheight = 1', "fancy.height", "is unknown here; may be one of: depth, share"),
+    ('name = "fancy"\n[fancy]\nheight = 1', "fancy.height", "is unknown here; may be one of: depth, fraction"),
     ('name = "other"', "name", '= "other": must be one of "plain", "fancy"'),
     ("name = 3", "name", '= 3: must be one of "plain", "fancy"'),
     ('name = ["plain"]', "name", '= ["plain"]: must be one of "plain", "fancy"'),
@@ -176,10 +176,10 @@ def test_an_error_is_one_line_that_names_the_key_what_came_and_what_may_come(
 
 def test_bounds_hold_on_both_sides_of_each() -> None:
     for good in (math.nextafter(0, 1), 0.5, math.nextafter(1, 0)):
-        assert Fancy(share=good).share == good
+        assert Fancy(fraction=good).fraction == good
     for bad in (0.0, 1.0):
         with pytest.raises(ConfigError, match="must be a number > 0 and < 1"):
-            Fancy(share=bad)
+            Fancy(fraction=bad)
     assert [Fancy(depth=depth).depth for depth in (1, 9)] == [1, 9]
     for depth in (0, 10):
         with pytest.raises(ConfigError, match="must be a whole number >= 1 and <= 9"):

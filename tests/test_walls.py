@@ -46,8 +46,8 @@ INSIDE = {
     "matplotlib": {"plots"},
     "typer": {"cli"},
 }
-# The one module, besides learn/data.py that defines it, that may name `load_test`: the job that tests a final model.
-TESTS_THE_FINAL_MODEL = "searchfm.learn.final"
+# Who may name `load_test`: learn/data.py, which defines it, and the entry that tests a final model.
+TEST_READERS = {"searchfm.learn.data:load_test", "searchfm.learn.entries:import", "searchfm.learn.entries:test"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def faults(trees: Mapping[str, ast.Module]) -> list[str]:
 
 
 def naming(word: str, trees: Mapping[str, ast.Module]) -> set[str]:
-    """The modules whose code has the word as a name, an attribute, an import or a text of its own."""
+    """`module:function` (or class) whose code has the word as a name, an attribute, an import or a text of its own;
+    `module:import` and `module:` for what is outside of any.
+    """
 
     def says(node: ast.AST) -> bool:
         match node:
@@ -118,7 +120,18 @@ def naming(word: str, trees: Mapping[str, ast.Module]) -> set[str]:
                 return text == word or text.endswith((f":{word}", f".{word}"))
         return False
 
-    return {module for module, tree in trees.items() if any(says(node) for node in ast.walk(tree))}
+    def owner(node: ast.stmt) -> str:
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                return name
+        return "import" if isinstance(node, ast.Import | ast.ImportFrom) else ""
+
+    return {
+        f"{module}:{owner(statement)}"
+        for module, tree in trees.items()
+        for statement in tree.body
+        if any(says(node) for node in ast.walk(statement))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +174,7 @@ def test_no_import_leads_back_to_where_it_began(trees: dict[str, ast.Module]) ->
 
 
 def test_only_the_final_test_reads_the_test_part(trees: dict[str, ast.Module]) -> None:
-    assert "searchfm.learn.data" in naming("load_test", trees)
-    assert naming("load_test", trees) <= {"searchfm.learn.data", TESTS_THE_FINAL_MODEL}
+    assert naming("load_test", trees) == TEST_READERS
 
 
 @pytest.mark.parametrize(
@@ -170,7 +182,8 @@ def test_only_the_final_test_reads_the_test_part(trees: dict[str, ast.Module]) -
     ["from searchfm.learn.data import load_test", "data.load_test(config)", 'getattr(data, "load_test")'],
 )
 def test_another_reader_of_the_test_part_is_seen(trees: dict[str, ast.Module], line: str) -> None:
-    assert "searchfm.learn.planted" in naming("load_test", trees | {"searchfm.learn.planted": ast.parse(line)})
+    for module, code in (("planted", line), ("entries", f"def trial(config, data):\n    {line}")):
+        assert not naming("load_test", {f"searchfm.learn.{module}": ast.parse(code)}) <= TEST_READERS
 
 
 def loaded(code: str) -> set[str]:

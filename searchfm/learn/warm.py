@@ -10,7 +10,7 @@ import gc
 
 import torch
 
-import searchfm.learn.trial  # noqa: F401  the entries, and all they need but timm
+import searchfm.learn.entries  # noqa: F401  the entries, and all they need but timm
 
 torch.set_num_threads(1)
 # L2 drives weights that nothing needs towards zero, and a CPU takes many times as long over numbers below 1e-38: 11.6 s

@@ -29,8 +29,8 @@ from searchfm.search.study import Study
 from searchfm.tracking.registry import publish
 from searchfm.tuning import choose_devices, prepare
 
-FIT = "searchfm.learn.final:fit"
-TEST = "searchfm.learn.final:test"
+FIT = "searchfm.learn.entries:fit"
+TEST = "searchfm.learn.entries:test"
 
 
 def retrain(

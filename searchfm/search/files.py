@@ -1,4 +1,4 @@
-"""Study files: where they are, how they are read, and what a command line may change in a study that has begun."""
+"""Finds and reads study files, applies overrides, and reopens a study that exists already."""
 
 import re
 import tomllib
@@ -17,7 +17,7 @@ from searchfm.tables import show
 
 @dataclass(frozen=True)
 class StudyFile:
-    """A study file as it was read: `table` without its `name`, and the name the study goes by."""
+    """A study file: its `table` without the key `name`, and the name of its study."""
 
     path: Path
     name: str
@@ -25,9 +25,9 @@ class StudyFile:
     table: Mapping[str, Any]
 
     def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
-        """The study of the file with dotted keys overridden. Raises ConfigError."""
+        """The study of this file with overrides by dotted key. Raises ConfigError."""
         overrides = overrides or {}
-        table = override(self.table, overrides)
+        table = apply_overrides(self.table, overrides)
         try:
             study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
         except ConfigError as error:
@@ -38,9 +38,7 @@ class StudyFile:
 
 
 def find(name: str) -> Path | None:
-    """Where the study file of that name is: a path if it ends in `.toml`, else in the checkout's `studies/`, else in
-    the wheel's. None if nowhere.
-    """
+    """The path of a study file, by path if `name` ends in `.toml`, else by its name in `folder()`. None if missing."""
     if name.endswith(".toml"):
         path = Path(name)
         return path if _exists(path) else None
@@ -51,20 +49,20 @@ def find(name: str) -> Path | None:
 
 
 def folder() -> Path:
-    """The study files that ship: the checkout's, or the wheel's."""
+    """The folder of the built-in study files, in the checkout or in the wheel."""
     package = Path(searchfm.__file__).parent
     checkout = package.parent / "studies"
     return checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "_studies"
 
 
 def shipped() -> list[str]:
-    """The names of the study files that ship, as `find` takes them."""
+    """The names of the built-in study files, as `find` accepts them."""
     root = folder()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
 
 
 def read(path: Path) -> StudyFile:
-    """Reads a study file without checking its tables. Raises StudyError, naming the line, for broken TOML."""
+    """Reads a study file, without a check of its tables. Raises StudyError, with the line, for invalid TOML."""
     try:
         text = path.read_text("utf-8")
         table = tomllib.loads(text)
@@ -84,16 +82,13 @@ def read(path: Path) -> StudyFile:
 
 
 def question(text: str) -> str:
-    """What the header of a study file says after `# Question:`, on one line."""
-    found = re.search(r"^# Question:\s*(.+(?:\n#  +\S.*)*)", text, re.MULTILINE)
-    return re.sub(r"\s*\n#\s*", " ", found[1]).strip() if found else ""
+    """The text after `# Question:` in the header of a study file, on one line."""
+    match = re.search(r"^# Question:\s*(.+(?:\n#  +\S.*)*)", text, re.MULTILINE)
+    return re.sub(r"\s*\n#\s*", " ", match[1]).strip() if match else ""
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`KEY=VALUE` of the command line: a dotted key, and a TOML value, an inline range or a bare word.
-
-    Raises ConfigError.
-    """
+    """Splits `KEY=VALUE` of the command line: a dotted key, and a TOML value or a bare word. Raises ConfigError."""
     dotted, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not dotted or not value:
         raise ConfigError(
@@ -108,20 +103,20 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, before, after) of every leaf in which two resolved studies differ, None where one lacks it."""
-    found: list[tuple[str, Any, Any]] = []
+    """(dotted key, before, after) of every leaf that differs between two resolved studies; None for a missing leaf."""
+    differences: list[tuple[str, Any, Any]] = []
     for name in dict.fromkeys([*before, *after]):
         old, new = before.get(name), after.get(name)
-        # A range is a leaf, a table is not: a table's own keys are compared.
+        # A range is a leaf; a table is not, and its keys are compared.
         if isinstance(old, Mapping) and isinstance(new, Mapping) and not {"low", "choice"} & (set(old) | set(new)):
-            found += changed(old, new, f"{prefix}{name}.")
+            differences += changed(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append((prefix + name, old, new))
-    return found
+            differences.append((prefix + name, old, new))
+    return differences
 
 
 def get(table: Mapping[str, Any], dotted: str) -> Any:
-    """The leaf or table at a dotted key, None where there is none."""
+    """The leaf or table at a dotted key; None if it is missing."""
     node: Any = table
     for name in dotted.split("."):
         if isinstance(node, list | tuple) and name.isdigit():
@@ -131,20 +126,20 @@ def get(table: Mapping[str, Any], dotted: str) -> Any:
     return node
 
 
-def override(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table with dotted keys set and paths made absolute. Raises ConfigError."""
+def apply_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table with overrides by dotted key, and with absolute paths. Raises ConfigError."""
     for dotted, value in overrides.items():
         table = _with(table, dotted.split("."), value, dotted)
     for dotted in ("data.name", "model.transfer.weights"):
         value = get(table, dotted)
         if isinstance(value, str) and value not in (*DATASETS, "hub", "none") and _exists(Path(value)):
-            # A path means the same wherever the study is resumed from.
+            # Absolute, so that the study can be resumed from another folder.
             table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
     return table
 
 
 def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
-    """The table with one dotted key set; entries of a list are counted from 1. Raises ConfigError."""
+    """The table with one key set; list indices start at 1. Raises ConfigError."""
     name, rest = path[0], path[1:]
     if not rest:
         return {**table, name: value}
@@ -152,57 +147,54 @@ def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) ->
     if isinstance(inner, str):
         inner = {"name": inner}  # sampler = "tpe"
     if isinstance(inner, list) and len(rest) == 1 and rest[0].isdigit():
-        place = int(rest[0])
-        if not 1 <= place <= len(inner):
+        index = int(rest[0])
+        if not 1 <= index <= len(inner):
             raise ConfigError(dotted, f"has entries 1 to {len(inner)}", "--set")
-        return {**table, name: [*inner[: place - 1], value, *inner[place:]]}
+        return {**table, name: [*inner[: index - 1], value, *inner[index:]]}
     if not isinstance(inner, Mapping):
         raise ConfigError(dotted, f"is below {name} = {show(inner)}, which is not a table", "--set")
     return {**table, name: _with(inner, rest, value, dotted)}
 
 
 def reopen(file: StudyFile | None, stored: StudyRow, overrides: Mapping[str, Any]) -> Study:
-    """A study that has begun, going on: as it was stored, but for what may change (`FREE`).
+    """The stored study with new values of the keys that may change (`FREE`), from the file and the overrides.
 
-    Raises ConfigError, naming the key, where the file has changed since or an override says something else.
+    Raises ConfigError, with the key, if the file has changed in another key or an override differs in one.
     """
     where = file.path.name if file else ""
     search = dict(stored.resolved["search"])
     if file is not None:
-        table = resolve(override(file.table, {}), where)
+        table = resolve(apply_overrides(file.table, {}), where)
         search |= _free_changes(stored.name, changed(stored.file, table), where)
     if overrides:
-        # Names first: a table with the name of another sampler and the settings of this one could not be resolved.
+        # Names first: the name of another sampler beside the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
         _free_changes(stored.name, [(name, get(stored.resolved, name), overrides[name]) for name in names])
-        table = resolve(override(stored.resolved, overrides), "command line")
+        table = resolve(apply_overrides(stored.resolved, overrides), "command line")
         _refuse_unused(table, overrides)
         pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
         search |= _free_changes(stored.name, pairs)
     return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
 
 
-def _free_changes(study: str, values: Iterable[tuple[str, Any, Any]], where: str = "") -> dict[str, Any]:
-    """The new values of keys of [search] that may change; `values` are (dotted key, old, new).
-
-    Raises ConfigError, naming the key, for another one that differs.
-    """
+def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where: str = "") -> dict[str, Any]:
+    """The new values of the keys that may change, from (dotted key, old, new). Raises ConfigError for other keys."""
     search: dict[str, Any] = {}
-    for dotted, old, new in values:
+    for dotted, old, new in differences:
         if dotted in FREE:
             search |= {} if new is None else {dotted.removeprefix("search."): new}
         elif old != new:
-            came, was = ("nothing" if value is None else show(value) for value in (new, old))
+            after, before = ("nothing" if value is None else show(value) for value in (new, old))
             raise ConfigError(
                 dotted,
-                f"= {came}: study {study!r} was begun with {was}; name another study with --name to begin afresh",
+                f"= {after}: study {study!r} was begun with {before}; name another study with --name to begin afresh",
                 where,
             )
     return search
 
 
 def _refuse_unused(resolved: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """An option that no trial enters is a table like any other, but to set it is a mistake. Raises ConfigError."""
+    """Raises ConfigError for an override in a table that no trial enters: a file may hold one, an override is wrong."""
     for dotted in overrides:
         if get(resolved, dotted) is None:
             raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")

@@ -1,8 +1,8 @@
 """A search space: the tables of `config.py` whose leaves are values, ranges or choices.
 
-One reader, `fill`, walks the tree and asks for each leaf's value; Optuna, the grid, the checks before a search and the
-replay of a trial all answer it, so that they cannot disagree about what a space is. Parameters are named by their
-dotted keys (`model.vit.layers`); entries of a list by their place from 1 (`model.cnn.filters.2`).
+One reader, `fill`, walks the tree and asks for the value of each leaf. Optuna, the grid, the checks before a search and
+the replay of a trial all use it, so that they cannot disagree about the space. Parameters are named by their dotted
+keys (`model.vit.layers`), entries of a list by their index from 1 (`model.cnn.filters.2`).
 """
 
 import math
@@ -18,7 +18,7 @@ from optuna.trial import BaseTrial
 from searchfm.errors import ConfigError
 from searchfm.tables import NAMES, BranchKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
 
-MOST_POINTS = 100_000  # of a grid, and of combinations that must agree: more is a mistake, not a plan
+MAX_POINTS = 100_000  # of a grid, and of combinations that must agree: more is a mistake, not a plan
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Value:
 
     @property
     def options(self) -> Sequence[Any] | None:
-        """All that the leaf can be, or None where that is not finite."""
+        """All values of the leaf; None if they are infinite."""
         return (self.value,)
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """What must be checked for all the rest to be possible."""
+        """The values to check; if they are valid, all others are."""
         return (self.value,)
 
     def suggest(self, trial: BaseTrial, name: str) -> Any:
-        """The value; the trial is not asked."""
+        """The value, without a suggestion of the trial."""
         return self.value
 
     def to_toml(self) -> Any:
-        """As a study file writes it."""
+        """The leaf in a study file."""
         return self.value
 
 
@@ -82,7 +82,7 @@ class Choice:
         return trial.suggest_categorical(name, self.values)
 
     def to_toml(self) -> Any:
-        """As a study file writes it."""
+        """The leaf in a study file."""
         return {"choice": list(self.values)}
 
 
@@ -93,7 +93,7 @@ class Range:
     low: float
     high: float
     log: bool
-    step: float | None  # None: any number between, which a whole number never is
+    step: float | None  # None: continuous; an integer range always has a step
 
     @classmethod
     def read(cls, item: LeafKey, raw: Mapping[str, Any], error: "Error") -> "Range":
@@ -121,18 +121,18 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        """Whether the leaf is a whole number."""
+        """Whether the leaf is an integer."""
         return isinstance(self.low, int)
 
     @cached_property
     def options(self) -> Sequence[Any] | None:
-        """The numbers of a stepped range, at most one more than `MOST_POINTS`; None without a step."""
+        """The numbers of a stepped range, at most one more than `MAX_POINTS`; None without a step."""
         if self.step is None:
             return None
         if self.whole:
             return range(int(self.low), int(self.high) + 1, int(self.step))
         steps = int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step)))
-        return tuple(self._number(i) for i in range(min(steps, MOST_POINTS) + 1))
+        return tuple(self._number(i) for i in range(min(steps, MAX_POINTS) + 1))
 
     @property
     def ends(self) -> tuple[Any, ...]:
@@ -147,32 +147,32 @@ class Range:
         return number if self.step is None else self._number(round((number - self.low) / self.step))
 
     def to_toml(self) -> Any:
-        """As a study file writes it."""
+        """The leaf in a study file."""
         table = {"low": self.low, "high": self.high} | ({"log": True} if self.log else {})
         return table if self.step is None or (self.whole and self.step == 1) else {**table, "step": self.step}
 
     def _number(self, steps: int) -> float:
-        # Optuna adds steps up with rounding noise, which would make two configs of one point.
+        # Optuna adds steps up with rounding errors, which would make two configs of one point.
         return float(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
 
 
 Leaf = Value | Choice | Range
 Ask = Callable[[str, Leaf], Any]  # dotted name, leaf -> value
 Options = Callable[[str, Leaf], Sequence[Any]]  # dotted name, leaf -> values to try
-Error = Callable[[str], ConfigError]  # problem -> error that names the leaf and shows what came
+Error = Callable[[str], ConfigError]  # problem -> error with the leaf's name and value
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A union of tables: `choose` says which one is entered."""
+    """A union of tables: `chooser` is the tag of the one to enter."""
 
-    choose: Leaf
-    options: Mapping[str, "Tree"]
+    chooser: Leaf
+    options: Mapping[str, "Tree"]  # by tag
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A table, key by key in the order of its fields."""
+    """A table: its keys in the order of the fields."""
 
     nodes: Mapping[str, "Leaf | tuple[Leaf, ...] | Branch | Tree"]  # a list has a leaf an entry, or one for all entries
     agree: tuple[tuple[str, ...], ...] = ()  # groups of keys whose combinations must be checked
@@ -180,9 +180,9 @@ class Tree:
 
 
 def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
-    """Reads a table of a study file; what is not given has its default. Raises ConfigError.
+    """Reads a table of a study file; absent keys have their defaults. Raises ConfigError.
 
-    Only what a trial can enter is kept: the other options of a branch are checked and left out.
+    The tree holds only what a trial can enter: other options of a branch are checked and left out.
     """
     refuse_unknown(values, cls)
     nodes: dict[str, Leaf | tuple[Leaf, ...] | Branch | Tree] = {}
@@ -191,7 +191,7 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
             case BranchKey(chooser=chooser, options=options):
                 assert not item.inline, "inline branches belong to [search], which takes no ranges"
                 tags = _leaf(chooser, values.get("name", chooser.default))
-                # Options that no trial enters are read too: a mistake in one is a mistake.
+                # Read the options that no trial enters, too: a mistake there is a mistake.
                 trees = {tag: read_within(tag, partial(parse, options[tag]), values.get(tag, {})) for tag in options}
                 nodes["name"] = Branch(tags, {tag: trees[tag] for tag in tags.ends})
             case TableKey(table=table):
@@ -199,7 +199,7 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
             case LeafKey():
                 raw = values.get(name, item.default)
                 if raw is None:
-                    continue  # a key that may be absent, and is
+                    continue  # an optional key
                 if item.many and isinstance(raw, list | tuple):
                     nodes[name] = tuple(_leaf(item, entry, i) for i, entry in enumerate(raw, 1))
                 else:
@@ -211,14 +211,14 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
 
 
 def fill(tree: Tree, ask: Ask, prefix: str = "") -> dict[str, Any]:
-    """Walks the tree, asking for each leaf in turn; returns the table that `Config.from_table` reads."""
+    """Walks the tree and asks for each leaf in turn; returns a table for `Config.from_table`."""
     table: dict[str, Any] = {}
     for name, node in tree.nodes.items():
         path = prefix + name
         length = table[tree.per[name]] if name in tree.per else None
         match node:
             case Value() | Choice() | Range():
-                if length != 0:  # a list of no entries asks for none
+                if length != 0:  # an empty list asks for no leaf
                     table[name] = ask(path, node)
             case tuple():
                 table[name] = [ask(f"{path}.{i}", leaf) for i, leaf in enumerate(node[:length], 1)]
@@ -234,12 +234,12 @@ def fill(tree: Tree, ask: Ask, prefix: str = "") -> dict[str, Any]:
 
 
 def sample(trial: BaseTrial, tree: Tree) -> dict[str, Any]:
-    """The table of one trial. `FixedTrial(best.params)` gives that trial's table again."""
+    """The table of one trial. With `FixedTrial(trial.params)` it is the table of an earlier trial."""
     return fill(tree, lambda name, leaf: leaf.suggest(trial, name))
 
 
 def to_toml(tree: Tree) -> dict[str, Any]:
-    """The tree as a study file writes it, defaults and all; `parse` reads it back to an equal tree."""
+    """The tree as a table of a study file, defaults included; `parse` reads it back to an equal tree."""
     table: dict[str, Any] = {}
     for name, node in tree.nodes.items():
         match node:
@@ -249,7 +249,7 @@ def to_toml(tree: Tree) -> dict[str, Any]:
                 table[name] = [leaf.to_toml() for leaf in node]
             case Branch(chooser, options):
                 table["name"] = chooser.to_toml()
-                table |= {word: to_toml(option) for word, option in options.items() if option.nodes}
+                table |= {tag: to_toml(option) for tag, option in options.items() if option.nodes}
             case Tree():
                 table[name] = to_toml(node)
             case _:
@@ -258,12 +258,12 @@ def to_toml(tree: Tree) -> dict[str, Any]:
 
 
 def enumerate_tables(tree: Tree, options: Options) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every way through the tree, as (table, leaf values by dotted name); `options` says what to try for a leaf.
+    """Every table of the tree, as (table, leaf values by dotted name), from the `options` of each leaf.
 
-    The last leaf moves fastest, and a branch's leaves exist only where it is entered.
+    The last leaf varies fastest. The leaves of a branch's option exist only in tables that enter it.
     """
     tried: dict[str, Sequence[Any]] = {}  # options of each leaf
-    indices: dict[str, int] = {}  # the option that each leaf of this pass has, in the order of asking
+    indices: dict[str, int] = {}  # option of each leaf of the current table, in the order of asking
 
     def ask(name: str, leaf: Leaf) -> Any:
         tried[name] = options(name, leaf)
@@ -271,7 +271,7 @@ def enumerate_tables(tree: Tree, options: Options) -> Iterator[tuple[dict[str, A
 
     while True:
         yield fill(tree, ask), {name: tried[name][index] for name, index in indices.items()}
-        # The last leaf that has another option moves to it; those after it begin again.
+        # The last leaf with another option takes it; the leaves after it restart at their first.
         while indices:
             name, index = indices.popitem()
             if index + 1 < len(tried[name]):
@@ -281,8 +281,8 @@ def enumerate_tables(tree: Tree, options: Options) -> Iterator[tuple[dict[str, A
             return
 
 
-def points(tree: Tree, most: int = MOST_POINTS) -> list[dict[str, Any]] | None:
-    """Every point of a finite space, by dotted name and without the fixed leaves, the first leaf turning slowest.
+def points(tree: Tree, most: int = MAX_POINTS) -> list[dict[str, Any]] | None:
+    """Every point of a finite space, by dotted name and without the fixed leaves; the first leaf varies slowest.
 
     None for an infinite space, or one of more than `most` points.
     """
@@ -295,7 +295,7 @@ def points(tree: Tree, most: int = MOST_POINTS) -> list[dict[str, Any]] | None:
 
 
 def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Choice | Range]]:
-    """The leaves that a search chooses, by dotted name, those of every option included."""
+    """The leaves that a search varies, by dotted name, in every option of every branch."""
     for name, node in tree.nodes.items():
         path = prefix + name
         match node:
@@ -308,8 +308,8 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Choice | Range]]
             case Branch(chooser, options):
                 if isinstance(chooser, Choice):
                     yield path, chooser
-                for word, option in options.items():
-                    yield from leaves(option, f"{prefix}{word}.")
+                for tag, option in options.items():
+                    yield from leaves(option, f"{prefix}{tag}.")
             case Tree():
                 yield from leaves(node, f"{path}.")
             case _:
@@ -317,10 +317,10 @@ def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Choice | Range]]
 
 
 def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
-    """The tables that must be possible for every table of the space to be.
+    """The tables to check; if they are valid, every table of the space is.
 
-    Each end of each leaf once, in every option of every branch, the other leaves at their first end; and every
-    combination of the discrete keys that a table says must agree. Raises ConfigError where those are too many.
+    Each end of each leaf once, in every option of every branch, with the other leaves at their first end; and every
+    combination of the discrete keys that must agree (`Table.agree`). Raises ConfigError for too many combinations.
     """
     seen: set[str] = set()
     groups = list(_agreeing(tree))
@@ -332,14 +332,14 @@ def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
         new = {name: leaf for name, leaf in entered.items() if name not in seen}
         seen |= new.keys()
         waiting += [{**values, name: end} for name, leaf in new.items() for end in leaf.ends[1:]]
-        # Keys that must agree are tried together as soon as the table that holds them is entered.
+        # Combine keys that must agree as soon as their table is entered.
         for group in groups:
             if any(_below(name, group) for name in new):
                 yield from _combinations(tree, group, values)
 
 
 def _fill_with(tree: Tree, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Leaf]]:
-    """The table with these values, and other leaves at their first end; and the leaves that it enters."""
+    """The table with these values, other leaves at their first end; and the leaves of this table."""
     entered: dict[str, Leaf] = {}
 
     def ask(name: str, leaf: Leaf) -> Any:
@@ -356,23 +356,23 @@ def _combinations(tree: Tree, group: tuple[str, ...], values: Mapping[str, Any])
         return (values.get(name, leaf.ends[0]),)
 
     for count, (table, _) in enumerate(enumerate_tables(tree, options)):
-        if count == MOST_POINTS:
+        if count == MAX_POINTS:
             raise ConfigError(
-                ", ".join(group), f"have more combinations to check than {MOST_POINTS}; give one of them fewer values"
+                ", ".join(group), f"have more combinations to check than {MAX_POINTS}; give one of them fewer values"
             )
         yield table
 
 
 def _agreeing(tree: Tree, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """The dotted names of the keys that must agree, a group a table."""
+    """The groups of keys that must agree, as dotted names."""
     for group in tree.agree:
         yield tuple(prefix + name for name in group)
     for name, node in tree.nodes.items():
         if isinstance(node, Tree):
             yield from _agreeing(node, f"{prefix}{name}.")
         elif isinstance(node, Branch):
-            for word, option in node.options.items():
-                yield from _agreeing(option, f"{prefix}{word}.")
+            for tag, option in node.options.items():
+                yield from _agreeing(option, f"{prefix}{tag}.")
 
 
 def _below(name: str, group: tuple[str, ...]) -> bool:
@@ -380,7 +380,7 @@ def _below(name: str, group: tuple[str, ...]) -> bool:
 
 
 def _leaf(item: LeafKey, raw: Any, index: int | None = None) -> Leaf:
-    """A value, `{ choice = [...] }` or `{ low =, high =, log =, step = }`, each value checked as the key's own."""
+    """Reads a value, `{ choice = [...] }` or `{ low =, high =, log =, step = }`; checks each value against the key."""
 
     def error(problem: str) -> ConfigError:
         return ConfigError(item.name if index is None else f"{item.name}.{index}", f"= {show(raw)}: {problem}")

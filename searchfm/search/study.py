@@ -1,4 +1,4 @@
-"""A study, checked: its space, its sampler and pruner, and the resolved table that is stored with it."""
+"""A checked study: its search space, sampler and pruner, and the resolved table that is stored with it."""
 
 import hashlib
 import re
@@ -30,12 +30,12 @@ class Tpe(Table):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
 
     tag = "tpe"
-    startup_trials: int = key(10, "random trials before the model proposes", ge=1)
-    candidates: int = key(24, "candidates the model compares for each proposal", ge=1)
+    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
+    candidates: int = key(24, "candidates to compare for each proposal", ge=1)
 
 
 class Random(Table):
-    """Independent draws (Bergstra & Bengio 2012)."""
+    """Independent random draws (Bergstra & Bengio 2012)."""
 
     tag = "random"
 
@@ -50,14 +50,14 @@ class CmaEs(Table):
     """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
 
     tag = "cmaes"
-    startup_trials: int = key(10, "random trials before the strategy proposes", ge=1)
+    startup_trials: int = key(10, "random trials before the first proposal of the strategy", ge=1)
 
 
 class Gp(Table):
     """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
 
     tag = "gp"
-    startup_trials: int = key(10, "random trials before the model proposes", ge=1)
+    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
 
 
 class Qmc(Table):
@@ -70,25 +70,25 @@ class Median(Table):
     """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
 
     tag = "median"
-    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0)
-    min_epochs: int = key(1, "epochs that every trial is given", ge=1)
+    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
+    min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
 class Percentile(Table):
-    """Stops a trial that is not among the best `keep` percent at the same epoch."""
+    """Stops a trial outside the best `keep` percent at the same epoch."""
 
     tag = "percentile"
-    keep: float = key(25.0, "percent of the trials that go on", gt=0, lt=100)
-    startup_trials: int = key(5, "trials that must have ended before any is pruned", ge=0)
-    min_epochs: int = key(1, "epochs that every trial is given", ge=1)
+    keep: float = key(25.0, "percentage of trials that continue", gt=0, lt=100)
+    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
+    min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
 class Hyperband(Table):
-    """Successive halving at several rates side by side (Li et al. 2018, arXiv 1603.06560)."""
+    """Successive halving at several rates in parallel (Li et al. 2018, arXiv 1603.06560)."""
 
     tag = "hyperband"
     min_epochs: int = key(1, "epochs before the first halving", ge=1)
-    reduction: int = key(3, "one in so many goes on at each halving", ge=2)
+    reduction: int = key(3, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
 class Asha(Table):
@@ -96,52 +96,50 @@ class Asha(Table):
 
     tag = "asha"
     min_epochs: int = key(1, "epochs before the first halving", ge=1)
-    reduction: int = key(4, "one in so many goes on at each halving", ge=2)
+    reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
 class Patient(Table):
-    """Stops a trial that has been worse than its own best for more than `patience` epochs in a row."""
+    """Stops a trial after more than `patience` consecutive epochs below its own best."""
 
     tag = "patient"
-    patience: int = key(3, "epochs in a row that may be worse than the best before them", ge=0)
-    min_delta: float = key(0.0, "how much lower an accuracy must be to be worse", ge=0)
+    patience: int = key(3, "consecutive epochs allowed below the best before them", ge=0)
+    min_delta: float = key(0.0, "minimum difference in accuracy that counts as below", ge=0)
 
 
 class NoPruner(Table):
-    """Every trial runs to its end."""
+    """Stops no trial."""
 
     tag = "none"
 
 
 class SearchConfig(Table):
-    """`[search]`: how many trials, and who proposes and prunes them."""
+    """`[search]`: the number of trials, the sampler and the pruner."""
 
-    trials: int | None = key(
-        None, "trials in all, failed ones included; unless given all points of a grid, else 20", ge=1
-    )
-    seed: int = key(0, "seed of proposals and trainings", ge=0)
-    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "who proposes", inline=True)
+    trials: int | None = key(None, "number of trials, failed ones included; default: all of a grid, else 20", ge=1)
+    seed: int = key(0, "seed of proposals and training", ge=0)
+    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "proposes configs", inline=True)
     pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(
-        Median, "who stops weak trials", inline=True
+        Median, "stops weak trials", inline=True
     )
-    keep: int = key(3, "best trials whose weights are kept", ge=0)
-    retries: int = key(2, "times that a trial is given again to a new worker when its worker died", ge=0)
-    checkpoint_seconds: float = key(5.0, "least time between two checkpoints of a trial", ge=0)
+    keep: int = key(3, "number of best trials to keep the weights of", ge=0)
+    retries: int = key(2, "retries of a trial whose worker died", ge=0)
+    checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
 
 
-# What may change between two commands on one study: it decides how far a search goes, never what a trial gives.
+# Keys that may change between two commands on one study: they decide how far a search goes, never a trial's result.
 FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
 
 
 @contextmanager
 def _experimental() -> Iterator[None]:
-    """Optuna calls experimental what it has had unchanged for years."""
+    """No ExperimentalWarning: Optuna calls classes experimental that have not changed for years."""
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         yield
 
 
 def parse(table: Mapping[str, Any]) -> tuple[SearchConfig, space.Tree]:
-    """Reads a study's table; each key is checked alone, their combinations are not. Raises ConfigError."""
+    """Reads the table of a study. Checks each key, but no combination of keys. Raises ConfigError."""
     tables = ["search", *Config.schema]
     for name in table:
         if name not in tables:
@@ -151,7 +149,7 @@ def parse(table: Mapping[str, Any]) -> tuple[SearchConfig, space.Tree]:
 
 
 def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """A study's table with all defaults; each key is checked alone. Raises ConfigError, with `where`."""
+    """The table of a study with all defaults. Checks as `parse` does; `where` names the origin in errors."""
     try:
         search, tree = parse(table)
     except ConfigError as error:
@@ -160,9 +158,9 @@ def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 class Study:
-    """A study file, checked: every trial it can propose is possible.
+    """A checked study: every config of its search space is valid.
 
-    `table` is the file with overrides; `where` names the file in messages. Raises ConfigError.
+    `table` is the file with overrides; `where` names the file in errors. Raises ConfigError.
     """
 
     def __init__(self, name: str, table: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
@@ -177,7 +175,7 @@ class Study:
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """File, overrides and defaults as one table: what is stored, compared and shown."""
+        """File, overrides and defaults as one table, to store, compare and display."""
         return {"search": self.search.to_table(), **space.to_toml(self.tree)}
 
     @property
@@ -187,35 +185,35 @@ class Study:
 
     @property
     def epochs(self) -> int:
-        """The most epochs a trial has."""
+        """The maximum epochs of a trial."""
         node = self._node("train", "epochs")
         assert isinstance(node, space.Value | space.Choice | space.Range)
         return int(max(node.ends))
 
     @cached_property
     def points(self) -> list[dict[str, Any]] | None:
-        """Every point of the space; None for one without end, or with more than a grid may have."""
+        """Every point of the space; None for an infinite one, or more than `space.MAX_POINTS`."""
         return space.points(self.tree)
 
     def size(self, most: int) -> int | None:
-        """The number of points of the space; None where there are more than `most`."""
+        """The number of points of the space; None if it is more than `most`."""
         points = space.points(self.tree, most)
         return None if points is None else len(points)
 
     @property
     def trials(self) -> int:
-        """Trials in all."""
+        """The number of trials."""
         if self.search.trials is not None:
             return self.search.trials
         return len(self.points or ()) if isinstance(self.search.sampler, Grid) else 20
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The table of `[data]`, which is the same for every trial."""
+        """The table `[data]`, the same for every trial."""
         return self.first.data.to_table()
 
     def transfers(self) -> list[tuple[str, str]]:
-        """(model, weights) of every pretrained model that a trial may ask for."""
+        """(model, weights) of every timm model in the space."""
         node = self._node("model", "name")
         assert isinstance(node, space.Branch)
         tree = node.options.get(Transfer.tag)
@@ -226,11 +224,11 @@ class Study:
         return [(table["model"], table["weights"]) for table, _ in tables]
 
     def sample(self, trial: BaseTrial) -> Config:
-        """The config of one trial. `FixedTrial(best.params)` gives that trial's config again, but for its seed."""
+        """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""
         return Config.from_table(space.sample(trial, self.tree))
 
     def samples(self, count: int) -> list[Config]:
-        """Configs drawn at random from the space, or all of them where it has no more points than that."""
+        """Random configs of the space; all of them if it has at most `count` points."""
         points = space.points(self.tree, count)
         if points is not None:
             return [self.sample(optuna.trial.FixedTrial(point)) for point in points]
@@ -238,9 +236,9 @@ class Study:
         return [self.sample(study.ask()) for _ in range(count)]
 
     def check_images(self, shape: Shape | None) -> None:
-        """Checks every architecture of the space against images of (channels, height, width). Raises ConfigError.
+        """Checks the configs of the space, and their models against (channels, height, width) if it is known.
 
-        Without a shape only the configs themselves are checked.
+        Raises ConfigError.
         """
         try:
             for table in space.edge_cases(self.tree):
@@ -252,14 +250,14 @@ class Study:
 
     @_experimental()
     def sampler(self, number: int) -> BaseSampler:
-        """Who proposes trial `number`: seeded from the study's seed and that number alone, so that it does not
-        matter what this process did before.
+        """The sampler of trial `number`, seeded from the study's seed and this number only, so that earlier trials of
+        this process have no influence.
         """
         seed = self.seed(number)
         random = optuna.samplers.RandomSampler(seed)
         match self.search.sampler:
             case Tpe(startup_trials=startup, candidates=candidates):
-                # Branches make the space conditional, which the multivariate TPE takes in groups only.
+                # Branches make the space conditional; the multivariate TPE supports that only in groups.
                 return optuna.samplers.TPESampler(
                     n_startup_trials=startup,
                     n_ei_candidates=candidates,
@@ -283,7 +281,7 @@ class Study:
             case Gp(startup_trials=startup):
                 return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
             case Qmc():
-                # The sequence is one for the whole study, and Optuna keeps our place in it.
+                # One sequence for the whole study; Optuna stores the index of the next point.
                 return optuna.samplers.QMCSampler(
                     scramble=True,
                     seed=self.search.seed,
@@ -296,16 +294,16 @@ class Study:
 
     @_experimental()
     def pruner(self) -> BasePruner:
-        """Who stops weak trials; epochs count from 1."""
+        """The pruner; epochs are counted from 1."""
         match self.search.pruner:
-            case Median(startup_trials=startup, min_epochs=least):
-                return optuna.pruners.MedianPruner(startup, least)
-            case Percentile(keep=keep, startup_trials=startup, min_epochs=least):
-                return optuna.pruners.PercentilePruner(keep, startup, least)
-            case Hyperband(min_epochs=least, reduction=reduction):
-                return optuna.pruners.HyperbandPruner(least, self.epochs, reduction)
-            case Asha(min_epochs=least, reduction=reduction):
-                return optuna.pruners.SuccessiveHalvingPruner(least, reduction)
+            case Median(startup_trials=startup, min_epochs=min_epochs):
+                return optuna.pruners.MedianPruner(startup, min_epochs)
+            case Percentile(keep=keep, startup_trials=startup, min_epochs=min_epochs):
+                return optuna.pruners.PercentilePruner(keep, startup, min_epochs)
+            case Hyperband(min_epochs=min_epochs, reduction=reduction):
+                return optuna.pruners.HyperbandPruner(min_epochs, self.epochs, reduction)
+            case Asha(min_epochs=min_epochs, reduction=reduction):
+                return optuna.pruners.SuccessiveHalvingPruner(min_epochs, reduction)
             case Patient(patience=patience, min_delta=delta):
                 return optuna.pruners.PatientPruner(None, patience, delta)
             case NoPruner():
@@ -314,12 +312,12 @@ class Study:
                 assert_never(never)
 
     def seed(self, number: int) -> int:
-        """A 31-bit seed for trial `number`, of proposal and training alike."""
-        words = hashlib.sha256(f"{self.search.seed}/{number}".encode()).digest()
-        return int.from_bytes(words[:4], "big") >> 1
+        """The 31-bit seed of trial `number`, for its proposal and its training."""
+        sha256 = hashlib.sha256(f"{self.search.seed}/{number}".encode()).digest()
+        return int.from_bytes(sha256[:4], "big") >> 1
 
     def replay(self, number: int, config: Mapping[str, Any]) -> str:
-        """The study file that trains just this trial again."""
+        """A study file that repeats this trial alone."""
         header = (
             f"# Question: does trial {number} of {self.name} give the same again?\n# Run:      searchfm tune FILE\n"
         )
@@ -338,40 +336,40 @@ class Study:
             continuous = [name for name, leaf in space.leaves(self.tree) if leaf.options is None]
             if continuous:
                 raise ConfigError(continuous[0], "has no step: a grid needs values, choices or stepped ranges")
-            raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MOST_POINTS} points")
+            raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MAX_POINTS} points")
         epochs = self._node("train", "epochs")
         if not isinstance(epochs, space.Value) and (pruned or not grid):
             raise ConfigError("train.epochs", "takes a value here; only a grid with pruner = none compares epochs")
-        least = getattr(self.search.pruner, "min_epochs", 1)
-        if least > self.epochs:
-            raise ConfigError("search.pruner.min_epochs", f"= {least}: must be <= train.epochs = {self.epochs}")
+        min_epochs = getattr(self.search.pruner, "min_epochs", 1)
+        if min_epochs > self.epochs:
+            raise ConfigError("search.pruner.min_epochs", f"= {min_epochs}: must be <= train.epochs = {self.epochs}")
 
 
 class GridWalk(BaseSampler):
-    """Point i of the space for trial i, whatever happened before."""
+    """Point i of the space for trial i, independent of earlier trials."""
 
     def __init__(self, points: Sequence[Mapping[str, Any]]) -> None:
         self.points = points
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Nothing is drawn together."""
+        """Empty: no parameters are sampled together."""
         return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Nothing is drawn together."""
+        """Empty: no parameters are sampled together."""
         return {}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """The leaf's value at the trial's point; a trial beyond the last point begins again."""
+        """The leaf's value at the trial's point; after the last point the grid restarts."""
         return self.points[trial.number % len(self.points)][param_name]
 
 
 def check_name(name: str) -> str:
-    """The name, if a study may have it: folders and links are made from it. Raises StudyError."""
+    """The name, if it is valid in folders and links. Raises StudyError."""
     if not NAME.fullmatch(name):
         raise StudyError(
             f"study name {name[:80]!r}: must be letters, digits, '.', '_' or '-', at most 64, not beginning with a sign"

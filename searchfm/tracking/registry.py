@@ -61,9 +61,10 @@ def save(folder: Path, path: Path, study: StudyRow) -> None:
     Raises ModelError where the folder holds no model.
     """
     prepare()
-    from searchfm.learn.final import served
+    from searchfm.learn.checkpoint import load_classifier
+    from searchfm.learn.models import Served
 
-    model, spec = served(folder)
+    classifier, spec = load_classifier(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow and torch.export warn of their own insides
         import mlflow.pytorch
@@ -71,7 +72,7 @@ def save(folder: Path, path: Path, study: StudyRow) -> None:
         from mlflow.types import Schema, TensorSpec
 
         mlflow.pytorch.save_model(
-            model,
+            Served(classifier).eval(),
             path,
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *spec["shape"]))]),

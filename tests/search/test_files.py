@@ -111,10 +111,10 @@ def test_a_study_is_found_by_path_or_by_name_among_those_that_ship(path: Path, m
     assert find("deep") is None  # a file of one's own is named with its ending
     assert shipped()
     for name in shipped():
-        found = find(name)
-        assert found is not None
-        assert found.is_file()
-        assert found.is_relative_to(files.folder())
+        file = find(name)
+        assert file is not None
+        assert file.is_file()
+        assert file.is_relative_to(files.folder())
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Pair(Table):
     part: int = key(2, "what divides", ge=1)
     odd: int = key(3, "an odd number", ge=1)
 
-    def fit(self) -> None:
+    def check(self) -> None:
         """Part divides whole."""
         if self.whole % self.part:
             raise ConfigError("part", f"= {self.part} must divide {self.whole}")
@@ -58,7 +58,7 @@ class Pace(Table):
     kind: Bare | Stack = branch(Bare, "which")
     rise: float = key(0.0, "only bare ones rise", ge=0)
 
-    def fit(self) -> None:
+    def check(self) -> None:
         """Stacks do not rise."""
         if self.rise and isinstance(self.kind, Stack):
             raise ConfigError("rise", "= not 0: must be 0 for a stack")
@@ -162,13 +162,13 @@ def test_the_spaces_at_random_are_of_both_kinds() -> None:
 
 
 @pytest.mark.parametrize("toml", FITTING)
-def test_the_points_of_a_space_are_those_found_by_brute_force_each_once(toml: dict[str, Any]) -> None:
+def test_the_points_of_a_space_equal_those_of_brute_force_each_once(toml: dict[str, Any]) -> None:
     tree = space.parse(Space, toml)
     points = space.points(tree)
     assert points is not None
-    found = [Space.from_table(space.sample(optuna.trial.FixedTrial(point), tree)) for point in points]
-    assert len(set(found)) == len(found)
-    assert set(found) == set(map(possible, product(toml)))
+    configs = [Space.from_table(space.sample(optuna.trial.FixedTrial(point), tree)) for point in points]
+    assert len(set(configs)) == len(configs)
+    assert set(configs) == set(map(possible, product(toml)))
 
 
 @pytest.mark.parametrize("toml", SPACES)
@@ -249,18 +249,18 @@ def test_only_what_is_entered_is_asked_for_and_everything_has_its_dotted_name() 
 def test_stepped_numbers_come_without_rounding_noise() -> None:
     tree = real("[optimizer]\nname = 'sgd'\nsgd = { momentum = { low = 0.0, high = 0.9, step = 0.1 } }")
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-    found = set()
+    momenta = set()
     for _ in range(60):
         trial = study.ask()
-        found.add(space.sample(trial, tree)["optimizer"]["sgd"]["momentum"])
+        momenta.add(space.sample(trial, tree)["optimizer"]["sgd"]["momentum"])
         study.tell(trial, 0.0)
-    assert found <= {0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
+    assert momenta <= {0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
     points = space.points(tree)
     assert points is not None
     assert [point["optimizer.sgd.momentum"] for point in points] == [i / 10 for i in range(10)]
 
 
-def test_the_first_leaf_of_a_grid_turns_slowest_and_branches_have_points_of_their_own() -> None:
+def test_the_first_leaf_of_a_grid_varies_slowest_and_branches_have_points_of_their_own() -> None:
     text = REAL.replace("low = 0, high = 3", "low = 0, high = 1").replace(
         "low = 16, high = 256, log = true", "choice = [8, 9]"
     )
@@ -278,11 +278,11 @@ def test_the_first_leaf_of_a_grid_turns_slowest_and_branches_have_points_of_thei
     assert [point["model.name"] for point in points] == ["mlp"] * mlp * 20 + ["cnn"] * cnn * 20
 
 
-def test_a_space_without_end_or_with_too_many_points_has_no_list_of_them() -> None:
+def test_an_infinite_space_or_one_with_too_many_points_has_no_list_of_them() -> None:
     assert space.points(real()) is None
-    endless = "[optimizer]\nlr = { low = 0.1, high = 1 }\n[train]\nbatch_size = { low = 1, high = 1000000000000 }"
+    infinite = "[optimizer]\nlr = { low = 0.1, high = 1 }\n[train]\nbatch_size = { low = 1, high = 1000000000000 }"
     began = time.monotonic()
-    assert space.points(real(endless)) is None
+    assert space.points(real(infinite)) is None
     assert space.points(real("train.batch_size = { low = 1, high = 1000000000000 }"), most=1000) is None
     assert space.points(real("optimizer.lr = { low = 1e-9, high = 1, step = 1e-9 }"), most=1000) is None
     assert time.monotonic() - began < 5
@@ -367,7 +367,7 @@ def test_both_ends_of_every_range_are_tried_in_every_branch() -> None:
 
 def test_too_many_combinations_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "model.name = 'vit'\nmodel.vit = { hidden_dim = { low = 1, high = 100000 }, heads = { choice = [1, 2] } }"
-    monkeypatch.setattr(space, "MOST_POINTS", 1000)
+    monkeypatch.setattr(space, "MAX_POINTS", 1000)
     with pytest.raises(ConfigError, match=r"model.vit.hidden_dim, model.vit.heads have more combinations .* 1000;"):
         list(space.edge_cases(real(text)))
 

@@ -100,15 +100,15 @@ def test_tpe_takes_trials_that_other_workers_run_into_account() -> None:
     study = toy(search=search("tpe", "none"), **OPEN)
 
     def proposals(*, running: bool) -> list[dict[str, Any]]:
-        record, found = tune(study, 20), []
+        record, params = tune(study, 20), []
         for number in range(20, 28):
             record.sampler = study.sampler(number)
             trial = record.ask()
             study.sample(trial)
-            found.append(trial.params)
+            params.append(trial.params)
             if not running:
                 record.tell(trial, state=TrialState.FAIL)  # counts for nothing
-        return found
+        return params
 
     alone, beside = proposals(running=False), proposals(running=True)
     assert alone[0] == beside[0], "the same results, the same proposal"

@@ -1,12 +1,14 @@
 """One file an architecture, and `build`, the one place that chooses among them."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from searchfm.config import Cnn, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
+from searchfm.config import Cnn, Config, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
 from searchfm.learn.models import cnn, mlp, residual, transfer, vit
 from searchfm.learn.models.transfer import Pretrained
 
@@ -103,6 +105,20 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers the model has to learn: in all, and those that training moves."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+
+
+def costs(configs: Iterable[Config], shape: Shape, classes: int) -> dict[str, tuple[float, float]]:
+    """Minimum and maximum cost over the configs: `parameters`, and `mflop` of one image's forward pass."""
+    rows = []
+    for config in configs:
+        model = config.model
+        if isinstance(model.kind, Transfer):
+            model = replace(model, kind=replace(model.kind, weights="none"))  # a cost does not depend on the weights
+        blank = torch.zeros(shape[0])
+        net = classifier(model, shape, classes, blank, blank + 1, seed=0, device=torch.device("cpu"))
+        rows.append((parameters(net)[0], flops(net, shape) / 1e6))
+    sizes, work = zip(*rows, strict=True)
+    return {"parameters": (min(sizes), max(sizes)), "mflop": (min(work), max(work))}
 
 
 def flops(model: Classifier, shape: Shape) -> int:
