@@ -21,38 +21,38 @@ from searchfm.learn.data import load_test
 DEBIAN = datasets.DEBIAN_FOLDER
 
 
-def fashion(place: Path) -> tuple[str, ...]:
+def fashion(folder_path: Path) -> tuple[str, ...]:
     """Fashion-MNIST in its own format; its test files are pipes without a writer: to open one is to wait for ever."""
-    raw = place / "FashionMNIST" / "raw"
+    raw = folder_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
         (raw / name).symlink_to(DEBIAN / name)
     for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         os.mkfifo(raw / name)
-    return "--dataset", "fashion-mnist", "--data-dir", str(place), "--subset", "0.02"
+    return "--dataset", "fashion-mnist", "--data-dir", str(folder_path), "--subset", "0.02"
 
 
-def digits(place: Path) -> tuple[str, ...]:
+def digits(folder_path: Path) -> tuple[str, ...]:
     """One file for all: which images are for testing, their content says."""
     return "--dataset", "digits"
 
 
-def folder(place: Path) -> tuple[str, ...]:
+def folder(folder_path: Path) -> tuple[str, ...]:
     """A person's own images; those for testing cannot be read."""
     images, labels = load_digits(return_X_y=True)
     for number, (image, label) in enumerate(zip(images[:400], labels[:400], strict=True)):
-        path = place / "train" / str(label) / f"{number}.png"
+        path = folder_path / "train" / str(label) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.round(image.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
     for label in range(10):
-        (place / "test" / str(label)).mkdir(parents=True)
-        (place / "test" / str(label) / "poison.png").write_bytes(b"\x89PNG, but not really")
-    return "--dataset", str(place)
+        (folder_path / "test" / str(label)).mkdir(parents=True)
+        (folder_path / "test" / str(label) / "poison.png").write_bytes(b"\x89PNG, but not really")
+    return "--dataset", str(folder_path)
 
 
-def searchfm(cache: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def searchfm(cache: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "searchfm", *words, "--home", str(cache.parent / "home")],
+        [sys.executable, "-m", "searchfm", *options, "--home", str(cache.parent / "home")],
         capture_output=True,
         text=True,
         env={**os.environ, "SEARCHFM_CACHE": str(cache)},
@@ -74,9 +74,9 @@ def test_no_search_reads_the_test_part(
     cache = tmp_path / "cache"
     new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
-    words = data(tmp_path / "data")
+    options = data(tmp_path / "data")
     asked = ("--trials", "3", "--epochs", "1", "--json", "--workers", "2")
-    done = searchfm(cache, "tune", "mlp", *words, *asked)
+    done = searchfm(cache, "tune", "mlp", *options, *asked)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trials"]["complete"] == 3
     assert parts(cache) == {"train"}
@@ -88,13 +88,13 @@ def test_the_poison_works_and_only_the_last_step_meets_it(new_home: Callable[[Pa
     cache = tmp_path / "cache"
     new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
-    words = folder(tmp_path / "data")
-    searchfm(cache, "tune", "mlp", *words, "--trials", "2", "--epochs", "1", "--json")
+    options = folder(tmp_path / "data")
+    searchfm(cache, "tune", "mlp", *options, "--trials", "2", "--epochs", "1", "--json")
     done = searchfm(cache, "retrain", "mlp", "--top", "1", "--seeds", "2", "--json")
     assert done.returncode == 2
     assert "poison.png" in done.stderr.splitlines()[-1]
-    said = done.stderr.splitlines()
-    assert any(line.startswith("final training") and "done" in line for line in said)
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("final training") and "done" in line for line in lines)
     (reads,) = json.loads((tmp_path / "home" / "test-reads.json").read_text()).values()
     assert len(reads) == 1
     assert not (tmp_path / "home" / "studies" / "mlp" / "final").exists()

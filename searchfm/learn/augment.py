@@ -1,8 +1,8 @@
-"""What is done to training images, afresh in every batch: functions on whole batches, without a loop over images and
+"""Augmentation of training images, new in every batch: functions on whole batches, without a loop over images and
 without waiting for the device.
 
-Images are (B, C, H, W) raw pixels, 0 (black) to 255, uint8 or float32, before any normalisation: mixing commutes with
-that, and bytes move faster. Randomness comes from the generator alone, which may be the images' device's or the CPU's.
+Images are (B, C, H, W) raw pixels, 0 (black) to 255, uint8 or float32, before normalisation: mixing commutes with it,
+and bytes move faster. All randomness comes from the generator, on the device of the images or on the CPU.
 """
 
 import torch
@@ -18,10 +18,10 @@ ERASED_ASPECT = (0.3, 1 / 0.3)  # of its height over its width
 def augment(
     images: Tensor, labels: Tensor, classes: int, config: AugmentConfig, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W) and their targets: `labels` (B,) int64 as they came, or, where `config` mixes images, soft
+    """Images (B, C, H, W) and their targets: `labels` (B,) int64 unchanged, or, where `config` mixes images, soft
     targets (B, classes) float32 that sum to 1, and images in float32.
 
-    What `config` leaves out draws nothing: with its defaults the batch comes back untouched.
+    What `config` leaves out draws no random numbers: with its defaults the batch is returned unchanged.
     """
     if config.crop:
         images = crop(images, config.crop, generator)
@@ -33,12 +33,12 @@ def augment(
         return images, labels
     height, width = images.shape[2:]
     mixed, cut = _uniform((2,), generator)
-    shares = mixup_share(config.mixup, generator) if config.mixup else torch.ones((), device=generator.device)
+    weights = mixup_weight(config.mixup, generator) if config.mixup else torch.ones((), device=generator.device)
     if config.cutmix:
-        boxes = cutmix_share(config.cutmix, height, width, generator)
-        shares = torch.where(cut < 0.5, boxes, shares) if config.mixup else boxes
-    shares = torch.where(mixed < config.mix, shares, 1.0)  # no `if`: it would wait for the device
-    return mix(images, F.one_hot(labels, classes).float(), shares.to(images.device, non_blocking=True))
+        boxes = cutmix_weights(config.cutmix, height, width, generator)
+        weights = torch.where(cut < 0.5, boxes, weights) if config.mixup else boxes
+    weights = torch.where(mixed < config.mix, weights, 1.0)  # no `if`: it would wait for the device
+    return mix(images, F.one_hot(labels, classes).float(), weights.to(images.device, non_blocking=True))
 
 
 def flip(images: Tensor, probability: float, generator: Generator) -> Tensor:
@@ -48,61 +48,61 @@ def flip(images: Tensor, probability: float, generator: Generator) -> Tensor:
 
 
 def crop(images: Tensor, shift: int, generator: Generator) -> Tensor:
-    """Each image moved by up to `shift` pixels each way, what comes in from outside being black: a random crop of the
-    padded image (He et al. 2016, section 4.2).
+    """Each image shifted by up to `shift` pixels each way and filled with black: a random crop of the padded image (He
+    et al. 2016, section 4.2).
     """
     count, _, height, width = images.shape
-    where = torch.randint(2 * shift + 1, (2, count), generator=generator, device=generator.device)
-    down, right = where.to(images.device, non_blocking=True)
+    offsets = torch.randint(2 * shift + 1, (2, count), generator=generator, device=generator.device)
+    top, left = offsets.to(images.device, non_blocking=True)
     # A view of all windows, of which each image takes one.
     windows = F.pad(images, (shift, shift, shift, shift)).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(count, device=images.device), :, down, right]
+    return windows[torch.arange(count, device=images.device), :, top, left]
 
 
 def erase(images: Tensor, probability: float, generator: Generator) -> Tensor:
     """A rectangle of each image, with `probability`, filled with random pixels (Zhong et al. 2020, arXiv 1708.04896).
 
-    Its area and aspect are drawn from ERASED_AREA (uniformly) and ERASED_ASPECT (uniformly in the logarithm); a side
-    that would be longer than the image's is cut to it, where the paper draws again.
+    Its area is drawn uniformly from ERASED_AREA, its aspect log-uniformly from ERASED_ASPECT. A side longer than the
+    image is cut to the image; the paper draws again.
     """
     count, _, height, width = images.shape
-    chosen, area, aspect, down, right = _uniform((5, count), generator, images.device)
+    chosen, area, aspect, top, left = _uniform((5, count), generator, images.device)
     area = height * width * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area)
     aspect = ERASED_ASPECT[0] * (ERASED_ASPECT[1] / ERASED_ASPECT[0]) ** aspect
     tall = (area * aspect).sqrt().round().clamp(1, height)
     wide = (area / aspect).sqrt().round().clamp(1, width)
-    inside = _between(height, (down * (height - tall + 1)).floor(), tall)[:, :, None]
-    inside = inside & _between(width, (right * (width - wide + 1)).floor(), wide)[:, None, :]
+    inside = _between(height, (top * (height - tall + 1)).floor(), tall)[:, :, None]
+    inside = inside & _between(width, (left * (width - wide + 1)).floor(), wide)[:, None, :]
     inside = inside & (chosen < probability)[:, None, None]
     noise = torch.randint(256, images.shape, generator=generator, device=generator.device, dtype=torch.uint8)
     return torch.where(inside[:, None], noise.to(images.device, images.dtype, non_blocking=True), images)
 
 
-def mix(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Each image mixed with the one before it, and its target (B, classes) float32 with that one's.
+def mix(images: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each image mixed with the image before it, and its target (B, classes) float32 with the target before it.
 
-    `shares`, (H, W) or a scalar, from 0 to 1, is what each pixel keeps of its own image; targets keep its mean.
+    `weights`, (H, W) or a scalar, 0 to 1: what each pixel keeps of its own image; a target keeps their mean.
     """
-    images, share = images.float(), shares.mean()
-    return torch.lerp(images.roll(1, 0), images, shares), torch.lerp(targets.roll(1, 0), targets, share)
+    images, weight = images.float(), weights.mean()
+    return torch.lerp(images.roll(1, 0), images, weights), torch.lerp(targets.roll(1, 0), targets, weight)
 
 
-def mixup_share(alpha: float, generator: Generator) -> Tensor:
+def mixup_weight(alpha: float, generator: Generator) -> Tensor:
     """MixUp's lambda, a scalar for the batch: Beta(alpha, alpha) (Zhang et al. 2018, arXiv 1710.09412)."""
     # torch.distributions draws the same, but from the global generator; so do torchvision's MixUp and CutMix.
-    # Smaller alphas underflow to 0 / 0 even in float64, and come out as 1/2; at 0.01 it is all but a coin already.
+    # Smaller alphas underflow to 0 / 0 even in float64, and give 1/2; at 0.01 lambda is almost always 0 or 1.
     both = torch.full((2,), max(alpha, 0.01), dtype=torch.float64, device=generator.device)
-    share: Tensor = torch._sample_dirichlet(both, generator=generator)[0]
-    return share.float()
+    weight: Tensor = torch._sample_dirichlet(both, generator=generator)[0]
+    return weight.float()
 
 
-def cutmix_share(alpha: float, height: int, width: int, generator: Generator) -> Tensor:
+def cutmix_weights(alpha: float, height: int, width: int, generator: Generator) -> Tensor:
     """CutMix's mask (height, width): 0 in a box, 1 around it (Yun et al. 2019, arXiv 1905.04899, section 3.1).
 
-    The box has the share 1 - lambda of the image, less what falls outside when it is centred near the border: the
-    mask's mean is the share of pixels that stay.
+    The box covers the fraction 1 - lambda of the image, less what is outside where its centre is near the border. The
+    mask's mean is the fraction of pixels that stay.
     """
-    side = (1 - mixup_share(alpha, generator)).sqrt()
+    side = (1 - mixup_weight(alpha, generator)).sqrt()
     centre = _uniform((2,), generator)
     box = torch.ones((), dtype=torch.bool, device=generator.device)
     for axis, length in enumerate((height, width)):
@@ -114,9 +114,9 @@ def cutmix_share(alpha: float, height: int, width: int, generator: Generator) ->
 
 
 def _between(length: int, start: Tensor, count: Tensor) -> Tensor:
-    """For each of `start` and `count` (...), which of `length` places are among `count` from `start`: (..., length)."""
-    places = torch.arange(length, device=start.device)
-    return (places >= start[..., None]) & (places < (start + count)[..., None])
+    """For each of `start` and `count` (...), which of `length` indices are in [start, start + count): (..., length)."""
+    indices = torch.arange(length, device=start.device)
+    return (indices >= start[..., None]) & (indices < (start + count)[..., None])
 
 
 def _uniform(shape: tuple[int, ...], generator: Generator, device: torch.device | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Training on disk: checkpoints to go on from, and weights for people. safetensors and JSON; no pickle anywhere.
+"""Training on disk: checkpoints to resume from, and weights to use. safetensors and JSON; nothing is pickled.
 
-A checkpoint is one file, `checkpoint-0003-SHA256.safetensors`: the epoch it was made after, and the hash of what it
-holds, so that one rename puts both in place and a flipped bit, which safetensors loads without a word, is seen.
+A checkpoint is one file, `checkpoint-0003-SHA256.safetensors`, named by its epoch and the hash of its content. So one
+rename puts both in place, and a flipped bit, which safetensors loads without an error, is detected.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ WEIGHTS, SPEC = "weights.safetensors", "model.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A training after an epoch: all epoch records so far, and every tensor that decides how it goes on."""
+    """The state of a training after an epoch: all epoch records so far, and every tensor that resuming needs."""
 
     epochs: tuple[Epoch, ...]
     tensors: Mapping[str, Tensor]
 
 
 def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Path:
-    """Puts a checkpoint into the folder, whole or not at all, and removes all but the two newest.
+    """Writes a checkpoint into the folder, whole or not at all, and removes all but the two newest.
 
-    owner: what it belongs to (trial, config, data), which `read` compares. Raises StorageError; what was there stays.
+    owner: what it belongs to (trial, config, data), which `read` compares. Raises StorageError; older ones then stay.
     """
     about = {"format": _FORMAT, "owner": dict(owner), "epochs": [asdict(epoch) for epoch in checkpoint.epochs]}
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
@@ -53,7 +53,7 @@ def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Pat
     sha = hashlib.sha256(content).hexdigest()
     path = folder / f"checkpoint-{len(checkpoint.epochs):04}-{sha}.safetensors"
     write_whole(path, content)
-    for old in _found(folder)[_KEPT:]:
+    for old in _listed(folder)[_KEPT:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -82,29 +82,29 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
 
 
 def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:
-    """The checkpoint with the most epochs that is whole and the owner's own; None if there is none.
+    """The checkpoint with the most epochs that is undamaged and the owner's; None if there is none.
 
-    What must be passed over is logged. A folder that is not there holds none.
+    Those that are skipped are logged. A missing folder holds none.
     """
-    paths = [path for folder in folders for path in _found(folder)]
+    paths = [path for folder in folders for path in _listed(folder)]
     for path in sorted(paths, key=_epochs, reverse=True):
         try:
             return read(path, owner)
         except CheckpointError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
     return None
 
 
 def remove(folders: Iterable[Path]) -> None:
-    """Removes the folders' checkpoints; those that are gone, or cannot be removed, do no harm."""
+    """Removes the folders' checkpoints; ignores those that cannot be removed."""
     for folder in folders:
-        for path in _found(folder):
+        for path in _listed(folder):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _found(folder: Path) -> list[Path]:
-    """The folder's checkpoints, the newest first."""
+def _listed(folder: Path) -> list[Path]:
+    """The folder's checkpoints, newest first."""
     paths = [path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)]
     return sorted(paths, key=_epochs, reverse=True)
 
@@ -137,8 +137,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
-    """The classifier of a spec with its weights, on the CPU in evaluation mode. Call it within `refusing`: what is
-    wrong with a spec shows in many ways.
+    """The classifier of a spec with its weights, on the CPU in evaluation mode. Call it within `refusing`: a bad spec
+    raises many kinds of errors.
     """
     config = Config.from_table(spec["config"])
     kind = config.model.kind
@@ -160,5 +160,5 @@ def refusing(where: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
-    except Exception as error:  # a file or spec of another make shows in as many ways as there are
+    except Exception as error:  # a foreign file or spec raises anything
         raise ModelError(f"{where}: not a model of this version: {' '.join(str(error).split())[:200]}") from error

@@ -31,7 +31,7 @@ class Part:
     images: Tensor  # (N, C, H, W) uint8, on `device`, or in host memory where they do not fit there
     labels: Tensor  # (N,) int64, on the same device as the images
     indices: Tensor  # (N,) int64 on the CPU: among the data set's own training (or test) images; see `load`
-    device: torch.device  # where batches are wanted
+    device: torch.device  # where batches go
     fingerprint: str = ""  # sha256 of the whole part that these images are from; two tests on equal ones are comparable
 
     def __len__(self) -> int:
@@ -40,13 +40,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Splits:
-    """What a model is trained and validated on."""
+    """The training and the validation part."""
 
     train: Part
     val: Part | None
     classes: tuple[str, ...]
     mean: Tensor  # (C,) float32 on the CPU: of the training images, pixels scaled to 0..1
-    std: Tensor  # (C,) float32 on the CPU; at least 1/255, so that one may divide by it
+    std: Tensor  # (C,) float32 on the CPU; at least 1/255, so that dividing by it is safe
     fingerprint: (
         str  # sha256 of all training and validation data: pixels, labels, class names; not of seeds and fractions
     )
@@ -79,8 +79,8 @@ def prepare(config: DataConfig, data_dir: Path | None = None) -> Prepared:
 def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:
     """The training images that `config` selects, and the validation part. The test part is not opened.
 
-    A folder's own val/ is the validation part, and `config.validation` then means nothing; its indices go on where
-    those of the training part end. `data_dir` is searched first for data sets known by name.
+    A folder's own val/ is the validation part, and `config.validation` is then ignored; its indices follow those of the
+    training part. `data_dir` is searched first for data sets known by name.
 
     Raises DataError for data that are unknown, unreachable or unreadable, or a class too small to be split.
     """
@@ -110,7 +110,7 @@ def load_full(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
 
 def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Part:
-    """The test part, with its fingerprint. Final testing alone calls this, once a model.
+    """The test part, with its fingerprint. Only the final test calls this, once a model.
 
     Raises DataError as `load` does, and for a test part without images.
     """
@@ -123,9 +123,10 @@ def split(
 ) -> tuple[Labels, Labels]:
     """Indices (ascending) of the training and of the validation images among `labels` (N,).
 
-    Validation is `config.validation` of every class (nothing if the data are `validated` otherwise), training is
-    `config.subset` of what is left: both by `config.seed`, to the nearest image, and at least one image of each class.
-    Subsets of one seed lie within each other. Raises DataError for a class with too few images.
+    Validation is the fraction `config.validation` of every class (nothing if the data are `validated` otherwise),
+    training is the fraction `config.subset` of the rest. Both depend on `config.seed`, are exact to the nearest image,
+    and have at least one image of each class. Of two subsets with one seed, the larger contains the smaller.
+    Raises DataError for a class with too few images.
     """
     counts, least = np.bincount(labels, minlength=len(classes)), 1 if validated else 2
     if counts.min() < least:
@@ -136,25 +137,24 @@ def split(
         )
     held = np.zeros(len(labels), dtype=np.bool_)
     if not validated:
-        held = _chosen(labels, config.validation, "validation", config.seed, leave=1)
+        held = _chosen(labels, config.validation, "validation", config.seed, spare=1)
     rest = np.flatnonzero(~held)
     if config.subset < 1:
-        rest = rest[_chosen(labels[rest], config.subset, "subset", config.seed, leave=0)]
+        rest = rest[_chosen(labels[rest], config.subset, "subset", config.seed, spare=0)]
     return rest, np.flatnonzero(held)
 
 
-def _chosen(labels: Labels, fraction: float, purpose: str, seed: int, *, leave: int) -> NDArray[np.bool_]:
-    """A mask (N,) of about `fraction` of each class: at least one image, and all but `leave` at most."""
+def _chosen(labels: Labels, fraction: float, purpose: str, seed: int, *, spare: int) -> NDArray[np.bool_]:
+    """A mask (N,) of about `fraction` of each class: at least one image, and at most all except `spare`."""
     counts = np.bincount(labels)
     exact = counts * fraction
     number = np.floor(exact).astype(np.int64)
-    # Largest remainder: the whole is as near to `fraction` as each class.
+    # Largest remainder: the total is as near to `fraction` as each class.
     missing = max(0, round(len(labels) * fraction) - int(number.sum()))
     number[np.argsort(number - exact, kind="stable")[:missing]] += 1
-    number = np.clip(number, 1, np.maximum(counts - leave, 1))
+    number = np.clip(number, 1, np.maximum(counts - spare, 1))
     # RandomState, because NumPy promises never to change its stream; the seed may be any whole number.
-    words = np.frombuffer(hashlib.sha256(f"{purpose} {seed}".encode()).digest(), dtype="<u4")
-    rng = np.random.RandomState(words)
+    rng = np.random.RandomState(np.frombuffer(hashlib.sha256(f"{purpose} {seed}".encode()).digest(), dtype="<u4"))
     mask = np.zeros(len(labels), dtype=np.bool_)
     for label, count in enumerate(number):
         mask[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
@@ -162,9 +162,9 @@ def _chosen(labels: Labels, fraction: float, purpose: str, seed: int, *, leave: 
 
 
 def batches(part: Part, size: int, order: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (B, C, H, W) uint8 and labels (B,) int64 on `part.device`, `size` at a time, the last batch maybe smaller.
+    """Images (B, C, H, W) uint8 and labels (B,) int64 on `part.device`, `size` or, in the last batch, fewer at a time.
 
-    `order` (M,) int64 names the images wanted, one by one; without it they come as they stand, as views that must not
+    `order` (M,) int64 gives the images of the batches; without it they come in the part's order, as views that must not
     be written to. Nothing here waits for the device.
     """
     home = part.images.device
@@ -173,10 +173,10 @@ def batches(part: Part, size: int, order: Tensor | None = None) -> Iterator[tupl
         if order is None:
             images, labels = part.images[start : start + size], part.labels[start : start + size]
         else:
-            wanted = order[start : start + size]
-            # index_select copies image by image: five times as fast as images[wanted].
-            images, labels = part.images.index_select(0, wanted), part.labels.index_select(0, wanted)
-        if part.device.type == "cuda" and home.type == "cpu":  # only from pinned memory does a copy not wait
+            rows = order[start : start + size]
+            # index_select copies image by image: five times as fast as images[rows].
+            images, labels = part.images.index_select(0, rows), part.labels.index_select(0, rows)
+        if part.device.type == "cuda" and home.type == "cpu":  # only a copy from pinned memory does not block
             images, labels = images.pin_memory(), labels.pin_memory()
         yield images.to(part.device, non_blocking=True), labels.to(part.device, non_blocking=True)
 
@@ -184,7 +184,7 @@ def batches(part: Part, size: int, order: Tensor | None = None) -> Iterator[tupl
 def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) float32 of images (N, C, H, W) uint8 scaled to 0..1; std is at least 1/255.
 
-    From the counts of the 256 values, so exact, and the same however the images are ordered.
+    Computed from the counts of the 256 values: exact, and independent of the order of the images.
     """
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = [torch.bincount(images[:, c].reshape(-1), minlength=256).double() for c in range(images.shape[1])]
@@ -204,7 +204,7 @@ def _training(config: DataConfig, data_dir: Path | None) -> tuple[Part, Part | N
 
 
 def _open(file: Parsed) -> Part:
-    """A parsed part; its pages are read when they are touched, and shared by all processes that do."""
+    """A parsed part, memory-mapped: pages are read on first access, and shared by all processes."""
     with safe_open(file.path, "pt") as opened:
         images, labels = opened.get_tensor("images"), opened.get_tensor("labels")
     return Part(images, labels, torch.arange(len(labels)), torch.device("cpu"), file.fingerprint)
@@ -216,7 +216,7 @@ def _select(part: Part, rows: Tensor) -> Part:
 
 
 def _to_device(parts: list[Part], device: torch.device) -> list[Part]:
-    """The parts on the device if all fit there, else where they are, to be streamed."""
+    """The parts on the device if all fit there, else in host memory, to be streamed."""
     size = sum(part.images.nbytes + part.labels.nbytes for part in parts)
     fits = device.type != "cuda" or size <= RESIDENT * torch.cuda.mem_get_info(device)[0]
     home = device if fits else torch.device("cpu")

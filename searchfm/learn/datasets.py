@@ -107,7 +107,7 @@ class Described:
     train: int  # images, those for validation among them
     test: int | None  # None where it will be carved out of `train`
     origin: str
-    found: Path | None  # its location on this machine
+    location: Path | None  # on this machine
 
 
 @dataclass(frozen=True)
@@ -131,20 +131,20 @@ def describe(name: str, data_dir: Path | None = None) -> Described:
         train = listing(root, "train")
         test = None if train.carved else len(listing(root, "test").files)
         return Described(str(root), None, len(train.classes), len(train.files), test, "a folder of images", root)
-    location = next((place for place in _places(name, data_dir) if _complete(name, place)), None)
+    location = next((each for each in _locations(name, data_dir) if _complete(name, each)), None)
     (shape, classes), (train_images, test_images, origin) = DATASETS[name], ABOUT[name]
     return Described(name, shape, classes, train_images, test_images, origin, location)
 
 
 def fetch(name: str, data_dir: Path | None = None) -> Path:
     """Downloads a data set where it is not here, and returns its location. Files that are here already are trusted
-    until they are read. Raises DataError that names every place tried.
+    until they are read. Raises DataError that names every location tried.
     """
-    return folder_of(name) or _obtain(name, data_dir, lambda place: place)
+    return folder_of(name) or _obtain(name, data_dir, lambda location: location)
 
 
 def training_parts(config: DataConfig, data_dir: Path | None = None) -> tuple[Parsed, ...]:
-    """What training and validation images come from: one part, or two where a folder brings its own val/."""
+    """The parts with the training and validation images: one, or two where a folder has its own val/."""
     root = folder_of(config.name)
     train = parsed(config, "train", data_dir)
     return (train, parsed(config, "val", data_dir)) if root and own_validation(root) else (train,)
@@ -247,7 +247,7 @@ def read_named(name: str, part: PartName, size: int = 0, data_dir: Path | None =
         arrays = _read_digits(part)
     else:
         read = _read_idx if name in IDX else _read_cifar
-        arrays = _obtain(name, data_dir, lambda place: read(place, part, name))
+        arrays = _obtain(name, data_dir, lambda location: read(location, part, name))
     return replace(arrays, images=np.stack([resized(image, size) for image in arrays.images])) if size else arrays
 
 
@@ -261,18 +261,21 @@ def _read_digits(part: PartName) -> Arrays:
     return Arrays.of(images[mine], raw.target[mine].astype(np.int64), [str(name) for name in raw.target_names])
 
 
-def _read_idx(place: Path, part: PartName, name: str) -> Arrays:
+def _read_idx(location: Path, part: PartName, name: str) -> Arrays:
     """MNIST or Fashion-MNIST, from a folder of idx files, packed with gzip or not."""
     stem, (channels, height, width) = "train" if part == "train" else "t10k", DATASETS[name][0]
-    images, labels = _idx(place, f"{stem}-images-idx3-ubyte", name), _idx(place, f"{stem}-labels-idx1-ubyte", name)
+    images, labels = (
+        _idx(location, f"{stem}-images-idx3-ubyte", name),
+        _idx(location, f"{stem}-labels-idx1-ubyte", name),
+    )
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, channels, height, width)  # 16 and 8: the headers
     classes = FASHION_CLASSES if name == "fashion-mnist" else [str(digit) for digit in range(10)]
     return Arrays.of(pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64), classes)
 
 
-def _idx(place: Path, stem: str, name: str) -> bytes:
-    packed = place / f"{stem}.gz"
-    path = packed if packed.is_file() else place / stem
+def _idx(location: Path, stem: str, name: str) -> bytes:
+    packed = location / f"{stem}.gz"
+    path = packed if packed.is_file() else location / stem
     try:
         data = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -280,7 +283,7 @@ def _idx(place: Path, stem: str, name: str) -> bytes:
     return _checked(path, data, IDX[name][stem])
 
 
-def _read_cifar(place: Path, part: PartName, name: str) -> Arrays:
+def _read_cifar(location: Path, part: PartName, name: str) -> Arrays:
     """CIFAR-10 or CIFAR-100, from the archive or its unpacked folder. These files are pickles, so nothing of a file is
     unpickled unless it has the published MD5.
     """
@@ -288,16 +291,16 @@ def _read_cifar(place: Path, part: PartName, name: str) -> Arrays:
     batches = source.train_list if part == "train" else source.test_list
     files = [(source.meta["filename"], source.meta["md5"]), *batches]
     try:
-        if place.is_dir():
-            contents = [(place / file).read_bytes() for file, _ in files]
+        if location.is_dir():
+            contents = [(location / file).read_bytes() for file, _ in files]
         else:
-            with tarfile.open(fileobj=io.BytesIO(_checked(place, place.read_bytes(), source.tgz_md5))) as archive:
+            with tarfile.open(fileobj=io.BytesIO(_checked(location, location.read_bytes(), source.tgz_md5))) as archive:
                 members = [archive.extractfile(f"{source.base_folder}/{file}") for file, _ in files]
                 contents = [member.read() for member in members if member]
     except OSError as error:
-        raise DataError(f"{place} cannot be read: {error}") from None
+        raise DataError(f"{location} cannot be read: {error}") from None
     meta, *parts = [
-        pickle.loads(_checked(place / file, content, md5), encoding="latin1")
+        pickle.loads(_checked(location / file, content, md5), encoding="latin1")
         for (file, md5), content in zip(files, contents, strict=True)
     ]
     images = np.concatenate([part["data"] for part in parts]).reshape(-1, *DATASETS[name][0])
@@ -335,10 +338,10 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
-    """What `use` makes of the first place where it raises no DataError; places that need the network come last."""
-    places, problems = _places(name, data_dir), []
+    """What `use` returns for the first location for which it raises no DataError; downloads are tried last."""
+    locations, problems = _locations(name, data_dir), []
     with lock(f"{name}-files"):
-        local = (partial(Path, place) for place in places if _complete(name, place))
+        local = (partial(Path, location) for location in locations if _complete(name, location))
         ways: Iterator[Callable[[], Path]] = chain(local, _remote(name))
         for way in ways:
             try:
@@ -346,11 +349,11 @@ def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
             except DataError as error:
                 log.warning("%s", error)
                 problems.append(str(error))
-    searched = ", ".join(map(str, places))
-    raise DataError(f'data.name = "{name}" is nowhere to be had: not in {searched}; {"; ".join(problems)}')
+    searched = ", ".join(map(str, locations))
+    raise DataError(f'data.name = "{name}" is not available: not in {searched}; {"; ".join(problems)}')
 
 
-def _places(name: str, data_dir: Path | None) -> list[Path]:
+def _locations(name: str, data_dir: Path | None) -> list[Path]:
     """Where a data set's files may be on this machine, in the order of search: folders, files, CIFAR's archive."""
     if name == "digits":
         package = find_spec("sklearn")  # imports nothing
@@ -362,14 +365,14 @@ def _places(name: str, data_dir: Path | None) -> list[Path]:
         raise DataError(f"data folder {user}: must be an existing folder (--data-dir, SEARCHFM_DATA)")
     _, folder, archive = TORCHVISION[name]
     bases = [*([user, user / name] if user else []), cache_dir() / "files" / name]
-    places = [base / each for base in bases for each in (folder, archive)]
-    return [*places, DEBIAN_FOLDER] if name == "fashion-mnist" else places
+    locations = [base / each for base in bases for each in (folder, archive)]
+    return [*locations, DEBIAN_FOLDER] if name == "fashion-mnist" else locations
 
 
-def _complete(name: str, place: Path) -> bool:
-    """Whether the files of a data set are in a place, by their names."""
-    files = [place / stem for stem in IDX.get(name, ())]
-    return place.exists() and all(file.exists() or file.with_suffix(".gz").exists() for file in files)
+def _complete(name: str, location: Path) -> bool:
+    """Whether a location has all files of the data set, by their names."""
+    files = [location / stem for stem in IDX.get(name, ())]
+    return location.exists() and all(file.exists() or file.with_suffix(".gz").exists() for file in files)
 
 
 def _remote(name: str) -> Iterator[Callable[[], Path]]:
@@ -391,8 +394,8 @@ def _torchvision(name: str) -> Any:
     return getattr(datasets, TORCHVISION[name][0])
 
 
-def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, place: Path) -> Path:
-    """Downloads files, checked by their MD5 before any is written. Returns `place`. Raises DataError."""
+def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, location: Path) -> Path:
+    """Downloads files, checked by their MD5 before any is written. Returns `location`. Raises DataError."""
     for name, md5 in files:
         url = mirror + name
         log.info("downloading %s", url)
@@ -403,38 +406,38 @@ def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, place
         except (OSError, HTTPException, ValueError) as error:  # time-outs are OSErrors; ValueError: that is no URL
             raise DataError(f"{url}: {getattr(error, 'reason', '') or error}") from None
         write_whole(folder / name, _checked(url, content, md5))
-    return place
+    return location
 
 
-def _debian(place: Path) -> Path:
-    """Fashion-MNIST's files out of their Debian package: apt downloads and checks it, dpkg-deb unpacks it, and neither
-    needs root. Where the machine has no package lists, lists of our own are fetched and thrown away.
+def _debian(location: Path) -> Path:
+    """Fashion-MNIST's files from its Debian package: apt downloads and checks it, dpkg-deb unpacks it, and neither
+    needs root. Where the machine has no package lists, temporary lists are fetched.
 
-    Raises DataError where that is no Debian, no network, or no such package.
+    Raises DataError where there is no apt, no network, or no such package.
     """
     log.warning("no mirror answers: trying apt-get download %s", DEBIAN_PACKAGE)
-    ours = place.parent / ".apt"
-    shutil.rmtree(ours, ignore_errors=True)  # what a killed process left
-    lists = ["-o", f"Dir::State::Lists={ours}/lists", "-o", f"Dir::Cache={ours}", "-o", "Debug::NoLocking=1"]
+    work = location.parent / ".apt"
+    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+    lists = ["-o", f"Dir::State::Lists={work}/lists", "-o", f"Dir::Cache={work}", "-o", "Debug::NoLocking=1"]
     run = partial(
-        subprocess.run, cwd=ours, capture_output=True, text=True, errors="replace", timeout=APT_TIMEOUT, check=True
+        subprocess.run, cwd=work, capture_output=True, text=True, errors="replace", timeout=APT_TIMEOUT, check=True
     )
     try:
-        (ours / "lists" / "partial").mkdir(parents=True)
+        (work / "lists" / "partial").mkdir(parents=True)
         try:
             run(["apt-get", "-qq", "download", DEBIAN_PACKAGE])
         except subprocess.SubprocessError:
             run(["apt-get", *lists, "-qq", "update"])
             run(["apt-get", *lists, "-qq", "download", DEBIAN_PACKAGE])
-        for archive in ours.glob("*.deb"):
+        for archive in work.glob("*.deb"):
             run(["dpkg-deb", "-x", archive.name, "unpacked"])
-        place.mkdir(parents=True, exist_ok=True)
+        location.mkdir(parents=True, exist_ok=True)
         for stem in IDX["fashion-mnist"]:
-            (ours / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{stem}.gz").replace(place / f"{stem}.gz")
+            (work / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{stem}.gz").replace(location / f"{stem}.gz")
     except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        lines = [line for line in said.splitlines() if line.startswith(("E:", "dpkg-deb: error"))]
+        stderr = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        lines = [line for line in stderr.splitlines() if line.startswith(("E:", "dpkg-deb: error"))]
         raise DataError(f"apt-get download {DEBIAN_PACKAGE}: {' '.join(lines) or error}") from None
     finally:
-        shutil.rmtree(ours, ignore_errors=True)
-    return place
+        shutil.rmtree(work, ignore_errors=True)
+    return location

@@ -148,16 +148,16 @@ def _exporting(path: Path) -> Iterator[None]:
         raise ModelError(f"{path}: torch cannot write this model as {path.suffix}: {reason}") from error
 
 
-def difference(one: Answer, other: Answer, shape: Shape) -> float:
+def difference(first: Answer, second: Answer, shape: Shape) -> float:
     """The largest difference between two models' probabilities for random images (*shape), from black to full
-    contrast, in batches of several sizes; nan where one gives no number.
+    contrast, in batches of several sizes; nan if an answer is no number.
     """
     rng = np.random.default_rng(0)
     largest = 0.0
     for size in _CHECKED:
         contrast = np.linspace(1, 0, size).reshape(-1, 1, 1, 1)  # full noise alone may saturate the answers
         images = (rng.integers(0, 256, (size, *shape)) * contrast).astype(np.uint8)
-        largest = float(np.maximum(largest, np.abs(one(images) - other(images)).max()))  # unlike max, keeps a nan
+        largest = float(np.maximum(largest, np.abs(first(images) - second(images)).max()))  # unlike max, keeps a nan
     return largest
 
 
@@ -194,10 +194,10 @@ def _read_safetensors(path: Path) -> tuple[Classifier, dict[str, Any]]:
         text = (opened.metadata() or {}).get(_KEY)
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     if text is None:
-        places = [path.with_suffix(".json"), *([path.with_name(SPEC)] if path.name == WEIGHTS else [])]
-        beside = next((place for place in places if place.is_file()), None)
+        specs = [path.with_suffix(".json"), *([path.with_name(SPEC)] if path.name == WEIGHTS else [])]
+        beside = next((file for file in specs if file.is_file()), None)
         if beside is None:
-            raise ValueError(f"no spec in the file, nor beside it as {' or '.join(place.name for place in places)}")
+            raise ValueError(f"no spec in the file, nor beside it as {' or '.join(file.name for file in specs)}")
         text = beside.read_text("utf-8")
     spec: dict[str, Any] = json.loads(text)
     if spec.get("sha256", (actual := _sha256(tensors))) != actual:

@@ -55,8 +55,8 @@ def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimiz
 def parameter_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of equal weight decay and learning-rate scale, in the model's order.
 
-    Nothing that has one dimension decays (biases, scales of norms), nor what the net names (embeddings of position):
-    a decay there shifts a layer's working point and regularises nothing.
+    Parameters of one dimension (biases, scales of norms) and those that the net names (embeddings of position) do not
+    decay: a decay there shifts a layer's working point and regularises nothing.
     """
     net = model.net
     scales = net.lr_scales() if isinstance(net, Pretrained) else {}
@@ -74,17 +74,17 @@ def _fused_if(model: Classifier, device: str) -> dict[str, bool]:
 
 
 def set_lr(built: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate is `factor` of its highest."""
+    """Sets every group's learning rate to `factor` times its maximum."""
     for group in built.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: ScheduleConfig) -> float:
-    """The learning rate at a step (from 0) over its highest: a pure function, so that nothing of it needs saving.
+    """The learning rate at a step (from 0) over its maximum: a pure function, so that no state needs saving.
 
-    A warm-up rises in equal steps and then the schedule begins, with what is left of training before it. Equal to
-    torch's StepLR, ExponentialLR, CosineAnnealingLR and OneCycleLR stepped every batch, except that one-cycle leaves
-    momentum alone: it is a value of its own in a search.
+    A warm-up rises in equal steps; the schedule covers the rest of training. Equal to torch's StepLR, ExponentialLR,
+    CosineAnnealingLR and OneCycleLR stepped every batch, except that one-cycle does not change momentum: a search has
+    a key for that.
     """
     warmup = round(config.warmup * steps_per_epoch)
     if step < warmup:
@@ -101,7 +101,7 @@ def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: Schedul
         case Cosine():
             return kind.floor + (1 - kind.floor) * _cosine(step / total)
         case OneCycle():
-            first, last = 1 / 25, 1 / 25e4  # of the highest, as in the paper's fastai and in torch
+            first, last = 1 / 25, 1 / 25e4  # of the maximum, as in the paper's fastai and in torch
             top, end = kind.rise * total - 1, total - 1
             if step < top:
                 return 1 + (first - 1) * _cosine(step / top)
@@ -110,37 +110,37 @@ def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: Schedul
             assert_never(kind)
 
 
-def _cosine(share: float) -> float:
-    """From 1 down to 0 in half a cosine, as `share` goes from 0 to 1."""
-    return (1 + math.cos(math.pi * share)) / 2
+def _cosine(progress: float) -> float:
+    """From 1 down to 0 in half a cosine, as `progress` goes from 0 to 1."""
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
-def memory(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's memory as named tensors: `INDEX.KEY`, parameters counted through its groups."""
-    state = optimizer.state_dict()["state"]
+def state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: `INDEX.KEY`, parameters counted through its groups."""
+    entries = optimizer.state_dict()["state"]
     return {
         f"{index}.{key}": value
-        for index, entry in state.items()
+        for index, entry in entries.items()
         for key, value in entry.items()
         if value is not None  # SGD's momentum where there is none
     }
 
 
 def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Gives a fresh optimizer the memory that `memory` took.
+    """Loads what `state` returned into a fresh optimizer.
 
-    Every tensor takes its parameter's place in memory, not only its values: torch's fused kernels walk parameter,
+    Every tensor gets the memory layout of its parameter, not only the values: torch's fused kernels walk parameter,
     gradient and moments side by side and train wrong, silently, where one of them is laid out differently.
     """
     members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    entries: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         parameter = members[int(index)]
         if value.shape == parameter.shape:
             value = torch.empty_like(parameter).copy_(value)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class Average:
@@ -153,23 +153,22 @@ class Average:
     def __init__(self, model: Classifier, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        # What never moves (frozen stages, mean and std) is right already.
-        pairs = zip(_moving(self.model, model), _moving(model, model), strict=True)
-        self._pairs = [(own, other) for own, other in pairs]
+        # What never changes (frozen stages, mean and std) is equal already.
+        self._pairs = list(zip(_changing(self.model, model), _changing(model, model), strict=True))
         self._lerped = [(own, other) for own, other in self._pairs if own.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the model's weights after a step (from 0). Counters, which have no mean, are copied."""
+        """Adds the model's weights after a step (from 0). Counters, which have no mean, are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = zip(*self._lerped, strict=True)
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+        averages, weights = zip(*self._lerped, strict=True)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for own, other in self._pairs:
             if not own.is_floating_point():
                 own.copy_(other)
 
 
-def _moving(model: nn.Module, trained: nn.Module) -> list[Tensor]:
-    """The model's own tensors in the places where `trained` has trainable parameters or statistics."""
-    places = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    return [p for name, p in model.named_parameters() if name in places] + list(model.buffers())
+def _changing(model: nn.Module, trained: nn.Module) -> list[Tensor]:
+    """The model's tensors by the names of the trainable parameters and the buffers of `trained`."""
+    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    return [p for name, p in model.named_parameters() if name in names] + list(model.buffers())

@@ -1,4 +1,4 @@
-"""User images through a model: read as training reads them, whatever their size and mode. No torch."""
+"""Predictions for user images of any size and mode, which are read as training reads them. No torch."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ BATCH = 64  # images that are held at once
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model ready to answer, whatever file it came from."""
+    """A model that can predict, whatever file it came from."""
 
     classes: tuple[str, ...]
     shape: Shape  # of one image: channels, height, width
@@ -30,40 +30,39 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one file."""
+    """The prediction for one file."""
 
     image: str
-    top: tuple[tuple[str, float], ...] = ()  # classes with their probabilities, the likeliest first
-    error: str = ""  # why there are none
+    top: tuple[tuple[str, float], ...] = ()  # classes with their probabilities, the most probable first
+    error: str = ""  # why there is none
 
 
-def predict(model: Predictor, given: Iterable[Path], *, top: int = 1) -> Iterator[Prediction]:
-    """The `top` likeliest classes of every image file, one after another; a folder stands for the images in it.
+def predict(model: Predictor, arguments: Iterable[Path], *, top: int = 1) -> Iterator[Prediction]:
+    """The `top` most probable classes of every image file, in order; a folder stands for the images in it.
 
-    Files that are none, or cannot be read, come with the reason. Raises ModelError where the model's answers are no
-    probabilities.
+    A file that cannot be read has an error instead. Raises ModelError where the model does not return probabilities.
     """
-    paths = [path for one in given for path in _files(one)]
+    paths = [path for argument in arguments for path in _files(argument)]
     with ThreadPoolExecutor() as pool:  # decoders let other threads run
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]
-            found = list(pool.map(lambda path: _read(path, model.shape), batch))
-            rows = iter(_answers(model, [item for item in found if not isinstance(item, str)]))
-            for path, item in zip(batch, found, strict=True):
+            images = list(pool.map(lambda path: _read(path, model.shape), batch))
+            rows = iter(_answers(model, [image for image in images if not isinstance(image, str)]))
+            for path, image in zip(batch, images, strict=True):
                 name = os.fsencode(path).decode("utf-8", "replace")  # a file's name may be any bytes
-                if isinstance(item, str):
-                    yield Prediction(name, error=item)
+                if isinstance(image, str):
+                    yield Prediction(name, error=image)
                 else:
                     yield Prediction(name, _top(next(rows), model.classes, top))
 
 
 def read(path: Path, shape: Shape) -> Pixels:
-    """An image file as training would have read it for images of `shape` (C, H, W). Raises ValueError."""
+    """An image file as training reads it for images of `shape` (C, H, W). Raises ValueError."""
     return np.ascontiguousarray(in_channels(resized(decode(path), shape[1:]), shape[0]))
 
 
 def _files(path: Path) -> list[Path]:
-    """What an argument stands for: a folder for the images in it, at any depth, by name."""
+    """The files of an argument: for a folder the images in it, at any depth, by name."""
     return (image_files(path, path) or [path]) if path.is_dir() else [path]
 
 
@@ -81,7 +80,7 @@ def _answers(model: Predictor, batch: Sequence[Pixels]) -> Probabilities:
         return np.empty((0, len(model.classes)), np.float32)
     rows = model.answer(np.stack(batch))
     if rows.shape != (len(batch), len(model.classes)) or not np.allclose(rows.sum(1), 1, atol=1e-3):
-        raise ModelError(f"the model answers {rows.shape} numbers that are no probabilities of {len(model.classes)}")
+        raise ModelError(f"the model returns {rows.shape} numbers that are no probabilities of {len(model.classes)}")
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The training loop, in plain sight."""
+"""The training loop."""
 
 import hashlib
 import math
@@ -21,28 +21,27 @@ from searchfm.learn.models import Classifier, classifier
 
 
 def _idle() -> None:
-    """What `tick` does where nobody listens."""
+    """The `tick` of a training that nothing can stop."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A part of the data as a model sees it."""
+    """A model's answers for a part of the data."""
 
     loss: float  # mean cross-entropy, no smoothing
-    accuracy: float  # share of right answers, 0 to 1
+    accuracy: float  # fraction of correct answers
     probabilities: Tensor  # (N, K) float32, on the model's device, in the part's order
 
 
 class Training(Iterator[Epoch]):
-    """One configuration in training. Each `next` trains an epoch, validates, and gives its record.
+    """The training of one config. Each `next` trains an epoch, validates, and returns its record.
 
-    Between two epochs `model` is what is trained, `classifier` what would be kept
-    (the averaged weights where the config averages), `validation` what validation said last, and `checkpoint()` all it
-    takes to go on.
+    Between two epochs `model` is the model in training, `classifier` the one that would be kept (with the averaged
+    weights where the config averages), `validation` the last evaluation, and `checkpoint()` all that resuming needs.
 
-    Every epoch starts from seeds of its own, made from `config.train.seed` (0 where there is none) and its index: the
-    order of the images, their treatments, and torch's global generator for dropout, which is handed back as it was.
-    So training resumed after an epoch is bitwise the unbroken one, on a CPU with as many threads.
+    Every epoch has its own seeds, derived from `config.train.seed` (0 where there is none) and its index: for the order
+    of the images, for augmentation, and for torch's global generator (dropout), whose state is restored afterwards. So
+    training resumed after an epoch is bitwise equal to uninterrupted training, on a CPU with as many threads.
     """
 
     def __init__(
@@ -107,13 +106,14 @@ class Training(Iterator[Epoch]):
         return epoch
 
     def _pass(self, index: int) -> tuple[float, float, float]:
-        """Once over the training part: mean loss, accuracy, last learning rate. Only the end waits for the device."""
+        """One pass over the training part: mean loss, accuracy, last learning rate. Waits for the device at its end."""
         config, model, device = self.config, self.model, self.device
         size, classes = config.train.batch_size, len(self.data.classes)
         steps = math.ceil(self._count / size)
         order = torch.randperm(len(self.data.train.labels), generator=_generator(self._seed, "order", index))
-        treatments = _generator(self._seed, "treatments", index, device=device)
-        loss_sum, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        # Not "augmentation": the text decides the random stream, and stored trials must stay reproducible.
+        augmentation = _generator(self._seed, "treatments", index, device=device)
+        loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         factor = 0.0
         model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -123,7 +123,7 @@ class Training(Iterator[Epoch]):
                 step = (index - 1) * steps + i
                 factor = optim.lr_factor(step, steps, config.train.epochs * steps, config.schedule)
                 optim.set_lr(self._optimizer, factor)
-                images, targets = augment(images, labels, classes, config.augment, treatments)
+                images, targets = augment(images, labels, classes, config.augment, augmentation)
                 with _precision(config.train, device):
                     logits = model(images)
                     loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
@@ -136,23 +136,23 @@ class Training(Iterator[Epoch]):
                     self._average.update(step)
                 with torch.no_grad():
                     loss_sum += loss * len(images)
-                    # A mixed image is right where its larger share is named.
-                    answers = targets if targets.ndim == 1 else targets.argmax(1)
-                    right += (logits.argmax(1) == answers).sum()
-        return loss_sum.item() / self._count, right.item() / self._count, config.optimizer.lr * factor
+                    # Of a mixed image, the class with the larger weight is the correct one.
+                    expected = targets if targets.ndim == 1 else targets.argmax(1)
+                    correct += (logits.argmax(1) == expected).sum()
+        return loss_sum.item() / self._count, correct.item() / self._count, config.optimizer.lr * factor
 
     def validate(self) -> Evaluation | None:
-        """What the held-out part says now; None where nothing is held out."""
+        """Evaluates on the validation part; None where nothing is held out."""
         if self.data.val is None:
             return None
         return evaluate(self.classifier, self.data.val, self.config.train, tick=self._tick)
 
     def checkpoint(self) -> Checkpoint:
-        """All it takes to go on from here, copied: later epochs do not change it."""
+        """All that resuming from here needs, copied: later epochs do not change it."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self._average:
             tensors |= {f"average.{name}": tensor for name, tensor in self._average.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": tensor for name, tensor in optim.memory(self._optimizer).items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in optim.state(self._optimizer).items()}
         return Checkpoint(tuple(self.epochs), {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -174,10 +174,10 @@ def train(
     resume: Checkpoint | None = None,
     tick: Callable[[], None] = _idle,
 ) -> Training:
-    """Trains `config` on `data`, epoch by epoch, as the caller iterates; from the start, or on from a checkpoint.
+    """Trains `config` on `data`, epoch by epoch, as the caller iterates; from the start, or from a checkpoint.
 
-    data: as `learn.data.load` gives it for the same device; without a validation part the epochs' val_* are None.
-    tick: called every batch, in training and validation; what it raises leaves the unfinished epoch.
+    data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
+    tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
     """
     return Training(config, data, device=device, resume=resume, tick=tick)
@@ -200,20 +200,20 @@ def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callab
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         rows.append(logits)
     probabilities = torch.cat(rows).softmax(1)
-    right = int((probabilities.argmax(1).cpu() == part.labels.cpu()).sum())
+    correct = int((probabilities.argmax(1).cpu() == part.labels.cpu()).sum())
     count = len(part.labels)
-    return Evaluation(loss_sum.item() / count, right / count, probabilities)
+    return Evaluation(loss_sum.item() / count, correct / count, probabilities)
 
 
 def _precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    wanted = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     # The cache of casts saves nothing where every weight is used once a step.
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def _whole_batches(images: int, config: TrainConfig, model: nn.Module) -> int:
-    """How many images of the training part an epoch takes: all, but for a single one left over where the model has
-    batch norm, which cannot say how one image differs from itself.
+    """How many images of the training part an epoch uses: all, except a last batch of one image where the model has
+    batch norm, since one image has no variance.
     """
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return images

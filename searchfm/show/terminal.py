@@ -271,7 +271,7 @@ def describe_data(row: "Described") -> dict[str, Any]:
         "train": row.train,
         "test": row.test,
         "origin": row.origin,
-        "found": str(row.found) if row.found else None,
+        "found": str(row.location) if row.location else None,
     }
 
 
@@ -281,7 +281,7 @@ def data_table(rows: "Iterable[Described]") -> Table:
     for row in rows:
         size = "x".join(str(side) for side in row.shape) if row.shape else "-"
         test = "carved" if row.test is None else f"{row.test:,}"
-        here = escape(str(row.found)) if row.found else "[yellow]no[/]"
+        here = escape(str(row.location)) if row.location else "[yellow]no[/]"
         table.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, row.origin)
     return table
 

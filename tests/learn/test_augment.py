@@ -1,4 +1,4 @@
-"""Treatments against references: what torch's own operations, or a slow loop, give for the same draw."""
+"""Augmentation against references: torch's own operations, or a slow loop, for the same draw."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from searchfm.config import AugmentConfig
-from searchfm.learn import augment as treat
+from searchfm.learn import augment as augmentation
 from searchfm.learn.augment import augment
 
 ALL = AugmentConfig(flip=0.5, crop=2, erase=0.5, mixup=0.2, cutmix=1.0, mix=0.8)
@@ -31,9 +31,9 @@ def test_defaults_touch_nothing_and_draw_nothing() -> None:
 
 def test_flip_is_torch_flip_for_the_chosen_ones() -> None:
     images = pictures()
-    assert torch.equal(treat.flip(images, 1.0, generator()), images.flip(-1))
-    assert torch.equal(treat.flip(images, 0.0, generator()), images)
-    some = treat.flip(pictures(4000), 0.3, generator())
+    assert torch.equal(augmentation.flip(images, 1.0, generator()), images.flip(-1))
+    assert torch.equal(augmentation.flip(images, 0.0, generator()), images)
+    some = augmentation.flip(pictures(4000), 0.3, generator())
     flipped = (some == pictures(4000).flip(-1)).flatten(1).all(1)
     kept = (some == pictures(4000)).flatten(1).all(1)
     assert (flipped ^ kept).all()
@@ -43,16 +43,16 @@ def test_flip_is_torch_flip_for_the_chosen_ones() -> None:
 def test_crop_is_pad_and_slice() -> None:
     images, shift = pictures(500), 3
     height, width = images.shape[2:]
-    moved = treat.crop(images, shift, generator())
+    moved = augmentation.crop(images, shift, generator())
     assert moved.dtype == torch.uint8
     padded = F.pad(images, (shift,) * 4)
     seen = set()
     for image, outcome in zip(padded, moved, strict=True):
         matches = [
-            (down, right)
+            (down, across)
             for down in range(2 * shift + 1)
-            for right in range(2 * shift + 1)
-            if torch.equal(image[:, down : down + height, right : right + width], outcome)
+            for across in range(2 * shift + 1)
+            if torch.equal(image[:, down : down + height, across : across + width], outcome)
         ]
         assert len(matches) == 1
         seen.add(matches[0])
@@ -60,13 +60,13 @@ def test_crop_is_pad_and_slice() -> None:
 
 
 def test_crop_may_shift_by_more_than_the_image() -> None:
-    assert treat.crop(pictures(8, 1, 4, 4), 9, generator()).shape == (8, 1, 4, 4)
+    assert augmentation.crop(pictures(8, 1, 4, 4), 9, generator()).shape == (8, 1, 4, 4)
 
 
 def test_erased_is_one_rectangle_of_the_stated_area() -> None:
     # Zeros under random pixels: an erased pixel is black in all channels only once in 256 ** 3.
     images = torch.zeros(2000, 3, 32, 24)
-    erased = treat.erase(images, 0.6, generator()).any(1)
+    erased = augmentation.erase(images, 0.6, generator()).any(1)
     hit = erased.flatten(1).any(1)
     assert hit.float().mean().item() == pytest.approx(0.6, abs=0.04)
     areas = []
@@ -75,14 +75,14 @@ def test_erased_is_one_rectangle_of_the_stated_area() -> None:
         assert mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
         areas.append(mask.float().mean().item())
     rounding = 0.02  # of sides to whole pixels
-    assert treat.ERASED_AREA[0] - rounding < min(areas)
-    assert max(areas) < treat.ERASED_AREA[1] + rounding
-    assert sum(areas) / len(areas) == pytest.approx(sum(treat.ERASED_AREA) / 2, abs=0.02)
-    assert torch.equal(treat.erase(images, 0.0, generator()), images)
+    assert augmentation.ERASED_AREA[0] - rounding < min(areas)
+    assert max(areas) < augmentation.ERASED_AREA[1] + rounding
+    assert sum(areas) / len(areas) == pytest.approx(sum(augmentation.ERASED_AREA) / 2, abs=0.02)
+    assert torch.equal(augmentation.erase(images, 0.0, generator()), images)
 
 
 def test_erased_rectangles_reach_every_corner_and_the_noise_every_value() -> None:
-    erased = treat.erase(torch.zeros(4000, 1, 8, 8, dtype=torch.uint8), 1.0, generator())
+    erased = augmentation.erase(torch.zeros(4000, 1, 8, 8, dtype=torch.uint8), 1.0, generator())
     assert erased.dtype == torch.uint8
     assert len(erased.unique()) == 256
     assert (erased > 0).float().mean(0).min() > 0.02
@@ -90,10 +90,10 @@ def test_erased_rectangles_reach_every_corner_and_the_noise_every_value() -> Non
 
 def test_mixing_with_a_share_of_one_is_the_identity() -> None:
     images, targets = pictures(), F.one_hot(torch.arange(64) % 5, 5).float()
-    mixed, soft = treat.mix(images, targets, torch.ones(()))
+    mixed, soft = augmentation.mix(images, targets, torch.ones(()))
     assert torch.equal(mixed, images.float())
     assert torch.equal(soft, targets)
-    mixed, soft = treat.mix(images, targets, torch.zeros(12, 10))
+    mixed, soft = augmentation.mix(images, targets, torch.zeros(12, 10))
     assert torch.equal(mixed, images.float().roll(1, 0))
     assert torch.equal(soft, targets.roll(1, 0))
 
@@ -102,11 +102,11 @@ def test_mixup_is_the_papers_sum() -> None:
     images, labels = pictures(), torch.arange(64) % 5
     draws = generator()
     torch.rand(2, generator=draws)  # whether the batch is mixed, and by what
-    share = treat.mixup_share(1.0, draws)
+    weight = augmentation.mixup_weight(1.0, draws)
     mixed, soft = augment(images, labels, 5, AugmentConfig(mixup=1.0), generator())
-    torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0))
+    torch.testing.assert_close(mixed, weight * images + (1 - weight) * images.roll(1, 0))
     hot = F.one_hot(labels, 5).float()
-    torch.testing.assert_close(soft, share * hot + (1 - share) * hot.roll(1, 0))
+    torch.testing.assert_close(soft, weight * hot + (1 - weight) * hot.roll(1, 0))
 
 
 def test_cutmix_weighs_targets_by_the_pixels_that_stay() -> None:
@@ -125,20 +125,20 @@ def test_cutmix_weighs_targets_by_the_pixels_that_stay() -> None:
         foreign = (mixed[0, 0] != 0).nonzero()
         if len(foreign):
             top, left = foreign.min(0).values.tolist()
-            bottom, right = foreign.max(0).values.tolist()
-            assert len(foreign) == (bottom - top + 1) * (right - left + 1)  # one box
-            clipped += top == 0 or left == 0 or bottom == 8 or right == 6
+            bottom, last = foreign.max(0).values.tolist()
+            assert len(foreign) == (bottom - top + 1) * (last - left + 1)  # one box
+            clipped += top == 0 or left == 0 or bottom == 8 or last == 6
     assert clipped > 50
 
 
 def test_cutmix_boxes_lie_as_the_paper_draws_them_cut_at_the_border() -> None:
     """Its centre is uniform over the image, its side sqrt(1 - lambda), and what falls outside is cut off."""
     size, draws = 48, generator()
-    boxes = torch.stack([1 - treat.cutmix_share(1.0, size, size, draws) for _ in range(3000)])
+    boxes = torch.stack([1 - augmentation.cutmix_weights(1.0, size, size, draws) for _ in range(3000)])
     # alpha = 1 makes 1 - lambda uniform. A side s covers place t of the unit interval where the centre is within s / 2.
     sides = ((torch.arange(500) + 0.5) / 500).sqrt()[:, None]
-    places = (torch.arange(size) + 0.5) / size
-    covers = (places + sides / 2).clamp(max=1) - (places - sides / 2).clamp(min=0)
+    positions = (torch.arange(size) + 0.5) / size
+    covers = (positions + sides / 2).clamp(max=1) - (positions - sides / 2).clamp(min=0)
     expected = torch.einsum("sy,sx->yx", covers, covers) / len(sides)
     assert expected[0, 0].item() == pytest.approx(1 / 8, abs=0.02)
     assert expected[size // 2, size // 2].item() == pytest.approx(1 / 2, abs=0.02)
@@ -150,16 +150,16 @@ def test_cutmix_boxes_lie_as_the_paper_draws_them_cut_at_the_border() -> None:
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 1.0, 4.0])
 def test_lambda_is_beta_distributed(alpha: float) -> None:
     draws = generator()
-    shares = torch.stack([treat.mixup_share(alpha, draws) for _ in range(4000)])
-    assert shares.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert shares.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+    weights = torch.stack([augmentation.mixup_weight(alpha, draws) for _ in range(4000)])
+    assert weights.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert weights.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
 
 
 @pytest.mark.parametrize("alpha", [1e-9, 1e-3])
 def test_tiny_alphas_are_a_coin_and_no_number_gets_lost(alpha: float) -> None:
     draws = generator()
-    shares = torch.stack([treat.mixup_share(alpha, draws) for _ in range(500)])
-    assert ((shares < 0.01) | (shares > 0.99)).float().mean() > 0.9
+    weights = torch.stack([augmentation.mixup_weight(alpha, draws) for _ in range(500)])
+    assert ((weights < 0.01) | (weights > 0.99)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def kept(digits: Splits) -> list[Checkpoint]:
     return [training.checkpoint() for _ in training]
 
 
-def flip(path: Path, place: int = -100) -> None:
+def flip(path: Path, index: int = -100) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[index] ^= 1
     path.write_bytes(content)
 
 
@@ -64,20 +64,20 @@ def test_training_goes_on_bitwise_from_disk(tmp_path: Path, digits: Splits) -> N
 
 
 def test_two_are_kept_and_the_newest_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
-    for one in kept:
-        checkpoint.write(tmp_path, one, OWNER)
+    for each in kept:
+        checkpoint.write(tmp_path, each, OWNER)
     assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["0002", "0003"]
-    found = checkpoint.newest([tmp_path, tmp_path / "never"], OWNER)
-    assert found is not None
-    assert found.epochs == kept[2].epochs
+    newest = checkpoint.newest([tmp_path, tmp_path / "never"], OWNER)
+    assert newest is not None
+    assert newest.epochs == kept[2].epochs
 
 
 def test_the_newest_of_several_attempts_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
     checkpoint.write(tmp_path / "attempt-2", kept[0], OWNER)
     checkpoint.write(tmp_path / "attempt-1", kept[1], OWNER)
-    found = checkpoint.newest([tmp_path / "attempt-2", tmp_path / "attempt-1"], OWNER)
-    assert found is not None
-    assert len(found.epochs) == 2
+    newest = checkpoint.newest([tmp_path / "attempt-2", tmp_path / "attempt-1"], OWNER)
+    assert newest is not None
+    assert len(newest.epochs) == 2
 
 
 @pytest.mark.parametrize("damage", ["flip", "flip-header", "cut", "empty"])
@@ -99,9 +99,9 @@ def test_a_damaged_one_is_refused_and_the_one_before_serves(
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.read(path, OWNER)
     with caplog.at_level(logging.WARNING, "searchfm"):
-        found = checkpoint.newest([tmp_path], OWNER)
-    assert found is not None
-    assert len(found.epochs) == 1
+        newest = checkpoint.newest([tmp_path], OWNER)
+    assert newest is not None
+    assert len(newest.epochs) == 1
     assert "damaged" in caplog.text
 
 
@@ -142,9 +142,9 @@ def test_a_hostile_pickle_runs_no_code(tmp_path: Path, kept: list[Checkpoint]) -
     folder = tmp_path / "folder"
     checkpoint.write(folder, kept[0], OWNER)
     (folder / f"checkpoint-0002-{hashlib.sha256(content).hexdigest()}.safetensors").write_bytes(content)
-    found = checkpoint.newest([folder], OWNER)
-    assert found is not None
-    assert len(found.epochs) == 1
+    newest = checkpoint.newest([folder], OWNER)
+    assert newest is not None
+    assert len(newest.epochs) == 1
     (folder / WEIGHTS).write_bytes(content)
     (folder / SPEC).write_text("{}")
     with pytest.raises(ModelError):
@@ -165,9 +165,9 @@ def test_a_full_disk_leaves_the_one_before(tmp_path: Path, kept: list[Checkpoint
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert len(list(tmp_path.iterdir())) == 1  # no temporary file either
-    found = checkpoint.newest([tmp_path], OWNER)
-    assert found is not None
-    assert len(found.epochs) == 1
+    newest = checkpoint.newest([tmp_path], OWNER)
+    assert newest is not None
+    assert len(newest.epochs) == 1
 
 
 KILLED = """

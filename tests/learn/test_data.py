@@ -90,9 +90,9 @@ def test_validation_is_the_same_share_of_every_class_and_apart_from_training() -
 def test_subsets_lie_within_each_other_and_leave_validation_alone() -> None:
     whole = load(FASHION)
     inner: set[int] = set()
-    for share in (0.001, 0.05, 0.6):
-        some = load(DataConfig(subset=share))
-        assert len(some.train) == round(51000 * share)
+    for fraction in (0.001, 0.05, 0.6):
+        some = load(DataConfig(subset=fraction))
+        assert len(some.train) == round(51000 * fraction)
         counts = some.train.labels.bincount()
         assert counts.max() - counts.min() <= 1
         assert some.val is not None
@@ -132,12 +132,12 @@ def test_splits_never_move() -> None:
 
 def test_largest_remainders_make_the_shares_exact() -> None:
     labels = np.repeat([0, 1, 2], [7, 12, 31])
-    for share in (0.05, 0.15, 0.5, 0.9):
-        train, held = split(labels, ("a", "b", "c"), DataConfig(validation=share))
-        assert len(held) == max(3, round(50 * share))
+    for fraction in (0.05, 0.15, 0.5, 0.9):
+        train, held = split(labels, ("a", "b", "c"), DataConfig(validation=fraction))
+        assert len(held) == max(3, round(50 * fraction))
         assert sorted([*train, *held]) == list(range(50))
         for label, count in enumerate((7, 12, 31)):
-            assert abs((labels[held] == label).sum() - count * share) < 1
+            assert abs((labels[held] == label).sum() - count * fraction) < 1
             assert 1 <= (labels[held] == label).sum() < count
 
 
@@ -169,28 +169,28 @@ def test_digits_test_part_is_carved_by_content_and_nothing_moves_it() -> None:
 
 def test_training_data_never_need_the_test_part(empty_cache: Path, tmp_path: Path) -> None:
     # A Fashion-MNIST whose test files are rubbish: training never notices, testing does and looks further.
-    place = tmp_path / "mine"
-    place.mkdir()
+    folder = tmp_path / "mine"
+    folder.mkdir()
     for path in DEBIAN.iterdir():
-        (place / path.name).write_bytes(b"rubbish" if path.name.startswith("t10k") else path.read_bytes())
-    assert len(load_full(FASHION, data_dir=place).train) == 60000
-    load(FASHION, data_dir=place)
-    prepare(FASHION, place)
+        (folder / path.name).write_bytes(b"rubbish" if path.name.startswith("t10k") else path.read_bytes())
+    assert len(load_full(FASHION, data_dir=folder).train) == 60000
+    load(FASHION, data_dir=folder)
+    prepare(FASHION, folder)
     assert [path.name for path in empty_cache.rglob("*.safetensors")] == ["train-0.safetensors"]
 
 
 def test_a_damaged_copy_is_passed_over_aloud(
     empty_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "mine" / "FashionMNIST" / "raw"  # as torchvision keeps it, unpacked
-    place.mkdir(parents=True)
+    folder = tmp_path / "mine" / "FashionMNIST" / "raw"  # as torchvision keeps it, unpacked
+    folder.mkdir(parents=True)
     for stem in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
-        (place / stem).write_bytes(raw(stem))
+        (folder / stem).write_bytes(raw(stem))
     labels = bytearray(raw("t10k-labels-idx1-ubyte"))
     labels[100] ^= 1
-    (place / "t10k-labels-idx1-ubyte").write_bytes(labels)
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(labels)
     monkeypatch.setenv("SEARCHFM_DATA", str(tmp_path / "mine"))
-    assert datasets.describe("fashion-mnist").found == place
+    assert datasets.describe("fashion-mnist").location == folder
     assert len(load(FASHION).train) == 51000
     assert not caplog.messages
     assert torch.equal(load_test(FASHION).labels, torch.tensor(list(raw("t10k-labels-idx1-ubyte")[8:])))
@@ -277,8 +277,8 @@ def test_a_cache_cut_off_is_made_again(empty_cache: Path) -> None:
 
 def test_many_at_once_make_one_cache(empty_cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: load(DIGITS).fingerprint, range(8)))
-    assert len(set(found)) == 1
+        prints = list(pool.map(lambda _: load(DIGITS).fingerprint, range(8)))
+    assert len(set(prints)) == 1
     (folder,) = (empty_cache / "data").glob("parsed-*/digits")
     assert [path.name for path in folder.iterdir()] == ["train-0.safetensors"]
 
@@ -324,9 +324,9 @@ def test_descriptions_say_what_will_be_found() -> None:
     for name, (shape, classes) in DATASETS.items():
         described = datasets.describe(name)
         assert (described.name, described.shape, described.classes) == (name, shape, classes)
-    assert datasets.describe("fashion-mnist").found == DEBIAN
-    digits = datasets.describe("digits").found
+    assert datasets.describe("fashion-mnist").location == DEBIAN
+    digits = datasets.describe("digits").location
     assert digits is not None
     assert digits.is_file()
-    assert datasets.describe("cifar100").found is None
+    assert datasets.describe("cifar100").location is None
     assert datasets.fetch("fashion-mnist") == DEBIAN

@@ -187,7 +187,7 @@ def test_cifar100_is_downloaded_once_and_refused_when_corrupt(
     assert test.images.reshape(-1, 3072).numpy().tolist() == TEST.tolist()
     load(CIFAR)
     assert datasets.fetch("cifar100").name == "cifar-100-python.tar.gz"
-    assert datasets.describe("cifar100").found == datasets.fetch("cifar100")
+    assert datasets.describe("cifar100").location == datasets.fetch("cifar100")
     assert len(server.asked) == 2
 
 
@@ -286,12 +286,12 @@ def test_cifar10_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     lists = {"train_list": 5, "test_list": 1}
-    made: dict[str, list[np.ndarray]] = {"train_list": [], "test_list": []}
+    batches: dict[str, list[np.ndarray]] = {"train_list": [], "test_list": []}
     for listed, count in lists.items():
         entries = []
         for i in range(count):
-            made[listed].append(pixels(i + 10 * count, 20))
-            data = python2({"data": made[listed][-1], "labels": [j % 10 for j in range(20)]})
+            batches[listed].append(pixels(i + 10 * count, 20))
+            data = python2({"data": batches[listed][-1], "labels": [j % 10 for j in range(20)]})
             name = getattr(CIFAR10, listed)[i][0]
             (folder / name).write_bytes(data)
             entries.append([name, md5(data)])
@@ -301,7 +301,7 @@ def test_cifar10_comes_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(meta)})
     full = load_full(DataConfig(name="cifar10"), data_dir=tmp_path)
     assert full.classes == tuple("abcdefghij")
-    assert full.train.images.reshape(-1, 3072).numpy().tolist() == np.concatenate(made["train_list"]).tolist()
+    assert full.train.images.reshape(-1, 3072).numpy().tolist() == np.concatenate(batches["train_list"]).tolist()
     assert len(load_test(DataConfig(name="cifar10"), data_dir=tmp_path)) == 20
 
 
@@ -356,8 +356,8 @@ def test_nowhere_to_be_had_names_every_place(
     with pytest.raises(DataError) as caught:
         load(DIGITS, data_dir=tmp_path / "mine")
     message = str(caught.value)
-    places = (f"{tmp_path / 'mine'}, ", str(cache), f"{gone}/a/train-images-idx3-ubyte.gz: ", f"{gone}/b/")
-    assert [place for place in places if place not in message] == []
+    locations = (f"{tmp_path / 'mine'}, ", str(cache), f"{gone}/a/train-images-idx3-ubyte.gz: ", f"{gone}/b/")
+    assert [location for location in locations if location not in message] == []
     assert "\n" not in message
     assert kept(cache) == []
 
@@ -373,7 +373,7 @@ def test_mnist_at_hand_needs_no_network(
     for name, data in mnist.items():
         (folder / (name if packed else name.removesuffix(".gz"))).write_bytes(data if packed else gzip.decompress(data))
     monkeypatch.setenv("SEARCHFM_DATA", str(tmp_path / "mine"))
-    assert datasets.describe("mnist").found == folder
+    assert datasets.describe("mnist").location == folder
     assert torch.equal(load_full(DIGITS).train.labels, torch.arange(60) % 10)
 
 
@@ -399,9 +399,9 @@ def test_many_processes_download_the_published_files_once(server: Server, cache:
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(4)
     ]
-    said = {job.communicate()[0] for job in jobs}
+    printed = {job.communicate()[0] for job in jobs}
     assert {job.returncode for job in jobs} == {0}
-    assert said == {load(DataConfig()).fingerprint + "\n"}
+    assert printed == {load(DataConfig()).fingerprint + "\n"}
     assert sorted(server.asked) == sorted(server.files)
     assert len(kept(cache)) == 4 + 1
 
@@ -464,7 +464,12 @@ def test_without_apt_the_error_names_it_among_the_rest(
     with pytest.raises(DataError) as caught:
         load(DataConfig(name="fashion-mnist"))
     message = str(caught.value)
-    assert message.startswith('data.name = "fashion-mnist" is nowhere to be had: not in ')
-    for place in (str(cache), "/usr/share/elsewhere", "Connection refused", "apt-get download dataset-fashion-mnist: "):
-        assert place in message
+    assert message.startswith('data.name = "fashion-mnist" is not available: not in ')
+    for location in (
+        str(cache),
+        "/usr/share/elsewhere",
+        "Connection refused",
+        "apt-get download dataset-fashion-mnist: ",
+    ):
+        assert location in message
     assert kept(cache) == []

@@ -70,9 +70,11 @@ BATCHES = math.ceil(1201 / 64) + math.ceil(212 / 64)  # an epoch's, validation i
 
 def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
     models = [["test_resnet", "none"]]
-    epochs, found = drain(prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path)))
+    epochs, prepared = drain(
+        prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path))
+    )
     assert epochs == []
-    assert found == {
+    assert prepared == {
         "fingerprint": digits.fingerprint,
         "shape": [1, 8, 8],
         "classes": [str(digit) for digit in range(10)],
@@ -114,13 +116,13 @@ def test_a_trial_leaves_all_that_it_says(digits: Splits, tmp_path: Path) -> None
 
 def test_predictions_and_weights_tell_the_same(digits: Splits, tmp_path: Path) -> None:
     _, result = drain(trial(payload(SETTINGS, digits), context(tmp_path)))
-    found = np.load(tmp_path / "predictions.npz", allow_pickle=False)
-    assert (found["probabilities"].argmax(1) == found["labels"]).mean() == result["value"]
+    predictions = np.load(tmp_path / "predictions.npz", allow_pickle=False)
+    assert (predictions["probabilities"].argmax(1) == predictions["labels"]).mean() == result["value"]
     assert digits.val is not None
-    assert np.array_equal(found["indices"], digits.val.indices.numpy())
+    assert np.array_equal(predictions["indices"], digits.val.indices.numpy())
     model, spec = load_classifier(tmp_path)
     np.testing.assert_allclose(
-        model(digits.val.images).softmax(1).detach().numpy(), found["probabilities"], rtol=1e-4, atol=1e-6
+        model(digits.val.images).softmax(1).detach().numpy(), predictions["probabilities"], rtol=1e-4, atol=1e-6
     )
     assert Config.from_table(spec["config"]) == SETTINGS
     assert spec["fingerprint"] == digits.fingerprint
@@ -156,11 +158,11 @@ def test_a_job_that_is_let_go_between_epochs_leaves_a_checkpoint(digits: Splits,
 def test_a_killed_attempt_goes_on_from_its_last_checkpoint(digits: Splits, tmp_path: Path) -> None:
     """`checkpoint_seconds` = 0 writes after each epoch, before the epoch is told to anyone."""
     job = trial(payload(SETTINGS, digits, checkpoint_seconds=0.0), context(tmp_path / "attempt-1"))
-    told = [next(job), next(job), next(job)]
+    before = [next(job), next(job), next(job)]
     names = sorted(path.name[:15] for path in (tmp_path / "attempt-1").glob("checkpoint-*"))
     assert names == ["checkpoint-0002", "checkpoint-0003"]
     resumed = trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1"))
-    assert [next(resumed), next(resumed), next(resumed)] == told
+    assert [next(resumed), next(resumed), next(resumed)] == before
     assert next(resumed).index == 4
 
 

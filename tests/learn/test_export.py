@@ -45,7 +45,7 @@ CASES = [
 Model = tuple[Classifier, dict[str, Any]]
 
 
-def made(name: str) -> Model:
+def model_of(name: str) -> Model:
     """A model with weights, and batch norm's statistics, such as training could leave."""
     settings, shape = ARCHITECTURES[name]
     table = {"data": {"name": "digits"}, "model": {"name": name, name: settings}}
@@ -70,7 +70,7 @@ def answers(model: Classifier, images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def small() -> Model:
-    return made("mlp")
+    return model_of("mlp")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def refused(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_a_file_answers_as_the_model_does(name: str, kind: export.Format, tmp_path: Path) -> None:
-    model, spec = made(name)
+    model, spec = model_of(name)
     done = export.export(model, spec, kind, tmp_path / f"m.{kind}")
     assert done.difference <= 1e-6, "float32 differs by 1e-7 between runtimes"
     assert done.bytes == done.path.stat().st_size
@@ -114,9 +114,9 @@ def test_a_file_answers_as_the_model_does(name: str, kind: export.Format, tmp_pa
         answer = loaded.answer
     for count in (1, 5, 33):
         images = noise(count, *shape)
-        wanted = answers(model, images)
-        np.testing.assert_allclose(answer(images), wanted, rtol=0, atol=1e-6)
-        assert np.ptp(wanted) > 0.01, "the answers say something"
+        expected = answers(model, images)
+        np.testing.assert_allclose(answer(images), expected, rtol=0, atol=1e-6)
+        assert np.ptp(expected) > 0.01, "the answers say something"
 
 
 def test_onnx_is_one_file_that_other_runtimes_understand(files: Path, small: Model) -> None:
@@ -211,7 +211,7 @@ def test_a_file_that_is_there_stays_unless_forced(kind: export.Format, small: Mo
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_model_that_answers_no_numbers_is_not_kept(kind: export.Format, tmp_path: Path) -> None:
-    model, spec = made("mlp")
+    model, spec = model_of("mlp")
     with torch.no_grad():
         next(model.net.parameters()).fill_(float("nan"))
     path = tmp_path / f"m.{kind}"
@@ -223,12 +223,12 @@ def test_a_model_that_answers_no_numbers_is_not_kept(kind: export.Format, tmp_pa
 
 
 def test_another_model_is_seen_to_be_another(small: Model) -> None:
-    other = made("mlp")[0]
+    other = model_of("mlp")[0]
     with torch.no_grad():
         other.net.get_parameter("9.bias")[0] += 1e-3
     functions = [lambda images, model=model: answers(model, images) for model in (small[0], other)]
-    found = export.difference(functions[0], functions[1], (1, 8, 8))
-    assert BOUND < found < 1e-2
+    largest = export.difference(functions[0], functions[1], (1, 8, 8))
+    assert BOUND < largest < 1e-2
     assert export.difference(functions[0], functions[0], (1, 8, 8)) == 0
 
 
@@ -259,10 +259,10 @@ def test_without_the_extra_one_line_says_what_to_install(
     package: str, files: Path, small: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way to say that there is no such package
-    said = rf"ONNX needs {package}, which is not installed; install searchfm\[onnx\]"
-    with pytest.raises(UserError, match=said):
+    message = rf"ONNX needs {package}, which is not installed; install searchfm\[onnx\]"
+    with pytest.raises(UserError, match=message):
         export.load(files / "m.onnx")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         export.export(*small, "onnx", tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -389,9 +389,9 @@ def test_onnx_weights_elsewhere_are_not_read(copies: Path, monkeypatch: pytest.M
     tensor.ClearField("raw_data")
     tensor.data_location = format_.TensorProto.EXTERNAL
     monkeypatch.chdir(copies / "..")
-    for place in (str(secret), "../copies/secret.bin", "/etc/hostname"):
+    for location in (str(secret), "../copies/secret.bin", "/etc/hostname"):
         del tensor.external_data[:]
-        tensor.external_data.add(key="location", value=place)
+        tensor.external_data.add(key="location", value=location)
         (copies / "m.onnx").write_bytes(proto.SerializeToString())
         refused(copies / "m.onnx", "not a model of this version")
 

@@ -69,10 +69,12 @@ def content(images: Tensor, labels: Tensor) -> Counter[tuple[bytes, int]]:
 def test_digits_as_a_folder_are_digits(digits_folder: Path) -> None:
     for settings in ({}, {"size": 12}):
         named, own = DataConfig(name="digits", **settings), of(digits_folder, **settings)
-        ours, theirs = load_full(own), load_full(named)
-        assert ours.classes == theirs.classes
-        assert content(ours.train.images, ours.train.labels) == content(theirs.train.images, theirs.train.labels)
-        torch.testing.assert_close((ours.mean, ours.std), (theirs.mean, theirs.std))
+        own_data, named_data = load_full(own), load_full(named)
+        assert own_data.classes == named_data.classes
+        assert content(own_data.train.images, own_data.train.labels) == content(
+            named_data.train.images, named_data.train.labels
+        )
+        torch.testing.assert_close((own_data.mean, own_data.std), (named_data.mean, named_data.std))
         test, reference = load_test(own), load_test(named)
         assert content(test.images, test.labels) == content(reference.images, reference.labels)
     splits = load(of(digits_folder, subset=0.5))
@@ -118,7 +120,7 @@ def test_own_parts_are_used_as_they_are(tmp_path: Path) -> None:
     prepared = prepare(of(root, subset=0.5))
     assert (prepared.train, prepared.validation, prepared.fingerprint) == (6, 12, splits.fingerprint)
     described = describe(str(root))
-    assert (described.classes, described.train, described.test, described.found) == (2, 12, 12, root.resolve())
+    assert (described.classes, described.train, described.test, described.location) == (2, 12, 12, root.resolve())
 
 
 def test_training_never_opens_the_test_folder(tmp_path: Path) -> None:
@@ -164,11 +166,11 @@ MODES: dict[str, Callable[[Pixels], Image.Image]] = {
 
 def test_grey_images_are_grey_whatever_their_mode(tmp_path: Path) -> None:
     pixels = noise(0, 9, 7)
-    for name, made in MODES.items():
+    for name, convert in MODES.items():
         for label in ("a", "b"):
             (tmp_path / "train" / label).mkdir(parents=True, exist_ok=True)
             (tmp_path / "test" / label).mkdir(parents=True, exist_ok=True)
-            made(pixels).save(tmp_path / "train" / label / name, lossless=True)
+            convert(pixels).save(tmp_path / "train" / label / name, lossless=True)
     splits = load_full(of(tmp_path))
     assert splits.train.images.shape == (20, 1, 9, 7)
     assert (splits.train.images == torch.from_numpy(pixels)).all()

@@ -408,14 +408,14 @@ def test_the_hub_is_asked_once_and_its_copy_kept(hub: Callable[[str], None], wei
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             asked.append(f"{self.command} {self.path}")
-            known = self.path == "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
-            self.send_response(200 if known or self.path == "/" else 404)
-            self.send_header("Content-Length", str(len(content) if known else 0))
-            if known:
+            served = self.path == "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
+            self.send_response(200 if served or self.path == "/" else 404)
+            self.send_header("Content-Length", str(len(content) if served else 0))
+            if served:
                 self.send_header("ETag", '"0123456789abcdef"')
                 self.send_header("X-Repo-Commit", "c" * 40)
             self.end_headers()
-            if known and self.command == "GET":
+            if served and self.command == "GET":
                 self.wfile.write(content)
 
         do_GET = do_HEAD  # noqa: N815 (http.server's name)

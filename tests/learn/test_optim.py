@@ -43,17 +43,17 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 def test_steps_are_plain_torchs(name: str) -> None:
     kind, settings, arguments = PLAIN[name]
     config = OptimizerConfig.from_table({"name": name, "lr": 0.01, "weight_decay": 0.1, name: settings})
-    ours, theirs = net(), net()
-    weights = [p for p in theirs.parameters() if p.ndim > 1]
-    others = [p for p in theirs.parameters() if p.ndim <= 1]
+    first, second = net(), net()
+    weights = [p for p in second.parameters() if p.ndim > 1]
+    others = [p for p in second.parameters() if p.ndim <= 1]
     plain = kind(
         [{"params": weights, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=0.01, **arguments
     )
-    built = optim.optimizer(ours, config)
+    built = optim.optimizer(first, config)
     for seed in range(3):
-        step(ours, built, seed)
-        step(theirs, plain, seed)
-    for own, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        step(first, built, seed)
+        step(second, plain, seed)
+    for own, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(own, other)
 
 
@@ -83,21 +83,21 @@ def test_layer_decay_scales_the_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_memory_lies_as_the_parameters_do(name: str) -> None:
+def test_state_has_the_memory_layout_of_the_parameters(name: str) -> None:
     """channels_last weights: moments that came back in another layout would train wrong without a word."""
     config = OptimizerConfig.from_table({"name": name, "lr": 0.01})
     model = classifier_of("cnn", {"filters": [8, 8]}).to(memory_format=torch.channels_last)
     built = optim.optimizer(model, config)
     step(model, built, 0)
-    saved = {key: value.contiguous().clone() for key, value in optim.memory(built).items()}
+    saved = {key: value.contiguous().clone() for key, value in optim.state(built).items()}
     other = copy.deepcopy(model)
     again = optim.optimizer(other, config)
     optim.restore(again, saved)
     for seed in (1, 2):
         step(model, built, seed)
         step(other, again, seed)
-    for own, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(own, theirs)
+    for own, copied in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(own, copied)
 
 
 # --- schedules --------------------------------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def test_schedules_are_torchs(name: str) -> None:
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    ours = [0.2 * optim.lr_factor(i, per_epoch, total, config) for i in range(total)]
-    assert ours == pytest.approx(expected, rel=1e-6)
+    rates = [0.2 * optim.lr_factor(i, per_epoch, total, config) for i in range(total)]
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
 def test_warmup_rises_evenly_and_then_the_schedule_begins() -> None:
@@ -173,8 +173,8 @@ def test_the_average_is_its_definition() -> None:
         average.update(i)
         decay = min(0.3, (1 + i) / (10 + i))
         expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, _floating(model), strict=True)]
-    for own, wanted in zip(_floating(average.model), expected, strict=True):
-        torch.testing.assert_close(own, wanted)
+    for own, reference in zip(_floating(average.model), expected, strict=True):
+        torch.testing.assert_close(own, reference)
     counters = [own for own in average.model.buffers() if not own.is_floating_point()]
     assert [int(counter) for counter in counters] == [4]
 

@@ -18,7 +18,7 @@ from tests.learn.toys import config, first, losses
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
-# Between them: every optimizer, schedule and treatment, dropout, batch norm, clipping, smoothing, averaged weights.
+# Between them: every optimizer, schedule and augmentation, dropout, batch norm, clipping, smoothing, averaged weights.
 CONFIGS: dict[str, Config] = {
     "mlp-sgd": config(
         settings={"width": 32, "dropout": 0.2},
@@ -107,8 +107,8 @@ def test_the_process_s_own_randomness_is_left_alone(digits: Splits) -> None:
 def test_every_epoch_has_an_order_of_its_own(digits: Splits) -> None:
     """Without learning, equal orders would give equal sums of losses."""
     frozen = config(settings={"batch_norm": True}, optimizer={"name": "sgd", "lr": 1e-30}, train={"epochs": 2})
-    one, two = train(frozen, digits)
-    assert one.train_loss != two.train_loss
+    first_epoch, second_epoch = train(frozen, digits)
+    assert first_epoch.train_loss != second_epoch.train_loss
 
 
 def test_records_say_what_happened(digits: Splits) -> None:
@@ -136,10 +136,12 @@ def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
     assert digits.val is not None
     model = training.classifier.eval()
     logits = model(digits.val.images)
-    found = evaluate(model, digits.val, config(train={"batch_size": 50}).train)
-    assert found.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, digits.val.labels)), rel=1e-5)
-    assert found.accuracy == pytest.approx(float((logits.argmax(1) == digits.val.labels).float().mean()))
-    torch.testing.assert_close(found.probabilities, logits.softmax(1).detach())
+    evaluation = evaluate(model, digits.val, config(train={"batch_size": 50}).train)
+    assert evaluation.loss == pytest.approx(
+        float(torch.nn.functional.cross_entropy(logits, digits.val.labels)), rel=1e-5
+    )
+    assert evaluation.accuracy == pytest.approx(float((logits.argmax(1) == digits.val.labels).float().mean()))
+    torch.testing.assert_close(evaluation.probabilities, logits.softmax(1).detach())
 
 
 def test_the_average_is_what_is_validated(digits: Splits) -> None:
@@ -148,10 +150,10 @@ def test_the_average_is_what_is_validated(digits: Splits) -> None:
     assert training.classifier is not training.model
     assert digits.val is not None
     settings = training.config.train
-    found = evaluate(training.classifier, digits.val, settings)
+    evaluation = evaluate(training.classifier, digits.val, settings)
     assert training.validation is not None
-    assert found.loss == training.validation.loss
-    assert found.loss != evaluate(training.model, digits.val, settings).loss
+    assert evaluation.loss == training.validation.loss
+    assert evaluation.loss != evaluate(training.model, digits.val, settings).loss
 
 
 def test_without_a_validation_part_there_is_nothing_to_say(digits: Splits) -> None:
@@ -239,6 +241,6 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     data = load(DataConfig(name="digits"))
-    found = {name: list(train(settings, data)) for name, settings in CONFIGS.items()}
-    rows = {n: {"train": [e.train_loss for e in es], "val": [e.val_loss for e in es]} for n, es in found.items()}
+    curves = {name: list(train(settings, data)) for name, settings in CONFIGS.items()}
+    rows = {n: {"train": [e.train_loss for e in es], "val": [e.val_loss for e in es]} for n, es in curves.items()}
     GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")

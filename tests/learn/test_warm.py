@@ -24,7 +24,7 @@ def settings(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
 
 
 @pytest.fixture(scope="module", params=["forkserver", "spawn"])
-def found(request: pytest.FixtureRequest) -> Result:
+def result(request: pytest.FixtureRequest) -> Result:
     """What a job finds in a worker that was started so."""
     engine = LocalEngine(["cpu"])
     engine._context = multiprocessing.get_context(request.param)
@@ -39,14 +39,14 @@ def found(request: pytest.FixtureRequest) -> Result:
     return event.result
 
 
-def test_workers_take_numbers_too_small_to_matter_for_zero(found: Result) -> None:
+def test_workers_take_numbers_too_small_to_matter_for_zero(result: Result) -> None:
     """Where they do not, L2 slows an MLP's training tenfold after a few epochs."""
-    assert found["product"] == 0.0
+    assert result["product"] == 0.0
 
 
-def test_no_collection_looks_at_what_was_imported(found: Result) -> None:
+def test_no_collection_looks_at_what_was_imported(result: Result) -> None:
     """Where it does, collecting garbage takes most of a small trial's time."""
-    assert found["frozen"] > 100_000
+    assert result["frozen"] > 100_000
 
 
 def test_nothing_is_printed_when_the_interpreter_ends() -> None:

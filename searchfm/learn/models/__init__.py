@@ -1,4 +1,4 @@
-"""One file an architecture, and `build`, the one place that chooses among them."""
+"""One file for each architecture, and `build`, which chooses one."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,7 +16,7 @@ from searchfm.learn.models.transfer import Pretrained
 def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> nn.Module:
     """The net: (N, *shape) float32, normalised -> (N, classes) float32 logits, on the CPU.
 
-    The weights come from `seed` alone, whatever torch's own generator was at, and leave that as it was.
+    The weights depend on `seed` alone; torch's global generator is left as it was.
     The config's `fit_images(shape)` must hold. Raises ModelError for pretrained models and their weights, ConfigError
     for more tuned stages than there are.
     """
@@ -39,10 +39,9 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> nn.M
 
 
 class Classifier(nn.Module):
-    """A net with its preprocessing inside: raw images in, logits out, so that saved weights need nothing beside them.
+    """A net with its preprocessing inside: raw images in, logits out.
 
-    `mean` and `std`, each (C,) float32 with pixels from 0 to 1, are buffers: they go with the
-    weights.
+    `mean` and `std`, each (C,) float32 with pixels from 0 to 1, are buffers, so they are saved with the weights.
     """
 
     mean: Tensor
@@ -63,7 +62,7 @@ class Classifier(nn.Module):
 
 
 class Served(nn.Module):
-    """A classifier as others use it: raw images in, probabilities out."""
+    """A classifier for use: raw images in, probabilities out."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
@@ -78,9 +77,9 @@ class Served(nn.Module):
 def classifier(
     config: ModelConfig, shape: Shape, classes: int, mean: Tensor, std: Tensor, *, seed: int, device: torch.device
 ) -> Classifier:
-    """A classifier on its device, in the memory layout that is quickest there.
+    """A classifier on its device, in the memory layout that is fastest there.
 
-    mean, std: (C,) of the data; pretrained weights bring their own. Raises what `build` raises.
+    mean, std: (C,) of the data; pretrained weights have their own. Raises as `build` does.
     """
     net = build(config, shape, classes, seed=seed)
     if isinstance(net, Pretrained) and net.mean is not None and net.std is not None:
@@ -91,10 +90,10 @@ def classifier(
 
 
 def _channels_last(net: nn.Module, device: torch.device) -> bool:
-    """Whether channels should lie next to each other in memory.
+    """Whether channels should be adjacent in memory.
 
     Measured on one AVX-512 core in float32: plain convolutions x1.3 to x1.6, small residual nets x1.3, nets with
-    depthwise convolutions x1.9 to x3.4, but resnet18 x0.87. A GPU's bfloat16 convolutions want it always.
+    depthwise convolutions x1.9 to x3.4, but resnet18 x0.87. On a GPU bfloat16 convolutions always gain.
     """
     convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     wide = isinstance(net, Pretrained) and not any(conv.groups > 1 for conv in convs)
@@ -102,7 +101,7 @@ def _channels_last(net: nn.Module, device: torch.device) -> bool:
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """How many numbers the model has to learn: in all, and those that training moves."""
+    """The number of parameters: all, and trainable ones."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 

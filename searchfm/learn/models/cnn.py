@@ -39,7 +39,7 @@ def build(config: Cnn, shape: Shape, classes: int) -> nn.Sequential:
 def _conv(
     channels: int, filters: int, config: Cnn, pool: Literal["none", "max", "average", "max-same"]
 ) -> list[nn.Module]:
-    """A convolution that keeps the image's size, batch norm if asked for, ReLU, and the pooling."""
+    """A convolution that keeps the image's size, optional batch norm, ReLU, and the pooling."""
     conv = nn.Conv2d(channels, filters, config.kernel, padding=config.kernel // 2, bias=not config.batch_norm)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     if conv.bias is not None:

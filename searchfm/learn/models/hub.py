@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: a file, the hub's cache, or the hub itself, which is given seconds to answer."""
+"""Pretrained weights: from a file, the hub's cache, or the hub itself, with a timeout of seconds."""
 
 import contextlib
 import difflib
@@ -15,7 +15,7 @@ def weights_file(model: str, weights: str) -> Path:
 
     Raises ModelError in one line, within seconds.
     """
-    known(model)
+    check_name(model)
     if weights != "hub":
         path = Path(weights).expanduser()
         if path.suffix not in (".safetensors", ".pth"):
@@ -28,7 +28,7 @@ def weights_file(model: str, weights: str) -> Path:
     return _from_hub(model)
 
 
-def known(name: str) -> None:
+def check_name(name: str) -> None:
     """Raises ModelError, with names near it, unless timm has a model of this name."""
     import timm
 
@@ -41,7 +41,7 @@ def known(name: str) -> None:
 
 
 def _from_hub(model: str) -> Path:
-    """Cached copies are used without asking anyone; the hub gets a few seconds for its first answer."""
+    """A cached copy is used without a request; the hub has a few seconds for its first answer."""
     import huggingface_hub as hub
     import timm
     from huggingface_hub import constants, errors
@@ -51,9 +51,9 @@ def _from_hub(model: str) -> Path:
         raise ModelError(f"{model} has no weights on the hub; {_WAYS_OUT}")
     names = [source.hf_hub_filename] if source.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
     for name in names:
-        found = hub.try_to_load_from_cache(source.hf_hub_id, name)
-        if isinstance(found, str):
-            return Path(found)
+        cached = hub.try_to_load_from_cache(source.hf_hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
     try:
         hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
         for name in names:

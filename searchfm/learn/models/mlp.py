@@ -10,8 +10,8 @@ from searchfm.config import Mlp, Shape
 def build(config: Mlp, shape: Shape, classes: int) -> nn.Sequential:
     """(N, C, H, W) float32 -> (N, classes) float32 logits, through `config.layers` hidden layers.
 
-    Weights that feed a ReLU start as He et al. (2015, arXiv 1502.01852, eq. 10) have it: nine layers of torch's own
-    smaller start shrink the signal to a hundredth.
+    Weights before a ReLU are initialised as in He et al. (2015, arXiv 1502.01852, eq. 10): torch's smaller default
+    shrinks the signal to a hundredth over nine layers.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     units = math.prod(shape)
@@ -25,10 +25,10 @@ def build(config: Mlp, shape: Shape, classes: int) -> nn.Sequential:
 
 
 def dense(units: int, width: int, *, batch_norm: bool = False) -> list[nn.Module]:
-    """A fully connected layer of `width` units, batch norm if asked for, and ReLU."""
-    linear = nn.Linear(units, width, bias=not batch_norm)  # batch norm takes a bias out again
+    """A fully connected layer of `width` units, optional batch norm, and ReLU."""
+    linear = nn.Linear(units, width, bias=not batch_norm)  # batch norm would remove the bias
     nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
     if not batch_norm:
         nn.init.zeros_(linear.bias)
-    # In place: what ReLU needs for its gradient is its output.
+    # In place: ReLU needs only its output for its gradient.
     return [linear, *([nn.BatchNorm1d(width)] if batch_norm else []), nn.ReLU(inplace=True)]

@@ -12,7 +12,7 @@ def build(config: Residual, shape: Shape, classes: int) -> nn.Sequential:
 
     He et al. 2016 (arXiv 1512.03385), section 4.2: a 3x3 stem, stages that halve the image and double the filters, the
     mean of each map, one dense layer. Where a block changes the shape, its shortcut is a 1x1 convolution (their option
-    B). Bottlenecks give four times their stage's filters. Convolutions start as He et al. (2015) have it.
+    B). Bottlenecks give four times their stage's filters. Convolutions are initialised as in He et al. (2015).
     `config.fit_images(shape)` must hold.
     """
     from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv

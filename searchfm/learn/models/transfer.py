@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from searchfm.config import Shape, Transfer
 from searchfm.errors import ConfigError, ModelError
-from searchfm.learn.models.hub import known, weights_file
+from searchfm.learn.models.hub import check_name, weights_file
 
 
 class Pretrained(nn.Module):
-    """A timm model some of whose stages stand still: no gradient, no dropout, batch norm's statistics kept.
+    """A timm model with frozen stages: no gradient, no dropout, batch norm's statistics kept.
 
-    `stages` are the names of its parameters stage by stage, the stem first, the head last; the last `trained` of them
-    are trained. mean, std: (C,) that the weights were trained with, pixels from 0 to 1; None for random weights.
+    `stages` are the names of its parameters by stage, the stem first, the head last; only the last `trained` are
+    trained. mean, std: (C,) that the weights were trained with, pixels from 0 to 1; None for random weights.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Pretrained(nn.Module):
         frozen = {name for stage in stages[: len(stages) - trained] for name in stage}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        self._still = [
+        self._frozen = [
             module for module in model.modules() if (own := list(module.parameters())) and not any(_trained(own))
         ]
 
@@ -46,25 +46,25 @@ class Pretrained(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "Pretrained":
-        """Frozen stages never go into training mode: their batch norm must keep what it has seen on ImageNet."""
+        """Frozen stages stay in evaluation mode: their batch norm must keep its statistics of ImageNet."""
         super().train(mode)
-        for module in self._still:
+        for module in self._frozen:
             module.eval()
         return self
 
     def lr_scales(self) -> dict[str, float]:
-        """Each parameter's learning rate over the head's: `layer_decay` to the number of stages between them."""
+        """Each parameter's learning rate over the head's: `layer_decay` to the power of the stages between them."""
         top = len(self._stages) - 1
         return {f"model.{n}": self._layer_decay ** (top - i) for i, stage in enumerate(self._stages) for n in stage}
 
     def no_weight_decay(self) -> set[str]:
-        """What timm says must not decay, by name."""
+        """The parameters that timm excludes from weight decay, by name."""
         return {f"model.{name}" for name in undecayed(self.model)}
 
 
 def undecayed(net: Any) -> set[str]:
-    """Parameters that must not decay though they have two dimensions and more (tokens, embeddings of position), by
-    name. Such nets say so as timm's do, with a method `no_weight_decay`.
+    """Parameters without weight decay although they have two dimensions and more (tokens, embeddings of position), by
+    name: those that the net, as timm's do, lists in a method `no_weight_decay`.
     """
     return set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()
 
@@ -100,7 +100,7 @@ def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
 def _settings(config: Transfer, shape: Shape, classes: int) -> dict[str, Any]:
     import timm
 
-    known(config.model)
+    check_name(config.model)
     settings: dict[str, Any] = {"in_chans": shape[0], "num_classes": classes}
     if config.dropout:
         settings["drop_rate"] = config.dropout
@@ -120,8 +120,9 @@ def _create(config: Transfer, shape: Shape, settings: Mapping[str, Any]) -> Any:
 def _load(config: Transfer, shape: Shape, settings: Mapping[str, Any], path: Path) -> Any:
     """The model with the file's weights.
 
-    timm loads a file leniently as soon as the head differs, so a file of another model of the same shapes would
-    leave random weights in place without a word. Hence the comparison with a model from the same seed and no file.
+    timm loads leniently as soon as the head differs, so a file of another model could leave random weights in place
+    without an error. Hence the comparison with a model of the same seed without a file. timm has no better way:
+    load_checkpoint returns the missing keys, but adapts neither channels nor head; create_model adapts, and only logs.
     """
     import timm
     from timm.models import group_parameters
@@ -139,7 +140,7 @@ def _load(config: Transfer, shape: Shape, settings: Mapping[str, Any], path: Pat
     missing = [
         name
         for name, after in model.named_parameters()
-        # Biases and scales may rightly be what they start as: zeros and ones.
+        # Biases and scales may be what they start as: zeros and ones.
         if name not in head and after.ndim > 1 and torch.equal(after, before[name])
     ]
     if missing:
@@ -163,7 +164,7 @@ def _try_out(model: Any, config: Transfer, shape: Shape, classes: int) -> None:
 
 @contextlib.contextmanager
 def _named(config: Transfer, shape: Shape, path: str = "") -> Iterator[None]:
-    """What timm and torch raise, as one line that names the model or the file."""
+    """Turns what timm and torch raise into one line that names the model or the file."""
     try:
         yield
     except Exception as error:
@@ -178,7 +179,7 @@ def _named(config: Transfer, shape: Shape, path: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """timm warns of the head's keys it leaves out, which is what we asked for."""
+    """Hides timm's warning about the head's keys, which it leaves out as intended."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -189,9 +190,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _channels(values: tuple[float, ...], channels: int) -> Tensor:
-    """Means or deviations for images of another number of channels than the weights': their mean for each."""
-    given = torch.tensor(values, dtype=torch.float32)
-    return given if len(given) == channels else given.mean().expand(channels).clone()
+    """Means or deviations; where the images have another number of channels than the weights, their mean for each."""
+    own = torch.tensor(values, dtype=torch.float32)
+    return own if len(own) == channels else own.mean().expand(channels).clone()
 
 
 def _trained(parameters: list[nn.Parameter]) -> list[bool]:
