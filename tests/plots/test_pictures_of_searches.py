@@ -89,11 +89,9 @@ def test_a_key_of_few_values_has_their_medians_joined_where_they_are_numbers() -
     figure = plots.factor(rows, "layers", LAYERS, "layers", "f0", best=2)
     (joined,) = [line for line in figure.axes[0].lines if line.get_gid() is None]
     assert_allclose(joined.get_xydata(), [[0, 0.65], [1, 0.8], [2, 0.85]])
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["1", "2", "3"]
     rows = [replace(row, params={"optimizer": ["sgd", "adamw"][row.number % 2]}) for row in rows]
     figure = plots.factor(rows, "optimizer", SPACE["optimizer"], "optimizer", "f1", best=2)
     assert not [line for line in figure.axes[0].lines if line.get_gid() is None]  # words have no order
-    assert len(points(figure, "f1")) == 6
 
 
 def test_numbers_to_choose_from_stand_by_size_and_words_as_they_are_given() -> None:
@@ -136,7 +134,6 @@ def test_the_front_leaves_out_whom_another_beats_in_both() -> None:
     (axes,) = plots.front({"digits, test accuracy": measured}).axes
     (step,) = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
     assert_allclose(step.get_xydata(), [[10, 0.92], [100, 0.95]])
-    assert {text.get_text() for text in axes.texts} == {one.name for one in measured}
 
 
 def test_names_on_the_front_do_not_cover_each_other() -> None:
@@ -145,12 +142,6 @@ def test_names_on_the_front_do_not_cover_each_other() -> None:
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-
-
-def test_panels_of_the_front_stand_side_by_side() -> None:
-    one = Measured("a", 0.9, 0.89, 0.91, 10.0)
-    left, right = plots.front({"digits": [one], "fashion-mnist": [one]}).axes
-    assert left.get_position().x1 < right.get_position().x0
 
 
 @pytest.mark.parametrize("rows", [[], [trial(0, 0.5)], [trial(0, 0.5), trial(1, 0.5)], [trial(0, None, "failed")]])
