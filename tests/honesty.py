@@ -1,11 +1,6 @@
-"""Many small searches on digits, each retrained as `searchfm retrain` does, and then held to what was said of it.
-
-`python -m tests.honesty 120` prints figures that the README gives.
-"""
+"""Many small searches on digits, each retrained as `searchfm retrain` does, and then held to what was said of it."""
 
 import multiprocessing
-import sys
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -162,30 +157,3 @@ def studies(count: int, workers: int = 2) -> list[Outcome]:
     """So many searches, on so many processes."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(study, range(count)))
-
-
-def summary(found: Sequence[Outcome]) -> str:
-    """The figures in words."""
-
-    def share(values: Sequence[bool]) -> str:
-        return f"{sum(values)} of {len(values)} ({np.mean(values):.1%})"
-
-    luck = np.array([one.best - one.mean for one in found])
-    error = luck.std(ddof=1) / len(luck) ** 0.5
-    ties = [one.tie for one in found]
-    return "\n".join(
-        [
-            f"n = {len(found)} searches of {TRIALS} trials on digits, {TOP} finalists with {SEEDS} fresh seeds each",
-            f"a further seed inside its 95% interval:       {share([one.further_inside for one in found])}",
-            f"the search's own best value inside it:        {share([one.best_inside for one in found])}",
-            f"the search's best value over the fresh mean:  {luck.mean():+.2%} +- {error:.2%}",
-            f"half width of the interval:                   {np.mean([(o.high - o.low) / 2 for o in found]):.2%}",
-            f"finalists in a tie:                           {np.mean(ties):.1f} of {TOP}",
-            f"95% test interval holds held-out accuracy:    {share([one.held_inside for one in found])}",
-            f"the same over {DRAWS} test parts a model:       {np.mean([one.covered for one in found]):.1%}",
-        ]
-    )
-
-
-if __name__ == "__main__":
-    print(summary(studies(int(sys.argv[1]))))

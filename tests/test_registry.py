@@ -250,9 +250,18 @@ def asked(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, np.
         return tmp_path / "images.npy", Served(load_classifier(first[0])[0]).eval()(torch.from_numpy(images)).numpy()
 
 
-@pytest.mark.slow
+def same(answers: list[list[float]], expected: np.ndarray, record_property: Callable[[str, object], None]) -> None:
+    difference = np.abs(np.array(answers) - expected).max()
+    record_property("figures", f"largest difference of a probability {difference:.1e}, torch {torch.__version__}")
+    assert difference < 1e-6
+
+
+@pytest.mark.nightly
 def test_with_its_recorded_requirements_alone_it_predicts_the_same(
-    bare: tuple[Path, Path], asked: tuple[Path, np.ndarray], tmp_path: Path
+    bare: tuple[Path, Path],
+    asked: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     python, folder = bare
     done = subprocess.run(
@@ -264,12 +273,16 @@ def test_with_its_recorded_requirements_alone_it_predicts_the_same(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert np.abs(np.array(json.loads(done.stdout.splitlines()[-1])) - asked[1]).max() < 1e-6
+    same(json.loads(done.stdout.splitlines()[-1]), asked[1], record_property)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_served_over_http_it_answers_the_same(
-    bare: tuple[Path, Path], asked: tuple[Path, np.ndarray], tmp_path: Path, free_port: int
+    bare: tuple[Path, Path],
+    asked: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    free_port: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
     python, folder = bare
     command = [str(python), "-m", "mlflow", "models", "serve", "-m", str(folder), "-p", str(free_port)]
@@ -288,7 +301,7 @@ def test_served_over_http_it_answers_the_same(
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
-    assert np.abs(np.array(answer["predictions"]) - asked[1]).max() < 1e-6
+    same(answer["predictions"], asked[1], record_property)
 
 
 def ask(address: str, images: np.ndarray, server: "subprocess.Popen[bytes]") -> dict[str, Any]:
