@@ -15,8 +15,10 @@ import psycopg
 import pytest
 from filelock import FileLock
 
+from searchfm.errors import DataError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
-from tests.programs import postgres_binaries
+from searchfm.learn import datasets
+from tests.programs import missing, postgres_binaries
 
 SECONDS: Counter[str] = Counter()  # of each test file, the fixtures included
 
@@ -80,6 +82,18 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_home(template: Path) -> Callable[[Path], Home]:
     """Makes a home at a path, with all tables and nothing in them, in milliseconds."""
     return lambda path: Home(shutil.copytree(template, path))
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """The folder of Fashion-MNIST's four packed files: Debian's, else where a search keeps what it downloads."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SEARCHFM_CACHE", "SEARCHFM_DATA"):  # those of a module that is tested just now
+            patch.delenv(name, raising=False)
+        try:
+            return datasets.fetch("fashion-mnist")
+        except DataError:
+            missing("this test reads Fashion-MNIST: apt-get install dataset-fashion-mnist")
 
 
 @pytest.fixture(scope="session")

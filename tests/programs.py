@@ -1,4 +1,4 @@
-"""Programs that only tests need. A test whose program is missing is skipped; with SEARCHFM_REQUIRE_ALL it fails."""
+"""What only tests need. A test whose program or data are missing is skipped; with SEARCHFM_REQUIRE_ALL it fails."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 def chromium() -> str:
     """The path of a headless-capable browser."""
     paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    return next(filter(None, paths), None) or _missing("this test opens pages in Chromium: apt-get install chromium")
+    return next(filter(None, paths), None) or missing("this test opens pages in Chromium: apt-get install chromium")
 
 
 def postgres_binaries(folder: Path) -> Path:
@@ -36,7 +36,8 @@ def postgres_binaries(folder: Path) -> Path:
     return Path(shutil.copytree(programs.parent, folder / package.name / programs.parent.name)) / "bin"
 
 
-def _missing(reason: str) -> NoReturn:
+def missing(reason: str) -> NoReturn:
+    """Skips or fails the test that asks for this."""
     if os.environ.get("SEARCHFM_REQUIRE_ALL"):
         pytest.fail(f"SEARCHFM_REQUIRE_ALL is set, and {reason}")
     pytest.skip(reason)

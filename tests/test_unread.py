@@ -15,29 +15,26 @@ from sklearn.datasets import load_digits
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.home import Home
-from searchfm.learn import datasets
 from searchfm.learn.data import load_test
 
-DEBIAN = datasets.DEBIAN_FOLDER
 
-
-def fashion(folder_path: Path) -> tuple[str, ...]:
+def fashion(folder_path: Path, files: Path) -> tuple[str, ...]:
     """Fashion-MNIST in its own format; its test files are pipes without a writer: to open one is to wait for ever."""
     raw = folder_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"):
-        (raw / name).symlink_to(DEBIAN / name)
+        (raw / name).symlink_to(files / name)
     for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
         os.mkfifo(raw / name)
     return "--dataset", "fashion-mnist", "--data-dir", str(folder_path), "--subset", "0.02"
 
 
-def digits(folder_path: Path) -> tuple[str, ...]:
+def digits(folder_path: Path, _: Path) -> tuple[str, ...]:
     """One file for all: which images are for testing, their content says."""
     return "--dataset", "digits"
 
 
-def folder(folder_path: Path) -> tuple[str, ...]:
+def folder(folder_path: Path, _: Path | None = None) -> tuple[str, ...]:
     """A person's own images; those for testing cannot be read."""
     images, labels = load_digits(return_X_y=True)
     for number, (image, label) in enumerate(zip(images[:400], labels[:400], strict=True)):
@@ -69,12 +66,12 @@ def parts(cache: Path) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [fashion, digits, folder])
 def test_no_search_reads_the_test_part(
-    data: Callable[[Path], tuple[str, ...]], new_home: Callable[[Path], Home], tmp_path: Path
+    data: Callable[[Path, Path], tuple[str, ...]], fashion_mnist: Path, new_home: Callable[[Path], Home], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
     new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
-    options = data(tmp_path / "data")
+    options = data(tmp_path / "data", fashion_mnist)
     asked = ("--trials", "3", "--epochs", "1", "--json", "--workers", "2")
     done = searchfm(cache, "tune", "mlp", *options, *asked)
     assert done.returncode == 0, done.stderr

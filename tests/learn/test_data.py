@@ -26,7 +26,6 @@ from searchfm.tables import show
 
 DIGITS = DataConfig(name="digits")
 FASHION = DataConfig(name="fashion-mnist")
-DEBIAN = datasets.DEBIAN_FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,9 @@ def parsed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def shared_cache(parsed_once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_cache(parsed_once: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEARCHFM_CACHE", str(parsed_once))
-    monkeypatch.delenv("SEARCHFM_DATA", raising=False)
+    monkeypatch.setenv("SEARCHFM_DATA", str(fashion_mnist))
 
 
 @pytest.fixture
@@ -50,17 +49,17 @@ def prints(images: Tensor) -> list[bytes]:
     return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
 
 
-def raw(name: str) -> bytes:
-    return gzip.decompress((DEBIAN / f"{name}.gz").read_bytes())
+def raw(folder: Path, name: str) -> bytes:
+    return gzip.decompress((folder / f"{name}.gz").read_bytes())
 
 
-def test_fashion_mnist_is_what_its_makers_published() -> None:
+def test_fashion_mnist_is_what_its_makers_published(fashion_mnist: Path) -> None:
     full, test = load_full(FASHION), load_test(FASHION)
     assert full.val is None
     assert full.classes == tuple(FashionMNIST.classes)
     for part, stem in ((full.train, "train"), (test, "t10k")):
-        assert part.images.numpy().tobytes() == raw(f"{stem}-images-idx3-ubyte")[16:]
-        assert part.labels.numpy().astype(np.uint8).tobytes() == raw(f"{stem}-labels-idx1-ubyte")[8:]
+        assert part.images.numpy().tobytes() == raw(fashion_mnist, f"{stem}-images-idx3-ubyte")[16:]
+        assert part.labels.numpy().astype(np.uint8).tobytes() == raw(fashion_mnist, f"{stem}-labels-idx1-ubyte")[8:]
         assert part.images.dtype == torch.uint8
         assert part.labels.dtype == part.indices.dtype == torch.int64
     assert full.train.images.shape == (60000, *DATASETS["fashion-mnist"][0])
@@ -167,11 +166,11 @@ def test_digits_test_part_is_carved_by_content_and_nothing_moves_it() -> None:
     assert torch.equal(moved.images, test.images)
 
 
-def test_training_data_never_need_the_test_part(empty_cache: Path, tmp_path: Path) -> None:
+def test_training_data_never_need_the_test_part(fashion_mnist: Path, empty_cache: Path, tmp_path: Path) -> None:
     # A Fashion-MNIST whose test files are rubbish: training never notices, testing does and looks further.
     folder = tmp_path / "mine"
     folder.mkdir()
-    for path in DEBIAN.iterdir():
+    for path in fashion_mnist.iterdir():
         (folder / path.name).write_bytes(b"rubbish" if path.name.startswith("t10k") else path.read_bytes())
     assert len(load_full(FASHION, data_dir=folder).train) == 60000
     load(FASHION, data_dir=folder)
@@ -180,20 +179,26 @@ def test_training_data_never_need_the_test_part(empty_cache: Path, tmp_path: Pat
 
 
 def test_a_damaged_copy_is_passed_over_aloud(
-    empty_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    fashion_mnist: Path,
+    empty_cache: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "mine" / "FashionMNIST" / "raw"  # as torchvision keeps it, unpacked
     folder.mkdir(parents=True)
     for stem in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
-        (folder / stem).write_bytes(raw(stem))
-    labels = bytearray(raw("t10k-labels-idx1-ubyte"))
+        (folder / stem).write_bytes(raw(fashion_mnist, stem))
+    labels = bytearray(raw(fashion_mnist, "t10k-labels-idx1-ubyte"))
     labels[100] ^= 1
     (folder / "t10k-labels-idx1-ubyte").write_bytes(labels)
     monkeypatch.setenv("SEARCHFM_DATA", str(tmp_path / "mine"))
+    (empty_cache / "data" / "files").mkdir(parents=True)
+    (empty_cache / "data" / "files" / "fashion-mnist").symlink_to(fashion_mnist)
     assert datasets.describe("fashion-mnist").location == folder
     assert len(load(FASHION).train) == 51000
     assert not caplog.messages
-    assert torch.equal(load_test(FASHION).labels, torch.tensor(list(raw("t10k-labels-idx1-ubyte")[8:])))
+    assert torch.equal(load_test(FASHION).labels, torch.tensor(list(raw(fashion_mnist, "t10k-labels-idx1-ubyte")[8:])))
     assert len(caplog.messages) == 1
     assert "t10k-labels-idx1-ubyte is damaged" in caplog.messages[0]
 
@@ -320,13 +325,13 @@ def test_a_full_disk_leaves_no_half_file(empty_cache: Path) -> None:
     assert not list(empty_cache.rglob("*safetensors*"))
 
 
-def test_descriptions_say_what_will_be_found() -> None:
+def test_descriptions_say_what_will_be_found(fashion_mnist: Path) -> None:
     for name, (shape, classes) in DATASETS.items():
         described = datasets.describe(name)
         assert (described.name, described.shape, described.classes) == (name, shape, classes)
-    assert datasets.describe("fashion-mnist").location == DEBIAN
+    assert datasets.describe("fashion-mnist").location == fashion_mnist
     digits = datasets.describe("digits").location
     assert digits is not None
     assert digits.is_file()
     assert datasets.describe("cifar100").location is None
-    assert datasets.fetch("fashion-mnist") == DEBIAN
+    assert datasets.fetch("fashion-mnist") == fashion_mnist

@@ -380,16 +380,20 @@ def test_mnist_at_hand_needs_no_network(
 # --- Fashion-MNIST from its mirror ------------------------------------------------------------------------------------
 
 
-def published(stem: str) -> bytes:
+def published(folder: Path, stem: str) -> bytes:
     """The file as its makers packed it: Debian's, with the name and the time that Debian took out of gzip's header."""
-    packed = (datasets.DEBIAN_FOLDER / f"{stem}.gz").read_bytes()
+    packed = (folder / f"{stem}.gz").read_bytes()
+    if packed[3] & 8:  # has a name: it comes from a mirror
+        return packed
     at = 1504176627 if stem.startswith("t10k") else 1504176606
     return b"\x1f\x8b\x08\x08" + struct.pack("<I", at) + packed[8:10] + stem.encode() + b"\0" + packed[10:]
 
 
 @pytest.mark.slow
-def test_many_processes_download_the_published_files_once(server: Server, cache: Path) -> None:
-    server.files = {f"/fashion-mnist/{stem}.gz": published(stem) for stem in datasets.IDX["fashion-mnist"]}
+def test_many_processes_download_the_published_files_once(server: Server, fashion_mnist: Path, cache: Path) -> None:
+    server.files = {
+        f"/fashion-mnist/{stem}.gz": published(fashion_mnist, stem) for stem in datasets.IDX["fashion-mnist"]
+    }
     code = (
         "from pathlib import Path; from searchfm.config import DataConfig; from searchfm.learn import data, datasets; "
         "datasets.DEBIAN_FOLDER = Path('/nowhere'); print(data.load(DataConfig()).fingerprint)"
@@ -409,7 +413,7 @@ def test_many_processes_download_the_published_files_once(server: Server, cache:
 # --- Fashion-MNIST as a Debian package --------------------------------------------------------------------------------
 
 
-def repository(root: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def repository(root: Path, files: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Debian archive in a folder, holding the real Fashion-MNIST, and an apt that knows nothing else."""
     tree = root / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
@@ -418,7 +422,7 @@ def repository(root: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None
     )
     (tree / "DEBIAN" / "control").write_text(control)
     (tree / folder).parent.mkdir(parents=True)
-    shutil.copytree(datasets.DEBIAN_FOLDER, tree / folder)
+    shutil.copytree(files, tree / folder)
     package = root / "package.deb"
     subprocess.run(["dpkg-deb", "-Znone", "--root-owner-group", "-b", tree, package], check=True, capture_output=True)
     shutil.rmtree(tree)
@@ -437,9 +441,13 @@ def repository(root: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_debian_package_is_the_last_resort(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    fashion_mnist: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    repository(tmp_path, "usr/share/elsewhere", monkeypatch)
+    repository(tmp_path, fashion_mnist, "usr/share/elsewhere", monkeypatch)
     monkeypatch.setattr(datasets, "DEBIAN_FOLDER", Path("/usr/share/elsewhere"))
     monkeypatch.setenv("SEARCHFM_MIRROR", closed())
     splits = load(DataConfig(name="fashion-mnist"))
