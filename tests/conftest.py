@@ -29,6 +29,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Seconds by test file, so that growth is seen; under xdist the workers' seconds add up."""
+    if not SECONDS.total():
+        return
     terminalreporter.section("seconds by test file")
     for file, seconds in SECONDS.most_common():
         if seconds >= 1:

@@ -29,6 +29,19 @@ _seconds: Counter[str] = Counter()
 _figures: dict[str, str] = {}
 
 
+def _commit() -> str:
+    """The commit that is tested; `+` where files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+
+
+COMMIT = _commit()  # at the start: a checkout may move on while tests run
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _seconds[report.nodeid] += report.duration
     if report.when == "call" and report.passed:
@@ -40,20 +53,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
+    if not _figures:
+        return
     rows = {row[1]: row[0] for row in ROW.finditer(PAGE.read_text("utf-8"))} if PAGE.exists() else {}
     today = datetime.datetime.now(datetime.UTC).date()
     machine = f"Python {platform.python_version()}, {os.cpu_count()} cores"
     for test, figures in _figures.items():
-        facts = (f"`{test}`", today, _commit(), machine, f"{_seconds[test]:.0f}", figures)
+        facts = (f"`{test}`", today, COMMIT, machine, f"{_seconds[test]:.0f}", figures)
         rows[test] = "| " + " | ".join(str(fact).replace("|", "/") for fact in facts) + " |"
     PAGE.write_text(HEAD + "".join(f"{rows[test]}\n" for test in sorted(rows)), "utf-8")
-
-
-def _commit() -> str:
-    """The commit that was tested; `+` where files differ from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
-    return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")

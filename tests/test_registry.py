@@ -265,7 +265,7 @@ def test_with_its_recorded_requirements_alone_it_predicts_the_same(
 ) -> None:
     python, folder = bare
     done = subprocess.run(
-        [str(python), "-c", PREDICT, str(folder), str(asked[0])],
+        [str(python), "-I", "-c", PREDICT, str(folder), str(asked[0])],  # -I: whatever PYTHONPATH says
         cwd=tmp_path,
         capture_output=True,
         text=True,
