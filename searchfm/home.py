@@ -10,6 +10,7 @@ from pathlib import Path
 from searchfm.errors import StorageError, UserError
 
 HOME = "SEARCHFM_HOME"
+DATA = "SEARCHFM_DATA"
 STORAGE = "SEARCHFM_STORAGE"
 TRACKING = "MLFLOW_TRACKING_URI"
 
@@ -75,6 +76,12 @@ class Home:
     def trial(self, name: str, number: int) -> Path:
         """The folder of a trial."""
         return self.study(name) / f"{number:04d}"
+
+
+def data_folder(option: Path | None = None) -> Path | None:
+    """Where data sets are looked for first: `--data-dir`, else SEARCHFM_DATA, else nowhere."""
+    folder = option or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
+    return folder.expanduser().absolute() if folder else None
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

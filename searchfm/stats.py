@@ -1,4 +1,4 @@
-"""How sure one may be of an accuracy, and of a difference between two. Knows numbers only, nothing of studies."""
+"""Intervals of accuracies, and tests of differences between two. Numbers only, nothing of studies."""
 
 import math
 from collections.abc import Sequence
@@ -11,54 +11,72 @@ from scipy.stats import binom, binomtest, norm, t
 LEVEL = 0.95  # of every interval we show
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95% interval (low, high) of a share of `right` in `n` independent answers (Wilson 1927, without continuity
-    correction; Newcombe 1998 compares it with six others). n must be at least 1.
+@dataclass(frozen=True)
+class Accuracy:
+    """Predictions of one model that are correct, of n."""
 
-    It is about one fixed model and the images it might have been shown; another seed is not in it.
-    """
-    interval = binomtest(right, n).proportion_ci(LEVEL, method="wilson")
-    return float(interval.low), float(interval.high)
+    correct: int
+    n: int  # images, at least 1
+
+    @classmethod
+    def of(cls, fraction: float, n: int) -> "Accuracy":
+        """From a fraction of n, which may be rounded."""
+        return cls(round(fraction * n), n)
+
+    @property
+    def fraction(self) -> float:
+        """Correct, of all: 0 to 1."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval (low, high) of the fraction (Wilson 1927, without continuity correction; Newcombe 1998
+        compares it with six others).
+
+        It is about one fixed model, and images drawn like these; another seed is not in it.
+        """
+        interval = binomtest(self.correct, self.n).proportion_ci(LEVEL, method="wilson")
+        return float(interval.low), float(interval.high)
 
 
 def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
-    """Two-sided mid-p of McNemar's test that two models are right equally often, from the same images in one order.
+    """Two-sided mid-p of McNemar's test that two models are correct equally often, from the same images in one order.
 
-    first, second: (N,) bool, whether the model is right. Only images that one of the two gets wrong say anything; 1.0
-    where there are none. Mid-p keeps the level better than the exact test, which is too careful, and holds it where the
+    first, second: (N,) bool, whether the model is correct. Only images that one of the two gets wrong count; 1.0 where
+    there are none. Mid-p keeps the level better than the exact test, which is conservative, and holds it where the
     asymptotic ones do not (Fagerland, Lydersen & Laake 2013, BMC Medical Research Methodology 13:91).
     """
     one, other = np.asarray(first, dtype=np.bool_), np.asarray(second, dtype=np.bool_)
     assert one.shape == other.shape
     gains, losses = int((one & ~other).sum()), int((~one & other).sum())
-    few, both = min(gains, losses), gains + losses
+    fewer, total = min(gains, losses), gains + losses
     if gains == losses:
         return 1.0
-    return float(2 * binom.cdf(few, both, 0.5) - binom.pmf(few, both, 0.5))
+    return float(2 * binom.cdf(fewer, total, 0.5) - binom.pmf(fewer, total, 0.5))
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values of one family of tests, each made as large as looking at all of them demands (Holm 1979), in order."""
+    """p-values of one family of tests, adjusted for their number (Holm 1979), in the order given."""
     adjusted, largest = [1.0] * len(values), 0.0
-    for place, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        largest = max(largest, (len(values) - place) * values[index])
+    for rank, index in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        largest = max(largest, (len(values) - rank) * values[index])
         adjusted[index] = min(largest, 1.0)
     return adjusted
 
 
 @dataclass(frozen=True)
 class Dispersion:
-    """How much more the accuracy of fresh trainings varies than if every image were answered independently."""
+    """How much more the accuracy of fresh trainings varies than if predictions were independent."""
 
-    factor: float  # variance over what independent answers would give; at least 1
-    freedom: int  # degrees of freedom that it was estimated with
+    factor: float  # variance, over that of independent predictions; at least 1
+    freedom: int  # degrees of freedom of the estimate
 
 
 def dispersion(models: Sequence[ArrayLike]) -> Dispersion | None:
     """The dispersion over seeds, pooled over models; None where no model was trained with two seeds or more.
 
-    models: for each an array (S, N) bool, whether each of S seeds is right about each of N images. Seeds differ in
-    single images, by chance, which `flips` measures well even from two of them; and seeds have good days and bad ones,
+    models: for each an array (S, N) bool, whether each of S seeds is correct about each of N images. Seeds differ in
+    single images, by chance, which `flips` measures well even from two of them; and whole seeds are better or worse,
     which takes many seeds to measure. So models of different accuracy share the ratio of the two variances, as in a
     quasi-binomial model (McCullagh & Nelder 1989, Generalized Linear Models, section 4.5). It is taken to be at least
     1: Jordan (2023, arXiv 2304.01910) finds long trainings to vary as independent answers do.
@@ -66,51 +84,51 @@ def dispersion(models: Sequence[ArrayLike]) -> Dispersion | None:
     ratios = []
     freedom = 0
     for model in models:
-        answers = np.asarray(model, dtype=np.float64)
-        if len(answers) > 1:
-            chance, more = flips(answers), len(answers) - 1
-            freedom += more
-            ratios.append(more * (float(answers.mean(axis=1).var(ddof=1)) / chance if chance else 1.0))
+        correct = np.asarray(model, dtype=np.float64)
+        if len(correct) > 1:
+            chance, own = flips(correct), len(correct) - 1
+            freedom += own
+            ratios.append(own * (float(correct.mean(axis=1).var(ddof=1)) / chance if chance else 1.0))
     return Dispersion(max(sum(ratios) / freedom, 1.0), freedom) if freedom else None
 
 
-def flips(right: ArrayLike) -> float:
-    """The variance that a training's accuracy would have if it answered every image independently, as often right as
-    other trainings were. right: (S, N) bool, S at least 2.
+def flips(correct: ArrayLike) -> float:
+    """The variance that a training's accuracy would have if its predictions were independent, each image correct as
+    often as in the other trainings. correct: (S, N) bool, S at least 2.
     """
-    answers = np.asarray(right, dtype=np.float64)
-    return float(answers.var(axis=0, ddof=1).sum() / answers.shape[1] ** 2)
+    predictions = np.asarray(correct, dtype=np.float64)
+    return float(predictions.var(axis=0, ddof=1).sum() / predictions.shape[1] ** 2)
 
 
-def further_seed(right: ArrayLike, found: Dispersion) -> tuple[float, float]:
+def further_seed(correct: ArrayLike, pooled: Dispersion) -> tuple[float, float]:
     """The 95% prediction interval (low, high) for the accuracy of one further training, with a seed of its own, on the
     same images: mean +- t s sqrt(1 + 1/S) (Hahn & Meeker 1991, Statistical Intervals, section 4.7), cut to 0..1.
 
-    right: (S, N) bool, whether each of S seeds is right about each image, S at least 2. All trainings see the same
+    correct: (S, N) bool, whether each of S seeds is correct about each image, S at least 2. All trainings see the same
     images, so the sampling of images is not in it: other images are what the test part is for.
     """
-    answers = np.asarray(right, dtype=np.float64)
-    middle, variance = float(answers.mean()), found.factor * flips(answers)
-    half = float(t.ppf((1 + LEVEL) / 2, found.freedom)) * math.sqrt(variance * (1 + 1 / len(answers)))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    predictions = np.asarray(correct, dtype=np.float64)
+    mean, variance = float(predictions.mean()), pooled.factor * flips(predictions)
+    half = float(t.ppf((1 + LEVEL) / 2, pooled.freedom)) * math.sqrt(variance * (1 + 1 / len(predictions)))
+    return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
-def paired(first: ArrayLike, second: ArrayLike, found: Dispersion | None) -> float:
-    """Two-sided p-value of the hypothesis that fresh trainings of two models are right equally often, from the same
+def paired(first: ArrayLike, second: ArrayLike, pooled: Dispersion | None) -> float:
+    """Two-sided p-value of the hypothesis that fresh trainings of two models are correct equally often, from the same
     images in one order.
 
-    first, second: (S, N) bool, whether each seed is right about each image. The difference of two accuracies varies
+    first, second: (S, N) bool, whether each seed is correct about each image. The difference of two accuracies varies
     with the images, as McNemar's test has it for one seed and Durkalski et al. (2003, Statistics in Medicine 22:2417)
-    for several answers an image, and with the days that the seeds had (`found`, which None leaves out: what is compared
-    then are these trainings, not further ones). The two variances add up, as in two-way clustering (Cameron, Gelbach &
-    Miller 2011, Journal of Business & Economic Statistics 29:238).
+    for several predictions an image, and with the seeds as a whole (`pooled`; None leaves it out: then these trainings
+    are compared, not further ones). The two variances add up, as in two-way clustering (Cameron, Gelbach & Miller 2011,
+    Journal of Business & Economic Statistics 29:238).
     """
     one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     assert one.shape[1:] == other.shape[1:]
     differences = one.mean(axis=0) - other.mean(axis=0)
     variance = float((differences**2).sum()) / differences.size**2
-    if found is not None:
-        variance += (found.factor - 1) * (flips(one) / len(one) + flips(other) / len(other))
+    if pooled is not None:
+        variance += (pooled.factor - 1) * (flips(one) / len(one) + flips(other) / len(other))
     if variance == 0.0:
         return 1.0
     return float(2 * norm.sf(abs(differences.mean()) / math.sqrt(variance)))

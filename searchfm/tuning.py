@@ -1,62 +1,62 @@
-"""A study from a command line's wish to its end: opened, checked, prepared, given its workers, and tuned."""
+"""One study from open to close: locked, prepared, given its workers, tuned, followed into MLflow."""
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import searchfm
-from searchfm import errors
-from searchfm.coordinator import Coordinator, News, Tracker
+from searchfm.coordinator import Coordinator, Progress
 from searchfm.engines import Engine
-from searchfm.engines.local import default_workers
-from searchfm.errors import DataError, ModelError, StudyError, UserError, WorldError
+from searchfm.engines.local import LocalEngine, default_workers
+from searchfm.errors import DataError, StudyError, UserError
 from searchfm.home import Home
-from searchfm.job import Failed, Finished, Job, Left, Lost
-from searchfm.search.files import StudyFile, reopen
-from searchfm.search.history import StudyRow
-from searchfm.search.storage import create_study, failures, load_study, open_storage, study_lock, update_study
+from searchfm.jobs import JobSpec
+from searchfm.pool import WorkerPool
+from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
+from searchfm.search import files
+from searchfm.search.files import StudyFile
+from searchfm.search.storage import (
+    create_study,
+    failures,
+    load_study,
+    locked_study,
+    open_storage,
+    read_study,
+    study_lock,
+    write_header,
+)
 from searchfm.search.study import Study, check_name
+from searchfm.tracking import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
-TRACKER_SECONDS = 60.0  # what MLflow is given to catch up, at the end
+TRACKING_SECONDS = 60.0  # for MLflow to catch up at the end
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a command line asks of a study."""
+@dataclass
+class Tuning:
+    """A study being tuned. Use as a context manager, then iterate over `run()`.
+
+    Everything that can be wrong is found on the way in, before anything is written: UserError means that nothing was
+    begun. `file` is the resolved study file without overrides, `stored` what was begun earlier.
+    """
 
     study: Study
     home: Home
-    file: Mapping[str, Any]  # the resolved study file without overrides
-    stored: StudyRow | None  # what was begun earlier
+    file: Mapping[str, Any]
+    stored: StudyRecord | None
     device: str = "auto"
     workers: int | None = None
     data_dir: Path | None = None
     retry_failed: bool = False
-
-
-class Tuning:
-    """A study being tuned: lock, engine, tracker and coordinator, opened in that order and closed in the other.
-
-    Use as a context manager, then iterate over `run()`. Everything that can be wrong is found out on the way in, before
-    anything is written: UserError means that nothing was begun.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        engine: Callable[[Sequence[str]], Engine],
-        tracker: Callable[[Home, StudyRow], Tracker],
-        stopping: Callable[[], bool],
-    ) -> None:
-        self.plan, self._engine, self._tracker, self.stopping = plan, engine, tracker, stopping
-        self.stored = plan.stored
-        self.devices: list[str] = []
-        self.missing = 0  # trials that MLflow does not hold yet, once closed
-        self._stack = ExitStack()
+    stopping: Callable[[], bool] = lambda: False
+    engine: Callable[[Sequence[str]], Engine] = LocalEngine
+    follow: bool = True  # into MLflow
+    devices: list[str] = field(default_factory=list, init=False)
+    missing: int = field(default=0, init=False)  # trials that MLflow does not hold yet, once closed
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Self:
         with self._failures(), ExitStack() as stack:
@@ -67,155 +67,158 @@ class Tuning:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self) -> Iterator[News]:
-        """The search itself; what it yields is news for a person. Raises WorldError."""
+    def run(self) -> Iterator[Progress]:
+        """The search itself. Raises WorldError."""
         with self._failures():
             yield from self.coordinator.run()
 
-    def result(self) -> StudyRow:
+    def result(self) -> StudyRecord:
         """The study as it stands."""
-        return load_study(self.storage, self.plan.home, self.plan.study.name)
-
-    def _open(self, stack: ExitStack) -> None:
-        plan = self.plan
-        name, home = plan.study.name, plan.home
-        home.probe()
-        check_lock: Callable[[], None] | None = None
-        found: Mapping[str, Any] = {}
-        if self.stored is not None:
-            check_lock = stack.enter_context(study_lock(home, name))
-            self.stored = load_study(open_storage(home), home, name)  # from here on, nobody else changes it
-            found = self.stored.data
-        engine = stack.enter_context(closing(self._engine(["cpu"] if self._work_left() else [])))
-        if self._work_left():
-            found = prepare(plan.study, engine, plan.data_dir, self.stopping)
-            self.devices = choose_devices(plan.device, plan.workers, found["devices"])
-            plan.study.check_images(tuple(found["shape"]))
-            if self.stored is not None and self.stored.data["fingerprint"] != found["fingerprint"]:
-                raise DataError(
-                    f"{plan.study.data['name']}: the data have changed since study {name!r} was begun; "
-                    "put them back, or begin another study with --name"
-                )
-        if check_lock is None:
-            check_lock = stack.enter_context(study_lock(home, name))
-        self.storage = open_storage(home, create=True)
-        self._write_down({key: value for key, value in found.items() if key != "devices"})
-        stored = self.result()
-        engine.resize(self.devices)
-        tracker = self._tracker(home, stored)
-        tracker.reconcile(stored)
-        self.coordinator = Coordinator(
-            plan.study,
-            stored,
-            self.storage,
-            engine,
-            tracker,
-            trials=self.trials,
-            retry_failed=plan.retry_failed,
-            payload={
-                "data_dir": str(plan.data_dir) if plan.data_dir else None,
-                "fingerprint": stored.data["fingerprint"],
-                "checkpoint_seconds": plan.study.search.checkpoint_seconds,
-            },
-            stopping=self.stopping,
-            check_lock=check_lock,
-        )
-        stack.callback(self._settle, tracker)
+        return load_study(self.storage, self.home, self.study.name)
 
     @property
     def trials(self) -> int:
-        """Trials in all: the study's number, and one more for each that failed if those are to be replaced."""
-        replaced = len(self.stored.of("failed")) if self.stored and self.plan.retry_failed else 0
-        return self.plan.study.trials + replaced
+        """Trials in all: the study's number, and one for each that failed if those are to be replaced."""
+        replaced = len(self.stored.of("failed")) if self.stored and self.retry_failed else 0
+        return self.study.trials + replaced
 
-    def _work_left(self) -> bool:
+    def _open(self, stack: ExitStack) -> None:
+        study, home = self.study, self.home
+        home.probe()
+        check_lock: Callable[[], None] | None = None
+        if self.stored is not None:  # from here on, no other process changes it
+            self.stored, check_lock = stack.enter_context(locked_study(home, study.name))
         stored = self.stored
-        return stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
+        data = stored.data if stored else None
+        work = stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
+        pool = WorkerPool(self.engine(["cpu"] if work else []), retries=study.search.retries, stopping=self.stopping)
+        stack.enter_context(closing(pool))
+        if work:
+            data, self.devices = prepare(study, pool, self.data_dir, self.device, self.workers, data)
+            study.check_images(data.shape)
+        assert data is not None
+        if check_lock is None:
+            check_lock = stack.enter_context(study_lock(home, study.name))
+        pool.check_lock = check_lock
+        self.storage = open_storage(home, create=True)
+        self._write_down(data)
+        pool.resize(self.devices)
+        if self.follow:
+            tracking = Tracking(home, study.name)
+            tracking.start()
+            stack.callback(self._close, tracking)
+        self.coordinator = Coordinator(
+            study,
+            self.result(),
+            self.storage,
+            pool,
+            trials=self.trials,
+            payload=train_payload(data.fingerprint, study, self.data_dir),
+            retry_failed=self.retry_failed,
+        )
 
-    def _write_down(self, data: Mapping[str, Any]) -> None:
+    def _write_down(self, data: Prepared) -> None:
         """Creates the study in the database, or updates what may change in it."""
-        study, stored = self.plan.study, self.stored
-        kept = {
-            "uuid": stored.uuid if stored else uuid.uuid4().hex,
-            "resolved": study.resolved,
-            "file": self.plan.file,
-            "question": study.question,
-            "digest": study.digest,
-            "trials": study.trials,
-            "data": dict(data),
-            "version": searchfm.__version__,
-        }
+        study, stored = self.study, self.stored
+        header = StudyHeader(
+            uuid=stored.uuid if stored else uuid.uuid4().hex,
+            resolved=study.resolved,
+            file=self.file,
+            question=study.question,
+            digest=study.digest,
+            planned=study.trials,
+            data=data,
+            version=searchfm.__version__,
+        )
         if stored is None:
-            create_study(self.storage, study.name, kept)
+            create_study(self.storage, study.name, header)
         else:
-            update_study(self.storage, stored.number, kept)
+            write_header(self.storage, stored.number, header)
 
-    def _settle(self, tracker: Tracker) -> None:
-        """Lets the tracker finish, for a bounded time."""
-        with self._failures():
-            study = self.result()
-        tracker.keep(study.kept)
-        self.missing = tracker.close(study, timeout=TRACKER_SECONDS)
+    def _close(self, tracking: Tracking) -> None:
+        self.missing = tracking.close(TRACKING_SECONDS)
 
     def _failures(self) -> AbstractContextManager[None]:
-        return failures(f"study {self.plan.study.name!r}")
+        return failures(f"study {self.study.name!r}")
+
+
+def find_study(
+    argument: str, name: str | None, overrides: Mapping[str, Any], home: Home
+) -> tuple[Study, StudyRecord | None, Mapping[str, Any]]:
+    """The study that a command line means, what is stored of it, and its resolved file without overrides.
+
+    argument: a study file by name or path, or the name of a study of the home. Raises UserError. Writes nothing.
+    """
+    path = files.find(argument)
+    if path is None and argument.endswith(".toml"):
+        raise StudyError(f"{argument}: no such file")
+    file = files.read(path) if path else None
+    chosen = name or (file.name if file else files.study_name(argument))
+    study, stored = open_study(home, file, chosen, overrides)
+    return study, stored, file.study(name=chosen).resolved if file else stored.file if stored else {}
 
 
 def open_study(
     home: Home, file: StudyFile | None, name: str, overrides: Mapping[str, Any]
-) -> tuple[Study, StudyRow | None]:
+) -> tuple[Study, StudyRecord | None]:
     """The study to tune: as the file says, or as it was begun earlier. Raises UserError. Writes nothing.
 
-    `name` is what the study goes by, which need not be the file's own name.
+    name: of the study, which may differ from the file's.
     """
     check_name(name)
     try:
-        stored = load_study(open_storage(home), home, name)
+        stored = read_study(home, name)
     except StudyError:
         stored = None
     if stored is not None:
-        return reopen(file, stored, overrides), stored
+        return files.reopen(file, stored, overrides), stored
     if file is None:
         raise StudyError(f"study {name!r}: no such study file, and no study of that name in {home.path}")
     return file.study(overrides, name=name), None
 
 
-def choose_devices(device: str, workers: int | None, found: Mapping[str, int]) -> list[str]:
-    """A device for each worker. `found` counts the accelerators: {"cuda": 2, "mps": 0}. Raises UserError."""
-    gpus = [f"cuda:{i}" for i in range(found["cuda"])]
-    known = {"cpu": ["cpu"] * (workers or default_workers())}
-    if gpus:
-        known |= {"cuda": gpus} | {name: [name] for name in gpus}
-    if found["mps"]:
-        known["mps"] = ["mps"]
-    chosen = ("cuda" if gpus else "mps" if found["mps"] else "cpu") if device == "auto" else device
-    if chosen not in known:
-        raise UserError(f"--device {device}: torch finds no such device here; may be auto, {', '.join(known)}")
-    names = known[chosen]
-    return [names[i % len(names)] for i in range(workers or len(names))]
+def prepare(
+    study: Study, pool: WorkerPool, data_dir: Path | None, device: str, workers: int | None, before: Prepared | None
+) -> tuple[Prepared, list[str]]:
+    """Fetches and reads the data and looks for pretrained weights, in a worker, before anything is written. Returns
+    what was found of the data, and a device for each worker.
 
-
-def prepare(study: Study, engine: Engine, data_dir: Path | None, stopping: Callable[[], bool]) -> Mapping[str, Any]:
-    """Has a worker fetch and read the data and look for pretrained weights, before anything is written.
-
-    Returns what the job found (see `learn.entries.prepare`). Raises the job's own error, or KeyboardInterrupt.
+    before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, UserError,
+    WorldError, KeyboardInterrupt.
     """
-    payload = {"data": study.data, "models": study.transfers(), "data_dir": str(data_dir) if data_dir else None}
-    job = Job("prepare", 1, None, PREPARE, payload)
-    engine.submit(job)
-    while not stopping():
-        match engine.next_event(timeout=0.2):
-            case None:
-                continue
-            case Finished(result=result):
-                return result
-            case Failed(kind=kind, reason=reason):
-                known = getattr(errors, kind, WorldError)
-                raise known(reason) if known in (DataError, ModelError) else WorldError(f"preparing the data: {reason}")
-            case Lost(reason=reason):
-                raise WorldError(f"preparing the data: {reason}")
-            case Left():  # its worker was told to go
-                engine.submit(job)
-            case event:
-                raise AssertionError(event)
-    raise KeyboardInterrupt
+    payload = PrepareJob(study.data, tuple(study.transfers()), str(data_dir) if data_dir else None)
+    job = JobSpec("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
+    result = PrepareResult.from_json(pool.run_one(job), "prepare")
+    if before is not None and before.fingerprint != result.data.fingerprint:
+        raise DataError(
+            f"{study.data['name']}: the data have changed since study {study.name!r} was begun; "
+            "put them back, or begin another study with --name"
+        )
+    return result.data, choose_devices(device, workers, result.devices)
+
+
+def train_payload(
+    fingerprint: str, study: Study, data_dir: Path | None, threads: int | None = None
+) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
+    """Makes the payload of a training job from (config table, identity)."""
+    folder, seconds = str(data_dir) if data_dir else None, study.search.checkpoint_seconds
+
+    def payload(config: Mapping[str, Any], identity: str) -> dict[str, Any]:
+        return TrainJob(config, identity, folder, fingerprint, seconds, threads).to_json()
+
+    return payload
+
+
+def choose_devices(device: str, workers: int | None, accelerators: Mapping[str, int]) -> list[str]:
+    """A device for each worker. accelerators: their numbers, {"cuda": 2, "mps": 0}. Raises UserError."""
+    gpus = [f"cuda:{i}" for i in range(accelerators["cuda"])]
+    choices = {"cpu": ["cpu"] * (workers or default_workers())}
+    if gpus:
+        choices |= {"cuda": gpus} | {name: [name] for name in gpus}
+    if accelerators["mps"]:
+        choices["mps"] = ["mps"]
+    chosen = ("cuda" if gpus else "mps" if accelerators["mps"] else "cpu") if device == "auto" else device
+    if chosen not in choices:
+        raise UserError(f"--device {device}: torch finds no such device here; may be auto, {', '.join(choices)}")
+    names = choices[chosen]
+    return [names[i % len(names)] for i in range(workers or len(names))]

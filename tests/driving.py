@@ -2,20 +2,20 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from optuna.storages import BaseStorage
 
-from searchfm.coordinator import Coordinator, News
+from searchfm.coordinator import Coordinator, Progress
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError
 from searchfm.home import Home
-from searchfm.job import Epoch
-from searchfm.search.history import StudyRow, TrialRow
+from searchfm.pool import WorkerPool
+from searchfm.records import StudyRecord
 from searchfm.search.storage import create_study, load_study, open_storage, study_lock
 from searchfm.search.study import Study
+from tests import rows
 
 LIGHT = "tests.toys"  # what the forkserver imports instead of torch
 
@@ -35,32 +35,6 @@ def toy(name: str = "toy", **tables: Mapping[str, Any]) -> Study:
     return Study(name, merged)
 
 
-@dataclass
-class Recorder:
-    """A tracker that writes down what it is told."""
-
-    calls: list[tuple[Any, ...]] = field(default_factory=list)
-
-    def started(self, row: TrialRow) -> None:
-        self.calls.append(("started", row.number))
-
-    def epoch(self, number: int, epoch: Epoch) -> None:
-        self.calls.append(("epoch", number, epoch.index))
-
-    def ended(self, row: TrialRow) -> None:
-        self.calls.append(("ended", row.number, row.state))
-
-    def reconcile(self, study: StudyRow) -> None:
-        self.calls.append(("reconcile", len(study.trials)))
-
-    def keep(self, rows: Sequence[TrialRow]) -> None:
-        self.calls.append(("keep", [row.number for row in rows]))
-
-    def close(self, study: StudyRow, timeout: float) -> int:
-        self.calls.append(("close", len(study.trials), timeout))
-        return 0
-
-
 def search(
     home: Home,
     study: Study,
@@ -69,12 +43,11 @@ def search(
     trials: int | None = None,
     payload: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
-    tracker: Recorder | None = None,
-    watch: Callable[[News, LocalEngine], bool | None] = lambda *_: None,
-) -> StudyRow:
+    watch: Callable[[Progress, LocalEngine], bool | None] = lambda *_: None,
+) -> StudyRecord:
     """Begins the study, or goes on with it, to so many trials; returns it as it is then.
 
-    `watch` sees all news, and stops the search, as a signal would, by answering True.
+    `watch` sees all progress, and stops the search, as a signal would, by returning True.
     """
     stopping = False
     with study_lock(home, study.name) as check:
@@ -82,30 +55,29 @@ def search(
         try:
             stored = load_study(storage, home, study.name)
         except StudyError:
-            resolved = study.resolved
-            kept = {"uuid": "u", "resolved": resolved, "file": resolved, "question": "", "digest": study.digest}
-            create_study(storage, study.name, {**kept, "trials": study.trials, "data": {"fingerprint": "toy"}})
+            header = rows.header(
+                study.resolved, uuid_="u", digest=study.digest, planned=study.trials, fingerprint="toy"
+            )
+            create_study(storage, study.name, header)
             stored = load_study(storage, home, study.name)
         engine = LocalEngine(["cpu"] * workers, warm=LIGHT)
+        pool = WorkerPool(engine, retries=study.search.retries, stopping=lambda: stopping, check_lock=check)
         try:
             coordinator = Coordinator(
                 study,
                 stored,
                 storage,
-                engine,
-                tracker or Recorder(),
+                pool,
                 trials=study.trials if trials is None else trials,
-                retry_failed=retry_failed,
+                payload=lambda config, identity: {"config": config, "identity": identity, **(payload or {})},
                 entry="tests.toys:trial",
-                payload=payload,
-                stopping=lambda: stopping,
-                check_lock=check,
+                retry_failed=retry_failed,
             )
-            for news in coordinator.run():
-                stopping = bool(watch(news, engine)) or stopping
+            for progress in coordinator.run():
+                stopping = bool(watch(progress, engine)) or stopping
             return load_study(storage, home, study.name)
         finally:
-            engine.close()
+            pool.close()
             let_go(storage)
 
 
@@ -114,7 +86,7 @@ def let_go(storage: BaseStorage) -> None:
     storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
-def facts(study: StudyRow) -> list[tuple[Any, ...]]:
+def facts(study: StudyRecord) -> list[tuple[Any, ...]]:
     """All of a study's trials that must not depend on the clock, or on how often the search was interrupted."""
     return [
         (
@@ -133,7 +105,7 @@ def facts(study: StudyRow) -> list[tuple[Any, ...]]:
     ]
 
 
-def check(study: StudyRow, trials: int) -> None:
+def check(study: StudyRecord, trials: int) -> None:
     """What must hold after every search, whatever happened on the way."""
     assert [row.number for row in study.trials] == list(range(trials))
     assert not study.of("running")
@@ -149,7 +121,7 @@ def check(study: StudyRow, trials: int) -> None:
         assert left <= {"config.toml", "epochs.csv", "log.txt", "done", "weights.safetensors", "model.json"}
 
 
-def stored(home: Home, name: str) -> StudyRow:
+def stored(home: Home, name: str) -> StudyRecord:
     """The study as it stands."""
     storage = open_storage(home)
     try:

@@ -13,9 +13,8 @@ from searchfm.config import Config
 from searchfm.learn.data import Part, Splits, moments
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.train import evaluate, train
-from searchfm.retrain.finalists import Finalist, Verdict, choose
-from searchfm.retrain.plan import TOP
-from searchfm.stats import wilson
+from searchfm.retraining import TOP, Finalist, Selection, choose
+from searchfm.stats import Accuracy
 
 TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out, and no `searchfm` ever sees them
 TRIALS, SEEDS = 50, 5
@@ -52,7 +51,7 @@ class Outcome:
     @property
     def held_inside(self) -> bool:
         """Whether the test interval holds the accuracy on images held out."""
-        low, high = wilson(self.tested, TEST)
+        low, high = Accuracy(self.tested, TEST).interval
         return low <= self.held <= high
 
 
@@ -65,8 +64,8 @@ def study(seed: int) -> Outcome:
     configs = [_config(rng) for _ in range(TRIALS)]
     values = [float(_train(config, splits, 1000 * seed + i).mean()) for i, config in enumerate(configs)]
     top = sorted(range(TRIALS), key=lambda i: (-values[i], i))[:TOP]
-    verdict = choose([_finalist(i, configs[i], values[i], splits, seed) for i in top])
-    winner = configs[verdict.winner.trial]
+    selection = choose([_finalist(i, configs[i], values[i], splits, seed) for i in top])
+    winner = configs[selection.winner.trial]
     further = _train(winner, splits, 10**8 + seed).mean()
 
     final = train(_seeded(winner, 10**9 + seed), _splits(_both(parts["train"], parts["validation"]), None))
@@ -74,24 +73,26 @@ def study(seed: int) -> Outcome:
         pass
     unseen = _both(parts["test"], parts["held"])
     right = _right(evaluate(final.classifier, unseen, winner.train).probabilities, unseen)
-    return _outcome(verdict, max(values), float(further), right, rng)
+    return _outcome(selection, max(values), float(further), right, rng)
 
 
-def _outcome(verdict: Verdict, best: float, further: float, right: Answers, rng: np.random.Generator) -> Outcome:
-    assert verdict.interval is not None
+def _outcome(selection: Selection, best: float, further: float, right: Answers, rng: np.random.Generator) -> Outcome:
+    low, high = selection.validation.low, selection.validation.high
+    assert low is not None
+    assert high is not None
     draws = [right[rng.permutation(len(right))] for _ in range(DRAWS)]
-    intervals = [(wilson(int(draw[:TEST].sum()), TEST), float(draw[TEST:].mean())) for draw in draws]
+    intervals = [(Accuracy(int(draw[:TEST].sum()), TEST).interval, float(draw[TEST:].mean())) for draw in draws]
     return Outcome(
         best=best,
-        mean=verdict.winner.mean,
-        optimism=verdict.optimism,
-        low=verdict.interval[0],
-        high=verdict.interval[1],
+        mean=selection.winner.mean,
+        optimism=selection.optimism,
+        low=low,
+        high=high,
         further=further,
-        tie=len(verdict.tie),
+        tie=len(selection.tie),
         tested=int(right[:TEST].sum()),
         held=float(right[TEST:].mean()),
-        covered=float(np.mean([low <= held <= high for (low, high), held in intervals])),
+        covered=float(np.mean([least <= held <= most for (least, most), held in intervals])),
     )
 
 

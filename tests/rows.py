@@ -1,8 +1,8 @@
-"""Real studies in a real home, without training: asked of Optuna, told to Optuna, with the files that trials leave."""
+"""Real studies in a real home, without training: in Optuna's database, with the files that trials leave."""
 
 import functools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,19 @@ from optuna.trial import TrialState
 
 from searchfm.config import Config
 from searchfm.home import Home
-from searchfm.job import Epoch
-from searchfm.search.history import StudyRow, write_epochs
+from searchfm.records import (
+    EPOCHS,
+    SPEC,
+    WEIGHTS,
+    Epoch,
+    Predictions,
+    Prepared,
+    StudyHeader,
+    StudyRecord,
+    TrainResult,
+    Trial,
+    write_epochs,
+)
 from searchfm.search.storage import create_study, load_study, open_storage
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -40,26 +51,61 @@ def _open(home: Home) -> BaseStorage:
     return open_storage(home, create=True)
 
 
+def header(
+    resolved: Mapping[str, Any] = RESOLVED,
+    *,
+    uuid_: str | None = None,
+    question: str = "How deep?",
+    digest: str = "d" * 64,
+    planned: int = 4,
+    **data: Any,
+) -> StudyHeader:
+    """What identifies a study. data: of `Prepared`, where it differs from a tenth of Fashion-MNIST."""
+    about = {"fingerprint": "f" * 64, "shape": (1, 28, 28), "classes": tuple(CLASSES), "train": 5100, "validation": 900}
+    return StudyHeader(
+        uuid=uuid_ or uuid.uuid4().hex,
+        resolved=resolved,
+        file=resolved,
+        question=question,
+        digest=digest,
+        planned=planned,
+        data=Prepared(**(about | data)),
+    )
+
+
 def begin(
     home: Home, name: str = "toy", *, question: str = "How deep?", uuid_: str | None = None, data: str = "f" * 64
-) -> StudyRow:
+) -> StudyRecord:
     """A study without trials; data: their fingerprint."""
-    kept = {
-        "uuid": uuid_ or uuid.uuid4().hex,
-        "resolved": RESOLVED,
-        "file": RESOLVED,
-        "question": question,
-        "digest": "d" * 64,
-        "trials": 4,
-        "data": {"fingerprint": data, "shape": [1, 28, 28], "classes": CLASSES, "train": 5100, "validation": 900},
-    }
-    create_study(_open(home), name, kept)
+    create_study(_open(home), name, header(uuid_=uuid_, question=question, fingerprint=data))
     return study(home, name)
 
 
-def study(home: Home, name: str = "toy") -> StudyRow:
-    """The study as it stands."""
+def study(home: Home, name: str = "toy") -> StudyRecord:
+    """The study as it is stored."""
     return load_study(_open(home), home, name)
+
+
+def trial(**values: Any) -> Trial:
+    """A complete trial without a study."""
+    defaults: dict[str, Any] = {
+        "number": 0,
+        "state": "complete",
+        "value": None,
+        "params": {},
+        "config": {"train": {"epochs": 3}},
+        "digest": "",
+        "twin": None,
+        "reason": None,
+        "attempts": 1,
+        "reported": {},
+        "epochs": (),
+        "result": None,
+        "started": None,
+        "ended": None,
+        "folder": Path("nowhere"),
+    }
+    return Trial(**(defaults | values))
 
 
 def epochs(number: int, count: int, *, offset: float = 0.0) -> list[Epoch]:
@@ -106,9 +152,15 @@ def ask(home: Home, name: str = "toy") -> optuna.Trial:
     return trial
 
 
+def resume(home: Home, number: int, name: str = "toy") -> optuna.Trial:
+    """A trial that is running already, as a later coordinator adopts it."""
+    study = optuna.load_study(study_name=name, storage=_open(home))
+    return optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+
+
 def record(home: Home, trial: optuna.Trial, trained: Sequence[Epoch], name: str = "toy") -> None:
     """Epochs, as the coordinator writes them down."""
-    write_epochs(home.trial(name, trial.number) / "epochs.csv", trained)
+    write_epochs(home.trial(name, trial.number) / EPOCHS, trained)
     known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     for epoch in trained:
         assert epoch.val_accuracy is not None
@@ -124,26 +176,27 @@ def tell(home: Home, trial: optuna.Trial, state: TrialState, name: str = "toy", 
     value = None
     if state is TrialState.COMPLETE:
         value = max(reported.intermediate_values.items())[1]
-        attrs["result"] = {"best_epoch": 3, "parameters": 12345, "flops": 2e6, "seconds": 3.5, "device": "cpu"}
-        write_predictions(folder / "predictions.npz", seed=trial.number)
-        (folder / "weights.safetensors").write_bytes(bytes(2000))
-        (folder / "model.json").write_text("{}")
+        result = TrainResult(value, best_epoch=3, parameters=12345, flops=2_000_000, seconds=3.5, device="cpu")
+        attrs["result"] = result.to_json()
+        predictions(seed=trial.number).write(folder)
+        (folder / WEIGHTS).write_bytes(bytes(2000))
+        (folder / SPEC).write_text("{}")
     for key, attr in attrs.items():
         trial.set_user_attr(key, attr)
     optuna.load_study(study_name=name, storage=_open(home)).tell(trial, value, state)
 
 
-def write_predictions(path: Path, *, seed: int = 0, count: int = 900, classes: int = 10) -> None:
-    """Predictions right in most cases, in the workers' format."""
+def predictions(*, seed: int = 0, count: int = 900, classes: int = 10) -> Predictions:
+    """Predictions of which most are correct."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     probabilities = rng.random((count, classes), dtype=np.float32)
     probabilities[np.arange(count), labels] += 0.6
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    np.savez(path, indices=np.arange(count), labels=labels, probabilities=probabilities)
+    return Predictions(np.arange(count), labels, probabilities)
 
 
-def four(home: Home, name: str = "toy", **kwargs: Any) -> StudyRow:
+def four(home: Home, name: str = "toy", **kwargs: Any) -> StudyRecord:
     """A study of four trials: two complete, one pruned, one failed."""
     begin(home, name, **kwargs)
     ends = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]

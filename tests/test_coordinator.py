@@ -17,16 +17,17 @@ from typing import Any
 import optuna
 import pytest
 
-from searchfm import coordinator
-from searchfm.coordinator import HOPELESS, LEAVE_SECONDS, News
+from searchfm import pool
+from searchfm.coordinator import HOPELESS, Progress
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, WorldError
 from searchfm.home import Home
-from searchfm.job import EpochDone, Event, Finished, Lost
+from searchfm.jobs import EpochDone, Event, Finished, Lost
+from searchfm.pool import LEAVE_SECONDS
+from searchfm.records import StudyRecord, Trial
 from searchfm.search import files
-from searchfm.search.history import StudyRow, TrialRow
 from tests import driving, toys
-from tests.driving import Recorder, check, facts, search, toy
+from tests.driving import check, facts, search, toy
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")
 
@@ -38,9 +39,12 @@ ONE: dict[str, Any] = {"model": {"mlp": {"layers": 1}}, "optimizer": {}}
 GRID = {"sampler": {"name": "grid"}}
 
 
-def goes_on_after(row: TrialRow) -> list[int]:
-    """Where each attempt of a trial found the one before."""
-    return [int(line.rpartition(" ")[2]) for line in (row.folder / "log.txt").read_text().splitlines()]
+def goes_on_after(row: Trial) -> list[int]:
+    """Where each attempt of a trial found the one before; nothing where no worker had the trial."""
+    log = row.folder / "log.txt"
+    if not log.exists():
+        return []
+    return [int(line.rpartition(" ")[2]) for line in log.read_text().splitlines()]
 
 
 # --- so many, and no others -------------------------------------------------------------------------------------------
@@ -54,9 +58,9 @@ def test_so_many_trials_are_so_many(any_home: Home) -> None:
 
 def test_asked_again_nothing_is_trained_and_three_more_are_three(home: Home) -> None:
     first = search(home, toy(), trials=5)
-    tracker = Recorder()
-    assert facts(search(home, toy(), trials=5, tracker=tracker)) == facts(first)
-    assert tracker.calls == []
+    progress: list[Progress] = []
+    assert facts(search(home, toy(), trials=5, watch=lambda item, _: progress.append(item))) == facts(first)
+    assert progress == []
     more = search(home, toy(), trials=8)
     check(more, 8)
     assert facts(more)[:5] == facts(first)
@@ -69,26 +73,12 @@ def test_one_worker_is_asked_for_a_trial_only_when_the_last_has_ended(home: Home
 
 
 def test_a_second_coordinator_is_refused_while_the_first_goes_on(any_home: Home) -> None:
-    def second(item: News, _: LocalEngine) -> None:
+    def second(item: Progress, _: LocalEngine) -> None:
         if item.kind == "started":
             with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
                 search(any_home, toy())
 
     check(search(any_home, toy(), trials=2, watch=second), 2)
-
-
-def test_the_tracker_hears_all_in_order_and_nothing_twice(home: Home) -> None:
-    tracker = Recorder()
-    search(home, toy(), trials=2, tracker=tracker)
-    assert tracker.calls == [
-        entry
-        for trial in range(2)
-        for entry in [
-            ("started", trial),
-            *[("epoch", trial, index) for index in (1, 2, 3)],
-            ("ended", trial, "complete"),
-        ]
-    ]
 
 
 def test_a_trial_is_not_pruned_after_its_last_epoch(home: Home) -> None:
@@ -162,19 +152,20 @@ def test_a_trial_that_kills_its_worker_every_time_fails_and_the_study_goes_on(ho
 
 
 def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home) -> None:
-    tracker = Recorder()
-    study = search(home, toy(), trials=3, payload={"kill": {"1": 2}}, tracker=tracker)
+    progress: list[Progress] = []
+    study = search(home, toy(), trials=3, payload={"kill": {"1": 2}}, watch=lambda item, _: progress.append(item))
     check(study, 3)
     row = study.trials[1]
     assert (row.state, row.attempts) == ("complete", 3)
     assert goes_on_after(row) == [0, 1, 1]
-    assert [call for call in tracker.calls if call[:2] == ("epoch", 1)] == [("epoch", 1, i) for i in (1, 2, 3)]
+    assert [item.epoch.index for item in progress if item.trial == 1 and item.epoch] == [1, 2, 3]
+    assert [item.kind for item in progress if item.trial == 1].count("retried") == 2
 
 
 def test_a_worker_told_to_go_costs_its_trial_no_retry(home: Home) -> None:
     told: list[int] = []
 
-    def tell(item: News, engine: LocalEngine) -> None:
+    def tell(item: Progress, engine: LocalEngine) -> None:
         if item.kind == "epoch" and item.trial == 1 and len(told) < 3:
             told.extend(engine.pids)
             os.kill(engine.pids[0], signal.SIGTERM)
@@ -221,12 +212,12 @@ def test_what_comes_late_or_twice_changes_nothing(tmp_path: Path, monkeypatch: p
 # --- coordinators that stop or die ------------------------------------------------------------------------------------
 
 
-def stop_every(count: int) -> Callable[[News, LocalEngine], bool]:
+def stop_every(count: int) -> Callable[[Progress, LocalEngine], bool]:
     seen = itertools.count(1)
     return lambda *_: next(seen) == count
 
 
-def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[StudyRow, int]:
+def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[StudyRecord, int]:
     """The study, stopped after so many news, taken up again, and so on; and how often it was stopped."""
     for stops in itertools.count():
         study = search(home, make(), watch=stop_every(lengths[stops % len(lengths)]))
@@ -260,12 +251,12 @@ def test_a_study_stopped_and_taken_up_again_is_bitwise_the_unbroken_one(
 
 
 @pytest.fixture(scope="module")
-def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRow]]:
+def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRecord]]:
     """Lets coordinators die one after another, each at the write named, in one home; the last one lives."""
     command = [sys.executable, "-c", "from tests.mortal import main; main()"]  # a main that workers need not import
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def die(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRow:
+    def die(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRecord:
         assert process.stdin
         assert process.stdout
         path = tmp_path_factory.mktemp("deaths", numbered=True) / home
@@ -287,7 +278,7 @@ MORTAL = {
 }
 
 
-def check_deaths(broken: StudyRow, unbroken: StudyRow) -> None:
+def check_deaths(broken: StudyRecord, unbroken: StudyRecord) -> None:
     """The same counts, and for the same configs bitwise the same values."""
     check(broken, 4)
     assert [row.number for row in broken.of("failed")] == [2]
@@ -342,8 +333,8 @@ def with_twins(pattern: str, falling: bool = False, **search: Any) -> Any:
 
 
 def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home) -> None:
-    tracker = Recorder()
-    study = search(home, with_twins("abab"), tracker=tracker)
+    progress: list[Progress] = []
+    study = search(home, with_twins("abab"), watch=lambda item, _: progress.append(item))
     check(study, 4)
     for first, twin in ((0, 2), (1, 3)):
         a, b = study.trials[first], study.trials[twin]
@@ -351,7 +342,7 @@ def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home)
         assert a.config["train"]["seed"] != b.config["train"]["seed"]  # what a twin may differ in
         assert b.epochs == a.epochs
         assert goes_on_after(b) == []  # no worker has seen it
-        assert [call for call in tracker.calls if call[1] == twin] == [("started", twin), ("ended", twin, "complete")]
+        assert [item.kind for item in progress if item.trial == twin] == ["ended"]
     assert {row.number for row in study.ranked(twins=False)} == {0, 1}
 
 
@@ -460,9 +451,9 @@ def test_a_trials_folder_holds_a_study_that_trains_just_this_trial_again(home: H
 
 
 def test_a_database_that_is_taken_away_stops_the_study_and_is_not_made_anew(home: Home, monkeypatch: Any) -> None:
-    monkeypatch.setattr(coordinator, "LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(pool, "LOCK_SECONDS", 0.0)
 
-    def take(item: News, _: LocalEngine) -> None:
+    def take(item: Progress, _: LocalEngine) -> None:
         if item.kind == "ended":
             (home.path / "optuna.db").rename(home.path / "kept.db")
 
@@ -474,7 +465,7 @@ def test_a_database_that_is_taken_away_stops_the_study_and_is_not_made_anew(home
 
 
 def test_a_database_locked_by_somebody_else_is_waited_for(home: Home) -> None:
-    def hold(item: News, _: LocalEngine) -> None:
+    def hold(item: Progress, _: LocalEngine) -> None:
         if item.kind == "started" and item.trial == 1:
             other = sqlite3.connect(home.path / "optuna.db", check_same_thread=False)
             other.execute("BEGIN EXCLUSIVE")

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from searchfm.home import Home
-from searchfm.search.history import StudyRow
+from searchfm.records import StudyRecord
 from searchfm.search.storage import load_study, open_storage
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,7 @@ def finish(home: Path, *words: str) -> dict[str, Any]:
     return found
 
 
-def study(home: Path) -> StudyRow:
+def study(home: Path) -> StudyRecord:
     return load_study(open_storage(Home(home)), Home(home), "mlp")
 
 

@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,23 @@ import torch
 
 from searchfm.config import Config
 from searchfm.errors import ModelError, StorageError
+from searchfm.format import sentence, times
 from searchfm.home import TRACKING, Home
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.models import Served, classifier
-from searchfm.search.history import StudyRow
+from searchfm.records import (
+    EPOCHS,
+    WEIGHTS,
+    Final,
+    FinalPlan,
+    RegisteredModel,
+    StudyRecord,
+    TestFigures,
+    Validation,
+    write_epochs,
+)
 from searchfm.search.storage import open_storage, write_final
-from searchfm.tracking import models, registry
+from searchfm.tracking import registry
 from tests import rows
 
 # mlflow's own use of SQLAlchemy.
@@ -38,11 +50,11 @@ def home(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def study(home: Home) -> StudyRow:
+def study(home: Home) -> StudyRecord:
     return rows.four(home)
 
 
-def model(folder: Path, seed: int) -> dict[str, Any]:
+def model(folder: Path, seed: int) -> Final:
     """A final model as `fit` leaves it, untrained, and its record."""
     folder.mkdir(parents=True)
     config = Config.from_table({"model": {"name": "cnn", "cnn": {"filters": 4, "batch_norm": True}}})
@@ -51,36 +63,40 @@ def model(folder: Path, seed: int) -> dict[str, Any]:
     spec = {"config": config.to_table(), "classes": CLASSES, "shape": list(SHAPE)}
     files = save_weights(folder, net.eval(), spec)
     np.save(folder / "example.npy", np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8))
-    rows.write_predictions(folder / "predictions.npz")
-    rows.write_epochs(folder / "epochs.csv", rows.epochs(seed, 3))
-    return {
-        "study": "toy",
-        "winner": 3,
-        "optimism": 0.01,
-        "test": {"accuracy": 0.9, "low": 0.88, "high": 0.92, "n": 900, "reads": 1, "fingerprint": "t" * 64},
-        "parameters": 100,
-        "flops": 1000,
-        "training_seconds": 3.0,
-        "epochs": 3,
-        "fingerprint": "f" * 64,
-        "time": rows.STARTED,
-        "params": {"optimizer.lr": 0.1},
-        "weights": files["weights.safetensors"],
-    }
-
-
-def scored(record: dict[str, Any], accuracy: float, **more: Any) -> dict[str, Any]:
-    return {**record, "test": {**record["test"], "accuracy": accuracy}, **more}
+    rows.predictions().write(folder)
+    write_epochs(folder / EPOCHS, rows.epochs(seed, 3))
+    return Final(
+        study="toy",
+        plan=FinalPlan(trials=(3,), top=1, seeds=1, trial=None, epochs=None, round=0),
+        finalists=(),
+        tie=(),
+        winner=3,
+        optimism=0.01,
+        validation=Validation(0.91, None, None, None, 900),
+        test=TestFigures(0.9, 0.88, 0.92, 900, 1, "t" * 64),
+        per_class=(),
+        model=None,
+        seconds=None,
+        seconds_per_epoch=1.0,
+        training_seconds=3.0,
+        parameters=100,
+        flops=1000,
+        epochs=3,
+        fingerprint="f" * 64,
+        time=rows.STARTED,
+        params={"optimizer.lr": 0.1},
+        weights=files[WEIGHTS],
+    )
 
 
 @pytest.fixture(scope="module")
-def first(home: Home, study: StudyRow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def first(home: Home, study: StudyRecord, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Final]:
     folder = tmp_path_factory.mktemp("models") / "first"
     return folder, model(folder, 1)
 
 
 @pytest.fixture(scope="module")
-def published(home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+def published(home: Home, study: StudyRecord, first: tuple[Path, Final]) -> RegisteredModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(TRACKING, raising=False)
         return registry.publish(home, study, first[1], first[0])
@@ -90,12 +106,12 @@ def client(home: Home) -> Any:
     return registry.connect(home)
 
 
-def test_the_first_version_is_the_champion(published: dict[str, Any]) -> None:
-    assert published == {"name": "searchfm-toy", "version": 1, "uri": "models:/searchfm-toy/1", "champion": True}
+def test_the_first_version_is_the_champion(published: RegisteredModel) -> None:
+    assert published == RegisteredModel("searchfm-toy", 1, "models:/searchfm-toy/1", True)
 
 
 def test_it_loads_with_mlflow_alone_and_answers_what_the_model_does(
-    home: Home, first: tuple[Path, dict[str, Any]], published: dict[str, Any]
+    home: Home, first: tuple[Path, Final], published: RegisteredModel
 ) -> None:
     import mlflow.pyfunc
 
@@ -115,7 +131,7 @@ def test_it_loads_with_mlflow_alone_and_answers_what_the_model_does(
         assert np.abs(loaded.predict(images) - expected).max() < 1e-6
 
 
-def test_it_says_what_it_needs_and_carries_plain_weights(home: Home, published: dict[str, Any]) -> None:
+def test_it_says_what_it_needs_and_carries_plain_weights(home: Home, published: RegisteredModel) -> None:
     folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
     needed = (folder / "requirements.txt").read_text().split()
     assert {line.partition("==")[0] for line in needed} == {"mlflow", "torch", "numpy"}
@@ -124,7 +140,7 @@ def test_it_says_what_it_needs_and_carries_plain_weights(home: Home, published: 
     assert not list(folder.rglob("*.pkl")), "no pickle beside the program"
 
 
-def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, published: dict[str, Any]) -> None:
+def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, published: RegisteredModel) -> None:
     version = client(home).get_model_version("searchfm-toy", "1")
     run = client(home).get_run(version.run_id)
     parent = client(home).get_run(run.data.tags["mlflow.parentRunId"])
@@ -140,23 +156,26 @@ def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, p
 
 
 def test_a_model_is_registered_once(
-    home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]], published: dict[str, Any]
+    home: Home, study: StudyRecord, first: tuple[Path, Final], published: RegisteredModel
 ) -> None:
     assert registry.publish(home, study, first[1], first[0]) == published
     assert len(client(home).search_model_versions("name = 'searchfm-toy'")) == 1
 
 
 def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
-    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path
+    home: Home, study: StudyRecord, published: RegisteredModel, tmp_path: Path
 ) -> None:
-    def publish(seed: int, accuracy: float, promote: bool = False, **more: Any) -> tuple[int, bool]:
+    models: dict[int, Final] = {}
+
+    def publish(seed: int, accuracy: float, promote: bool = False, **changes: Any) -> tuple[int, bool]:
         folder = tmp_path / str(seed)
-        record = model(folder, seed) if not folder.exists() else json.loads((folder / "record").read_text())
-        (folder / "record").write_text(json.dumps(record))
-        found = registry.publish(home, study, scored(record, accuracy, **more), folder, promote=promote)
+        if seed not in models:
+            models[seed] = model(folder, seed)
+        final = replace(models[seed], test=replace(models[seed].test, accuracy=accuracy), **changes)
+        version = registry.publish(home, study, final, folder, promote=promote)
         alias = client(home).get_model_version_by_alias("searchfm-toy", "champion").version
-        assert (str(alias) == str(found["version"])) == found["champion"]
-        return found["version"], found["champion"]
+        assert (str(alias) == str(version.version)) == version.champion
+        return version.version, version.champion
 
     assert publish(2, 0.9) == (2, False), "no better"
     assert publish(3, 0.91) == (3, True)
@@ -166,32 +185,32 @@ def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
 
 
 def test_a_champion_trained_on_other_data_does_not_answer_by_the_studys_name(
-    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Home, study: StudyRecord, published: RegisteredModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two homes with one server of MLflow: the second study of a name finds the first one's champion."""
     monkeypatch.setenv(TRACKING, home.tracking_uri)
     other = Home(tmp_path / "other")
     mine = rows.begin(other, data="0" * 64)
-    write_final(open_storage(other), mine.number, {"weights": "0" * 64})
+    write_final(open_storage(other), mine.number, replace(model(tmp_path / "mine", 6), weights="0" * 64))
     expected = (
         r"@champion: version \d was trained on other data than study 'toy' here; may be .*final, models:/searchfm"
     )
-    with pytest.raises(ModelError, match=expected), models.find(other, "toy"):
+    with pytest.raises(ModelError, match=expected), registry.find_model(other, "toy"):
         pass
 
 
 def test_a_run_has_all_parameters_though_mlflow_takes_a_hundred_at_once(
-    home: Home, study: StudyRow, published: dict[str, Any], tmp_path: Path
+    home: Home, study: StudyRecord, published: RegisteredModel, tmp_path: Path
 ) -> None:
-    record = model(tmp_path / "many", 5)
     params = {f"key.{number}": number for number in range(250)}
-    version = registry.publish(home, study, {**record, "params": params}, tmp_path / "many")["version"]
+    final = replace(model(tmp_path / "many", 5), params=params)
+    version = registry.publish(home, study, final, tmp_path / "many").version
     run = client(home).get_run(client(home).get_model_version("searchfm-toy", str(version)).run_id)
     assert run.data.params == {key: str(value) for key, value in params.items()}
 
 
 def test_mlflow_away_is_one_line_without_a_password(
-    home: Home, study: StudyRow, first: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    home: Home, study: StudyRecord, first: tuple[Path, Final], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TRACKING, "http://somebody:secret@127.0.0.1:9")
     with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:9: ") as refused:
@@ -199,17 +218,17 @@ def test_mlflow_away_is_one_line_without_a_password(
     assert "secret" not in str(refused.value)
 
 
-def test_a_folder_without_a_model_is_named(home: Home, study: StudyRow, tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_named(home: Home, study: StudyRecord, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model here"):
         registry.save(tmp_path, tmp_path / "out", study)
 
 
-def test_the_result_in_a_sentence_says_what_its_interval_is_about(first: tuple[Path, dict[str, Any]]) -> None:
-    assert registry.sentence(first[1]) == (
-        "90.00% of 900 test images right; 95% interval 88.00% to 92.00% (Wilson), for this one model on images like "
+def test_the_result_in_a_sentence_says_what_its_interval_is_about(first: tuple[Path, Final]) -> None:
+    assert sentence(first[1]) == (
+        "90.00% of 900 test images correct; 95% interval 88.00% to 92.00% (Wilson), for this one model on images like "
         "these. The test part of these data had been read once by then, this time included."
     )
-    assert [registry.times(number) for number in (1, 2, 3)] == ["once", "twice", "3 times"]
+    assert [times(number) for number in (1, 2, 3)] == ["once", "twice", "3 times"]
 
 
 # --- where nothing of ours is installed -------------------------------------------------------------------------------
@@ -228,7 +247,7 @@ print(json.dumps(model.predict(np.load(sys.argv[2])).tolist()))
 
 
 @pytest.fixture(scope="module")
-def bare(home: Home, published: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def bare(home: Home, published: RegisteredModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The interpreter of a fresh environment with the model's recorded requirements and nothing else; the model."""
     folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
     place = tmp_path_factory.mktemp("bare") / "venv"
@@ -242,7 +261,7 @@ def bare(home: Home, published: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def asked(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> tuple[Path, np.ndarray]:
+def asked(first: tuple[Path, Final], tmp_path: Path) -> tuple[Path, np.ndarray]:
     """Images in a file, and what our own model answers."""
     images = np.random.default_rng(7).integers(0, 256, (3, *SHAPE), np.uint8)
     np.save(tmp_path / "images.npy", images)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from searchfm.stats import dispersion, flips, further_seed, holm, mcnemar, paired, wilson
+from searchfm.stats import Accuracy, dispersion, flips, further_seed, holm, mcnemar, paired
 
 
 @pytest.mark.parametrize(
-    ("right", "n", "interval"),
+    ("correct", "n", "interval"),
     [  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
         (81, 263, (0.2553, 0.3662)),
         (15, 148, (0.0624, 0.1605)),
@@ -15,17 +15,18 @@ from searchfm.stats import dispersion, flips, further_seed, holm, mcnemar, paire
         (1, 29, (0.0061, 0.1718)),
     ],
 )
-def test_wilson_gives_newcombes_table(right: int, n: int, interval: tuple[float, float]) -> None:
-    assert wilson(right, n) == pytest.approx(interval, abs=5e-5)
+def test_wilson_gives_newcombes_table(correct: int, n: int, interval: tuple[float, float]) -> None:
+    assert Accuracy(correct, n).interval == pytest.approx(interval, abs=5e-5)
+    assert Accuracy.of(round(correct / n, 4), n) == Accuracy(correct, n)
 
 
 def test_wilson_covers_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
-    for share in (0.5, 0.9, 0.97):
-        rights, times = np.unique(rng.binomial(300, share, 20_000), return_counts=True)
-        ends = [wilson(int(right), 300) for right in rights]
-        covered = np.average([low <= share <= high for low, high in ends], weights=times)
-        assert 0.93 < covered < 0.97, share
+    for fraction in (0.5, 0.9, 0.97):
+        counts, times = np.unique(rng.binomial(300, fraction, 20_000), return_counts=True)
+        ends = [Accuracy(int(correct), 300).interval for correct in counts]
+        covered = np.average([low <= fraction <= high for low, high in ends], weights=times)
+        assert 0.93 < covered < 0.97, fraction
 
 
 def test_mcnemar_gives_fagerlands_example() -> None:
@@ -37,8 +38,8 @@ def test_mcnemar_gives_fagerlands_example() -> None:
 
 
 def test_models_that_agree_or_are_even_cannot_be_told_apart() -> None:
-    right = np.array([True, False, True, True])
-    assert mcnemar(right, right) == 1.0
+    correct = np.array([True, False, True, True])
+    assert mcnemar(correct, correct) == 1.0
     assert mcnemar([True, False, True, False], [False, True, True, False]) == 1.0
     assert mcnemar([], []) == 1.0
 
@@ -49,16 +50,16 @@ def test_mcnemar_is_wrong_about_equals_as_seldom_as_it_says() -> None:
     assert 0.035 < np.mean(alarms) < 0.06
 
 
-def test_holm_gives_what_r_gives() -> None:
+def test_holm_equals_r() -> None:
     """R's `p.adjust(p, "holm")`."""
     assert holm([0.05, 0.01, 0.02, 0.03, 0.04]) == pytest.approx([0.09, 0.05, 0.08, 0.09, 0.09])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def trainings(rng: np.random.Generator, chances: np.ndarray, seeds: int, day: float) -> np.ndarray:
-    """Answers (seeds, N) of trainings, each right about an image with its chance, on better days and worse ones."""
-    shift = day * rng.standard_normal((seeds, 1))
+def trainings(rng: np.random.Generator, chances: np.ndarray, seeds: int, spread: float) -> np.ndarray:
+    """Predictions (seeds, N): each is correct with its image's chance; `spread` makes whole seeds better or worse."""
+    shift = spread * rng.standard_normal((seeds, 1))
     logits = np.log(chances / (1 - chances)) + shift
     return np.asarray(rng.random((seeds, len(chances))) < 1 / (1 + np.exp(-logits)))
 
@@ -68,21 +69,21 @@ def images(rng: np.random.Generator, count: int = 300) -> np.ndarray:
     return rng.beta(4, 0.5, count).clip(0.001, 0.999)
 
 
-def test_flips_are_the_variance_of_independent_answers() -> None:
+def test_flips_are_the_variance_of_independent_predictions() -> None:
     """Against the closed form: the sum of p (1 - p) over the images, over their number squared."""
     rng = np.random.default_rng(0)
     chances = images(rng)
-    found = np.mean([flips(trainings(rng, chances, 3, 0.0)) for _ in range(500)])
-    assert found == pytest.approx(float((chances * (1 - chances)).sum()) / 300**2, rel=0.02)
+    variance = np.mean([flips(trainings(rng, chances, 3, 0.0)) for _ in range(500)])
+    assert variance == pytest.approx(float((chances * (1 - chances)).sum()) / 300**2, rel=0.02)
 
 
-def test_dispersion_is_one_for_independent_answers_and_more_where_seeds_have_days() -> None:
+def test_dispersion_is_one_for_independent_predictions_and_more_where_whole_seeds_differ() -> None:
     rng = np.random.default_rng(0)
-    for day, least, most in ((0.0, 1.0, 1.1), (0.5, 2.0, 10.0)):
-        found = dispersion([trainings(rng, images(rng), 40, day) for _ in range(10)])
-        assert found is not None
-        assert found.freedom == 390
-        assert least <= found.factor <= most, day
+    for spread, least, most in ((0.0, 1.0, 1.1), (0.5, 2.0, 10.0)):
+        pooled = dispersion([trainings(rng, images(rng), 40, spread) for _ in range(10)])
+        assert pooled is not None
+        assert pooled.freedom == 390
+        assert least <= pooled.factor <= most, spread
 
 
 def test_one_seed_each_says_nothing_of_the_spread() -> None:
@@ -91,32 +92,32 @@ def test_one_seed_each_says_nothing_of_the_spread() -> None:
 
 def test_seeds_that_never_differ_leave_nothing_to_predict() -> None:
     same = np.tile(np.arange(10) < 9, (3, 1))
-    found = dispersion([same])
-    assert found is not None
-    assert further_seed(same, found) == (0.9, 0.9)
+    pooled = dispersion([same])
+    assert pooled is not None
+    assert further_seed(same, pooled) == (0.9, 0.9)
 
 
-@pytest.mark.parametrize("day", [0.0, 0.4])
-def test_a_further_seed_falls_inside_as_often_as_is_said(day: float) -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.4])
+def test_a_further_seed_falls_inside_as_often_as_is_said(spread: float) -> None:
     """Three models with three seeds each; a fourth training of the first falls inside its interval in 95% of cases."""
     rng = np.random.default_rng(1)
     inside = []
     for _ in range(1000):
-        models = [trainings(rng, chances, 4, day) for chances in (images(rng), images(rng), images(rng))]
-        found = dispersion([model[:3] for model in models])
-        assert found is not None
-        low, high = further_seed(models[0][:3], found)
+        models = [trainings(rng, chances, 4, spread) for chances in (images(rng), images(rng), images(rng))]
+        pooled = dispersion([model[:3] for model in models])
+        assert pooled is not None
+        low, high = further_seed(models[0][:3], pooled)
         inside.append(low <= models[0][3].mean() <= high)
     assert 0.93 < np.mean(inside) < 0.985
 
 
-@pytest.mark.parametrize("day", [0.0, 0.4])
-def test_equal_models_are_told_apart_as_seldom_as_is_said(day: float) -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.4])
+def test_equal_models_are_told_apart_as_seldom_as_is_said(spread: float) -> None:
     rng = np.random.default_rng(2)
     alarms = []
     for _ in range(1000):
         chances = images(rng)
-        models = [trainings(rng, chances, 3, day) for _ in range(3)]
+        models = [trainings(rng, chances, 3, spread) for _ in range(3)]
         alarms.append(paired(models[0], models[1], dispersion(models)) < 0.05)
     assert 0.01 < np.mean(alarms) < 0.09
     assert paired(models[0], models[0], None) == 1.0
@@ -126,9 +127,9 @@ def test_different_models_are_told_apart_whichever_comes_first() -> None:
     rng = np.random.default_rng(3)
     chances = images(rng)
     models = [trainings(rng, chances, 3, 0.1), trainings(rng, chances * 0.9, 3, 0.1)]
-    found = dispersion(models)
-    assert paired(*models, found) < 0.01
-    assert paired(*models, found) == paired(*reversed(models), found)
+    pooled = dispersion(models)
+    assert paired(*models, pooled) < 0.01
+    assert paired(*models, pooled) == paired(*reversed(models), pooled)
 
 
 def test_with_one_seed_the_paired_test_is_mcnemars_without_correction() -> None:

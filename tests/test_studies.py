@@ -18,15 +18,14 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from searchfm import cli
-from searchfm.engines.local import LocalEngine
 from searchfm.home import Home
 from searchfm.learn.data import load
 from searchfm.learn.train import train
+from searchfm.records import StudyRecord
 from searchfm.search import files
-from searchfm.search.history import StudyRow
 from searchfm.search.space import leaves
-from searchfm.tuning import Plan, Tuning
-from tests.driving import Recorder, let_go
+from searchfm.tuning import Tuning
+from tests.driving import let_go
 
 SHIPPED = files.shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
@@ -120,7 +119,7 @@ def test_a_study_shows_its_space_and_what_a_trial_costs(name: str, tmp_path: Pat
     shown = command("studies", name)
     assert header(name)["Question"] in shown
     assert all(key in shown for key, _ in leaves(study.tree))
-    points = "endless" if name in SEARCHES else len(study.points or ())
+    points = "infinite" if name in SEARCHES else len(study.points or ())
     assert f"points: {points}; trials: {study.trials}" in shown
     assert re.search(r"cost of a trial: \d\S* .*parameters, \d\S* .*MFLOP a sample", shown)
     command(*header(name)["Run"].split()[1:], "--dry-run", "--home", str(tmp_path / "home"))
@@ -163,13 +162,12 @@ def test_a_trial_trains(name: str) -> None:
     assert math.isfinite(epoch.train_loss)
 
 
-def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> StudyRow:
+def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> StudyRecord:
     """The study, tuned with the overrides by a coordinator and its worker; nobody follows in MLflow."""
     path = files.find(name)
     assert path is not None
     study = files.read(path).study(overrides, name=rename)
-    plan = Plan(study, home, study.resolved, None, device="cpu", workers=1)
-    with Tuning(plan, LocalEngine, lambda *_: Recorder(), lambda: False) as tuning:
+    with Tuning(study, home, study.resolved, None, "cpu", 1, follow=False) as tuning:
         for _ in tuning.run():
             pass
         found = tuning.result()

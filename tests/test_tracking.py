@@ -17,16 +17,18 @@ from typing import Any
 
 import pytest
 import rows
+import sqlalchemy
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
+from searchfm.errors import StorageError
+from searchfm.format import escape
 from searchfm.home import STORAGE, TRACKING, Home
-from searchfm.job import Epoch
-from searchfm.search.history import StudyRow
-from searchfm.search.notes import Notes, artifact_folder, escape, web_address
+from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyRecord
+from searchfm.search.notes import Notes, artifact_folder, web_address
 from searchfm.search.storage import open_storage
-from searchfm.tracking import Tracker, apply, differences, make_schema, record, run_links, shown
-from searchfm.tracking.follower import Follower
+from searchfm.tracking import Tracking, make_schema, mirror, run_links, shown, sync
+from searchfm.tracking.follow import Follower, Passes
 from searchfm.tracking.mirror import Mirror
 from tests.serving import Server
 
@@ -38,6 +40,7 @@ TABLES = ("experiments", "experiment_tags", "runs", "params", "tags", "metrics",
 
 @pytest.fixture
 def home(new_home: Callable[[Path], Home], tmp_path: Path) -> Home:
+    """A fresh one, its databases with their tables."""
     return new_home(tmp_path / "home with ä space")
 
 
@@ -52,19 +55,18 @@ def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFact
     return home
 
 
-def follow(home: Home, study: StudyRow) -> None:
-    """Brings a whole study into MLflow."""
-    follower = Follower(home, study)
-    follower.reconcile(study)
-    follower.keep(study.kept)
-    assert follower.close(study, 60) == 0
+def follow(home: Home, study: StudyRecord) -> None:
+    """Brings a whole study into MLflow, as the last pass of the tracking process does."""
+    passes = Passes(home, study)
+    passes.run(study, "KILLED" if study.of("running") else "FINISHED", last=True)
+    assert passes.left == 0
 
 
 def client(home: Home) -> MlflowClient:
     return MlflowClient(tracking_uri=home.tracking_uri)
 
 
-def runs(home: Home, study: StudyRow) -> dict[str, Any]:
+def runs(home: Home, study: StudyRecord) -> dict[str, Any]:
     """The active runs by name."""
     experiment = run_links(home, study).experiment
     found = client(home).search_runs([experiment])
@@ -89,35 +91,29 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_a_search_is_written_as_it_goes(home: Home) -> None:
-    study = rows.begin(home)
-    tracker = Tracker(home, study)
-    tracker.reconcile(study)
-    trial = rows.ask(home)
-    trained = rows.epochs(0, 4)
-    tracker.started(rows.study(home).trials[0])
-    for epoch in trained[:2]:
-        tracker.epoch(0, epoch)
-    until(lambda: (home.path / "mlflow.db").exists() and bool(run_links(home, study).runs))
-    run_id = run_links(home, study).runs[0]
-    until(lambda: len(client(home).get_metric_history(run_id, "val/loss")) == 2)
+    rows.begin(home)
+    tracking = Tracking(home, "toy")
+    tracking.start()
+    trial, trained = rows.ask(home), rows.epochs(0, 4)
+    rows.record(home, trial, trained[:2])
+    until(lambda: bool(run_links(home, rows.study(home)).runs))
+    run_id = run_links(home, rows.study(home)).runs[0]
+
+    def losses() -> list[tuple[int, float, int]]:
+        return [(m.step, m.value, m.timestamp) for m in client(home).get_metric_history(run_id, "train/loss")]
+
+    until(lambda: len(losses()) == 2)
     assert client(home).get_run(run_id).info.status == "RUNNING"
-
     rows.record(home, trial, trained)
-    rows.tell(home, trial, TrialState.COMPLETE)
-    for epoch in trained[2:]:
-        tracker.epoch(0, epoch)
-    study = rows.study(home)
-    tracker.ended(study.trials[0])
-    tracker.keep(study.ranked())
-    assert tracker.close(study, 60) == 0
+    reported = time.monotonic()
+    until(lambda: len(losses()) == 4)
+    assert time.monotonic() - reported < 5, "an epoch arrives about a second after its report"
 
-    run = client(home).get_run(run_id)
-    assert run.info.status == "FINISHED"
-    history = client(home).get_metric_history(run_id, "train/loss")
-    assert [(m.step, m.value, m.timestamp) for m in history] == [
-        (epoch.index, epoch.train_loss, round(1000 * epoch.time)) for epoch in trained
-    ]
-    assert differences(home, study) == []
+    rows.tell(home, trial, TrialState.COMPLETE)
+    assert tracking.close(60) == 0
+    assert client(home).get_run(run_id).info.status == "FINISHED"
+    assert losses() == [(epoch.index, epoch.train_loss, round(1000 * epoch.time)) for epoch in trained]
+    assert sync(home, rows.study(home)) == []
 
 
 def test_what_a_person_finds_in_a_run(told: Home) -> None:
@@ -142,7 +138,7 @@ def test_what_a_person_finds_in_a_run(told: Home) -> None:
     assert tags["study"] == "toy"
     assert (tags["study_uuid"], tags["trial"], tags["state"]) == (study.uuid, "3", "complete")
     assert (tags["config_digest"], tags["mlflow.parentRunId"]) == (row.digest, found["toy"].info.run_id)
-    assert tags["mlflow.source.git.commit"] == record.git_commit(Path(__file__).parents[1])
+    assert tags["mlflow.source.git.commit"] == mirror.git_commit(Path(__file__).parents[1])
     assert {"hardware", "python", "torch", "optuna", "mlflow", "searchfm"} <= set(tags)
     assert found["toy-0002 (failed)"].data.tags["reason"] == "loss is nan in epoch 2"
     (data,) = run.inputs.dataset_inputs
@@ -165,8 +161,8 @@ def test_the_table_opens_with_what_was_searched(told: Home) -> None:
     tags = client(told).get_experiment(links.experiment).tags
     view = tags["mlflow.sharedViewState.searchfm"]
     assert links.table().endswith("viewStateShareKey=searchfm")
-    assert record.searched(study.resolved) == ["model.mlp.layers", "optimizer.name", "optimizer.lr"]
-    assert all(f"params.`{key}`" in view for key in record.searched(study.resolved))
+    assert mirror.searched(study.resolved) == ["model.mlp.layers", "optimizer.name", "optimizer.lr"]
+    assert all(f"params.`{key}`" in view for key in mirror.searched(study.resolved))
     assert tags["mlflow.experimentKind"] == "custom_model_development"
 
 
@@ -174,7 +170,7 @@ def test_predictions_are_a_readable_table(told: Home) -> None:
     study = rows.study(told)
     run_id = run_links(told, study).runs[0]
     table = Path(client(told).download_artifacts(run_id, "predictions.csv")).read_text().splitlines()
-    assert table[0] == "image,true,predicted,right,probability"
+    assert table[0] == "image,true,predicted,correct,probability"
     assert len(table) == 901
     assert table[1].split(",")[3] == "false"  # the surest mistake comes first
     assert table[1].split(",")[1] in rows.CLASSES
@@ -191,7 +187,7 @@ def test_a_twin_names_whose_end_it_took(home: Home) -> None:
     study = rows.study(home)
     follow(home, study)
     assert runs(home, study)["toy-0001"].data.tags["twin_of"] == "0"
-    assert differences(home, study) == []
+    assert sync(home, study) == []
 
 
 def test_a_younger_study_of_the_same_name_gets_an_experiment_of_its_own(home: Home) -> None:
@@ -214,10 +210,7 @@ def test_sending_again_changes_nothing(told: Home) -> None:
     study = rows.study(told)
     before = dump(told)
     follow(told, study)
-    mirror = Mirror(told, study)
-    mirror.open()
-    for row in study.trials:
-        mirror.align(row)  # even if asked outright
+    assert sync(told, study, apply=True) == []
     assert dump(told) == before
 
 
@@ -229,18 +222,15 @@ def test_a_search_that_was_stopped_goes_on_in_the_same_runs(home: Home) -> None:
     follow(home, study)
     first = runs(home, study)
     assert {name: run.info.status for name, run in first.items()} == {"toy": "KILLED", "toy-0000": "RUNNING"}
-    assert differences(home, study) == []
+    assert sync(home, study) == []
 
-    follower = Follower(home, study)
-    follower.reconcile(study)
-    follower.started(study.trials[0])
-    for epoch in rows.epochs(0, 4)[2:]:
-        follower.epoch(0, epoch)
+    rows.record(home, trial, rows.epochs(0, 3))
+    passes = Passes(home, study)
+    passes.run(rows.study(home), "RUNNING")
+    assert {run.info.status for run in runs(home, study).values()} == {"RUNNING"}
     rows.record(home, trial, rows.epochs(0, 4))
     rows.tell(home, trial, TrialState.COMPLETE)
-    study = rows.study(home)
-    follower.ended(study.trials[0])
-    assert follower.close(study, 60) == 0
+    passes.run(rows.study(home), "FINISHED", last=True)
     second = runs(home, study)
     assert {name: run.info.run_id for name, run in second.items()} == {
         name: run.info.run_id for name, run in first.items()
@@ -250,13 +240,72 @@ def test_a_search_that_was_stopped_goes_on_in_the_same_runs(home: Home) -> None:
     assert [metric.step for metric in history] == [1, 2, 3, 4]
 
 
-def double(home: Home, study: StudyRow) -> None:
+def statements(database: str) -> tuple[list[str], Callable[..., None]]:
+    """The statements that this process runs on a SQLite file of that name from now on, and the listener to remove."""
+    texts: list[str] = []
+
+    def listen(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if str(connection.engine.url).endswith(database):
+            texts.append(statement)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", listen)
+    return texts, listen
+
+
+def test_what_is_aligned_costs_nothing_more(home: Home) -> None:
+    """Neither MLflow nor a trial's folder is asked again about a trial that has ended and is aligned."""
+    rows.four(home)
+    follower = Follower(home, "toy")
+    assert follower._pass(closing=False)
+    trial = rows.ask(home)
+    rows.record(home, trial, rows.epochs(4, 1))
+    for number in range(4):
+        shutil.rmtree(home.trial("toy", number))
+    texts, listener = statements("mlflow.db")
+    try:
+        assert follower._pass(closing=False)
+        assert texts, "the new trial is sent"
+        texts.clear()
+        assert follower._pass(closing=False)
+        assert texts == []
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", listener)
+    assert len(runs(home, rows.study(home))["toy-0000"].data.metrics) > 7
+
+
+def test_an_epoch_is_sent_once_optuna_holds_it(home: Home) -> None:
+    """A coordinator that is killed between epochs.csv and the report trains that epoch again, with other values."""
+    rows.begin(home)
+    command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "1"]
+    coordinator = subprocess.run([*command, "--die-before-report", "2"], check=False, timeout=60)
+    assert coordinator.returncode == -signal.SIGKILL
+    lines = (home.trial("toy", 0) / EPOCHS).read_text().splitlines()
+    assert len(lines) == 1 + 2
+    follow(home, rows.study(home))
+    run_id = run_links(home, rows.study(home)).runs[0]
+
+    def steps() -> list[tuple[int, float]]:
+        return [(m.step, m.value) for m in client(home).get_metric_history(run_id, "train/loss")]
+
+    first = rows.epochs(0, 3)
+    assert steps() == [(1, first[0].train_loss)]
+    again = [first[0], *(replace(epoch, train_loss=epoch.train_loss + 1) for epoch in first[1:])]
+    trial = rows.resume(home, 0)
+    rows.record(home, trial, again)
+    rows.tell(home, trial, TrialState.COMPLETE)
+    follow(home, rows.study(home))
+    assert steps() == [(epoch.index, epoch.train_loss) for epoch in again]
+    assert sync(home, rows.study(home)) == []
+    assert run_links(home, rows.study(home)).runs == {0: run_id}
+
+
+def double(home: Home, study: StudyRecord) -> None:
     run = client(home).get_run(run_links(home, study).runs[0])
     tags = {**run.data.tags, "mlflow.runName": "copy"}
     client(home).create_run(run.info.experiment_id, run_name="copy", tags=tags)
 
 
-def erase(home: Home, study: StudyRow) -> None:
+def erase(home: Home, study: StudyRecord) -> None:
     """As `mlflow gc` does it."""
     run_id = run_links(home, study).runs[1]
     client(home).delete_run(run_id)
@@ -265,19 +314,19 @@ def erase(home: Home, study: StudyRow) -> None:
             connection.execute(f"DELETE FROM {name} WHERE run_uuid = ?", (run_id,))
 
 
-def forget_epoch(home: Home, study: StudyRow) -> None:
+def forget_epoch(home: Home, study: StudyRecord) -> None:
     run_id = run_links(home, study).runs[0]
     with closing(sqlite3.connect(home.path / "mlflow.db")) as connection, connection:
         connection.execute("DELETE FROM metrics WHERE run_uuid = ? AND step = 2", (run_id,))
 
 
-def forge_param(home: Home, study: StudyRow) -> None:
+def forge_param(home: Home, study: StudyRecord) -> None:
     run_id = run_links(home, study).runs[3]
     with closing(sqlite3.connect(home.path / "mlflow.db")) as connection, connection:
         connection.execute("UPDATE params SET value = '7' WHERE run_uuid = ? AND key = 'optimizer.lr'", (run_id,))
 
 
-DAMAGE: dict[str, tuple[Callable[[MlflowClient, Any, Any], object] | None, str]] = {
+DAMAGE: dict[str, tuple[Callable[[MlflowClient, Any, Any], object], str]] = {
     "deleted": (lambda c, links, home: c.delete_run(links.runs[0]), "trial 0: its run was deleted"),
     "state": (
         lambda c, links, home: c.update_run(links.runs[2], "FINISHED"),
@@ -293,42 +342,77 @@ DAMAGE: dict[str, tuple[Callable[[MlflowClient, Any, Any], object] | None, str]]
         lambda c, links, home: c.log_metric(links.runs[3], "seconds", 1.0, timestamp=1, step=9),
         "trial 3: metrics differ: seconds",
     ),
-    "study": (lambda c, links, home: c.delete_run(links.parent), "study: its own run is not there"),
-    "experiment": (lambda c, links, home: c.delete_experiment(links.experiment), "study: its own run is not there"),
+    "study": (lambda c, links, home: c.delete_run(links.parent), "study: its run was deleted"),
+    "experiment": (lambda c, links, home: c.delete_experiment(links.experiment), "study: its experiment was deleted"),
 }
+
+
+def check_repair(home: Home, study: StudyRecord) -> list[str]:
+    """What a dry run lists is what an applied one does, and it writes nothing. Returns the list."""
+    before = dump(home)
+    listed = sync(home, study)
+    assert dump(home) == before
+    applied = sync(home, study, apply=True)
+    assert set(map(str, applied)) <= set(map(str, listed))
+    assert sync(home, study) == []
+    assert len(runs(home, study)) == 5
+    return [str(each) for each in listed]
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_sync_repairs(told: Home, name: str) -> None:
-    damage, said = DAMAGE[name]
+    damage, text = DAMAGE[name]
     study = rows.study(told)
     damage(client(told), run_links(told, study), told)
-    before = dump(told)
-    found = differences(told, study)
-    assert said in [str(each) for each in found]
-    assert dump(told) == before  # looking writes nothing
-    apply(told, study, found)
-    assert differences(told, study) == []
-    assert len(runs(told, study)) == 5
+    listed = check_repair(told, study)
+    assert text in listed
+    assert len(listed) == 1 or name == "experiment"
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "text"),
     [
         (double, "trial 0: has 2 runs"),
         (erase, "trial 1: has no run"),
-        (forget_epoch, "trial 0: its run holds other epochs"),
+        (forget_epoch, "trial 0: metrics differ: train/loss, train/accuracy, val/loss, val/accuracy, lr, seconds, "),
         (forge_param, "trial 3: params differ: optimizer.lr"),
     ],
 )
-def test_sync_repairs_what_a_client_cannot_do(told: Home, damage: Callable[[Home, StudyRow], None], said: str) -> None:
+def test_sync_repairs_what_a_client_cannot_do(
+    told: Home, damage: Callable[[Home, StudyRecord], None], text: str
+) -> None:
     study = rows.study(told)
     damage(told, study)
-    found = differences(told, study)
-    assert [str(each) for each in found] == [said]
-    apply(told, study, found)
-    assert differences(told, study) == []
-    assert len(runs(told, study)) == 5
+    (listed,) = check_repair(told, study)
+    assert listed.startswith(text)
+
+
+def test_five_faults_are_five_differences(told: Home) -> None:
+    """A run deleted, one doubled, one FAILED, a tag changed and a foreign step of a metric."""
+    study = rows.study(told)
+    links = run_links(told, study)
+    double(told, study)
+    client(told).delete_run(links.runs[1])
+    client(told).set_terminated(links.runs[3], "FAILED")
+    client(told).set_tag(links.runs[2], "reason", "another")
+    client(told).log_metric(links.runs[3], "val/accuracy", 0.5, timestamp=1, step=77)
+    assert sorted(check_repair(told, study)) == [
+        "trial 0: has 2 runs",
+        "trial 1: its run was deleted",
+        "trial 2: tags differ: reason",
+        "trial 3: is complete, its run complete (FAILED)",
+        "trial 3: metrics differ: val/accuracy",
+    ]
+
+
+def test_what_a_user_logs_in_the_studys_run_stays(home: Home) -> None:
+    """The run is not replaced for it, and with it the report."""
+    study = rows.four(home)
+    follow(home, study)
+    parent = run_links(home, study).parent
+    client(home).log_metric(parent, "value", 1.0, timestamp=1, step=99)
+    assert sync(home, study, apply=True) == []
+    assert run_links(home, study).parent == parent
 
 
 def test_a_search_repairs_at_its_start_what_it_finds(told: Home) -> None:
@@ -336,26 +420,27 @@ def test_a_search_repairs_at_its_start_what_it_finds(told: Home) -> None:
     double(told, study)
     client(told).delete_run(run_links(told, study).runs[1])
     follow(told, study)
-    assert differences(told, study) == []
+    assert sync(told, study) == []
 
 
 def test_sync_starts_from_nothing(home: Home) -> None:
     study = rows.four(home)
-    found = differences(home, study)
-    assert [each.kind for each in found] == ["missing"] * 5
-    apply(home, study, found)
-    assert differences(home, study) == []
+    listed = sync(home, study)
+    assert [each.text for each in listed] == ["has no run"] * 5
+    applied = sync(home, study, apply=True)
+    assert {each.trial for each in applied} == {each.trial for each in listed}
+    assert sync(home, study) == []
 
 
 def test_exactly_the_best_weights_stay(told: Home) -> None:
     study = rows.study(told)
-    mirror = Mirror(told, study)
-    mirror.open()
-    mirror.keep(study.ranked()[:1])
+    aligned = Mirror(told, study)
+    aligned.open()
+    aligned.align_weights(study.ranked()[:1])
 
     def there(name: str) -> bool:
         run = runs(told, study)[name]
-        return "weights.safetensors" in {info.path for info in client(told).list_artifacts(run.info.run_id)}
+        return WEIGHTS in {info.path for info in client(told).list_artifacts(run.info.run_id)}
 
     best, other = (f"toy-{row.number:04d}" for row in study.ranked())
     assert there(best)
@@ -369,39 +454,114 @@ def test_without_mlflow_nobody_waits_and_one_line_says_so(
     home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(TRACKING, "http://anna:secret@127.0.0.1:9")
-    study = rows.four(home)
+    rows.four(home)
     with caplog.at_level(logging.INFO):
+        tracking = Tracking(home, "toy")
         began = time.perf_counter()
-        follower = Follower(home, study)
-        follower.reconcile(study)
-        for row in study.trials:
-            follower.ended(row)
-        assert time.perf_counter() - began < 0.2
-        assert follower.close(study, 3.0) == 4
-    said = [entry.getMessage() for entry in caplog.records if entry.name.startswith("searchfm")]
-    assert len(said) == 1
-    assert said[0].startswith("MLflow at http://127.0.0.1:9 does not answer")
+        tracking.start()
+        assert time.perf_counter() - began < 0.5
+        until(lambda: bool(caplog.records))
+        assert tracking.close(3.0) == 4
+        assert time.perf_counter() - began < 20
+    (entry,) = caplog.records
+    assert entry.name == "searchfm"
+    assert entry.getMessage().startswith("MLflow at http://127.0.0.1:9 does not answer")
     assert "secret" not in caplog.text
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TRACKING, "http://127.0.0.1:9")
+    monkeypatch.setattr("searchfm.tracking.follow.GIVE_UP_SECONDS", 2.0)
+    rows.four(home)
+    follower = Follower(home, "toy")
+    follower.closing.set()
+    began = time.monotonic()
+    follower.run()
+    assert 2 <= time.monotonic() - began < 15
+    assert follower.left == 4
+
+
+def test_a_run_that_mlflow_refuses_is_left_to_sync(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    rows.begin(home)
+    for number in range(3):
+        trial = rows.ask(home)
+        if number == 0:
+            trial.set_user_attr("config", {"no $ in params": 1})
+        rows.record(home, trial, rows.epochs(number, 4))
+        rows.tell(home, trial, TrialState.COMPLETE)
+    follower = Follower(home, "toy")
+    follower.closing.set()
+    follower.run()
+    assert follower.left == 1
+    assert [entry.getMessage() for entry in caplog.records if entry.name == "searchfm"] == [
+        "trial 0: MLflow refuses its run (MlflowException); see searchfm sync"
+    ]
+    study = rows.study(home)
+    assert {each.trial for each in sync(home, study)} == {0}
+    with pytest.raises(StorageError, match="INVALID_PARAMETER_VALUE"):
+        sync(home, study, apply=True)
+
+
+def test_a_process_that_cannot_start_or_dies_is_one_line(
+    home: Home, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows.four(home)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(home.path / "missing"))
+        tracking = Tracking(home, "toy")
+        tracking.start()
+        assert tracking.close(5) == 4
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "MLflow is not followed (No such file or directory); later: searchfm sync toy --apply"
+    ]
+    caplog.clear()
+    tracking = Tracking(home, "toy")
+    tracking.start()
+    assert tracking._process is not None
+    tracking._process.kill()
+    assert tracking.close(5) == 4
+    assert [entry.getMessage() for entry in caplog.records] == [
+        "the process that follows into MLflow has died; later: searchfm sync toy --apply"
+    ]
+
+
+def test_what_was_never_started_is_closed_at_once(home: Home) -> None:
+    assert Tracking(home, "toy").close(5) == 0
 
 
 def test_sync_says_in_one_line_that_mlflow_is_away(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRACKING, "http://anna:secret@127.0.0.1:9")
     study = rows.four(home)
-    from searchfm.errors import StorageError
-
     with pytest.raises(StorageError) as caught:
-        differences(home, study)
+        sync(home, study)
     assert str(caught.value).startswith("MLflow at http://127.0.0.1:9: ")
     assert "secret" not in str(caught.value)
+
+
+def test_there_is_never_a_second_writer(home: Home) -> None:
+    """A process that is left over keeps the next one waiting, until its coordinator's end ends it."""
+    study = rows.four(home)
+    first, second = Tracking(home, "toy"), Tracking(home, "toy")
+    with mirror.writer(home, "toy"):
+        first.start()
+        second.start()
+        time.sleep(6)  # both are under way
+        assert not run_links(home, study).experiment
+        assert second.close(1) == 4
+    until(lambda: len(run_links(home, study).runs) == 4)
+    assert first.close(60) == 0
+    assert len(runs(home, study)) == 5
 
 
 def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     rows.begin(home)
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); import rows; from pathlib import Path\n"
-        "from searchfm.search.storage import Home; from searchfm.tracking import Tracker\n"
-        "home = Home(Path(sys.argv[1])); Tracker(home, rows.study(home)); print(flush=True); time.sleep(60)"
+        "from searchfm.home import Home; from searchfm.tracking import Tracking\n"
+        "home = Home(Path(sys.argv[1])); Tracking(home, 'toy').start(); print(flush=True); time.sleep(60)"
     )
     coordinator = subprocess.Popen(
         [sys.executable, "-c", code, str(home.path), str(Path(__file__).parent)], stdout=subprocess.PIPE
@@ -435,7 +595,7 @@ def _alive(pid: int) -> bool:
 
 def test_what_is_not_finite_is_left_out() -> None:
     epoch = Epoch(1, float("nan"), 0.5, float("inf"), None, 0.1, 1.0, 2.0, 3.0)
-    assert {point.key for point in record.epoch_points(epoch)} == {
+    assert {point.key for point in mirror.epoch_points(epoch)} == {
         "train/accuracy",
         "lr",
         "seconds",
@@ -445,7 +605,7 @@ def test_what_is_not_finite_is_left_out() -> None:
 
 def test_a_study_shows_its_best_so_far(told: Home) -> None:
     study = rows.study(told)
-    best = [(point.step, point.value) for point in record.study_points(study.trials) if point.key == "value"]
+    best = [(point.step, point.value) for point in mirror.study_points(study.trials) if point.key == "value"]
     values = [study.trials[0].value, study.trials[3].value]
     assert best == [(1, values[0])] + ([(4, values[1])] if values[1] > values[0] else [])
 
@@ -464,8 +624,8 @@ def test_a_home_may_have_any_path(tmp_path: Path) -> None:
     rows.begin(home)
     rows.tell(home, rows.ask(home), TrialState.FAIL, reason="out of memory")
     study = rows.study(home)
-    apply(home, study, differences(home, study))
-    assert not differences(home, study)
+    assert sync(home, study, apply=True)
+    assert not sync(home, study)
 
 
 DIE = """
@@ -494,13 +654,13 @@ def test_killed_while_mlflows_tables_are_made_the_next_makes_them(tmp_path: Path
     rows.begin(home)
     rows.tell(home, rows.ask(home), TrialState.FAIL, reason="out of memory")
     study = rows.study(home)
-    apply(home, study, differences(home, study))
-    assert not differences(home, study)
+    assert sync(home, study, apply=True)
+    assert not sync(home, study)
     assert not list(home.path.glob("*.new*"))
 
 
 def test_an_installed_package_has_no_commit(tmp_path: Path) -> None:
-    assert record.git_commit(tmp_path) is None
+    assert mirror.git_commit(tmp_path) is None
 
 
 def test_hostile_texts_stay_texts(home: Home) -> None:
@@ -510,19 +670,19 @@ def test_hostile_texts_stay_texts(home: Home) -> None:
     rows.record(home, trial, rows.epochs(0, 1))
     rows.tell(home, trial, TrialState.FAIL, reason="../../../etc/passwd <img src=x> " + "long " * 2000)
     study = rows.study(home)
-    data = {**study.data, "classes": ["../../x", "<b>", "a\x00b"], "fingerprint": "/" * 64}
+    data = replace(study.data, classes=("../../x", "<b>", "a\x00b"), fingerprint="/" * 64)
     study = replace(study, data=data, resolved={**study.resolved, "data": {"name": "../../etc"}})
     before = {path for path in home.path.parent.rglob("*") if home.path not in path.parents}
     follow(home, study)
     assert {path for path in home.path.parent.rglob("*") if home.path not in path.parents} == before
-    assert differences(home, study) == []
+    assert sync(home, study) == []
     assert escape("<img> [a](b) `c` *d*") == r"\<img\> \[a\]\(b\) \`c\` \*d\*"
 
 
 # --- optuna-dashboard -------------------------------------------------------------------------------------------------
 
 
-def attributes(home: Home, study: StudyRow) -> dict[str, Any]:
+def attributes(home: Home, study: StudyRecord) -> dict[str, Any]:
     return dict(open_storage(home).get_study_system_attrs(study.number))
 
 
@@ -586,66 +746,59 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(
 ) -> None:
     monkeypatch.setenv(TRACKING, f"http://127.0.0.1:{server.port}")
     study = rows.begin(home)
-    tracker = Tracker(home, study)
-    tracker.reconcile(study)
+    tracking = Tracking(home, "toy")
+    tracking.start()
     with caplog.at_level(logging.INFO):
         for number in range(6):
             trial = rows.ask(home)
-            tracker.started(rows.study(home).trials[number])
-            for epoch in rows.epochs(number, 4):
-                tracker.epoch(number, epoch)
             rows.record(home, trial, rows.epochs(number, 4))
             rows.tell(home, trial, TrialState.COMPLETE)
-            tracker.ended(rows.study(home).trials[number])
             if number == 1:
                 until(lambda: bool(run_links(home, study).runs))
                 server.kill()
         until(lambda: any("does not answer" in entry.getMessage() for entry in caplog.records), 30)
         server.start()
-        study = rows.study(home)
-        tracker.keep(study.ranked()[:2])
-        assert tracker.close(study, 120) == 0
-    said = [entry.getMessage() for entry in caplog.records if "MLflow" in entry.getMessage()]
-    assert len(said) == 2  # one that it is away, one that it is back
-    assert differences(home, study) == []
+        assert tracking.close(120) == 0
+    texts = [entry.getMessage() for entry in caplog.records if "MLflow" in entry.getMessage()]
+    assert len(texts) == 2  # one that it is away, one that it is back
+    study = rows.study(home)
+    assert sync(home, study) == []
     assert len(runs(home, study)) == 7
 
 
 @pytest.mark.slow
 def test_a_database_locked_for_a_while_is_waited_for(home: Home) -> None:
     study = rows.four(home)
-    follower = Follower(home, study)
+    follower = Follower(home, "toy")
     with closing(sqlite3.connect(home.path / "mlflow.db", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        follower.reconcile(study)
-        closer: list[int] = []
-        thread = threading.Thread(target=lambda: closer.append(follower.close(study, 60)))
+        follower.closing.set()
+        thread = threading.Thread(target=follower.run)
         thread.start()
         time.sleep(12)
         assert thread.is_alive()
         holder.execute("ROLLBACK")
         thread.join()
-    assert closer == [0]
-    follow(home, study)
-    assert differences(home, study) == []
+    assert follower.left == 0
+    assert sync(home, study) == []
 
 
 @pytest.mark.slow
-def test_killed_at_four_moments_every_trial_has_one_run(home: Home) -> None:
+def test_killed_at_any_moment_every_trial_has_one_run(home: Home) -> None:
     rows.begin(home)
     command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "30"]
     moments = random.Random(0)
     for _ in range(4):
         search = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            search.wait(moments.uniform(1.0, 8.0))
+            search.wait(moments.uniform(2.0, 8.0))
         search.kill()
         search.wait()
     subprocess.run(command, check=True)
     study = rows.study(home)
     assert [row.state for row in study.trials].count("running") == 0
     assert len(study.trials) == 30
-    assert differences(home, study) == []
+    assert sync(home, study) == []
     assert len(runs(home, study)) == 31
 
 
@@ -653,20 +806,20 @@ def test_killed_at_four_moments_every_trial_has_one_run(home: Home) -> None:
 def test_sync_works_over_http(home: Home, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TRACKING, f"http://127.0.0.1:{server.port}")
     study = rows.four(home)
-    apply(home, study, differences(home, study))
-    assert differences(home, study) == []
+    sync(home, study, apply=True)
+    assert sync(home, study) == []
     double(home, study)
     client(home).delete_run(run_links(home, study).runs[1])
-    assert {each.kind for each in differences(home, study)} == {"doubled", "deleted"}
-    apply(home, study, differences(home, study))
-    assert differences(home, study) == []
+    assert [str(each) for each in sync(home, study)] == ["trial 0: has 2 runs", "trial 1: its run was deleted"]
+    sync(home, study, apply=True)
+    assert sync(home, study) == []
 
 
 @pytest.mark.slow
 def test_many_may_open_a_fresh_home_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRACKING, raising=False)
     code = (
-        "import sys; from pathlib import Path; from searchfm.search.storage import Home\n"
+        "import sys; from pathlib import Path; from searchfm.home import Home\n"
         "from searchfm.tracking import make_schema; make_schema(Home(Path(sys.argv[1])))"
     )
     starters = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "home")]) for _ in range(4)]

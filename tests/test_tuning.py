@@ -1,5 +1,6 @@
 """A whole study: what is opened before it, and what is checked before anything is written. Real training on digits."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 import optuna
 import pytest
 
-from searchfm.coordinator import News
+from searchfm.coordinator import Progress
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.home import Home
+from searchfm.records import StudyRecord
 from searchfm.search.files import StudyFile
-from searchfm.search.history import StudyRow
-from searchfm.search.storage import open_storage, study_lock, update_study
-from searchfm.tuning import Plan, Tuning, choose_devices, open_study
-from tests.driving import Recorder, facts, let_go, stored
+from searchfm.search.storage import open_storage, study_lock, write_header
+from searchfm.tuning import Tuning, choose_devices, open_study
+from tests.driving import facts, let_go, stored
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")
 
@@ -51,15 +52,13 @@ def tune(
     *,
     file: StudyFile | None = FILE,
     engines: Engines | None = None,
-    tracker: Recorder | None = None,
     stopping: Any = lambda: False,
     **plan: Any,
-) -> tuple[StudyRow, list[News]]:
+) -> tuple[StudyRecord, list[Progress]]:
     study, before = open_study(home, file, "toy", overrides or {})
     plain = file.study().resolved if file else before.file if before else {}
-    known = {"device": "cpu", "workers": 1, **plan}
-    asked = Plan(study, home, plain, before, **known)
-    with Tuning(asked, engines or Engines(), lambda *_: tracker or Recorder(), stopping) as tuning:
+    options = {"device": "cpu", "workers": 1, "stopping": stopping, "engine": engines or Engines(), **plan}
+    with Tuning(study, home, plain, before, follow=False, **options) as tuning:
         news = list(tuning.run())
     result = tuning.result()
     let_go(tuning.storage)
@@ -67,23 +66,18 @@ def tune(
 
 
 def test_a_study_is_begun_gone_on_with_and_complete(home: Home) -> None:
-    tracker = Recorder()
-    study, news = tune(home, {"train.epochs": 1}, tracker=tracker)
+    study, news = tune(home, {"train.epochs": 1})
     check_trained(study, 2)
-    assert study.data["shape"] == [1, 8, 8]
+    assert study.data.shape == (1, 8, 8)
     assert study.question == "which width?"
     assert (study.resolved["train"]["epochs"], study.file["train"]["epochs"]) == (1, 2)
     assert [item.kind for item in news] == ["started", "epoch", "ended"] * 2
-    assert tracker.calls[0] == ("reconcile", 0)
-    best = [row.number for row in study.ranked()]
-    assert tracker.calls[-2:] == [("keep", best), ("close", 2, 60.0)]
 
-    tracker, engines = Recorder(), Engines()
-    again, news = tune(home, tracker=tracker, engines=engines)
+    engines = Engines()
+    again, news = tune(home, engines=engines)
     assert facts(again) == facts(study)
     assert news == []
-    assert tracker.calls == [("reconcile", 2), ("keep", best), ("close", 2, 60.0)]
-    assert engines.made[0].pids == []  # nobody was started to do nothing
+    assert engines.made[0].pids == []  # no worker was started
 
     more, _ = tune(home, {"search.trials": 3}, file=None)  # what was begun needs no file
     check_trained(more, 3)
@@ -91,7 +85,7 @@ def test_a_study_is_begun_gone_on_with_and_complete(home: Home) -> None:
     assert (more.uuid, more.planned, more.resolved["train"]["epochs"]) == (study.uuid, 3, 1)
 
 
-def check_trained(study: StudyRow, trials: int) -> None:
+def check_trained(study: StudyRecord, trials: int) -> None:
     assert [(row.number, row.state) for row in study.trials] == [(i, "complete") for i in range(trials)]
     for row in study.trials:
         assert row.value == round(row.epochs[-1].val_accuracy or 0.0, 6)
@@ -114,8 +108,8 @@ def test_a_trial_that_a_coordinator_left_behind_is_adopted_before_others_are_ask
 def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home: Home) -> None:
     before, _ = tune(home)
     storage = open_storage(home)
-    kept = storage.get_study_user_attrs(before.number)["searchfm"]
-    update_study(storage, before.number, {**kept, "data": {**kept["data"], "fingerprint": "another"}})
+    data = dataclasses.replace(before.data, fingerprint="another")
+    write_header(storage, before.number, dataclasses.replace(before.header, data=data))
     let_go(storage)
     with pytest.raises(DataError, match="digits: the data have changed since study 'toy' was begun; put them back"):
         tune(home, {"search.trials": 5})
@@ -159,9 +153,7 @@ def test_what_another_did_in_the_meantime_is_seen_once_the_lock_is_ours(home: Ho
     study, before = open_study(home, FILE, "toy", {"search.trials": 3})
     other, _ = tune(home, {"search.trials": 4})
     engines = Engines()
-    with Tuning(
-        Plan(study, home, first.file, before, "cpu", 1), engines, lambda *_: Recorder(), lambda: False
-    ) as tuning:
+    with Tuning(study, home, first.file, before, "cpu", 1, engine=engines, follow=False) as tuning:
         assert list(tuning.run()) == []
         assert facts(tuning.result()) == facts(other)
     assert engines.made[0].pids == []

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from searchfm import errors
-from searchfm.job import Context, Epoch, Result
+from searchfm.jobs import Context, Result
+from searchfm.records import Epoch
 
 
 def curve(config: Mapping[str, Any], index: int) -> float:
@@ -59,14 +60,8 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
 def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Finds what digits has."""
     yield from ()
-    return {
-        "fingerprint": "toy",
-        "shape": [1, 8, 8],
-        "classes": [str(i) for i in range(10)],
-        "train": 100,
-        "validation": 20,
-        "devices": {"cuda": 0, "mps": 0},
-    }
+    data = {"fingerprint": "toy", "shape": [1, 8, 8], "classes": [str(i) for i in range(10)]}
+    return {"data": {**data, "train": 100, "validation": 20}, "devices": {"cuda": 0, "mps": 0}}
 
 
 def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:

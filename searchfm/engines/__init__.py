@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from searchfm.job import Event, Job
+from searchfm.jobs import Event, Job
 
 
 class Engine(Protocol):

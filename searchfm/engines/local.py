@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from searchfm.engines.worker import LEFT, STOP, work
-from searchfm.job import EpochDone, Event, Job, Left, Lost
+from searchfm.jobs import EpochDone, Event, Job, Left, Lost
 
 WORKER_BYTES = 1_500_000_000  # what a worker on a CPU may come to, torch, data and a small model together
 WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from searchfm.errors import SearchfmError, Stopped
-from searchfm.job import Context, EpochDone, Event, Failed, Finished, Job, Left
+from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Job, Left
 
 STOP = "stop"
 LEFT = os.EX_TEMPFAIL  # exit code of a worker that was told to go: a job that was on its way to it is not charged

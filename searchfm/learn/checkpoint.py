@@ -22,8 +22,8 @@ from torch import Tensor
 from searchfm.config import Config, Transfer
 from searchfm.errors import CheckpointError, ModelError
 from searchfm.home import file_sha256, write_whole
-from searchfm.job import Epoch
 from searchfm.learn.models import Classifier, build
+from searchfm.records import Epoch
 
 log = logging.getLogger("searchfm")
 

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from searchfm.config import DataConfig, Shape
+from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.learn import datasets
 from searchfm.learn.datasets import Parsed
 from searchfm.learn.images import Labels
+from searchfm.records import Prepared
 from searchfm.tables import show
 
 RESIDENT = 0.5  # fraction of a device's free memory that data may take; models, and other workers, need the rest
@@ -52,17 +53,6 @@ class Splits:
     )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What is known of the data before a search begins."""
-
-    shape: Shape  # channels, height, width, after `config.size`
-    classes: tuple[str, ...]
-    train: int  # images, after validation and subset
-    validation: int
-    fingerprint: str  # as in `Splits`
-
-
 def prepare(config: DataConfig, data_dir: Path | None = None) -> Prepared:
     """Makes a search's data available, downloading and decoding where need be; the test part is not opened.
 
@@ -73,7 +63,7 @@ def prepare(config: DataConfig, data_dir: Path | None = None) -> Prepared:
     with safe_open(first.path, "np") as opened:
         train, val = split(opened.get_tensor("labels"), first.classes, config, validated=own)
     held = parts[1].count if own else len(val)
-    return Prepared(first.shape, first.classes, len(train), held, datasets.fingerprint_of(parts))
+    return Prepared(datasets.fingerprint_of(parts), first.shape, first.classes, len(train), held)
 
 
 def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:

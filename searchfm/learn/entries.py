@@ -8,8 +8,8 @@ import io
 import logging
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,17 +20,28 @@ import torch
 from searchfm.config import Config, DataConfig, Transfer
 from searchfm.errors import DataError, ModelError, Stopped, WorldError
 from searchfm.home import file_sha256, write_whole
-from searchfm.job import Context, Epoch, Result
+from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint, data
 from searchfm.learn.data import Part, Splits, load, load_full, load_test
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.train import Evaluation, Training, evaluate, train
+from searchfm.records import (
+    PREDICTIONS,
+    Epoch,
+    Predictions,
+    PrepareJob,
+    PrepareResult,
+    TestJob,
+    TestResult,
+    TrainJob,
+    TrainResult,
+)
 from searchfm.tables import digest
 
 log = logging.getLogger("searchfm")
 
-PREDICTIONS, EXAMPLE = "predictions.npz", "example.npy"
+EXAMPLE = "example.npy"
 Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final training
 _CACHED = 2  # data sets a worker keeps: the study's, and one of the study before
 
@@ -38,65 +49,59 @@ _CACHED = 2  # data sets a worker keeps: the study's, and one of the study befor
 def prepare(payload: Mapping[str, Any], _context: Context) -> Generator[Epoch, None, Result]:
     """Makes a study's data and pretrained weights available, before the first trial.
 
-    payload: `data` (table), `data_dir` (path or None), `models` (list of [transfer model, weights]).
-    Returns `fingerprint`, `shape` (C, H, W), `classes` (names), `train` and `validation` (numbers of images),
-    `devices` (numbers of accelerators: `cuda`, `mps`).
-    Raises DataError, ModelError.
+    payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError.
     """
-    prepared = data.prepare(DataConfig.from_table(payload["data"]), _path(payload["data_dir"]))
-    for model, weights in payload["models"]:  # built, not only located: a file of another model is refused here too
+    job = PrepareJob.from_json(payload, "prepare")
+    prepared = data.prepare(DataConfig.from_table(job.data), _path(job.data_dir))
+    for model, weights in job.models:  # built, not only located: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), prepared.shape, len(prepared.classes))
     yield from ()  # an entry is a generator, even one without epochs
     devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    return asdict(prepared) | {"shape": list(prepared.shape), "classes": list(prepared.classes), "devices": devices}
+    return PrepareResult(prepared, devices).to_json()
 
 
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Trains one config, from its newest checkpoint if there is one, whose epochs it yields again first.
 
-    payload: `config` (table), `data_dir` (path or None), `fingerprint` (of the data, as `prepare` gave it),
-    `identity` (of the trial), `checkpoint_seconds` (least time between two checkpoints).
-    Leaves in the context's folder the weights with their spec and the validation part's predictions, and returns
-    `value` (accuracy on validation after the last epoch), what the model costs, and `files` with their sha256.
+    payload: a TrainJob. Leaves in the context's folder the weights with their spec and the validation part's
+    predictions. Returns a TrainResult.
     Raises DataError, ConfigError, ModelError, DivergedError, StorageError; WorldError if memory runs out.
     """
-    return (yield from _trained(payload, context, load))
+    return (yield from _trained(TrainJob.from_json(payload, "trial"), context, load)).to_json()
 
 
 def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Trains on training and validation data together, no subset taken; nothing is held out.
 
     payload, result, files and errors as those of `trial`, except that there are no predictions, `value` is None, and on
-    a CPU it takes `threads` of the payload, since nothing else runs. Two training images (2, C, H, W) uint8 are left as
+    a CPU it takes the job's `threads`, since nothing else runs. Two training images (2, C, H, W) uint8 are left as
     an example of what the model takes.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(payload["threads"])
+    job, threads = TrainJob.from_json(payload, "fit"), torch.get_num_threads()
+    torch.set_num_threads(job.threads or threads)
     try:
-        result = yield from _trained(payload, context, load_full)
+        result = yield from _trained(job, context, load_full)
     finally:
         torch.set_num_threads(threads)
     if context.folder is None:
-        return result
-    config = Config.from_table(payload["config"]).data
-    images = _cached_data(config, _path(payload["data_dir"]), context, load_full).train.images[:2]
+        return result.to_json()
+    config = Config.from_table(job.config).data
+    images = _cached_data(config, _path(job.data_dir), context, load_full).train.images[:2]
     content = io.BytesIO()
     np.save(content, images.cpu().numpy())
     sha256 = write_whole(context.folder / EXAMPLE, content.getvalue())
-    return {**result, "files": {**result["files"], EXAMPLE: sha256}}
+    return replace(result, files={**result.files, EXAMPLE: sha256}).to_json()
 
 
 def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Evaluates the model that `fit` left on the test part.
 
-    payload: `model` (its folder), `files` (sha256 of its files by name), `data_dir` (path or None).
-    Leaves the test part's predictions in the context's folder. Returns `accuracy`, `loss` (mean cross-entropy), `right`
-    and `n` (images), `per_class` (a list of `class`, `precision`, `recall`, `n`), `fingerprint` (of the test part),
-    `seconds`, and `files` with their sha256.
+    payload: a TestJob. Leaves the test part's predictions in the context's folder. Returns a TestResult.
     Raises ModelError where the weights are not those that were trained, DataError as `load_test` does.
     """
-    folder = Path(payload["model"])
-    for name, expected in payload["files"].items():
+    job = TestJob.from_json(payload, "test")
+    folder = Path(job.model)
+    for name, expected in job.files.items():
         try:
             actual = file_sha256(folder / name)
         except OSError as error:
@@ -105,27 +110,27 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
             raise ModelError(f"{folder / name}: damaged, its sha256 is not the one it was written with")
     model, spec = checkpoint.load_classifier(folder)
     config = Config.from_table(spec["config"])
-    part = load_test(config.data, device=context.device, data_dir=_path(payload["data_dir"]))
+    part = load_test(config.data, device=context.device, data_dir=_path(job.data_dir))
     yield from ()  # an entry is a generator, even one without epochs
     began = time.perf_counter()
     evaluation = evaluate(model.to(context.device), part, config.train, tick=context.tick)
-    files = {PREDICTIONS: _write_predictions(context.folder / PREDICTIONS, part, evaluation)} if context.folder else {}
-    return {
-        "accuracy": evaluation.accuracy,
-        "loss": evaluation.loss,
-        "right": round(evaluation.accuracy * len(part)),
-        "n": len(part),
-        "per_class": _per_class(evaluation, part, spec["classes"]),
-        "fingerprint": part.fingerprint,
-        "seconds": time.perf_counter() - began,
-        "files": files,
-    }
+    predictions = _predictions(part, evaluation)
+    return TestResult(
+        accuracy=evaluation.accuracy,
+        loss=evaluation.loss,
+        correct=int(predictions.correct.sum()),
+        n=len(part),
+        per_class=predictions.per_class(spec["classes"]),
+        fingerprint=part.fingerprint,
+        seconds=time.perf_counter() - began,
+        files={PREDICTIONS: predictions.write(context.folder)} if context.folder else {},
+    ).to_json()
 
 
-def _trained(payload: Mapping[str, Any], context: Context, load: Loader) -> Generator[Epoch, None, Result]:
+def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
     """Trains a config on the data that `load` gives; without a validation part `value` is None."""
     try:
-        return (yield from _training(payload, context, load))
+        return (yield from _training(job, context, load))
     except (MemoryError, RuntimeError) as error:
         reason = _out_of_memory(error)
         if reason is None:
@@ -137,15 +142,15 @@ def _trained(payload: Mapping[str, Any], context: Context, load: Loader) -> Gene
     raise WorldError(f"out of memory on {context.device}: {reason}")
 
 
-def _training(payload: Mapping[str, Any], context: Context, load: Loader) -> Generator[Epoch, None, Result]:
-    config = Config.from_table(payload["config"])
-    data = _cached_data(config.data, _path(payload["data_dir"]), context, load)
-    if data.fingerprint != payload["fingerprint"]:
+def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
+    config = Config.from_table(job.config)
+    data = _cached_data(config.data, _path(job.data_dir), context, load)
+    if data.fingerprint != job.fingerprint:
         raise DataError(
             f'data.name = "{config.data.name}": the data changed since the study began '
-            f"(fingerprint {data.fingerprint[:12]}, was {payload['fingerprint'][:12]})"
+            f"(fingerprint {data.fingerprint[:12]}, was {job.fingerprint[:12]})"
         )
-    owner = {"trial": payload["identity"], "config": digest(config.to_table()), "data": data.fingerprint}
+    owner = {"trial": job.identity, "config": digest(config.to_table()), "data": data.fingerprint}
     folders = [*([context.folder] if context.folder else []), *context.earlier]
     resume = checkpoint.newest(folders, owner)
     training = train(config, data, device=context.device, resume=resume, tick=context.tick)
@@ -156,7 +161,7 @@ def _training(payload: Mapping[str, Any], context: Context, load: Loader) -> Gen
     try:
         for epoch in training:
             last = training.checkpoint()  # in memory: the next epoch may be stopped in its middle
-            if context.folder and time.monotonic() - written >= payload["checkpoint_seconds"]:
+            if context.folder and time.monotonic() - written >= job.checkpoint_seconds:
                 checkpoint.write(context.folder, last, owner)
                 written = time.monotonic()
             log.info("epoch %d: %s", epoch.index, _line(epoch))
@@ -166,14 +171,13 @@ def _training(payload: Mapping[str, Any], context: Context, load: Loader) -> Gen
         if context.folder and last.epochs:
             checkpoint.write(context.folder, last, owner)
         raise
-    result = _result(training, validation)
+    files = {}
     if context.folder:
         files = checkpoint.save_weights(context.folder, training.classifier, _spec(training))
         if validation is not None and data.val is not None:
-            files[PREDICTIONS] = _write_predictions(context.folder / PREDICTIONS, data.val, validation)
+            files[PREDICTIONS] = _predictions(data.val, validation).write(context.folder)
         checkpoint.remove(folders)
-        result["files"] = files
-    return result
+    return _result(training, validation, files)
 
 
 def _cached_data(config: DataConfig, data_dir: Path | None, context: Context, load: Loader) -> Splits:
@@ -192,22 +196,21 @@ def _path(path: str | None) -> Path | None:
     return Path(path) if path else None
 
 
-def _result(training: Training, validation: Evaluation | None) -> dict[str, Any]:
+def _result(training: Training, validation: Evaluation | None, files: Mapping[str, str]) -> TrainResult:
     total, trainable = parameters(training.model)
     best = max(training.epochs, key=lambda epoch: (epoch.val_accuracy or 0.0, -epoch.index))
-    return {
-        "value": None if validation is None else training.epochs[-1].val_accuracy,
-        "best_epoch": best.index if validation is not None else None,
-        "parameters": total,
-        "trainable": trainable,
-        "flops": flops(training.classifier, training.shape),
-        "seconds": sum(epoch.seconds for epoch in training.epochs),
-        "epochs": len(training.epochs),
-        "classes": list(training.data.classes),
-        "device": _device(training.device),
-        "versions": _versions(),
-        "files": {},
-    }
+    return TrainResult(
+        value=None if validation is None else training.epochs[-1].val_accuracy,
+        best_epoch=best.index if validation is not None else None,
+        parameters=total,
+        trainable=trainable,
+        flops=flops(training.classifier, training.shape),
+        seconds=sum(epoch.seconds for epoch in training.epochs),
+        epochs=len(training.epochs),
+        device=_device(training.device),
+        versions=_versions(),
+        files=files,
+    )
 
 
 def _spec(training: Training) -> dict[str, Any]:
@@ -220,34 +223,8 @@ def _spec(training: Training) -> dict[str, Any]:
     }
 
 
-def _write_predictions(path: Path, part: Part, evaluation: Evaluation) -> str:
-    """Writes an evaluation of a part, and returns the file's sha256.
-
-    indices (N,) int64, labels (N,) int64, probabilities (N, K) float32: halves would make ties of near answers.
-    """
-    content = io.BytesIO()
-    np.savez(
-        content,
-        indices=part.indices.numpy(),
-        labels=part.labels.cpu().numpy(),
-        probabilities=evaluation.probabilities.cpu().numpy(),
-    )
-    return write_whole(path, content.getvalue())
-
-
-def _per_class(evaluation: Evaluation, part: Part, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision and recall of each class and the number of its images; 0 where a class was never predicted, or is in
-    no image. scikit-learn counts the same, but to import it takes longer than most tests.
-    """
-    confusion = np.zeros((len(classes), len(classes)), np.int64)  # row: true, column: predicted
-    np.add.at(confusion, (part.labels.cpu().numpy(), evaluation.probabilities.argmax(1).cpu().numpy()), 1)
-    rows = zip(
-        classes, confusion.diagonal().tolist(), confusion.sum(0).tolist(), confusion.sum(1).tolist(), strict=True
-    )
-    return [
-        {"class": name, "precision": correct / max(predicted, 1), "recall": correct / max(n, 1), "n": n}
-        for name, correct, predicted, n in rows
-    ]
+def _predictions(part: Part, evaluation: Evaluation) -> Predictions:
+    return Predictions(part.indices.numpy(), part.labels.cpu().numpy(), evaluation.probabilities.cpu().numpy())
 
 
 def _versions() -> dict[str, str]:

@@ -56,6 +56,16 @@ def format_of(name: str) -> Format:
     raise UserError(f"format {name!r}: must be one of {', '.join(FORMATS)}")
 
 
+def target(kind: str | None, output: Path | None) -> tuple[Format, Callable[[str], Path]]:
+    """The format that `--format` and `--output` ask for, and the file for a model of a name. Raises UserError."""
+    place = output or Path()
+    folder = place.is_dir()
+    format_ = format_of(kind or ("" if folder else place.suffix.removeprefix(".")) or "onnx")
+    if not folder and place.suffix != f".{format_}":
+        raise UserError(f"--output {place}: must be a folder, or end in .{format_}")
+    return format_, lambda name: place / f"{name}.{format_}" if folder else place
+
+
 def load(path: Path) -> Predictor:
     """A model to predict with: an .onnx or .safetensors file, or a folder with weights.safetensors and model.json.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchfm.config import Shape
-from searchfm.errors import ModelError
+from searchfm.errors import DataError, ModelError
 from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
 
 Probabilities: TypeAlias = NDArray[np.float32]
@@ -54,6 +54,14 @@ def predict(model: Predictor, arguments: Iterable[Path], *, top: int = 1) -> Ite
                     yield Prediction(name, error=image)
                 else:
                     yield Prediction(name, _top(next(rows), model.classes, top))
+
+
+def check_any(predictions: Sequence[Prediction]) -> None:
+    """Raises DataError if no image could be read."""
+    errors = [f"{each.image}: {each.error}" for each in predictions if each.error]
+    if len(errors) == len(predictions):
+        some = "; ".join(errors[:3]) or "none was given"
+        raise DataError(f"no image could be read: {some}{'; ...' if len(errors) > 3 else ''}")
 
 
 def read(path: Path, shape: Shape) -> Pixels:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from searchfm.config import Config, TrainConfig
 from searchfm.errors import ConfigError, DivergedError
-from searchfm.job import Epoch
 from searchfm.learn import optim
 from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
+from searchfm.records import Epoch
 
 
 def _idle() -> None:

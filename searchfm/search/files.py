@@ -2,15 +2,15 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import searchfm
 from searchfm.config import DATASETS
-from searchfm.errors import ConfigError, StudyError
-from searchfm.search.history import StudyRow
+from searchfm.errors import ConfigError, StudyError, UserError
+from searchfm.records import StudyRecord
 from searchfm.search.study import FREE, NAME, Study, check_name, resolve
 from searchfm.tables import show
 
@@ -87,6 +87,26 @@ def question(text: str) -> str:
     return re.sub(r"\s*\n#\s*", " ", match[1]).strip() if match else ""
 
 
+def study_name(argument: str) -> str:
+    """`reports/a8-vit-layers` is the study `a8-vit-layers`; `some/vit.toml` is the study that the file names."""
+    path = find(argument) if argument.endswith(".toml") else None
+    return read(path).name if path else argument.removesuffix(".toml").rpartition("/")[2]
+
+
+def overrides(options: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    """The dotted keys that a command line overrides: by options of their own (None where not given), by `--set`.
+
+    Raises ConfigError; UserError for a key that is given twice.
+    """
+    values = {key: value for key, value in options.items() if value is not None}
+    for text in texts:
+        key, value = parse_override(text)
+        if key in values:
+            raise UserError(f"--set {text}: {key} is given twice")
+        values[key] = value
+    return values
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Splits `KEY=VALUE` of the command line: a dotted key, and a TOML value or a bare word. Raises ConfigError."""
     dotted, equals, value = (part.strip() for part in text.partition("="))
@@ -156,7 +176,7 @@ def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) ->
     return {**table, name: _with(inner, rest, value, dotted)}
 
 
-def reopen(file: StudyFile | None, stored: StudyRow, overrides: Mapping[str, Any]) -> Study:
+def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, Any]) -> Study:
     """The stored study with new values of the keys that may change (`FREE`), from the file and the overrides.
 
     Raises ConfigError, with the key, if the file has changed in another key or an override differs in one.

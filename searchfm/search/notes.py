@@ -1,4 +1,4 @@
-"""What optuna-dashboard shows beside its own: a note and pictures for each trial that ended, a note for the study.
+"""Notes of optuna-dashboard: a note and pictures for each trial that ended, a note for the study.
 
 Optuna takes no attributes for a trial that has ended, so the dashboard's notes and artifacts stand in attributes of the
 study, under keys that hold the trial's id: `dashboard:ID:note_str:0`, `dashboard:artifacts:ID:ARTIFACT`. Artifact ids
@@ -6,8 +6,6 @@ are made from the study's uuid, so that writing again changes nothing.
 """
 
 import json
-import re
-import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,8 +15,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from optuna.storages import BaseStorage
 
-from searchfm.home import Home
-from searchfm.search.history import StudyRow, TrialRow
+from searchfm.format import escape, plural, states
+from searchfm.home import Home, write_whole
+from searchfm.records import StudyRecord, Trial
 from searchfm.search.storage import open_storage
 
 PICTURES = ("curves.png", "confusion.png")
@@ -31,7 +30,7 @@ HERE = "/mlflow"  # `searchfm dashboard` leads this path of optuna-dashboard on 
 
 @dataclass(frozen=True)
 class Links:
-    """Where a study's pages in MLflow are: the ids of its experiment and runs, as far as they are there."""
+    """A study's pages in MLflow: the ids of its experiment and runs, as far as they exist."""
 
     experiment: str | None
     parent: str | None
@@ -47,45 +46,41 @@ class Links:
 
 
 class Notes:
-    """Writes a study's notes through a storage of its own, which it opens when first asked. For one thread."""
+    """Writes a study's notes through a storage of its own, opened at the first note. For one thread."""
 
-    def __init__(self, home: Home, study: StudyRow) -> None:
+    def __init__(self, home: Home, study: StudyRecord) -> None:
         self._home, self._uuid, self._number = home, study.uuid, study.number
         self._opened: BaseStorage | None = None
         self._written: dict[str, Any] = {}  # attributes as last seen or written
         self._base = web_address(home.tracking_uri) or HERE
 
-    def has(self, row: TrialRow) -> bool:
+    def has(self, trial: Trial) -> bool:
         """Whether the trial has its note, or never gets one."""
-        if row.number >= NOTED:
+        if trial.number >= NOTED:
             return True
         storage = self._storage
-        return f"dashboard:{self._id(storage, row)}:note_ver" in self._written
+        return f"dashboard:{self._id(storage, trial)}:note_ver" in self._written
 
-    def trial(self, row: TrialRow, links: Links) -> None:
+    def trial(self, trial: Trial, links: Links) -> None:
         """The note and the pictures of a trial that has ended. Raises what the storage raises."""
-        if row.number >= NOTED:
+        if trial.number >= NOTED:
             return
         storage = self._storage
-        trial_id = self._id(storage, row)
-        pictures = [row.folder / name for name in PICTURES if (row.folder / name).is_file()]
+        trial_id = self._id(storage, trial)
+        pictures = [trial.folder / name for name in PICTURES if (trial.folder / name).is_file()]
         shown = []
         for path in pictures:
-            artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self._uuid}/{row.number}/{path.name}"))
-            target = artifact_folder(self._home) / artifact
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(".tmp")
-            shutil.copyfile(path, partial)
-            partial.replace(target)
+            artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self._uuid}/{trial.number}/{path.name}"))
+            write_whole(artifact_folder(self._home) / artifact, path.read_bytes())
             meta = {"artifact_id": artifact, "filename": path.name, "mimetype": "image/png", "encoding": None}
             self._set(f"dashboard:artifacts:{trial_id}:{artifact}", json.dumps(meta))
             shown.append(f"![{path.stem}](/artifacts/{self._number}/{trial_id}/{artifact})")
-        link = f"[This trial in MLflow]({self._link(links.run(row.number))})" if row.number in links.runs else ""
-        self._note(str(trial_id) + ":", "\n\n".join([*trial_lines(row), link, *shown]))
+        link = f"[This trial in MLflow]({self._link(links.run(trial.number))})" if trial.number in links.runs else ""
+        self._note(str(trial_id) + ":", "\n\n".join([*trial_lines(trial), link, *shown]))
 
-    def study(self, study: StudyRow, links: Links) -> None:
-        """The study's note: its question, its data, where it stands. Raises what the storage raises."""
-        # Afresh each time: somebody may just have edited it.
+    def study(self, study: StudyRecord, links: Links) -> None:
+        """The study's note: its question, its data, its state. Raises what the storage raises."""
+        # Read again each time: a user may just have edited it.
         self._written |= self._storage.get_study_system_attrs(self._number)
         link = f"[All trials in MLflow]({self._link(links.table())})" if links.experiment else ""
         self._note("", "\n\n".join([*study_lines(study), link]))
@@ -97,8 +92,8 @@ class Notes:
             self._written = dict(self._opened.get_study_system_attrs(self._number))
         return self._opened
 
-    def _id(self, storage: BaseStorage, row: TrialRow) -> int:
-        return storage.get_trial_id_from_study_id_trial_number(self._number, row.number)
+    def _id(self, storage: BaseStorage, trial: Trial) -> int:
+        return storage.get_trial_id_from_study_id_trial_number(self._number, trial.number)
 
     def _note(self, prefix: str, body: str) -> None:
         """Version 1 is ours; a person who edits a note in the dashboard makes version 2, which we leave alone."""
@@ -118,51 +113,41 @@ class Notes:
         return self._base + (path if self._base != HERE else path.removeprefix("/#"))
 
 
-def trial_lines(row: TrialRow) -> list[str]:
+def trial_lines(trial: Trial) -> list[str]:
     """A trial in a few lines of Markdown."""
-    result = row.result
-    epochs = f"{len(row.epochs)} epoch{'s' * (len(row.epochs) != 1)}"
-    end = f"**{row.state}**"
-    if row.value is not None:
-        end += f": {row.value:.2%} of the validation part right after {epochs}"
-    elif row.reported:
-        end += f" after {epochs} with {list(row.reported.values())[-1]:.2%}"
-    if row.twin is not None:
-        end += f" (not trained again: its config equals that of trial {row.twin})"
+    epochs, result = plural(len(trial.epochs), "epoch"), trial.result
+    end = f"**{trial.state}**"
+    if trial.value is not None:
+        end += f": {trial.value:.2%} of the validation part correct after {epochs}"
+    elif trial.accuracy is not None:
+        end += f" after {epochs} with {trial.accuracy:.2%}"
+    if trial.twin is not None:
+        end += f" (not trained again: its config equals that of trial {trial.twin})"
     facts = []
-    if result.get("best_epoch"):
-        best = max(row.reported.values(), default=0.0)
-        facts.append(f"best epoch {result['best_epoch']} ({best:.2%})")
-    if "parameters" in result:
-        facts.append(f"{result['parameters']:,} parameters")
-    if result.get("flops"):
-        facts.append(f"{result['flops'] / 1e6:,.2f} MFLOP a sample")
-    if row.epochs:
-        facts.append(f"{sum(epoch.seconds for epoch in row.epochs):.1f} s of training")
-    if row.attempts > 1:
-        facts.append(f"{row.attempts} attempts")
-    lines = [end, " · ".join(facts), escape(row.reason or "")]
-    return [line for line in lines if line]
+    if result is not None:
+        if result.best_epoch:
+            facts.append(f"best epoch {result.best_epoch} ({max(trial.reported.values(), default=0.0):.2%})")
+        facts.append(f"{result.parameters:,} parameters")
+        if result.flops:
+            facts.append(f"{result.flops / 1e6:,.2f} MFLOP an image")
+    if trial.epochs:
+        facts.append(f"{trial.seconds:.1f} s of training")
+    if trial.attempts > 1:
+        facts.append(f"{trial.attempts} attempts")
+    return [line for line in (end, " · ".join(facts), escape(trial.reason or "")) if line]
 
 
-def study_lines(study: StudyRow) -> list[str]:
-    """A study in a few lines of Markdown: its question, its data, where it stands."""
-    data, asked = study.data, study.resolved.get("data", {})
-    counts = ", ".join(f"{len(study.of(state))} {state}" for state in ("complete", "pruned", "failed", "running"))
+def study_lines(study: StudyRecord) -> list[str]:
+    """A study in a few lines of Markdown: its question, its data, its state."""
+    data, best = study.data, study.best
     lines = [
         f"**{escape(study.question)}**" if study.question else "",
-        f"Data: {escape(str(asked.get('name', '')))}, {data.get('train', 0):,} images to train on and "
-        f"{data.get('validation', 0):,} to compare trials with, {len(data.get('classes', ()))} classes",
-        f"{len(study.trials)} trials: {counts}",
+        f"Data: {escape(str(study.resolved['data']['name']))}, {data.train:,} images to train on and "
+        f"{data.validation:,} to compare trials with, {len(data.classes)} classes",
+        f"{len(study.trials)} trials: {states(study)}",
+        f"Best: trial {best.number} with {best.value:.2%} of the validation part correct" if best else "",
     ]
-    if study.best is not None:
-        lines.append(f"Best: trial {study.best.number} with {study.best.value:.2%} of the validation part right")
     return [line for line in lines if line]
-
-
-def escape(text: str) -> str:
-    """The text as Markdown shows it, whatever is in it."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", " ".join(text.split()))
 
 
 def artifact_folder(home: Home) -> Path:

@@ -16,11 +16,30 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
-from searchfm.home import STORAGE, Home, unwritable
-from searchfm.search.history import StudyRow, trial_row
+from searchfm.home import STORAGE, Home, unwritable, write_whole
+from searchfm.records import (
+    EPOCHS,
+    FORMAT,
+    Final,
+    State,
+    StudyHeader,
+    StudyRecord,
+    TrainResult,
+    Trial,
+    read_epochs,
+)
 
+STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
+STATES: Mapping[TrialState, State] = {
+    TrialState.WAITING: "running",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
 BUSY_SECONDS = 60.0  # how long a locked SQLite file is waited for
 CONNECT_SECONDS = 10  # how long a PostgreSQL server is waited for
 
@@ -98,60 +117,118 @@ def _open_postgres(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
 
 def study_names(storage: BaseStorage) -> list[str]:
     """The names of all studies that searchfm began, by age."""
-    return [study.study_name for study in storage.get_all_studies() if "searchfm" in study.user_attrs]
+    return [study.study_name for study in storage.get_all_studies() if STUDY in study.user_attrs]
 
 
-def load_study(storage: BaseStorage, home: Home, name: str) -> StudyRow:
-    """A study with all its trials, as rows. Raises StudyError for one that is not there, naming those that are."""
+def read_study(home: Home, name: str) -> StudyRecord:
+    """A study of a home with all its trials. Raises StudyError for one that is unknown, naming those there are."""
+    return load_study(open_storage(home), home, name)
+
+
+def read_studies(home: Home) -> list[StudyRecord]:
+    """All studies of a home, by age; none where there is no database yet."""
+    if not home.begun:
+        return []
+    storage = open_storage(home)
+    return [load_study(storage, home, name) for name in study_names(storage)]
+
+
+def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, Trial] | None = None) -> StudyRecord:
+    """`read_study` through an open storage. ended: trials that were read after their end, which are not read again."""
     try:
-        study_id = storage.get_study_id_from_name(name)
-        attrs = storage.get_study_user_attrs(study_id)
+        number = storage.get_study_id_from_name(name)
+        attrs = storage.get_study_user_attrs(number)
     except KeyError:
         attrs = {}
-    if "searchfm" not in attrs:
+    if STUDY not in attrs:
         names = study_names(storage)
         raise StudyError(f"study {name!r} is not in {home.path}; there {_are(names)}")
-    kept: dict[str, Any] = attrs["searchfm"]
-    return StudyRow(
+    header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
+    final = attrs.get(FINAL)
+    trials = storage.get_all_trials(number, deepcopy=False)
+    return StudyRecord(
+        **vars(header),
         name=name,
-        uuid=kept["uuid"],
-        number=study_id,
-        resolved=kept["resolved"],
-        file=kept["file"],
-        question=kept["question"],
-        digest=kept["digest"],
-        planned=kept["trials"],
-        data=kept["data"],
+        number=number,
         folder=home.study(name),
-        trials=tuple(
-            trial_row(trial, home.trial(name, trial.number))
-            for trial in storage.get_all_trials(study_id, deepcopy=False)
-        ),
-        final=attrs.get("final"),
+        trials=tuple((ended or {}).get(t.number) or read_trial(t, home.trial(name, t.number)) for t in trials),
+        final=None if final is None else Final.from_json(final, f"study {name!r}: final"),
     )
 
 
-def create_study(storage: BaseStorage, name: str, kept: dict[str, Any]) -> None:
-    """Writes a study down with all that identifies it (see `StudyRow`), in one step."""
+def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
+    """One trial: Optuna's record, which the caller has read already, then `epochs.csv` in its folder.
+
+    In this order, a running trial's epochs are those that Optuna holds: the coordinator writes the file first.
+    """
+    attrs = trial.user_attrs
+    last = max(trial.intermediate_values, default=0)
+    result = attrs.get("result")
+    return Trial(
+        number=trial.number,
+        state=STATES[trial.state],
+        value=trial.value if trial.state is TrialState.COMPLETE else None,
+        params=dict(trial.params),
+        config=attrs.get("config", {}),
+        digest=attrs.get("digest", ""),
+        twin=attrs.get("twin"),
+        reason=attrs.get("reason"),
+        attempts=attrs.get("attempt", 1),
+        reported=dict(sorted(trial.intermediate_values.items())),
+        epochs=tuple(epoch for epoch in read_epochs(folder / EPOCHS) if epoch.index <= last),
+        result=TrainResult.from_json(result, f"{folder.parent.name}, trial {trial.number}") if result else None,
+        started=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+        folder=folder,
+    )
+
+
+def create_study(storage: BaseStorage, name: str, header: StudyHeader) -> None:
+    """Writes a study down with all that identifies it, in one step. Raises StudyError if the name is taken."""
     try:
-        study_id = storage.create_new_study([StudyDirection.MAXIMIZE], name)
+        number = storage.create_new_study([StudyDirection.MAXIMIZE], name)
     except optuna.exceptions.DuplicatedStudyError:
-        study_id = storage.get_study_id_from_name(name)
-        if storage.get_n_trials(study_id) or storage.get_study_user_attrs(study_id):
+        number = storage.get_study_id_from_name(name)
+        if storage.get_n_trials(number) or storage.get_study_user_attrs(number):
             raise StudyError(f"study {name!r} is in this database already; try again, or use --name") from None
         # A coordinator died between the two writes below: its study is ours to begin.
-    storage.set_study_system_attr(study_id, "study:metric_names", ["validation accuracy"])
-    update_study(storage, study_id, kept)  # last: without it, the study is not there
+    storage.set_study_system_attr(number, "study:metric_names", ["validation accuracy"])
+    write_header(storage, number, header)  # last: without it, the study does not exist
 
 
-def update_study(storage: BaseStorage, study_id: int, kept: dict[str, Any]) -> None:
-    """Writes down what is known of a study."""
-    storage.set_study_user_attr(study_id, "searchfm", kept)
+def write_header(storage: BaseStorage, number: int, header: StudyHeader) -> None:
+    """Writes down what identifies a study, in place of what was there."""
+    storage.set_study_user_attr(number, STUDY, header.to_json())
 
 
-def write_final(storage: BaseStorage, study_id: int, final: Mapping[str, Any]) -> None:
-    """Writes down what the final training of a study gave (plain values), in place of an earlier one."""
-    storage.set_study_user_attr(study_id, "final", dict(final))
+def write_final(storage: BaseStorage, number: int, final: Final) -> None:
+    """Writes down the final model of a study, in place of an earlier one."""
+    storage.set_study_user_attr(number, FINAL, final.to_json())
+
+
+@contextmanager
+def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[[], None]]]:
+    """Holds the lock of a study that exists; yields it, and the lock's check (see `study_lock`).
+
+    Records of an older format are written anew here, each with its old self kept in the study's folder. Raises
+    StudyError for an unknown study, before its lock makes a folder.
+    """
+    storage = open_storage(home)
+    load_study(storage, home, name)
+    with failures(f"study {name!r}"), study_lock(home, name) as check:
+        study = load_study(storage, home, name)
+        _upgrade(storage, study)
+        yield study, check
+
+
+def _upgrade(storage: BaseStorage, study: StudyRecord) -> None:
+    attrs = storage.get_study_user_attrs(study.number)
+    for key, record in ((STUDY, study.header), (FINAL, study.final)):
+        number = attrs.get(key, {}).get("format", 1)
+        if record is not None and number < FORMAT:
+            copy = study.folder / f"{key}-format-{number}.json"
+            write_whole(copy, json.dumps(attrs[key], indent=1, ensure_ascii=False).encode())
+            storage.set_study_user_attr(study.number, key, record.to_json())
 
 
 @contextmanager

@@ -1,30 +1,27 @@
-"""`searchfm compare`: studies side by side, with what may be said of their differences and what each costs."""
+"""`searchfm compare`: studies side by side, with paired tests of their differences and the cost of each."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from searchfm import plots
+from searchfm import figures, format
 from searchfm.errors import StudyError
-from searchfm.search.history import StudyRow
-from searchfm.search.notes import escape as as_markdown
-from searchfm.show import findings, page
-from searchfm.show.findings import Predictions, seconds_per_epoch
-from searchfm.show.terminal import seconds
-from searchfm.stats import holm, mcnemar, wilson
+from searchfm.records import Predictions, StudyRecord
+from searchfm.show import pages
+from searchfm.show.report import accuracy
+from searchfm.stats import holm, mcnemar
 
 SUFFIXES = (".png", ".svg")
 NOTES = {
-    "test": "test: the final model on the test part, which no choice was made with; readings of it are counted.",
-    "validation": "validation: of the search's best trial, which flatters it; searchfm retrain measures the real one.",
+    "test": "test: the final model on the test part, which no choice was based on; each reading of it is counted.",
+    "validation": "validation: the search's best trial, optimistic; searchfm retrain measures fresh trainings.",
 }
-
-# Columns of the table, and whether they are words.
-WELL: Mapping[str, bool] = {
+# Columns of the table, and whether they hold text.
+QUALITY = {
     "study": True,
     "accuracy": False,
     "95% interval": False,
@@ -32,15 +29,8 @@ WELL: Mapping[str, bool] = {
     "to the best": False,
     "p": False,
 }
-COST: Mapping[str, bool] = {
-    "data": True,
-    "s/epoch": False,
-    "training": False,
-    "parameters": False,
-    "MFLOP": False,
-    "trials": False,
-}
-COLUMNS = {**WELL, **COST}
+COST = {"data": True, "s/epoch": False, "training": False, "parameters": False, "MFLOP": False, "trials": False}
+COLUMNS = {**QUALITY, **COST}
 WIDE = 132  # characters of a terminal that holds all of them side by side
 
 
@@ -67,172 +57,153 @@ class Line:
     data: str
 
 
-def compare(studies: Sequence[StudyRow]) -> list[Line]:
+def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
     """A line for each study, in order. Raises StudyError for a study without a complete trial, or named twice.
 
-    Tested are differences to the best among studies of equal data fingerprint whose models were shown the same images,
+    Tested are differences to the best among studies of equal data fingerprint whose models predicted the same images,
     the test part for those that are retrained, the validation part for others.
     """
     for study in studies:
         if sum(other.name == study.name for other in studies) > 1:
-            raise StudyError(f"study {study.name!r} is named twice; each must be another")
+            raise StudyError(f"study {study.name!r} is named twice; name each study once")
         if not study.ranked(twins=False):
             raise StudyError(f"study {study.name!r} has no complete trial to compare yet")
     lines = [_line(study) for study in studies]
     tests: dict[int, float] = {}
     for group in _comparable(studies):
-        best = max(group, key=lambda place: (lines[place].accuracy, -place))
-        for place, answers in group.items():
-            lines[place] = replace(lines[place], difference=lines[place].accuracy - lines[best].accuracy)
-            if place != best:
-                tests[place] = mcnemar(group[best].right, answers.right)
-    for place, p in zip(tests, holm(list(tests.values())), strict=True):
-        lines[place] = replace(lines[place], p=p)
+        best = max(group, key=lambda index: (lines[index].accuracy, -index))
+        for index, predictions in group.items():
+            lines[index] = replace(lines[index], difference=lines[index].accuracy - lines[best].accuracy)
+            if index != best:
+                tests[index] = mcnemar(group[best].correct, predictions.correct)
+    for index, p in zip(tests, holm(list(tests.values())), strict=True):
+        lines[index] = replace(lines[index], p=p)
     return lines
 
 
-def _line(study: StudyRow) -> Line:
+def _line(study: StudyRecord) -> Line:
     final, best = study.final, study.ranked(twins=False)[0]
-    assert best.value is not None
-    searched = sum(epoch.seconds for row in study.trials if row.twin is None for epoch in row.epochs)
     common: dict[str, Any] = {
         "study": study.name,
-        "reads": None,
         "difference": None,
         "p": None,
         "trials": len(study.trials),
-        "search_seconds": searched,
+        "search_seconds": sum(trial.seconds for trial in study.trials if trial.twin is None),
         "data": str(study.resolved["data"]["name"]),
     }
     if final is not None:
-        test = final["test"]
-        kept = ("seconds_per_epoch", "training_seconds", "epochs", "parameters", "flops")
-        common |= {key: test[key] for key in ("accuracy", "low", "high", "n", "reads")} | {
-            key: final[key] for key in kept
-        }
-        return Line(split="test", **common)
-    n = int(study.data["validation"])
-    low, high = wilson(round(best.value * n), n)
+        measured = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
+        cost = ("seconds_per_epoch", "training_seconds", "epochs", "parameters", "flops")
+        return Line(split="test", **measured, **{key: getattr(final, key) for key in cost}, **common)
+    assert best.value is not None
+    assert best.result is not None
+    low, high = accuracy(study, best).interval
     return Line(
         accuracy=best.value,
         low=low,
         high=high,
         split="validation",
-        n=n,
-        seconds_per_epoch=seconds_per_epoch(best),
-        training_seconds=sum(epoch.seconds for epoch in best.epochs),
+        n=study.data.validation,
+        reads=None,
+        seconds_per_epoch=best.seconds_per_epoch,
+        training_seconds=best.seconds,
         epochs=len(best.epochs),
-        parameters=best.result["parameters"],
-        flops=best.result["flops"],
+        parameters=best.result.parameters,
+        flops=best.result.flops,
         **common,
     )
 
 
-def _comparable(studies: Sequence[StudyRow]) -> list[dict[int, Predictions]]:
-    """Studies by place, in groups of two or more whose answers are to the same images."""
-    groups: list[tuple[tuple[str, str], dict[int, Predictions]]] = []
-    for place, study in enumerate(studies):
+def _comparable(studies: Sequence[StudyRecord]) -> list[dict[int, Predictions]]:
+    """Studies by index, in groups of two or more with predictions of the same images."""
+    groups: dict[tuple[str, str, bytes], dict[int, Predictions]] = defaultdict(dict)
+    for index, study in enumerate(studies):
         final = study.final
-        answers = findings.predictions(study.folder / "final" if final else study.ranked(twins=False)[0].folder)
-        if answers is None:
-            continue
-        kind = (str(study.data["fingerprint"]), str(final["test"].get("fingerprint", "")) if final else "validation")
-        for other, group in groups:
-            first = next(iter(group.values()))
-            if kind == other and np.array_equal(first.indices, answers.indices):
-                group[place] = answers
-                break
-        else:
-            groups.append((kind, {place: answers}))
-    return [group for _, group in groups if len(group) > 1]
+        predictions = Predictions.read(study.folder / "final" if final else study.ranked(twins=False)[0].folder)
+        if predictions is not None:
+            part = final.test.fingerprint if final else "validation"
+            groups[study.data.fingerprint, part, predictions.indices.tobytes()][index] = predictions
+    return [group for group in groups.values() if len(group) > 1]
 
 
-def describe(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The comparison as plain values: what `--json` prints and MLflow keeps."""
+def describe_lines(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """The comparison as plain values, for `--json` and MLflow."""
     return [asdict(line) for line in lines]
 
 
-def tables(lines: Sequence[Line], width: int) -> list[Table]:
-    """The comparison for a terminal of so many characters: one table, or how well above at what cost."""
-    if width >= WIDE:
-        return [_table(lines, COLUMNS)]
-    return [_table(lines, WELL), _table(lines, {"study": True, **COST})]
+def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
+    """The comparison for a terminal of `width` characters: one table, or quality above cost."""
+    return [_table(lines, c) for c in ((COLUMNS,) if width >= WIDE else (QUALITY, {"study": True, **COST}))]
 
 
 def _table(lines: Sequence[Line], columns: Mapping[str, bool]) -> Table:
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column, left in columns.items():
-        made.add_column(column, justify="left" if left else "right", overflow="fold")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column, text in columns.items():
+        table.add_column(column, justify="left" if text else "right", overflow="fold")
     for line in lines:
         cells = _cells(line)
-        made.add_row(*[escape(cells[column]) for column in columns])
-    return made
+        table.add_row(*[escape(cells[column]) for column in columns])
+    return table
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The comparison as Markdown, which MLflow shows with its run."""
-    rows = [list(COLUMNS), ["---" if left else "---:" for left in COLUMNS.values()]]
-    rows += [[as_markdown(cells[column]) for column in COLUMNS] for cells in map(_cells, lines)]
-    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in rows), *notes(lines)])
+def comparison_markdown(lines: Sequence[Line]) -> str:
+    """The comparison as Markdown, the note of its run in MLflow."""
+    rows = [list(COLUMNS), ["---" if text else "---:" for text in COLUMNS.values()]]
+    rows += [[format.escape(cells[column]) for column in COLUMNS] for cells in map(_cells, lines)]
+    return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in rows), *comparison_notes(lines)])
 
 
-def notes(lines: Sequence[Line]) -> list[str]:
-    """What a reader of the table must know."""
-    told = [text for split, text in NOTES.items() if any(line.split == split for line in lines)]
-    told.append("Intervals are 95% (Wilson), for these trained models: another seed is not in them.")
+def comparison_notes(lines: Sequence[Line]) -> list[str]:
+    """How to read the table."""
+    texts = [text for split, text in NOTES.items() if any(line.split == split for line in lines)]
+    texts.append("Intervals are 95% (Wilson), for these trained models: another seed is not in them.")
     if any(line.p is not None for line in lines):
-        told.append("p: McNemar's mid-p test against the best on the same images, Holm-corrected.")
+        texts.append("p: McNemar's mid-p test against the best on the same images, Holm-corrected.")
     if any(line.difference is None for line in lines) and len(lines) > 1:
-        told.append('"-": no other study was measured on the same images.')
-    return told
+        texts.append('"-": no other study was measured on the same images.')
+    return texts
 
 
-def picture(lines: Sequence[Line], suffix: str) -> bytes:
+def comparison_picture(lines: Sequence[Line], suffix: str) -> bytes:
     """The accuracy-time front, a panel for each data set and split, as a file with that suffix (see `SUFFIXES`)."""
-    figure = plots.front(_panels(lines))
-    return plots.png(figure) if suffix == ".png" else plots.svg(figure, "front").encode()
+    return figures.png(_front(lines)) if suffix == ".png" else figures.svg(_front(lines), "front").encode()
 
 
-def html(lines: Sequence[Line]) -> str:
+def comparison_page(lines: Sequence[Line]) -> str:
     """The comparison as a self-contained page."""
-    drawn = page.drawn(picture(lines, ".svg").decode())
-    rows = [[cells[column] for column in COLUMNS] for cells in map(_cells, lines)]
-    return page.render(
+    return pages.render(
         "compare.html.jinja",
         {},
         names=[line.study for line in lines],
         columns=COLUMNS,
-        rows=rows,
-        words=[place for place, left in enumerate(COLUMNS.values()) if left],
-        notes=notes(lines),
-        front=drawn,
+        rows=[[cells[column] for column in COLUMNS] for cells in map(_cells, lines)],
+        texts=[index for index, text in enumerate(COLUMNS.values()) if text],
+        notes=comparison_notes(lines),
+        front=pages.embed(_front(lines), "front"),
     )
 
 
 def _cells(line: Line) -> dict[str, str]:
+    difference = "-" if line.difference is None else "best" if line.p is None else f"{100 * line.difference:+.2f}"
     return {
         "study": line.study,
         "accuracy": f"{line.accuracy:.2%}",
         "95% interval": f"{100 * line.low:.2f}-{100 * line.high:.2f}%",
         "measured on": line.split + (f" (reading {line.reads})" if line.reads else ""),
-        "to the best": "-"
-        if line.difference is None
-        else "best"
-        if line.p is None
-        else f"{100 * line.difference:+.2f}",
-        "p": "-" if line.p is None else findings.p_value(line.p),
+        "to the best": difference,
+        "p": "-" if line.p is None else format.p_value(line.p),
         "data": line.data,
         "s/epoch": f"{line.seconds_per_epoch:.2f}",
-        "training": seconds(line.training_seconds),
+        "training": format.seconds(line.training_seconds),
         "parameters": f"{line.parameters:,}",
-        "MFLOP": f"{line.flops / 1e6:,.3g}",
+        "MFLOP": format.megaflop(line.flops),
         "trials": str(line.trials),
     }
 
 
-def _panels(lines: Sequence[Line]) -> dict[str, list[plots.Measured]]:
-    panels: dict[str, list[plots.Measured]] = {}
+def _front(lines: Sequence[Line]) -> Any:
+    panels: dict[str, list[figures.Measured]] = {}
     for line in lines:
-        one = plots.Measured(line.study, line.accuracy, line.low, line.high, max(line.training_seconds, 1e-3))
-        panels.setdefault(f"{line.data}, {line.split} accuracy", []).append(one)
-    return panels
+        point = figures.Measured(line.study, line.accuracy, line.low, line.high, max(line.training_seconds, 1e-3))
+        panels.setdefault(f"{line.data}, {line.split} accuracy", []).append(point)
+    return figures.front(panels)

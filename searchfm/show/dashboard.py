@@ -1,8 +1,9 @@
-"""optuna-dashboard and MLflow's pages together, on loopback, until Ctrl-C; no process stays behind.
+"""`searchfm dashboard`: optuna-dashboard and MLflow's pages on loopback, until Ctrl-C; no process stays behind.
 
-Each server is a child (`python -m searchfm.show.child`) in a session of its own. It inherits the addresses of the
-databases from the environment, since a command line is open to everybody in `ps`, and holds one end of a pipe of ours:
-when that breaks, be it because we were killed, it takes its whole group down.
+Each server is a process of its own (`python -m searchfm.show.dashboard optuna|mlflow PORT MLFLOW`) in a session of its
+own. It inherits the addresses of the databases from the environment, since every user can read a command line in `ps`.
+Its standard input is a pipe whose other end we hold: when that closes, even because we were killed, it ends its whole
+process group.
 """
 
 import contextlib
@@ -17,27 +18,31 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from socketserver import ThreadingMixIn
+from typing import IO, Any
+from urllib.parse import urlsplit
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from searchfm.errors import StudyError, WorldError
-from searchfm.home import HOME, Home
-from searchfm.search.history import StudyRow
-from searchfm.search.notes import web_address
+from searchfm.home import HOME, TRACKING, Home
+from searchfm.records import StudyRecord
+from searchfm.search.notes import HERE, artifact_folder, web_address
 from searchfm.search.storage import load_study, open_storage, study_names
-from searchfm.tracking import make_schema, run_links
 
 HOST = "127.0.0.1"
-PORTS = (8080, 5000)  # where people look for optuna-dashboard and for MLflow
-TRIED = 20  # ports in a row, before we give up
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a browser
+PORTS = (8080, 5000)  # the usual ones of optuna-dashboard and MLflow
+TRIED = 20  # ports in a row
 START_SECONDS = 90.0
-LEAVE_SECONDS = 5.0
+LEAVE_SECONDS = 5.0  # for a server to end after SIGTERM
+GROUP_SECONDS = 3.0  # for the rest of its group, once the parent is gone
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a person looks: the study in optuna-dashboard, and its table in MLflow."""
+    """The pages to open: the study in optuna-dashboard, and its table in MLflow."""
 
     dashboard: str
     mlflow: str
@@ -45,17 +50,19 @@ class Addresses:
 
 def serve(
     home: Home,
-    study: StudyRow | None = None,
+    study: StudyRecord | None = None,
     *,
     ports: tuple[int, int] = PORTS,
     ready: Callable[[Addresses], None],
 ) -> None:
-    """Starts both servers, calls `ready` once both answer, and returns after SIGINT or SIGTERM, both being gone.
+    """Starts both servers, calls `ready` once both answer, and returns after SIGINT or SIGTERM, once both have ended.
 
     `study`: to open at; the latest unless given. `ports`: of optuna-dashboard and of MLflow; the next free one is
     taken where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError
     without any study, WorldError if a server does not start or ends by itself.
     """
+    from searchfm.tracking import make_schema, run_links  # the servers themselves, which import this module, need none
+
     study = study or _latest(home)
     stop = threading.Event()
     with _signals(stop), contextlib.ExitStack() as stack:
@@ -65,22 +72,22 @@ def serve(
         base = remote or f"http://{HOST}:{second}"
         if remote is None:
             make_schema(home)  # two processes that do so at once leave a file that none can open
-        children = [_start(stack, home, "optuna-dashboard", "optuna", first, "/api/meta", base)]
+        servers = [_start(stack, home, "optuna-dashboard", "optuna", first, "/api/meta", base)]
         if remote is None:
-            children.append(_start(stack, home, "MLflow", "mlflow", second, "/health", base))
+            servers.append(_start(stack, home, "MLflow", "mlflow", second, "/health", base))
         links = run_links(home, study)
-        for child in children:
-            child.wait(stop)
+        for server in servers:
+            server.wait(stop)
         if not stop.is_set():
-            here = f"http://{HOST}:{first}/dashboard/studies/{study.number}"
-            ready(Addresses(here, base + links.table() if links.experiment else base))
+            page = f"http://{HOST}:{first}/dashboard/studies/{study.number}"
+            ready(Addresses(page, base + links.table() if links.experiment else base))
         while not stop.wait(0.5):
-            for child in children:
-                child.check()
+            for server in servers:
+                server.check()
 
 
 def free_port(first: int, taken: int = 0) -> int:
-    """The first port from `first` on that nobody on loopback uses. Raises WorldError after twenty."""
+    """The first port from `first` on that is free on loopback. Raises WorldError after twenty."""
     for port in range(first, first + TRIED):
         if port != taken:
             with socket.socket() as probe, contextlib.suppress(OSError):
@@ -91,7 +98,7 @@ def free_port(first: int, taken: int = 0) -> int:
 
 
 @dataclass
-class Child:
+class Server:
     """A server in a process group of its own."""
 
     name: str
@@ -101,7 +108,7 @@ class Child:
 
     def wait(self, stop: threading.Event) -> None:
         """Until it answers. Raises WorldError if it ends, or does not answer in time."""
-        # Whatever proxy is set is not for loopback.
+        # Proxies are not for loopback.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         end = time.monotonic() + START_SECONDS
         while not stop.wait(0.1):
@@ -114,7 +121,7 @@ class Child:
     def check(self) -> None:
         """Raises WorldError if it has ended."""
         if self.process.poll() is not None:
-            raise WorldError(f"{self.name} ended with exit code {self.process.returncode}: {self._last_words()}")
+            raise WorldError(f"{self.name} ended with exit code {self.process.returncode}: {self._last_line()}")
 
     def stop(self) -> None:
         """SIGTERM to the group, and SIGKILL to what is left of it."""
@@ -127,29 +134,31 @@ class Child:
                 self.process.wait(LEAVE_SECONDS)
         self.errors.close()
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         self.errors.seek(0)
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
         # An address in it may hold a password.
-        return re.sub(r"://[^/@\s]*@", "://", lines[-1].strip()) if lines else "it said nothing"
+        return re.sub(r"://[^/@\s]*@", "://", lines[-1].strip()) if lines else "without an error message"
 
 
-def _start(stack: contextlib.ExitStack, home: Home, name: str, kind: str, port: int, health: str, mlflow: str) -> Child:
+def _start(
+    stack: contextlib.ExitStack, home: Home, name: str, kind: str, port: int, health: str, mlflow: str
+) -> Server:
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
     process = subprocess.Popen(
-        [sys.executable, "-m", "searchfm.show.child", kind, str(port), mlflow],
+        [sys.executable, "-m", "searchfm.show.dashboard", kind, str(port), mlflow],
         env={**os.environ, HOME: str(home.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=errors,
         start_new_session=True,
     )
-    child = Child(name, process, f"http://{HOST}:{port}{health}", errors)
-    stack.callback(child.stop)
-    return child
+    server = Server(name, process, f"http://{HOST}:{port}{health}", errors)
+    stack.callback(server.stop)
+    return server
 
 
-def _latest(home: Home) -> StudyRow:
+def _latest(home: Home) -> StudyRecord:
     storage = open_storage(home)
     names = study_names(storage)
     if not names:
@@ -167,3 +176,94 @@ def _signals(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+# --- in the process of a server ---------------------------------------------------------------------------------------
+
+
+def main(kind: str, port: int, mlflow: str) -> int:
+    """One of the servers, until the parent is gone."""
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    if kind == "optuna":
+        return serve_optuna(Home.find(), port, mlflow)
+    return serve_mlflow(Home.find(), port)
+
+
+def serve_optuna(home: Home, port: int, mlflow: str) -> int:
+    """optuna-dashboard behind a `Guard`: it has no check of its own, and each of its clients may delete studies."""
+    import optuna_dashboard
+    from optuna.artifacts import FileSystemArtifactStore
+
+    folder = artifact_folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+    app = optuna_dashboard.wsgi(open_storage(home), artifact_store=FileSystemArtifactStore(folder))
+    with make_server(HOST, port, Guard(app, port, mlflow), _ThreadedServer, _Handler) as server:
+        server.serve_forever()
+    return 0
+
+
+def serve_mlflow(home: Home, port: int) -> int:
+    """MLflow's own server, which has a guard, as a child: two processes, no job runners, no telemetry."""
+    settings = {
+        "MLFLOW_BACKEND_STORE_URI": home.tracking_uri,
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT": home.artifacts.as_uri(),
+        "MLFLOW_SERVE_ARTIFACTS": "false",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name}:{port}" for name in NAMES),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    environment = {key: value for key, value in os.environ.items() if key != TRACKING} | settings
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # we outlive it, to return its exit code
+    return process.wait()
+
+
+class Guard:
+    """Passes requests of a browser on this machine to our own name, and no others: a foreign page could otherwise make
+    the browser delete studies (a foreign Origin), or read them (a foreign name for our address).
+
+    Also redirects `/mlflow/...` to MLflow's pages, whose port is not known when the links in the notes are written.
+    """
+
+    def __init__(self, app: Any, port: int, mlflow: str) -> None:
+        self.app, self.mlflow = app, mlflow
+        self.hosts = {f"{name}:{port}" for name in NAMES}
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """WSGI (PEP 3333)."""
+        origin = environ.get("HTTP_ORIGIN")
+        if environ.get("HTTP_HOST") not in self.hosts or (origin and urlsplit(origin).netloc not in self.hosts):
+            start_response("403 Forbidden", [("Content-Type", "text/plain")])
+            return [b"Only from this machine, by its own name.\n"]
+        path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
+        if path.startswith(f"{HERE}/"):
+            target = f"{self.mlflow}/#{path.removeprefix(HERE)}{'?' if query else ''}{query}"
+            start_response("302 Found", [("Location", target)])
+            return [b""]
+        response: Iterable[bytes] = self.app(environ, start_response)
+        return response
+
+
+class _ThreadedServer(ThreadingMixIn, WSGIServer):
+    """Answers requests side by side: a plot may take seconds, and a page needs several."""
+
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Logs nothing: standard error is for errors."""
+
+
+def _follow_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GROUP_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

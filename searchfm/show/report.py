@@ -1,28 +1,32 @@
-"""`searchfm report`: one page that says what a study asked, what came of it, and how sure one may be."""
+"""`searchfm report`: one page with what a study asked, its result, and the uncertainty of each figure."""
 
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import optuna
 import tomli_w
-from markupsafe import Markup
 from optuna.storages import BaseStorage
 
-from searchfm import plots
+from searchfm import figures
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
+from searchfm.format import megaflop, p_value, plural, seconds, short, short_names, show_params, state, states, times
 from searchfm.learn.datasets import training_images
-from searchfm.search.history import StudyRow, TrialRow, read_epochs
+from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
-from searchfm.show import findings, page, words
-from searchfm.show.findings import Predictions, Rank, seconds_per_epoch
-from searchfm.show.terminal import figure, seconds, short_names, show_params
+from searchfm.show import pages
+from searchfm.stats import Accuracy, holm, mcnemar
 
-RANKED = 15  # trials in the picture of which are better
+ALPHA = 0.05  # two trials with a p-value of at least this are tied
+ENOUGH = 10  # complete trials that importance needs
+RANKED = 15  # trials in the figure of ties
 KEYS = 10  # axes of the parallel coordinates
 TOP = 5  # trials whose curves are in colour
 SECTIONS = {
@@ -33,266 +37,475 @@ SECTIONS = {
     "curves": "Learning curves",
     "errors": "What it gets wrong",
     "trials": "All trials",
-    "reproduce": "To get this again",
+    "reproduce": "Reproduce",
 }
 
 
-def report(study: StudyRow, storage: BaseStorage, environment: Mapping[str, str], data_dir: Path | None = None) -> str:
-    """The page, whole. environment: what the search ran on, as far as it is known; data_dir: where images are looked
-    for first. Raises StudyError for a study without a complete trial.
+def report_page(
+    study: StudyRecord, storage: BaseStorage, environment: Mapping[str, str], data_dir: Path | None = None
+) -> str:
+    """The whole page. environment: hardware and versions of the search, as far as known; data_dir: searched first for
+    images. Raises StudyError for a study without a complete trial.
     """
     if not study.ranked(twins=False):
-        counts = ", ".join(f"{len(study.of(state))} {state}" for state in ("pruned", "failed", "running"))
+        counts = states(study, ("pruned", "failed", "running"))
         raise StudyError(f"study {study.name!r} has no complete trial to report on: {counts}")
     view = View(study, storage)
-    shown = {
+    values = {
         **_head(view),
         **_search(view),
         **_space(view),
         **_curves(view),
         **_errors(view, data_dir),
-        **_again(view, environment),
+        **_reproduce(view, environment),
     }
-    sections = {name: title for name, title in SECTIONS.items() if name != "factors" or shown["factors"]}
-    told = {str(row.number): _told(row) for row in study.trials}
-    return page.render("report.html.jinja", told, study=study, sections=sections, **shown)
+    sections = {name: title for name, title in SECTIONS.items() if name != "factors" or values["factors"]}
+    tips = {str(trial.number): _tip(trial) for trial in study.trials}
+    return pages.render("report.html.jinja", tips, study=study, sections=sections, **values)
+
+
+# --- findings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A complete trial, compared with the best."""
+
+    trial: Trial
+    accuracy: Accuracy  # on the validation part
+    difference: float  # its value less the best trial's: 0 or less
+    p: float | None  # of McNemar's test against the best, Holm-corrected; None for the best, or without predictions
+    tied: bool  # not distinguishable from the best
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Training that pruning saved."""
+
+    epochs: int  # not trained
+    full: int  # that all trained trials would have had
+    seconds: float  # that those epochs would have taken, at each trial's own pace
+
+    @property
+    def fraction(self) -> float:
+        """Epochs not trained, of all."""
+        return self.epochs / self.full if self.full else 0.0
+
+
+@dataclass(frozen=True)
+class Confused:
+    """One class predicted for another."""
+
+    true: int
+    predicted: int
+    count: int
+    fraction: float  # of the true class's images
+    examples: tuple[int, ...]  # indices among the predictions, the most probable mistakes first
+
+
+def accuracy(study: StudyRecord, trial: Trial) -> Accuracy:
+    """The accuracy of a complete trial on the validation part."""
+    assert trial.value is not None
+    return Accuracy.of(trial.value, study.data.validation)
+
+
+def ranks(study: StudyRecord) -> list[Rank]:
+    """All complete trials that were trained, the best first, and which of them are tied with it.
+
+    By McNemar's test on the predictions of the same validation images, Holm-corrected for all that are compared; where
+    a trial's predictions are not kept, by whether its accuracy lies in the best one's interval. The best of many was
+    also lucky, so this errs on the side of seeing differences.
+    """
+    trials = study.ranked(twins=False)
+    if not trials:
+        return []
+    best, top = trials[0], trials[0].value or 0.0
+    reference = Predictions.read(best.folder)
+    tests: dict[int, float] = {}
+    for trial in trials[1:]:
+        other = Predictions.read(trial.folder)
+        if reference and other and np.array_equal(reference.indices, other.indices):
+            tests[trial.number] = mcnemar(reference.correct, other.correct)
+    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+    floor = accuracy(study, best).interval[0]
+    ranked = []
+    for trial in trials:
+        p, value = adjusted.get(trial.number), trial.value or 0.0
+        tied = trial is best or (p >= ALPHA if p is not None else value >= floor)
+        ranked.append(Rank(trial, accuracy(study, trial), value - top, p, tied))
+    return ranked
+
+
+def saved_epochs(study: StudyRecord) -> Saved:
+    """Epochs that pruned trials did not train. Twins, which train nothing, and failed trials are left out."""
+    trained = [t for t in study.trials if t.twin is None and t.epochs and t.state in ("complete", "pruned")]
+    missing = [trial.planned_epochs - len(trial.epochs) for trial in trained]
+    pace = [trial.seconds_per_epoch for trial in trained]
+    full = sum(trial.planned_epochs for trial in trained)
+    return Saved(sum(missing), full, sum(epochs * each for epochs, each in zip(missing, pace, strict=True)))
+
+
+def importances(study: StudyRecord, storage: BaseStorage) -> dict[str, float]:
+    """How much of the difference between good trials and others each key explains, 0 to 1, the most first (PED-ANOVA:
+    Watanabe, Bansal & Hutter 2023, arXiv 2304.10255), from complete trials that were trained themselves.
+
+    Empty where those are fewer than 10, or all of one value.
+    """
+    trials = study.ranked(twins=False)
+    if len(trials) < ENOUGH or len({trial.value for trial in trials}) == 1:
+        return {}
+    numbers = {trial.number for trial in trials}
+    trained = optuna.create_study(direction="maximize")
+    trained.add_trials([t for t in storage.get_all_trials(study.number, deepcopy=False) if t.number in numbers])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)  # the report says how few they are
+        return optuna.importance.get_param_importances(trained)
+
+
+def confused(predictions: Predictions, *, most: int = 6, each: int = 6) -> list[Confused]:
+    """The pairs of classes confused most often, at most `most`, with at most `each` examples."""
+    labels, predicted = predictions.labels, predictions.predicted
+    wrong = np.flatnonzero(~predictions.correct)
+    ordered = wrong[np.argsort(-predictions.probabilities[wrong, predicted[wrong]], kind="stable")]
+    examples: dict[tuple[int, int], list[int]] = {}
+    for index in ordered.tolist():
+        examples.setdefault((int(labels[index]), int(predicted[index])), []).append(index)
+    totals = np.bincount(labels)
+    pairs = sorted(examples.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:most]
+    return [
+        Confused(true, other, len(indices), len(indices) / int(totals[true]), tuple(indices[:each]))
+        for (true, other), indices in pairs
+    ]
+
+
+# --- sentences: each number with its interval, and what that is an interval of ----------------------------------------
+
+
+def about(study: StudyRecord) -> str:
+    """The data, and the state of the search."""
+    data = study.data
+    return (
+        f"{study.resolved['data']['name']}: {data.train:,} images to train on, {data.validation:,} to validate, "
+        f"{len(data.classes)} classes. {len(study.trials)} of {study.planned} trials: {states(study, zeros=False)}; "
+        f"{seconds(study.seconds)} from the first to the last."
+    )
+
+
+def verdict(study: StudyRecord) -> list[str]:
+    """The result, the main sentence first."""
+    if study.final is not None:
+        return _retrained(study.final)
+    complete, n = study.ranked(twins=False), study.data.validation
+    best = complete[0]
+    low, high = accuracy(study, best).interval
+    sentences = [
+        f"Trial {best.number} classifies {best.value:.2%} of {n:,} validation images correctly "
+        f"(95% interval {low:.2%} to {high:.2%}, for this one model on images like these)."
+    ]
+    if len(complete) > 1:
+        sentences.append(
+            f"It is the best of {len(complete)} complete trials on these same images, so the figure is optimistic: "
+            "expect less of a fresh training."
+        )
+    return sentences
+
+
+def _retrained(final: Final) -> list[str]:
+    test, validation = final.test, final.validation
+    sentences = [
+        f"The final model classifies {test.accuracy:.2%} of {test.n:,} test images correctly "
+        f"(95% interval {test.low:.2%} to {test.high:.2%}, for this one model on images like these).",
+        f"It has the configuration of trial {final.winner}, trained on all training data for "
+        f"{plural(final.epochs, 'epoch')}. The studies of this home have read the test part of these data "
+        f"{times(test.reads)}, this time included.",
+    ]
+    if validation.low is not None and final.optimism is not None:
+        searched = validation.accuracy + final.optimism
+        sentences.append(
+            "On the search's own data and epochs, trainings with fresh seeds classify "
+            f"{validation.accuracy:.2%} of the validation images correctly on average (95% interval "
+            f"{validation.low:.2%} to {validation.high:.2%}, for one more seed). The search gave {searched:.2%}, "
+            f"{abs(100 * final.optimism):.2f} points too {'high' if final.optimism >= 0 else 'low'}."
+        )
+    if final.tie:
+        names = ", ".join(str(number) for number in final.tie)
+        sentences.append(
+            f"Trials {names} cannot be distinguished with fresh seeds; trial {final.winner} has the lowest cost."
+        )
+    return sentences
+
+
+def tie(study: StudyRecord, ranked: Sequence[Rank]) -> str:
+    """Which trials are tied with the best, and which of those trained fastest."""
+    n, tied = study.data.validation, [rank for rank in ranked if rank.tied]
+    if len(ranked) == 1:
+        return "Only one trial is complete: there is nothing to compare it with."
+    if len(tied) == 1:
+        return f"No tie: on {n:,} validation images, the best trial differs from every other."
+    together = all(rank.tied for rank in ranked[: len(tied)])
+    subject = f"The top {len(tied)} are tied" if together else f"{len(tied)} trials are tied, the best among them"
+    floor = 100 * -min(rank.difference for rank in tied)
+    text = (
+        f"{subject}: {n:,} validation images cannot distinguish them, although they differ by up to {floor:.2f} points."
+    )
+    fast = min((rank.trial for rank in tied if rank.trial.epochs), key=lambda trial: trial.seconds, default=None)
+    return text if fast is None else f"{text} Of these, trial {fast.number} trained fastest ({seconds(fast.seconds)})."
+
+
+def pruning_note(saved: Saved) -> str:
+    """What pruning saved."""
+    if not saved.epochs:
+        return "No trial was pruned."
+    return (
+        f"Pruning saved {saved.epochs:,} of {saved.full:,} epochs ({saved.fraction:.0%}), about "
+        f"{seconds(saved.seconds)} of training."
+    )
+
+
+def importance_note(study: StudyRecord, available: bool) -> str:
+    """What importance is based on, or why there is none."""
+    count = len(study.ranked(twins=False))
+    if available:
+        hint = "" if count >= 10 * ENOUGH else "; with so few it is a hint, not a finding"
+        return f"Importance by PED-ANOVA (arXiv 2304.10255) on {count} complete trials{hint}. Pruned ones are left out."
+    if count < ENOUGH:
+        return f"Importance needs at least {ENOUGH} complete trials; this study has {count}."
+    return "All complete trials have one accuracy: no key is more important than another."
+
+
+def factors_note(*, sweep: bool) -> str:
+    """How to read the figures of single keys."""
+    legend = "A dot is a complete trial, red the best; a bar is the median of a value's trials."
+    if sweep:
+        return f"{legend} Nothing else was searched: differences come from this key and the seed."
+    return f"{legend} The other keys vary too: this shows correlation, not cause."
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class View:
     """A study, and what several sections need of it."""
 
-    study: StudyRow
+    study: StudyRecord
     storage: BaseStorage
 
     @cached_property
-    def best(self) -> TrialRow:
+    def best(self) -> Trial:
         """The best trial that was trained itself."""
         return self.study.ranked(twins=False)[0]
 
     @cached_property
-    def chosen(self) -> TrialRow:
-        """Whose configuration is shown: the winner's after retraining, before it the best trial's."""
+    def chosen(self) -> Trial:
+        """The trial whose configuration is shown: the winner after retraining, else the best."""
         final = self.study.final
-        return next(row for row in self.study.trials if row.number == final["winner"]) if final else self.best
-
-    @cached_property
-    def ranked(self) -> list[Rank]:
-        """See `findings.ranks`."""
-        return findings.ranks(self.study)
+        return next(trial for trial in self.study.trials if trial.number == final.winner) if final else self.best
 
     @cached_property
     def importances(self) -> dict[str, float]:
-        """See `findings.importances`."""
-        return findings.importances(self.study, self.storage)
+        """See `importances`."""
+        return importances(self.study, self.storage)
+
+    @cached_property
+    def saved(self) -> Saved:
+        """See `saved_epochs`."""
+        return saved_epochs(self.study)
 
     @cached_property
     def space(self) -> dict[str, Choice | Range]:
-        """The keys that complete trials have at least two values of."""
+        """The keys with at least two values among complete trials."""
         values: dict[str, set[Any]] = {}
-        for row in self.study.ranked(twins=False):
-            for key, value in row.params.items():
+        for trial in self.study.ranked(twins=False):
+            for key, value in trial.params.items():
                 values.setdefault(key, set()).add(value)
         tree = Study(self.study.name, self.study.resolved).tree
         return {key: leaf for key, leaf in leaves(tree) if len(values.get(key, ())) > 1}
 
     @cached_property
-    def names(self) -> dict[str, str]:
-        """What the keys of the space are called."""
-        return short_names(dict.fromkeys(key for row in self.study.trials for key in row.params))
-
-    def by_importance(self) -> list[str]:
+    def keys(self) -> list[str]:
         """The keys of `space`, the most important first, as far as that is known."""
         return sorted(self.space, key=lambda key: -self.importances.get(key, 0.0))
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Short names of all keys of the space."""
+        return short_names(dict.fromkeys(key for trial in self.study.trials for key in trial.params))
 
 
 def _head(view: View) -> dict[str, Any]:
     study, final, chosen = view.study, view.study.final, view.chosen
-    made: Mapping[str, Any] = final or chosen.result
-    pace = final["seconds_per_epoch"] if final else seconds_per_epoch(chosen)
-    saved = findings.saved(study)
+    model = final or chosen.result
     facts = [("best in the search", f"{view.best.value:.2%}", f"trial {view.best.number}")]
     if final:
-        test = final["test"]
-        times = f"on the test part, reading {test['reads']}"
-        facts.insert(0, (times, f"{test['accuracy']:.2%}", f"{test['n']:,} images"))
-    facts += [
-        ("trained to the end", f"{len(study.ranked(twins=False))}", f"of {len(study.trials)} trials"),
-        *([("epochs saved", f"{saved.share:.0%}", "by pruning")] if saved.epochs else []),
-        ("parameters", f"{made.get('parameters', 0):,}", ""),
-        ("MFLOP an image", f"{made.get('flops', 0) / 1e6:,.3g}", "forward"),
-        ("an epoch", seconds(pace), "final training" if final else f"trial {chosen.number}"),
-    ]
-    return {"about": words.about(study), "verdict": words.verdict(study), "facts": facts}
+        test = final.test
+        facts.insert(0, (f"on the test part, reading {test.reads}", f"{test.accuracy:.2%}", f"{test.n:,} images"))
+    facts.append(("trained to the end", f"{len(study.ranked(twins=False))}", f"of {len(study.trials)} trials"))
+    if view.saved.epochs:
+        facts.append(("epochs saved", f"{view.saved.fraction:.0%}", "by pruning"))
+    if model:
+        facts += [("parameters", f"{model.parameters:,}", ""), ("MFLOP an image", megaflop(model.flops), "forward")]
+    pace = final.seconds_per_epoch if final else chosen.seconds_per_epoch
+    facts.append(("an epoch", seconds(pace), "final training" if final else f"trial {chosen.number}"))
+    return {"about": about(study), "verdict": verdict(study), "facts": facts}
 
 
 def _search(view: View) -> dict[str, Any]:
-    study, ranked, best = view.study, view.ranked, view.ranked[0]
+    study, ranked = view.study, ranks(view.study)
     measured = [
-        plots.Measured(f"trial {rank.row.number}", rank.row.value or 0.0, rank.low, rank.high, tied=rank.tied)
-        for rank in ranked[:RANKED]
+        figures.Measured(f"trial {r.trial.number}", r.trial.value or 0.0, *r.accuracy.interval, tied=r.tied)
+        for r in ranked[:RANKED]
     ]
+    history = figures.history(study.trials, ranked[0].trial.number, ranked[0].accuracy.interval)
+    by_value = sorted(study.trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
     return {
-        "history": _picture(plots.history(study.trials, best.row.number, (best.low, best.high)), "history"),
-        "ranking": _picture(plots.ranking(measured), "ranking"),
-        "tie": words.tie(study, ranked),
-        "ranked": [_ranked(rank, study) for rank in ranked[:RANKED]],
-        "trials_table": [_row(row) for row in sorted(study.trials, key=lambda row: (-(row.value or 0.0), row.number))],
+        "history": pages.embed(history, "history"),
+        "ranking": pages.embed(figures.ranking(measured), "ranking"),
+        "tie": tie(study, ranked),
+        "ranked": [_rank_cells(rank, study.final) for rank in ranked[:RANKED]],
+        "trials_table": [_trial_cells(trial) for trial in by_value],
     }
 
 
 def _space(view: View) -> dict[str, Any]:
-    rows, keys = view.study.ranked(twins=False), view.by_importance()
-    shares = {view.names[key]: share for key, share in list(view.importances.items())[:KEYS]}
-    axes = {key: leaf for key, leaf in view.space.items() if key in keys[:KEYS]}
-    sweep = len(view.names) == 1
+    trials, space = view.study.ranked(twins=False), view.space
+    fractions = {view.names[key]: fraction for key, fraction in list(view.importances.items())[:KEYS]}
+    axes = {key: leaf for key, leaf in space.items() if key in view.keys[:KEYS]}
+    shown = f"{'the' if fractions else 'the first'} {len(axes)}{' most important' if fractions else ''}"
     return {
-        "importance": _picture(plots.importance(shares), "importance") if shares else None,
-        "importance_note": words.importance(view.study, bool(shares)),
-        "parallel": _picture(plots.parallel(rows, axes, view.names), "parallel") if len(axes) > 1 else None,
-        "parallel_note": words.axes(len(axes), len(view.space), bool(shares)),
+        "importance": pages.embed(figures.importance(fractions), "importance") if fractions else None,
+        "importance_note": importance_note(view.study, bool(fractions)),
+        "parallel": pages.embed(figures.parallel(trials, axes, view.names), "parallel") if len(axes) > 1 else None,
+        "parallel_note": f"Shown are {shown} of {len(space)} keys." if len(axes) < len(space) else "",
         "factors": [
-            _picture(plots.factor(rows, key, view.space[key], view.names[key], f"f{i}", view.best.number), f"f{i}")
-            for i, key in enumerate(keys)
+            pages.embed(figures.factor(trials, key, space[key], view.names[key], f"f{i}", view.best.number), f"f{i}")
+            for i, key in enumerate(view.keys)
         ],
-        "factors_note": words.factors(sweep=sweep),
+        "factors_note": factors_note(sweep=len(view.names) == 1),
     }
 
 
 def _curves(view: View) -> dict[str, Any]:
-    study, final = view.study, view.study.final
-    epochs = read_epochs(study.folder / "final" / "epochs.csv") if final else ()
-    whose = "the final model, trained on all training data" if epochs else f"trial {view.chosen.number}"
+    study = view.study
+    epochs = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
+    subject = "the final model, trained on all training data" if epochs else f"trial {view.chosen.number}"
     epochs = epochs or view.chosen.epochs
-    saved = findings.saved(study)
+    survival = figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if view.saved.epochs else None
     return {
-        "curves": _picture(plots.curves(epochs), "curves") if epochs else None,
-        "curves_whose": whose,
-        "progress": _picture(plots.progress(study.trials, study.ranked(twins=False)[:TOP]), "progress"),
-        "survival": _picture(plots.survival(study.trials, int(study.resolved["train"]["epochs"])), "survival")
-        if saved.epochs
-        else None,
-        "saved": words.saved(saved),
+        "curves": pages.embed(figures.curves(epochs), "curves") if epochs else None,
+        "curves_subject": subject,
+        "progress": pages.embed(figures.progress(study.trials, study.ranked(twins=False)[:TOP]), "progress"),
+        "survival": pages.embed(survival, "survival") if survival else None,
+        "saved": pruning_note(view.saved),
     }
 
 
 def _errors(view: View, data_dir: Path | None) -> dict[str, Any]:
-    """The final model's answers on the test part, once there are any; the images shown are always of the validation
-    part: whoever looks at test images and then turns a knob has tuned on them.
+    """The final model's predictions on the test part, once there are any; the images are always of the validation part:
+    looking at test images before the next change would tune on them.
     """
-    study, names = view.study, [str(name) for name in view.study.data["classes"]]
-    held = findings.predictions(view.chosen.folder)
-    tested = findings.predictions(study.folder / "final") if study.final else None
-    answers = tested or held
-    pairs, note = _pairs(study, view.chosen.number, held, names, data_dir) if held else ([], "")
+    study, names, number = view.study, view.study.data.classes, view.chosen.number
+    validation = Predictions.read(view.chosen.folder)
+    test = Predictions.read(study.folder / "final") if study.final else None
+    predictions = test or validation
+    subject = f"The predictions of trial {number} are no longer in its folder."
+    if test:
+        subject = "Predictions of the final model on the test part."
+    elif validation:
+        subject = f"Predictions of trial {number} on the validation part."
+    pairs, note = _pairs(study, number, validation, data_dir) if validation else ([], "")
     return {
-        "errors_whose": words.whose(view.chosen.number, tested is not None, answers is not None),
-        "confusion": _picture(plots.confusion(answers.labels, answers.chosen, names), "confusion") if answers else None,
-        "classes": [
-            {"name": name, "precision": f"{one.precision:.1%}", "recall": f"{one.recall:.1%}", "n": f"{one.n:,}"}
-            for name, one in zip(names, findings.per_class(answers), strict=True)
-        ]
-        if answers
-        else [],
+        "errors_subject": subject,
+        "confusion": pages.embed(figures.confusion(predictions, names), "confusion") if predictions else None,
+        "classes": predictions.per_class(names) if predictions else (),
         "pairs": pairs,
         "pairs_note": note,
     }
 
 
 def _pairs(
-    study: StudyRow, trial: int, held: Predictions, names: list[str], data_dir: Path | None
+    study: StudyRecord, trial: int, predictions: Predictions, data_dir: Path | None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The most confused pairs with their images, and a word on them; without images where those cannot be had."""
-    pairs = findings.confused(held)
-    places = [place for pair in pairs for place in pair.examples]
+    """The most confused pairs with their images, and a note; without images where the data cannot be read."""
+    pairs, names = confused(predictions), study.data.classes
+    shown = [index for pair in pairs for index in pair.examples]
     note = (
-        f"By trial {trial} on the validation part: how often, which share of the true class, and the surest mistakes. "
+        f"Trial {trial} on the validation part: count, fraction of the true class, and the most probable mistakes. "
         "No test image is ever shown."
     )
     sources: dict[int, str] = {}
     try:
-        config = DataConfig.from_table(study.resolved["data"])
-        wanted = held.indices[places].tolist()
-        shown = training_images(config, wanted, study.data["fingerprint"], data_dir) if places else ()
-        sources = {place: page.data_uri(image) for place, image in zip(places, shown, strict=True)}
+        config, indices = DataConfig.from_table(study.resolved["data"]), predictions.indices[shown].tolist()
+        pixels = training_images(config, indices, study.data.fingerprint, data_dir) if shown else ()
+        sources = {index: pages.data_uri(image) for index, image in zip(shown, pixels, strict=True)}
     except DataError as error:
-        note = f"Their images cannot be shown here: {error}"
+        note = f"The images cannot be shown: {error}"
     return [
         {
             "true": names[pair.true],
             "predicted": names[pair.predicted],
             "count": pair.count,
-            "share": f"{pair.share:.1%}",
+            "fraction": f"{pair.fraction:.1%}",
             "images": [
                 {
-                    "source": sources[place],
-                    "index": int(held.indices[place]),
-                    "sure": f"{held.probabilities[place, pair.predicted]:.0%}",
+                    "source": sources[index],
+                    "index": int(predictions.indices[index]),
+                    "probability": f"{predictions.probabilities[index, pair.predicted]:.0%}",
                 }
-                for place in pair.examples
-                if place in sources
+                for index in pair.examples
+                if index in sources
             ],
         }
         for pair in pairs
     ], note
 
 
-def _again(view: View, environment: Mapping[str, str]) -> dict[str, Any]:
+def _reproduce(view: View, environment: Mapping[str, str]) -> dict[str, Any]:
     study, chosen = view.study, view.chosen
-    file = chosen.folder / "config.toml"
-    resolved = dict(study.resolved)
-    known = {
+    file, resolved = chosen.folder / "config.toml", dict(study.resolved)
+    facts = {
         **environment,
-        "device": str(chosen.result.get("device", "")),
-        **{name: str(text) for name, text in chosen.result.get("versions", {}).items()},
-        "data fingerprint": str(study.data["fingerprint"]),
+        **({"device": chosen.result.device, **chosen.result.versions} if chosen.result else {}),
+        "data fingerprint": study.data.fingerprint,
         "study digest": study.digest,
         "seeds": f"search {resolved['search']['seed']}, data {resolved['data']['seed']}, "
         f"trial {chosen.config.get('train', {}).get('seed', '')}",
     }
     return {
-        "name": study.name,
         "chosen": chosen.number,
         "config": file.read_text("utf-8") if file.is_file() else tomli_w.dumps(dict(chosen.config)),
         "resolved": tomli_w.dumps({"name": study.name, **resolved}),
-        "environment": {name: text for name, text in known.items() if text},
+        "environment": {name: text for name, text in facts.items() if text},
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
-def _picture(drawn: Any, name: str) -> Markup:
-    return page.drawn(plots.svg(drawn, name))
-
-
-def _ranked(rank: Rank, study: StudyRow) -> dict[str, Any]:
-    row = rank.row
-    won = study.final is not None and study.final["winner"] == row.number
+def _rank_cells(rank: Rank, final: Final | None) -> dict[str, Any]:
+    trial = rank.trial
     return {
-        "trial": row.number,
-        "mark": "retrained" if won else "",
+        "trial": trial.number,
+        "mark": "retrained" if final is not None and final.winner == trial.number else "",
         "style": "best" if rank.p is None and not rank.difference else "" if rank.tied else "differs",
-        "accuracy": f"{row.value:.2%}",
+        "accuracy": f"{trial.value:.2%}",
         "difference": f"{100 * rank.difference:+.2f}" if rank.difference else "",
-        "p": "" if rank.p is None else findings.p_value(rank.p),
-        "seconds": f"{seconds_per_epoch(row):.2f}" if row.epochs else "",
-        "parameters": f"{row.result['parameters']:,}" if "parameters" in row.result else "",
+        "p": "" if rank.p is None else p_value(rank.p),
+        "seconds": f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "",
+        "parameters": f"{trial.result.parameters:,}" if trial.result else "",
     }
 
 
-def _row(row: TrialRow) -> dict[str, Any]:
-    state = row.state + (f" (twin of {row.twin})" if row.twin is not None else "")
-    last = row.value if row.value is not None else next(reversed([*row.reported.values()]), None)
+def _trial_cells(trial: Trial) -> dict[str, Any]:
     return {
-        "trial": row.number,
-        "state": state,
-        "accuracy": "" if last is None else f"{last:.2%}",
-        "epochs": len(row.epochs),
-        "seconds": f"{seconds_per_epoch(row):.2f}" if row.epochs else "",
-        "params": row.reason if row.state == "failed" and row.reason else show_params(row.params),
+        "trial": trial.number,
+        "state": state(trial),
+        "accuracy": "" if trial.accuracy is None else f"{trial.accuracy:.2%}",
+        "epochs": len(trial.epochs),
+        "seconds": f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "",
+        "params": trial.reason if trial.state == "failed" and trial.reason else show_params(trial.params),
     }
 
 
-def _told(row: TrialRow) -> str:
-    value = "" if row.value is None else f" {row.value:.2%}"
-    chosen = [f"{name} = {figure(row.params[key])}" for key, name in short_names(row.params).items()]
-    return "\n".join([f"trial {row.number}: {row.state}{value}", *chosen])
+def _tip(trial: Trial) -> str:
+    value = "" if trial.value is None else f" {trial.value:.2%}"
+    params = [f"{name} = {short(trial.params[key])}" for key, name in short_names(trial.params).items()]
+    return "\n".join([f"trial {trial.number}: {trial.state}{value}", *params])

@@ -1,26 +1,24 @@
-"""A study in MLflow: a parent run a study, a child run a trial. The only room that imports mlflow, and never at import.
+"""A study in MLflow: a parent run a study, a child run a trial. The only package that imports mlflow, in functions.
 
-`Tracker` follows a search from a background thread; `differences` and `apply` bring MLflow in line afterwards.
+`Tracking` starts the process that follows a search; `sync` aligns MLflow afterwards.
 """
 
 from searchfm.search.notes import Links
-from searchfm.tracking.client import shown
-from searchfm.tracking.mirror import Difference
-from searchfm.tracking.pages import log_comparison, log_report, study_environment
-from searchfm.tracking.sync import apply, differences, make_schema, run_links
-from searchfm.tracking.tracker import NullTracker, Tracker
+from searchfm.tracking.follow import Tracking, sync
+from searchfm.tracking.mirror import Difference, make_schema, run_links, shown
+from searchfm.tracking.registry import find_model, log_comparison, log_report, publish, study_environment
 
 __all__ = [
     "Difference",
     "Links",
-    "NullTracker",
-    "Tracker",
-    "apply",
-    "differences",
+    "Tracking",
+    "find_model",
     "log_comparison",
     "log_report",
     "make_schema",
+    "publish",
     "run_links",
     "shown",
     "study_environment",
+    "sync",
 ]

@@ -1,71 +1,72 @@
-"""The tracker's own process: reads a tracker's calls from standard input, and ends when that does.
+"""The tracking process: `python -m searchfm.tracking STUDY`, with the home in SEARCHFM_HOME. See `follow.Tracking`.
 
-Calls come pickled from our own coordinator, over a pipe that it alone holds.
+Standard input: one line, the time (seconds since 1970) by which to finish; its end ends the process. Standard output: a
+JSON value a line, [level, text] for a line of log, at last the number of trials that are not aligned.
 """
 
 import contextlib
+import json
 import logging
 import os
-import pickle
 import sys
 import threading
 import time
 from typing import Any
 
-from filelock import FileLock
+from searchfm.home import Home
+from searchfm.tracking.follow import Follower
+from searchfm.tracking.mirror import writer
 
-from searchfm.search.history import StudyRow
-from searchfm.tracking.follower import Follower
+_stdout = os.fdopen(os.dup(1), "w")
+_lock = threading.Lock()
 
 
-class _Voice(logging.Handler):
-    """What we log is said by the coordinator, which knows what the terminal shows."""
+class LogHandler(logging.Handler):
+    """Leaves logging to the coordinator, which knows what the terminal shows."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        _say((record.levelno, record.getMessage()))
+        """Sends one line of log."""
+        send([record.levelno, record.getMessage()])
 
 
 def main() -> None:
-    """Follows until the pipe breaks."""
+    """Follows until it is closed."""
     with contextlib.suppress(OSError):
         os.nice(5)  # training goes first
-    home, study = _heard()
-    study.folder.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("searchfm").addHandler(_Voice())
+    logging.getLogger("searchfm").addHandler(LogHandler())
     logging.getLogger("searchfm").setLevel(logging.INFO)
-    # A coordinator that was killed may have left such a process in the middle of something: never two at once.
-    with FileLock(study.folder / ".tracking.lock"):
-        follower = Follower(home, study)
-        while True:
-            name, arguments = _heard()
-            if name == "close":
-                # In a thread: should the coordinator be killed meanwhile, the pipe tells us even so.
-                threading.Thread(target=_close, args=(follower, *arguments), daemon=True).start()
-            else:
-                getattr(follower, name)(*arguments)
+    home, name = Home.find(), sys.argv[1]
+    follower = Follower(home, name)
+    threading.Thread(target=receive, args=(follower,), daemon=True).start()
+    with writer(home, name):
+        follower.run()
+        finish(follower)
 
 
-def _close(follower: Follower, study: StudyRow, deadline: float) -> None:
-    _say(follower.close(study, max(0.0, deadline - time.time())))
+def receive(follower: Follower) -> None:
+    """Reads when to finish. In a thread: should the coordinator be killed, we end in the middle of any call."""
+    for line in sys.stdin:
+        timer = threading.Timer(max(0.0, float(line) - time.time()), finish, (follower,))
+        timer.daemon = True
+        timer.start()
+        follower.closing.set()
+    os._exit(0)  # the coordinator has ended, and with it our right to write
 
 
-def _heard() -> Any:
-    try:
-        return pickle.load(sys.stdin.buffer)
-    except (EOFError, pickle.UnpicklingError):
-        os._exit(0)  # the coordinator is gone, and with it the right to write
+def finish(follower: Follower) -> None:
+    """Reports how many trials are not aligned, and ends the process."""
+    if follower.left is not None:
+        send(follower.left)
+    os._exit(0)
 
 
-_lock = threading.Lock()
-_mouth = os.fdopen(os.dup(1), "wb")
-
-
-def _say(something: Any) -> None:
+def send(value: Any) -> None:
+    """Sends one value to the coordinator."""
     with _lock, contextlib.suppress(BrokenPipeError):
-        pickle.dump(something, _mouth)
-        _mouth.flush()
+        _stdout.write(json.dumps(value) + "\n")
+        _stdout.flush()
 
 
 if __name__ == "__main__":
-    os.dup2(2, 1)  # whatever prints must not print into the pipe
+    os.dup2(2, 1)  # what is printed must not get into the pipe
     main()

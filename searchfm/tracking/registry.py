@@ -1,66 +1,84 @@
-"""The final model in MLflow: a run of its own below the study's, and a version in the model registry.
+"""What MLflow keeps beside the trials: final models in its registry, and reports and comparisons as artifacts.
 
 What is registered needs nothing of ours to be used: a torch.export program (pt2) that takes raw images and answers
 probabilities, with signature, input example, class names and pinned requirements.
 """
 
+import logging
+import math
+import re
 import tempfile
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from searchfm.home import Home
-from searchfm.search.history import StudyRow, read_epochs
-from searchfm.tracking import record
-from searchfm.tracking.client import connect, prepare, reaching
-from searchfm.tracking.mirror import Mirror
+from searchfm.errors import ModelError, StorageError, StudyError
+from searchfm.format import sentence
+from searchfm.home import Home, file_sha256
+from searchfm.records import EPOCHS, SPEC, WEIGHTS, Final, Predictions, RegisteredModel, StudyRecord, read_epochs
+from searchfm.search.notes import VIEW
+from searchfm.search.storage import read_study
+from searchfm.tables import digest
+from searchfm.tracking import mirror
+from searchfm.tracking.mirror import METRICS, PACKAGES, PARAMS, Mirror, connect, database, reaching, shown, writer
+
+log = logging.getLogger("searchfm")
 
 CHAMPION = "champion"
 EXAMPLE = "example.npy"
-LOGGED = ("config.toml", "epochs.csv", "curves.png", "confusion.png", "log.txt")
-TESTED = ("accuracy", "low", "high", "reads")  # of the test, as metrics of the run
+LOGGED = ("config.toml", EPOCHS, "curves.png", "confusion.png", "log.txt")
 REQUIRED = ("mlflow", "torch", "numpy")  # of whoever loads the model
+FILES = "extra_files"  # where MLflow keeps files beside a model of its own format
+SUFFIXES = (".onnx", ".safetensors")
+COMPARISONS = "searchfm comparisons"  # an experiment; no study's can be named so, for the blank
+COMMIT = "mlflow.source.git.commit"
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for a model that is not there
 
 
-def publish(
-    home: Home, study: StudyRow, final: Mapping[str, Any], folder: Path, *, promote: bool = False
-) -> dict[str, Any]:
-    """Registers a study's final model as `searchfm-STUDY`; returns `name`, `version`, `uri` and `champion`.
+# --- registering a final model ----------------------------------------------------------------------------------------
+
+
+def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promote: bool = False) -> RegisteredModel:
+    """Registers a study's final model as `searchfm-STUDY`. Hold the study's lock.
 
     The alias `champion` goes to the first version, to one that was better on the same test part than the champion so
     far, and to any with `promote`. A model that is registered already (known by the hash of its weights) is not
-    registered again. final: what retraining kept of the study; folder: where the model is.
+    registered again. folder: of the model.
     Raises StorageError where MLflow cannot be reached, ModelError where the folder holds no model.
     """
     name = f"searchfm-{study.name}"
-    with reaching(home):
-        client, mirror = connect(home), Mirror(home, study)
-        mirror.open()
-        found = _version(client, name, final["weights"])
-        run = _run(client, mirror, study, final, folder)
-    if found is None:
-        with tempfile.TemporaryDirectory(prefix="searchfm-") as place:
-            path = Path(place) / "model"
+    with writer(home, study.name), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+        with reaching(home):
+            client, runs = connect(home), Mirror(home, study)
+            runs.open()
+            registered = _registered(client, name, final.weights)
+            run = _log_final(client, runs, study, final, folder)
+        if registered is None:
+            path = Path(temporary) / "model"
             save(folder, path, study)
             with reaching(home):
-                found = _register(client, mirror, study, final, run, path)
-    with reaching(home):
-        champion, number = _crown(client, name, found, promote), int(found.version)
-        model = {"name": name, "version": number, "uri": f"models:/{name}/{number}", "champion": champion}
-        client.log_dict(run.info.run_id, {**final, "model": model}, "final.json")
+                registered = _register(client, runs.experiment, study, final, run, path)
+        with reaching(home):
+            number, champion = int(registered.version), _promote(client, name, registered, promote)
+            model = RegisteredModel(name, number, f"models:/{name}/{number}", champion)
+            client.log_dict(run, replace(final, model=model).to_json(), "final.json")
     return model
 
 
-def save(folder: Path, path: Path, study: StudyRow) -> None:
+def save(folder: Path, path: Path, study: StudyRecord) -> None:
     """Saves the model of a folder in MLflow's format: raw images (N, C, H, W) uint8 -> probabilities (N, K) float32.
 
     Raises ModelError where the folder holds no model.
     """
-    prepare()
+    mirror.import_mlflow()
     from searchfm.learn.checkpoint import load_classifier
     from searchfm.learn.models import Served
 
@@ -81,7 +99,7 @@ def save(folder: Path, path: Path, study: StudyRow) -> None:
             input_example=np.load(folder / EXAMPLE, allow_pickle=False),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIRED],
             serialization_format="pt2",
-            extra_files=[str(folder / each) for each in record.WEIGHTS],  # once more: reading these unpickles nothing
+            extra_files=[str(folder / name) for name in (WEIGHTS, SPEC)],  # once more: reading these unpickles nothing
             metadata={"study": study.name, "classes": spec["classes"], "shape": spec["shape"]},
         )
     # An exported program stays on the device it was exported on, and MLflow would ask for a GPU wherever there is one.
@@ -90,59 +108,57 @@ def save(folder: Path, path: Path, study: StudyRow) -> None:
     saved.save(str(path / "MLmodel"))
 
 
-def _version(client: Any, name: str, weights: str) -> Any:
-    found = client.search_model_versions(f"name = '{name}'", max_results=1000)
-    return next((each for each in found if each.tags.get("weights") == weights), None)
+def _registered(client: Any, name: str, weights: str) -> Any:
+    versions = client.search_model_versions(f"name = '{name}'", max_results=1000)
+    return next((each for each in versions if each.tags.get("weights") == weights), None)
 
 
-def _run(client: Any, mirror: Mirror, study: StudyRow, final: Mapping[str, Any], folder: Path) -> Any:
-    """The final model's run, found by its tags or made, with all that is known of it."""
+def _log_final(client: Any, runs: Mirror, study: StudyRecord, final: Final, folder: Path) -> str:
+    """The id of the final model's run, found by its tags or made, with all that is known of the model."""
     from mlflow.entities import Metric, Param, RunTag
 
     tags = {
         "mlflow.runName": f"{study.name}-final",
-        "mlflow.parentRunId": mirror.parent,
+        "mlflow.parentRunId": runs.parent,
         "role": "final",
         "study": study.name,
         "study_uuid": study.uuid,
-        "trial": str(final["winner"]),
-        "weights": final["weights"],
+        "trial": str(final.winner),
+        "weights": final.weights,
         "state": "complete",
         "mlflow.note.content": sentence(final),
     }
     known = client.search_runs(
-        [mirror.experiment], f"tags.role = 'final' and tags.weights = '{final['weights']}'", max_results=1
+        [runs.experiment], f"tags.role = 'final' and tags.weights = '{final.weights}'", max_results=1
     )
     if known:
-        run = known[0]
-        client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        run = str(known[0].info.run_id)
+        client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
     else:
-        time = round(final["time"] * 1000)
-        run = client.create_run(mirror.experiment, start_time=time, tags=tags | record.environment())
-        epochs = read_epochs(folder / "epochs.csv")
-        points = [point for epoch in epochs for point in record.epoch_points(epoch)]
-        ends = {f"test/{key}": final["test"][key] for key in TESTED}  # no `value`: that is validation accuracy
-        ends |= {key: final[key] for key in ("parameters", "flops", "training_seconds", "epochs")}
-        ends |= {} if final["optimism"] is None else {"optimism": final["optimism"]}
+        time = round(final.time * 1000)
+        run = client.create_run(runs.experiment, start_time=time, tags=tags | mirror.environment()).info.run_id
+        test = final.test  # no `value`: that is validation accuracy
+        ends = {"test/accuracy": test.accuracy, "test/low": test.low, "test/high": test.high, "test/reads": test.reads}
+        ends |= {"parameters": final.parameters, "flops": final.flops, "training_seconds": final.training_seconds}
+        ends |= {"epochs": final.epochs} | ({} if final.optimism is None else {"optimism": final.optimism})
+        epochs = read_epochs(folder / EPOCHS)
+        points = [point for epoch in epochs for point in mirror.epoch_points(epoch)]
         metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
         metrics += [Metric(key, float(value), time, len(epochs)) for key, value in ends.items()]
-        for start in range(0, len(metrics), 900):
-            client.log_batch(run.info.run_id, metrics=metrics[start : start + 900])
-        params = [Param(key, str(value)[:6000]) for key, value in final["params"].items()]
-        for start in range(0, len(params), 99):  # MLflow takes at most 100 at once
-            client.log_batch(run.info.run_id, params=params[start : start + 99])
-    for path in [folder / each for each in LOGGED]:
+        params = [Param(key, str(value)[:6000]) for key, value in final.params.items()]
+        while metrics or params:
+            client.log_batch(run, metrics=metrics[:METRICS], params=params[:PARAMS])
+            metrics, params = metrics[METRICS:], params[PARAMS:]
+    for path in [folder / name for name in LOGGED]:
         if path.is_file():
-            client.log_artifact(run.info.run_id, str(path))
-    with np.load(folder / record.PREDICTIONS, allow_pickle=False) as file:
-        names = list(study.data["classes"])
-        table = record.predictions_csv(file["labels"], file["probabilities"], file["indices"], names)
-    client.log_text(run.info.run_id, table, "predictions.csv")
-    client.set_terminated(run.info.run_id, "FINISHED")
+            client.log_artifact(run, str(path))
+    if predictions := Predictions.read(folder):
+        client.log_text(run, mirror.predictions_csv(predictions, study.data.classes), mirror.TABLE)
+    client.set_terminated(run, "FINISHED")
     return run
 
 
-def _register(client: Any, mirror: Mirror, study: StudyRow, final: Mapping[str, Any], run: Any, path: Path) -> Any:
+def _register(client: Any, experiment: str, study: StudyRecord, final: Final, run: str, path: Path) -> Any:
     """A new version of the study's model, from what `save` made."""
     from mlflow.exceptions import MlflowException
 
@@ -152,55 +168,247 @@ def _register(client: Any, mirror: Mirror, study: StudyRow, final: Mapping[str, 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    logged = client.create_logged_model(
-        mirror.experiment, name="model", source_run_id=run.info.run_id, model_type="classifier"
-    )
+    logged = client.create_logged_model(experiment, name="model", source_run_id=run, model_type="classifier")
     client.log_model_artifacts(logged.model_id, str(path))
     client.finalize_logged_model(logged.model_id, "READY")
     tags = {
         "study": study.name,
         "study_uuid": study.uuid,
-        "trial": str(final["winner"]),
-        "weights": final["weights"],
-        "fingerprint": final["fingerprint"],
-        "test_fingerprint": final["test"]["fingerprint"],
-        "test_accuracy": repr(final["test"]["accuracy"]),
+        "trial": str(final.winner),
+        "weights": final.weights,
+        "fingerprint": final.fingerprint,
+        "test_fingerprint": final.test.fingerprint,
+        "test_accuracy": repr(final.test.accuracy),
     }
     return client.create_model_version(
         name,
         source=logged.artifact_location,
-        run_id=run.info.run_id,
+        run_id=run,
         model_id=logged.model_id,
         tags=tags,
         description=sentence(final),
     )
 
 
-def _crown(client: Any, name: str, found: Any, promote: bool) -> bool:
-    """Gives the alias to a version that deserves it; whether it has it then."""
-    model = client.get_registered_model(name)
-    current = model.aliases.get(CHAMPION)
-    if current is not None and str(current) == str(found.version):
+def _promote(client: Any, name: str, candidate: Any, promote: bool) -> bool:
+    """Gives the alias to a version that is better than the one that has it; returns whether it has it then."""
+    current = client.get_registered_model(name).aliases.get(CHAMPION)
+    if current is not None and str(current) == str(candidate.version):
         return True
     if current is not None and not promote:
         champion = client.get_model_version(name, current)
-        same = all(champion.tags.get(key) == found.tags[key] for key in ("fingerprint", "test_fingerprint"))
-        if not same or float(found.tags["test_accuracy"]) <= float(champion.tags["test_accuracy"]):
+        same = all(champion.tags.get(key) == candidate.tags[key] for key in ("fingerprint", "test_fingerprint"))
+        if not same or float(candidate.tags["test_accuracy"]) <= float(champion.tags["test_accuracy"]):
             return False
-    client.set_registered_model_alias(name, CHAMPION, str(found.version))
+    client.set_registered_model_alias(name, CHAMPION, str(candidate.version))
     return True
 
 
-def sentence(final: Mapping[str, Any]) -> str:
-    """The result in a sentence that says what its interval is an interval of."""
-    test = final["test"]
-    return (
-        f"{test['accuracy']:.2%} of {test['n']:,} test images right; 95% interval {test['low']:.2%} to "
-        f"{test['high']:.2%} (Wilson), for this one model on images like these. "
-        f"The test part of these data had been read {times(test['reads'])} by then, this time included."
+# --- from the name of a model to its files ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files."""
+
+    name: str  # of files made of it, without suffix
+    path: Path  # an exported file, or a folder with weights.safetensors and model.json
+
+
+@contextmanager
+def find_model(home: Home, model: str) -> Iterator[ModelFiles]:
+    """The files of a model while the body runs; its weights are those that were registered, by their hash.
+
+    model: the name of a study (its champion), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, an exported file, or a
+    folder with weights.safetensors and model.json, as trials leave them.
+    Raises StudyError for a study that is unknown or was not retrained, ModelError for what is not there or damaged,
+    StorageError where MLflow cannot be reached.
+    """
+    path = Path(model)
+    if model.startswith("models:"):
+        registered = _version(home, model)
+        with _fetched(home, registered, model) as folder:
+            yield ModelFiles(registered.name, folder)
+    elif path.suffix in SUFFIXES or path.is_file():
+        yield ModelFiles(path.stem, path)
+    elif (path / SPEC).is_file():
+        folder = path.absolute()
+        name = folder.parent.name
+        yield ModelFiles(name if folder.name == "final" else f"{name}-{folder.name}", path)
+    else:
+        study = read_study(home, path.name)
+        with _champion(home, study) as folder:
+            yield ModelFiles(study.name, folder)
+
+
+@contextmanager
+def _champion(home: Home, study: StudyRecord) -> Iterator[Path]:
+    """The version with the alias, which may be older than the final model; the final model where MLflow has none."""
+    if study.final is None:
+        raise StudyError(
+            f"study {study.name!r}: was not retrained, so it has no model; first: searchfm retrain {study.name}"
+        )
+    folder, ours = study.folder / "final", study.final.weights
+    uri = f"models:/searchfm-{study.name}@{CHAMPION}"
+    try:
+        registered = _version(home, uri)
+    except (ModelError, StorageError) as error:
+        log.warning("%s; %s is used instead", error, folder)
+        registered = None
+    if registered is None or registered.tags.get("weights") == ours:
+        _check(folder, ours)
+        yield folder
+    elif registered.tags.get("fingerprint") != study.data.fingerprint:
+        # Homes that share a server of MLflow share its names too.
+        raise ModelError(
+            f"{uri}: version {registered.version} was trained on other data than study {study.name!r} here; may be "
+            f"{folder}, models:/searchfm-{study.name}/VERSION, or first: searchfm retrain {study.name} --promote"
+        )
+    else:
+        with _fetched(home, registered, uri) as fetched:
+            yield fetched
+
+
+def _version(home: Home, uri: str) -> Any:
+    """MLflow's record of a registered version."""
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise ModelError(f"{uri}: must be models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, number = match.groups()
+    where = f"MLflow at {shown(home.tracking_uri)}"
+    if (file := database(home)) is not None and not file.is_file():
+        raise ModelError(f"{uri}: {where} is not there yet; begin with `searchfm tune`, or name another --home")
+    with reaching(home):
+        client = connect(home)
+        try:
+            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        except Exception as error:
+            if getattr(error, "error_code", None) in _UNKNOWN:
+                raise ModelError(f"{uri}: {where} has no such model") from None
+            raise
+
+
+@contextmanager
+def _fetched(home: Home, registered: Any, uri: str) -> Iterator[Path]:
+    """A folder with the files of a version, copied from wherever MLflow keeps them."""
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    with tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+        with reaching(home):
+            source = f"{connect(home).get_model_version_download_uri(registered.name, registered.version)}/{FILES}"
+            names = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
+            if names.issuperset((WEIGHTS, SPEC)):
+                download_artifacts(source, dst_path=temporary, tracking_uri=home.tracking_uri)
+        if not names.issuperset((WEIGHTS, SPEC)):
+            raise ModelError(
+                f"{uri}: version {registered.version} carries no {WEIGHTS} and {SPEC}; "
+                "must be one that `searchfm retrain` registered"
+            )
+        folder = Path(temporary) / FILES
+        _check(folder, registered.tags.get("weights"))
+        yield folder
+
+
+def _check(folder: Path, expected: str | None) -> None:
+    path = folder / WEIGHTS
+    try:
+        sha256 = file_sha256(path)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if expected is not None and sha256 != expected:
+        raise ModelError(f"{path}: damaged, its sha256 is {sha256[:12]}..., not {expected[:12]}...")
+
+
+# --- reports and comparisons ------------------------------------------------------------------------------------------
+
+
+def log_report(home: Home, study: StudyRecord, path: Path) -> None:
+    """Keeps a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
+    with reaching(home):
+        client, run = _own_run(home, study)
+        if run is None:
+            raise StorageError(
+                f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply"
+            )
+        client.log_text(run.info.run_id, path.read_text("utf-8"), "report.html")
+
+
+def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
+    """Hardware, system and versions that a study was begun with, as its run has them. Raises StorageError."""
+    with reaching(home):
+        _, run = _own_run(home, study)
+    tags = {} if run is None else run.data.tags
+    names = {**{name: name for name in ("hardware", "platform", "python", *PACKAGES)}, "commit": COMMIT}
+    return {name: tags[tag] for name, tag in names.items() if tag in tags}
+
+
+def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Mapping[str, str | bytes]) -> None:
+    """Keeps a comparison: a run with a note (Markdown), a table and the files by name, below it a run for each study.
+
+    lines: of one study each, with `study` and plain values. The same lines are kept once. Raises StorageError.
+    """
+    with reaching(home):
+        client = connect(home)
+        experiment = _comparisons(client, home)
+        mark = digest({"lines": [dict(line) for line in lines]})
+        if not client.search_runs([experiment], f"tags.digest = '{mark}'", max_results=1):
+            _log_comparison(client, experiment, lines, note, files, mark)
+
+
+def _own_run(home: Home, study: StudyRecord) -> tuple[Any, Any]:
+    """A client, and the study's own run if there is one."""
+    client, runs = connect(home), Mirror(home, study)
+    runs.find()
+    parent = runs.links().parent
+    return client, None if parent is None else client.get_run(parent)
+
+
+def _comparisons(client: Any, home: Home) -> str:
+    """The experiment that holds all comparisons, made if it is missing, brought back if it was deleted."""
+    known = client.get_experiment_by_name(COMPARISONS)
+    if known is not None:
+        if known.lifecycle_stage == "deleted":
+            client.restore_experiment(known.experiment_id)
+        return str(known.experiment_id)
+    return str(
+        client.create_experiment(
+            COMPARISONS,
+            artifact_location=(home.artifacts / "comparisons").as_uri() if mirror.is_local(home) else None,
+            tags=mirror.KIND | {"mlflow.note.content": "Studies compared: a run a comparison, below it a run a study."},
+        )
     )
 
 
-def times(number: int) -> str:
-    """once, twice, 3 times."""
-    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+def _log_comparison(
+    client: Any,
+    experiment: str,
+    lines: Sequence[Mapping[str, Any]],
+    note: str,
+    files: Mapping[str, str | bytes],
+    mark: str,
+) -> None:
+    from mlflow.entities import Metric
+
+    name, now = ", ".join(line["study"] for line in lines)[:250], round(time.time() * 1000)
+    about = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
+    tags = about | {"role": "comparison", "mlflow.note.content": note}
+    run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+    for line in lines:
+        texts = {key: value for key, value in line.items() if isinstance(value, str)}
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+        tags = about | texts | {"role": "compared", "mlflow.parentRunId": run}
+        below = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
+        client.log_batch(below, metrics=[Metric(key, float(value), now, 0) for key, value in numbers.items()])
+        client.set_terminated(below, "FINISHED")
+    client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
+    with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
+        for file, content in files.items():
+            (Path(folder) / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        client.log_artifacts(run, folder)
+    # The table opens at the newest comparison, with a column for each value.
+    columns = {f"{'tags' if isinstance(value, str) else 'metrics'}.`{key}`": 100 for key, value in lines[0].items()}
+    del columns["tags.`study`"]
+    shown = mirror.view(columns, order="attributes.start_time", expanded=run, name=220)
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", shown)
+    client.set_tag(run, "digest", mark)  # the last: what a crash leaves half-way is not taken for whole
+    client.set_terminated(run, "FINISHED")

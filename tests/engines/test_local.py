@@ -14,7 +14,7 @@ import pytest
 
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
-from searchfm.job import EpochDone, Event, Failed, Finished, Job, Left, Lost
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Lost
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")
 
@@ -261,7 +261,7 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from searchfm.engines.local import LocalEngine
-from searchfm.job import Job, Left
+from searchfm.jobs import Job, Left
 
 def main():
     engine = LocalEngine(["cpu", "cpu"], warm=sys.argv[1])

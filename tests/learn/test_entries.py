@@ -16,12 +16,13 @@ from sklearn.metrics import accuracy_score, precision_score, recall_score
 
 from searchfm.config import Config
 from searchfm.errors import DataError, DivergedError, ModelError, Stopped, WorldError
-from searchfm.job import Context, Epoch
+from searchfm.jobs import Context
 from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier
 from searchfm.learn.data import Splits, load_full, load_test
 from searchfm.learn.entries import fit, prepare, trial
 from searchfm.learn.models import Served
+from searchfm.records import Epoch, Prepared, PrepareResult
 from tests.learn.test_transfer_real import lite0_weights
 from tests.learn.toys import config, drain, losses
 
@@ -74,14 +75,10 @@ def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
         prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path))
     )
     assert epochs == []
-    assert prepared == {
-        "fingerprint": digits.fingerprint,
-        "shape": [1, 8, 8],
-        "classes": [str(digit) for digit in range(10)],
-        "train": len(digits.train),
-        "validation": 212,
-        "devices": {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
-    }
+    assert PrepareResult.from_json(prepared) == PrepareResult(
+        Prepared(digits.fingerprint, (1, 8, 8), tuple(str(digit) for digit in range(10)), len(digits.train), 212),
+        {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
+    )
 
 
 def test_prepare_refuses_what_is_not_there(tmp_path: Path) -> None:
@@ -212,7 +209,8 @@ HUNGRY = """
 import resource, sys
 import torch
 from pathlib import Path
-from searchfm.job import Context, Epoch
+from searchfm.jobs import Context
+from searchfm.records import Epoch
 from searchfm.learn.entries import trial
 import json
 torch.set_num_threads(1)
@@ -316,11 +314,11 @@ def test_the_test_part_is_answered_as_sklearn_counts(fitted: tuple[Path, dict[st
         labels, answers = file["labels"], file["probabilities"].argmax(1)
         assert np.array_equal(file["indices"], part.indices.numpy())
     assert np.array_equal(labels, part.labels.numpy())
-    assert tested["accuracy"] == accuracy_score(labels, answers) == tested["right"] / tested["n"]
+    assert tested["accuracy"] == accuracy_score(labels, answers) == tested["correct"] / tested["n"]
     assert tested["n"] == len(part)
     assert tested["fingerprint"] == part.fingerprint
     rows = tested["per_class"]
-    assert [row["class"] for row in rows] == [str(digit) for digit in range(10)]
+    assert [row["name"] for row in rows] == [str(digit) for digit in range(10)]
     assert [row["n"] for row in rows] == np.bincount(labels).tolist()
     assert [row["precision"] for row in rows] == pytest.approx(
         precision_score(labels, answers, average=None, zero_division=0).tolist()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from searchfm.engines.local import LocalEngine
-from searchfm.job import Context, Epoch, Finished, Job, Result
+from searchfm.jobs import Context, Finished, Job, Result
+from searchfm.records import Epoch
 
 TINY = 1e-40  # below float32's smallest normal number, 1.2e-38
 

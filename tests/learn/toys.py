@@ -5,8 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from searchfm.config import Config
-from searchfm.job import Epoch, Result
+from searchfm.jobs import Result
 from searchfm.learn.data import Part, Splits
+from searchfm.records import Epoch
 
 
 def config(model: str = "mlp", settings: dict[str, Any] | None = None, **tables: Any) -> Config:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 from searchfm.errors import ConfigError, StudyError
+from searchfm.records import StudyRecord
 from searchfm.search import files
 from searchfm.search.files import StudyFile, changed, find, get, parse_override, question, read, reopen, shipped
-from searchfm.search.history import StudyRow
 from searchfm.search.study import Study
+from tests import rows
 
 TEXT = """\
 # Question: how deep?
@@ -38,12 +39,11 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def begun(study: Study, file: StudyFile) -> StudyRow:
+def begun(study: Study, file: StudyFile) -> StudyRecord:
     """What is stored of a study that was begun."""
     plain = file.study(name=study.name).resolved
-    return StudyRow(
-        study.name, "u", 1, study.resolved, plain, "how deep?", study.digest, study.trials, {}, Path("x"), ()
-    )
+    header = rows.header(study.resolved, question="how deep?", planned=study.trials)
+    return StudyRecord(**vars(header) | {"file": plain}, name=study.name, number=1, folder=Path("x"), trials=())
 
 
 # --- finding and reading ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where searches live: created once, held by one coordinator at a time, lost with one clear line."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -30,19 +31,12 @@ from searchfm.search.storage import (
     open_storage,
     study_lock,
     study_names,
-    update_study,
+    write_header,
 )
+from tests import rows
 from tests.driving import let_go, stored
 
-KEPT: dict[str, Any] = {
-    "uuid": "u",
-    "resolved": {"search": {"trials": 3}},
-    "file": {"search": {}},
-    "question": "why?",
-    "digest": "d" * 64,
-    "trials": 3,
-    "data": {"fingerprint": "f", "shape": [1, 8, 8]},
-}
+HEADER = rows.header({"search": {"trials": 3}}, uuid_="u", question="why?", planned=3)
 
 
 @pytest.fixture
@@ -69,18 +63,18 @@ def python(code: str, *words: object) -> subprocess.Popen[str]:
 
 
 def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorage) -> None:
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     study = load_study(storage, any_home, "toy")
     assert (study.name, study.uuid, study.question, study.digest) == ("toy", "u", "why?", "d" * 64)
-    assert (study.resolved, study.file, study.data, study.planned) == (KEPT["resolved"], KEPT["file"], KEPT["data"], 3)
+    assert study.header == HEADER
     assert (study.trials, study.best, study.folder) == ((), None, any_home.path / "studies" / "toy")
-    update_study(storage, study.number, {**KEPT, "trials": 5})
+    write_header(storage, study.number, dataclasses.replace(HEADER, planned=5))
     assert load_study(storage, any_home, "toy").planned == 5
     assert study_names(storage) == ["toy"]
 
 
 def test_another_connection_sees_what_was_told(any_home: Home, storage: BaseStorage) -> None:
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     record = optuna.load_study(study_name="toy", storage=storage)
     trial = record.ask()
     trial.suggest_float("optimizer.lr", 0.1, 1.0, log=True)
@@ -94,8 +88,8 @@ def test_another_connection_sees_what_was_told(any_home: Home, storage: BaseStor
 def test_an_unknown_study_is_refused_naming_those_that_are_there(any_home: Home, storage: BaseStorage) -> None:
     with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there is none yet"):
         load_study(storage, any_home, "toy")
-    create_study(storage, "one", KEPT)
-    create_study(storage, "two", KEPT)
+    create_study(storage, "one", HEADER)
+    create_study(storage, "two", HEADER)
     with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there are one, two"):
         load_study(storage, any_home, "toy")
 
@@ -107,17 +101,17 @@ def test_a_study_of_somebody_else_is_neither_shown_nor_taken(any_home: Home, sto
     with pytest.raises(StudyError, match="study 'toy' is not in"):
         load_study(storage, any_home, "toy")
     with pytest.raises(StudyError, match="study 'toy' is in this database already; try again, or use --name"):
-        create_study(storage, "toy", KEPT)
+        create_study(storage, "toy", HEADER)
 
 
 def test_a_study_whose_creator_died_between_its_writes_is_begun_by_the_next(
     any_home: Home, storage: BaseStorage
 ) -> None:
     storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "toy")  # and then, the power went
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     assert load_study(storage, any_home, "toy").uuid == "u"
     with pytest.raises(StudyError, match="is in this database already"):
-        create_study(storage, "toy", KEPT)
+        create_study(storage, "toy", HEADER)
 
 
 def test_a_storage_that_is_not_there_is_not_made_by_reading(any_home: Home) -> None:
@@ -169,11 +163,12 @@ def test_a_lock_given_back_is_free_also_after_an_error(any_home: Home) -> None:
 
 FIRST = """
 import json, os, traceback
+from searchfm.records import StudyHeader
 def begin(name):
     home.probe()
     with study_lock(home, name):
         storage = open_storage(home, create=True)
-        create_study(storage, name, json.loads(sys.argv[2]))
+        create_study(storage, name, StudyHeader.from_json(json.loads(sys.argv[2])))
         optuna.load_study(study_name=name, storage=storage).ask()
         return load_study(storage, home, name).trials[0].state == "running"
 for i in range(8):
@@ -188,7 +183,7 @@ print([os.wait()[1] for i in range(8)])
 
 
 def test_many_processes_begin_in_a_fresh_home_at_once(any_home: Home) -> None:
-    with python(FIRST, any_home.path, json.dumps(KEPT)) as process:
+    with python(FIRST, any_home.path, json.dumps(HEADER.to_json())) as process:
         assert process.communicate(timeout=120) == (f"{[0] * 8}\n", "")
     storage = open_storage(any_home)
     assert sorted(study_names(storage)) == [f"toy-{i}" for i in range(8)]
@@ -196,7 +191,7 @@ def test_many_processes_begin_in_a_fresh_home_at_once(any_home: Home) -> None:
 
 
 def test_tables_of_another_version_are_refused_and_kept(any_home: Home, storage: BaseStorage) -> None:
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     with storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v2.4.0.a'")
     with warnings.catch_warnings():
@@ -283,7 +278,7 @@ def test_a_connection_dropped_between_two_writes_is_made_again(
 ) -> None:
     monkeypatch.setenv(STORAGE, database)
     storage = open_storage(home, create=True)
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     record = optuna.load_study(study_name="toy", storage=storage)
     trial = record.ask()
     with psycopg.connect(database, autocommit=True) as other:
@@ -415,7 +410,7 @@ def test_failures_of_disk_and_database_become_one_line_and_others_pass() -> None
 
 def test_a_database_that_turns_read_only_is_one_line(home: Home) -> None:
     storage = open_storage(home, create=True)
-    create_study(storage, "toy", KEPT)
+    create_study(storage, "toy", HEADER)
     record = optuna.load_study(study_name="toy", storage=storage)
     engine = storage._backend.engine  # type: ignore[attr-defined]
     sqlalchemy.event.listen(engine, "checkout", lambda connection, *_: connection.execute("PRAGMA query_only = true"))

@@ -1,4 +1,4 @@
-"""Studies side by side: what is tested against what, and that terminal, page, JSON and MLflow say the same."""
+"""Studies side by side: what is tested against what, and that terminal, page, JSON and MLflow agree."""
 
 import io
 import json
@@ -11,50 +11,57 @@ import pytest
 import searched
 from PIL import Image
 from rich.console import Console
-from searched import Told
+from searched import Ending
 
 from searchfm import cli
 from searchfm.errors import StudyError
 from searchfm.home import STORAGE, Home
-from searchfm.search.history import StudyRow
-from searchfm.show import page
-from searchfm.show.compare import Line, compare, describe, html, markdown, notes, picture, tables
-from searchfm.stats import holm, mcnemar, wilson
-from searchfm.tracking.client import connect
+from searchfm.records import StudyRecord
+from searchfm.show.compare import (
+    compare_studies,
+    comparison_markdown,
+    comparison_notes,
+    comparison_page,
+    comparison_picture,
+    comparison_tables,
+    describe_lines,
+)
+from searchfm.stats import Accuracy, holm, mcnemar
+from searchfm.tracking.mirror import connect
 
-SAID = ["study", "accuracy", "low", "high", "split", "difference", "p", "seconds_per_epoch", "parameters", "flops"]
+KEYS = ["study", "accuracy", "low", "high", "split", "difference", "p", "seconds_per_epoch", "parameters", "flops"]
 
 
-def make_three(home: Home) -> list[StudyRow]:
-    """Three studies on the same images: the best, one that cannot be told from it, one that can."""
+def make_three(home: Home) -> list[StudyRecord]:
+    """Three studies on the same images: the best, one tied with it, one that is not."""
     wrong = {"near": range(20, 32), "best": range(10), "far": range(40)}
-    return [searched.search(home, [Told(range(100)), Told(places)], name) for name, places in wrong.items()]
+    return [searched.search(home, [Ending(range(100)), Ending(indices)], name) for name, indices in wrong.items()]
 
 
 @pytest.fixture(scope="module")
 def read_only(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """A home for tests that leave it as it is."""
+    """A home for tests that do not write."""
     return new_home(tmp_path_factory.mktemp("compare") / "home")
 
 
 @pytest.fixture(scope="module")
-def three(read_only: Home) -> list[StudyRow]:
+def three(read_only: Home) -> list[StudyRecord]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(STORAGE, raising=False)
         return make_three(read_only)
 
 
-def right(wrong: range, n: int) -> np.ndarray:
+def correct(wrong: range, n: int) -> np.ndarray:
     return ~np.isin(np.arange(n), wrong)
 
 
-def test_studies_on_the_same_images_are_tested_against_the_best_of_them(three: list[StudyRow]) -> None:
-    near, best, far = compare(three)
+def test_studies_on_the_same_images_are_tested_against_the_best_of_them(three: list[StudyRecord]) -> None:
+    near, best, far = compare_studies(three)
     assert [near.study, best.study, far.study] == ["near", "best", "far"]  # as they were named
     assert (best.difference, best.p) == (0.0, None)
     assert near.difference == pytest.approx(-2 / 212, abs=1e-6)
-    top = right(range(10), 212)
-    alone = [mcnemar(top, right(range(20, 32), 212)), mcnemar(top, right(range(40), 212))]
+    top = correct(range(10), 212)
+    alone = [mcnemar(top, correct(range(20, 32), 212)), mcnemar(top, correct(range(40), 212))]
     assert [near.p, far.p] == holm(alone)
     assert near.p is not None
     assert near.p > 0.5
@@ -62,85 +69,85 @@ def test_studies_on_the_same_images_are_tested_against_the_best_of_them(three: l
     assert far.p < 1e-6
 
 
-def test_a_search_is_told_by_its_best_trial_on_validation(three: list[StudyRow]) -> None:
-    _, best, _ = compare(three)
+def test_a_search_is_represented_by_its_best_trial_on_validation(three: list[StudyRecord]) -> None:
+    _, best, _ = compare_studies(three)
     assert (best.split, best.n, best.reads) == ("validation", 212, None)
     assert best.accuracy == pytest.approx(202 / 212, abs=1e-6)
-    assert (best.low, best.high) == wilson(202, 212)
+    assert (best.low, best.high) == Accuracy(202, 212).interval
     assert (best.seconds_per_epoch, best.training_seconds, best.epochs) == (3.0, 12.0, 4)  # of trial 1
     assert (best.parameters, best.flops, best.trials, best.search_seconds) == (1001, 2_000_000, 2, 20.0)
-    assert any(note.startswith("validation: of the search's best trial") for note in notes([best]))
+    assert any(note.startswith("validation: the search's best trial, optimistic") for note in comparison_notes([best]))
 
 
-def test_a_final_model_is_told_by_the_test_part(home: Home) -> None:
+def test_a_final_model_is_represented_by_its_test(home: Home) -> None:
     three = make_three(home)
     final = searched.retrained(home, three[0], range(30), winner=1, reads=4)
     other = searched.retrained(home, three[1], range(90), winner=1, reads=5)
-    lines = compare([final, other, three[2]])
+    lines = compare_studies([final, other, three[2]])
     first, second, third = lines
     assert (first.split, first.accuracy, first.low, first.high) == ("test", 0.9, 0.5, 0.99)
     assert (first.parameters, first.seconds_per_epoch, first.reads) == (777, 5.0, 4)
     assert second.difference == pytest.approx(-0.2)
-    assert second.p == mcnemar(right(range(30), 300), right(range(90), 300))
+    assert second.p == mcnemar(correct(range(30), 300), correct(range(90), 300))
     assert (third.split, third.difference, third.p) == ("validation", None, None)  # other images
-    assert "test (reading 4)" in markdown(lines).replace("\\", "")
+    assert "test (reading 4)" in comparison_markdown(lines).replace("\\", "")
 
 
 @pytest.mark.parametrize("other", [{"fingerprint": "another"}, {"tables": {"data": {"name": "digits", "seed": 1}}}])
 def test_what_was_measured_on_other_images_is_not_compared(home: Home, other: dict[str, object]) -> None:
-    one = searched.search(home, [Told(range(10))], "one")
-    two = searched.search(home, [Told(range(60))], "two", **other)  # type: ignore[arg-type]
+    one = searched.search(home, [Ending(range(10))], "one")
+    two = searched.search(home, [Ending(range(60))], "two", **other)  # type: ignore[arg-type]
     if "tables" in other:  # another split: other images in the folder
         _, indices, labels = searched.validation()
-        searched.answer(two.trials[0].folder / "predictions.npz", range(60), indices[::-1], labels[::-1])
-    for line in compare([one, two]):
+        searched.predict(two.trials[0].folder, range(60), indices[::-1], labels[::-1])
+    for line in compare_studies([one, two]):
         assert (line.difference, line.p) == (None, None)
-    assert '"-": no other study was measured on the same images.' in notes(compare([one, two]))
+    assert '"-": no other study was measured on the same images.' in comparison_notes(compare_studies([one, two]))
 
 
 def test_lost_predictions_are_not_compared(home: Home) -> None:
-    one = searched.search(home, [Told(range(10))], "one")
-    two = searched.search(home, [Told(range(60), kept=False)], "two")
-    assert [line.p for line in compare([one, two])] == [None, None]
+    one = searched.search(home, [Ending(range(10))], "one")
+    two = searched.search(home, [Ending(range(60), kept=False)], "two")
+    assert [line.p for line in compare_studies([one, two])] == [None, None]
 
 
-def test_a_study_without_a_complete_trial_or_named_twice_is_refused(home: Home, three: list[StudyRow]) -> None:
+def test_a_study_without_a_complete_trial_or_named_twice_is_refused(home: Home, three: list[StudyRecord]) -> None:
     empty = searched.search(home, [], "empty")
     with pytest.raises(StudyError, match="'empty' has no complete trial to compare yet"):
-        compare([three[0], empty])
+        compare_studies([three[0], empty])
     with pytest.raises(StudyError, match="'near' is named twice"):
-        compare([three[0], three[1], three[0]])
+        compare_studies([three[0], three[1], three[0]])
 
 
 @pytest.mark.parametrize("width", [80, 160])
-def test_the_terminal_folds_no_word(three: list[StudyRow], width: int) -> None:
-    lines = compare(three)
+def test_no_cell_is_folded_in_the_terminal(three: list[StudyRecord], width: int) -> None:
+    lines = compare_studies(three)
     console = Console(width=width, record=True, file=sys.stderr)
-    made = tables(lines, width)
-    for table in made:
+    shown = comparison_tables(lines, width)
+    for table in shown:
         console.print(table)
-    told = console.export_text()
-    assert len(made) == (2 if width == 80 else 1)
-    assert told.count("\n") == len(made) * 4  # a heading and a line each
-    assert "95.28%" in told
-    assert "12.0 s" in told
+    text = console.export_text()
+    assert len(shown) == (2 if width == 80 else 1)
+    assert text.count("\n") == len(shown) * 4  # a heading and a line each
+    assert "95.28%" in text
+    assert "12.0 s" in text
 
 
-def test_the_page_tells_the_table_and_opens_without_a_network(three: list[StudyRow], tmp_path: Path) -> None:
-    lines = compare(three)
+def test_the_page_has_the_table_and_opens_without_a_network(three: list[StudyRecord], tmp_path: Path) -> None:
+    lines = compare_studies(three)
     path = tmp_path / "compare.html"
-    page.write(path, html(lines))
+    path.write_text(comparison_page(lines))
     dom, console = searched.browse(path, tmp_path)
     assert console == []
-    for said in ("near", "best", "far", "95.28%", "1,001", "digits, validation accuracy"):
-        assert said in dom
-    assert not [word for word in ("http://", "https://") if f'src="{word}' in dom or f'href="{word}' in dom]
+    for text in ("near", "best", "far", "95.28%", "1,001", "digits, validation accuracy"):
+        assert text in dom
+    assert not [url for url in ("http://", "https://") if f'src="{url}' in dom or f'href="{url}' in dom]
 
 
-def test_pictures_are_what_their_suffix_says(three: list[StudyRow]) -> None:
-    lines = compare(three)
-    assert min(Image.open(io.BytesIO(picture(lines, ".png"))).size) > 400
-    assert picture(lines, ".svg").startswith(b"<svg")
+def test_pictures_are_what_their_suffix_says(three: list[StudyRecord]) -> None:
+    lines = compare_studies(three)
+    assert min(Image.open(io.BytesIO(comparison_picture(lines, ".png"))).size) > 400
+    assert comparison_picture(lines, ".svg").startswith(b"<svg")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -155,22 +162,22 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 # SQLAlchemy and pandas warn of how MLflow asks them.
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy", "ignore:For backward compatibility, 'str'")
-def test_json_files_and_mlflow_say_the_same_and_mlflow_once(
+def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     read_only: Home,
-    three: list[StudyRow],
+    three: list[StudyRecord],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ["compare", "near", "best", "--home", str(read_only.path), "--json"]
-    picture, side = tmp_path / "deep" / "front.svg", tmp_path / "side.html"
-    assert command(monkeypatch, *asked, "--picture", str(picture), "--html", str(side)) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == describe(compare(three[:2]))
-    assert all(set(SAID) < set(line) for line in said)
-    assert picture.read_bytes().startswith(b"<svg")
+    arguments = ["compare", "near", "best", "--home", str(read_only.path), "--json"]
+    figure, side = tmp_path / "deep" / "front.svg", tmp_path / "side.html"
+    assert command(monkeypatch, *arguments, "--picture", str(figure), "--html", str(side)) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == describe_lines(compare_studies(three[:2]))
+    assert all(set(KEYS) < set(line) for line in printed)
+    assert figure.read_bytes().startswith(b"<svg")
     assert "best" in side.read_text()
-    assert command(monkeypatch, *asked) == 0  # once more
+    assert command(monkeypatch, *arguments) == 0  # once more
 
     client = connect(read_only)
     experiment = client.get_experiment_by_name("searchfm comparisons")
@@ -185,7 +192,7 @@ def test_json_files_and_mlflow_say_the_same_and_mlflow_once(
     }
     below = {run.info.run_name: run for run in runs if run.data.tags["role"] == "compared"}
     assert set(below) == {"near", "best"}
-    for line in said:
+    for line in printed:
         metrics, tags = below[line["study"]].data.metrics, below[line["study"]].data.tags
         assert tags["mlflow.parentRunId"] == parent.info.run_id
         assert tags["split"] == "validation"
@@ -201,8 +208,7 @@ def test_another_kind_of_picture_is_refused_before_anything_is_done(
     assert not home.path.exists()
 
 
-def test_a_line_says_what_it_is(three: list[StudyRow]) -> None:
-    assert all(isinstance(line, Line) for line in compare(three[:1]))
-    (line,) = compare(three[:1])
-    assert (line.difference, line.p) == (None, None)  # alone there is nothing to compare with
-    assert '"-"' not in " ".join(notes([line]))
+def test_a_study_alone_has_nothing_to_compare_with(three: list[StudyRecord]) -> None:
+    (line,) = compare_studies(three[:1])
+    assert (line.difference, line.p) == (None, None)
+    assert '"-"' not in " ".join(comparison_notes([line]))

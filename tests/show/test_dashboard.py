@@ -23,8 +23,8 @@ from searchfm.errors import StudyError, WorldError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
-from searchfm.show.child import Guard
-from searchfm.tracking import apply, differences, run_links
+from searchfm.show.dashboard import Guard
+from searchfm.tracking import run_links, sync
 from tests.programs import chromium
 
 BLUE = (31, 95, 168)  # of validation curves, in our own pictures alone
@@ -42,7 +42,7 @@ def until(true: Callable[[], Any], seconds: float = 60.0) -> None:
 
 def ask(path: str, host: str, origin: str | None = None) -> tuple[str, dict[str, str], bytes]:
     """What the guard before a page that says "inside" answers: status, headers, body."""
-    answer: list[Any] = []
+    response: list[Any] = []
 
     def inside(_: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [])
@@ -50,8 +50,8 @@ def ask(path: str, host: str, origin: str | None = None) -> tuple[str, dict[str,
 
     guard = Guard(inside, 8080, "http://127.0.0.1:5000")
     environ = {"HTTP_HOST": host, "PATH_INFO": path, "QUERY_STRING": "a=b&c=d"}
-    body = guard(environ | ({"HTTP_ORIGIN": origin} if origin else {}), lambda *said: answer.extend(said))
-    return answer[0], dict(answer[1]), b"".join(body)
+    body = guard(environ | ({"HTTP_ORIGIN": origin} if origin else {}), lambda *start: response.extend(start))
+    return response[0], dict(response[1]), b"".join(body)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_home_without_studies_says_so(home: Home) -> None:
 
 
 class Served:
-    """`searchfm dashboard`, as a person starts it."""
+    """`searchfm dashboard`, started from a command line."""
 
     def __init__(self, home: Home, **environment: str) -> None:
         self.ports = (dashboard.free_port(8300), dashboard.free_port(8400))
@@ -123,8 +123,8 @@ class Served:
             text=True,
         )
         assert self.process.stdout is not None
-        self.said = [self.process.stdout.readline() for _ in range(2)]  # only once both answer
-        self.dashboard, self.mlflow = (re.findall(r"http\S+", line)[0] for line in self.said)
+        self.printed = [self.process.stdout.readline() for _ in range(2)]  # only once both answer
+        self.dashboard, self.mlflow = (re.findall(r"http\S+", line)[0] for line in self.printed)
 
     @property
     def family(self) -> list[int]:
@@ -165,7 +165,7 @@ def closed(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
+def synced(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home whose study of four trials is in both."""
     home = new_home(tmp_path_factory.mktemp("served") / "home")
     with pytest.MonkeyPatch.context() as patch:
@@ -173,13 +173,13 @@ def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFact
         patch.delenv(TRACKING, raising=False)
         study = rows.four(home)
         with pytest.warns() as _:  # MLflow's, of SQLAlchemy: see test_tracking.py
-            apply(home, study, differences(home, study))
+            sync(home, study, apply=True)
     return home
 
 
 @pytest.fixture(scope="module")
-def served(told: Home) -> Iterator[Served]:
-    served = Served(told)
+def served(synced: Home) -> Iterator[Served]:
+    served = Served(synced)
     yield served
     if served.process.poll() is None:
         served.end(signal.SIGTERM)
@@ -236,7 +236,7 @@ def test_the_study_is_seen_in_optuna_dashboard(served: Served, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_trial_is_seen_in_optuna_dashboard_with_its_pictures(served: Served, tmp_path: Path) -> None:
     page, pixels = look(f"{served.dashboard}/trials?numbers=3", tmp_path, "dashboard-trial")
-    assert "of the validation part right after 4 epochs" in page
+    assert "of the validation part correct after 4 epochs" in page
     assert "This trial in MLflow" in page
     assert "curves.png" in page
     assert "confusion.png" in page
@@ -247,7 +247,7 @@ def test_a_trial_is_seen_in_optuna_dashboard_with_its_pictures(served: Served, t
 
 
 @pytest.mark.slow
-def test_the_table_is_seen_in_mlflow(served: Served, told: Home, tmp_path: Path) -> None:
+def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Path) -> None:
     page, _ = look(served.mlflow, tmp_path, "mlflow-table")
     places = [page.index(name) for name in ("toy-0000", "toy-0003")]
     assert places == sorted(places)  # the better one first
@@ -263,8 +263,8 @@ def test_the_table_is_seen_in_mlflow(served: Served, told: Home, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_trial_is_seen_in_mlflow_with_its_pictures(served: Served, told: Home, tmp_path: Path) -> None:
-    links = run_links(told, rows.study(told))
+def test_a_trial_is_seen_in_mlflow_with_its_pictures(served: Served, synced: Home, tmp_path: Path) -> None:
+    links = run_links(synced, rows.study(synced))
     base = f"http://127.0.0.1:{served.ports[1]}/#/experiments/{links.experiment}/runs/{links.runs[3]}"
     page, _ = look(base, tmp_path, "mlflow-trial")
     assert "searchfm tune toy" in page
@@ -295,13 +295,13 @@ def test_both_answer_to_this_machine_alone(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_of_ones_own_is_linked_to(served: Served, told: Home) -> None:
+def test_a_server_of_ones_own_is_linked_to(served: Served, synced: Home) -> None:
     address = f"http://anna:secret@127.0.0.1:{served.ports[1]}"
-    other = Served(told, **{TRACKING: address})
+    other = Served(synced, **{TRACKING: address})
     family = other.family
     assert len(family) == 1
     assert other.mlflow == served.mlflow
-    assert "secret" not in "".join(other.said)
+    assert "secret" not in "".join(other.printed)
     assert other.end(signal.SIGTERM) in (0, 143)
     until(lambda: gone(family), 5)
 
@@ -328,8 +328,8 @@ def test_a_killed_dashboard_leaves_no_process_and_no_password_was_seen(
     rows.forget(home)
     served = Served(home, **{STORAGE: address})
     commands = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "searchfm.show.child" in commands
-    assert "very-secret" not in commands + "".join(served.said)
+    assert "searchfm.show.dashboard" in commands
+    assert "very-secret" not in commands + "".join(served.printed)
     assert status(served.dashboard.replace("/dashboard/", "/api/")) == 200
     family = served.family
     served.process.kill()

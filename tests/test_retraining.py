@@ -1,5 +1,6 @@
 """From a finished search to one model, on real digits: what is trained, what is read, what is kept, what is refused."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -12,17 +13,15 @@ import pytest
 from optuna.trial import TrialState
 
 from searchfm import cli
-from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, StorageError, StudyError, UserError
 from searchfm.home import STORAGE, TRACKING, Home
-from searchfm.retrain import Wish, make_plan, retrain
-from searchfm.retrain.batch import Step
-from searchfm.search.history import StudyRow
-from searchfm.search.storage import load_study, open_storage, update_study
+from searchfm.records import Final, Predictions, RegisteredModel, StudyRecord
+from searchfm.retraining import Progress, RetrainOptions, make_plan, retrain
+from searchfm.search.storage import load_study, open_storage, write_header
 from searchfm.search.study import Study
-from searchfm.stats import wilson
-from searchfm.tracking import NullTracker, registry
-from searchfm.tuning import Plan, Tuning
+from searchfm.stats import Accuracy
+from searchfm.tracking import registry
+from searchfm.tuning import Tuning
 from tests import rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -33,17 +32,13 @@ DIGITS: dict[str, Any] = {
     "optimizer": {"lr": {"low": 1e-3, "high": 1e-2, "log": True}},
     "train": {"epochs": 2, "batch_size": 64},
 }
-KEYS = {
-    *("study", "finalists", "tie", "winner", "optimism", "validation", "test", "per_class", "model", "seconds"),
-    *("seconds_per_epoch", "training_seconds", "parameters", "flops", "epochs", "fingerprint", "time"),
-}
 
 
 def never() -> bool:
     return False
 
 
-def row(home: Home) -> StudyRow:
+def row(home: Home) -> StudyRecord:
     return load_study(open_storage(home), home, "digits")
 
 
@@ -55,28 +50,27 @@ def tune(home: Home, trials: int = 4) -> None:
         stored = load_study(open_storage(home), home, study.name)
     except StudyError:
         stored = None
-    plan = Plan(study, home, study.resolved, stored, "cpu", 2)
-    with Tuning(plan, LocalEngine, lambda *_: NullTracker(), never) as tuning:
+    with Tuning(study, home, study.resolved, stored, "cpu", 2, follow=False) as tuning:
         for _ in tuning.run():
             pass
 
 
-def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[dict[str, Any], list[Step]]:
-    """Retrains to the end; what is kept, and the news on the way."""
-    steps, running = [], retrain(Wish(home, name, workers=2, **asked), LocalEngine, never)
+def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[Final, list[Progress]]:
+    """Retrains to the end; what is kept, and the progress on the way."""
+    steps, running = [], retrain(RetrainOptions(home, name, workers=2, **asked), never)
     while True:
         try:
             steps.append(next(running))
         except StopIteration as end:
-            return dict(end.value), steps
+            return end.value, steps
 
 
-def done(steps: list[Step]) -> list[str]:
-    return [step.errand.label for step in steps if step.errand and step.kind == "done"]
+def done(steps: list[Progress]) -> list[str]:
+    return [step.job.label for step in steps if step.job and step.kind == "finished"]
 
 
 def reads(home: Home) -> list[dict[str, Any]]:
-    (mine,) = json.loads((home.path / "test-reads.json").read_text()).values()
+    (mine,) = json.loads((home.path / "test-reads.json").read_text())["reads"].values()
     return list(mine)
 
 
@@ -98,7 +92,7 @@ def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, dict[str, Any], list[Step]]:
+def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Final, list[Progress]]:
     home = Home(tmp_path_factory.mktemp("retrained") / "home")
     shutil.copytree(tuned.path, home.path)
     final, steps = finish(home, top=2, seeds=2)
@@ -106,7 +100,7 @@ def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ho
 
 
 @pytest.fixture
-def copied(retrained: tuple[Home, dict[str, Any], list[Step]], tmp_path: Path) -> Home:
+def copied(retrained: tuple[Home, Final, list[Progress]], tmp_path: Path) -> Home:
     """A retrained study of the test's own."""
     home = Home(tmp_path / "home")
     shutil.copytree(retrained[0].path, home.path)
@@ -116,39 +110,39 @@ def copied(retrained: tuple[Home, dict[str, Any], list[Step]], tmp_path: Path) -
 # --- what comes of it -------------------------------------------------------------------------------------------------
 
 
-def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, list[Progress]]) -> None:
     home, final, _ = retrained
-    assert set(final) >= KEYS
-    assert row(home).final == final == json.loads((home.study("digits") / "final" / "final.json").read_text())
-    assert final["study"] == "digits"
-    assert final["fingerprint"] == row(home).data["fingerprint"]
+    assert row(home).final == final
+    assert final == Final.from_json(json.loads((home.study("digits") / "final" / "final.json").read_text()))
+    assert final.study == "digits"
+    assert final.fingerprint == row(home).data.fingerprint
 
 
 def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
-    retrained: tuple[Home, dict[str, Any], list[Step]],
+    retrained: tuple[Home, Final, list[Progress]],
 ) -> None:
     home, final, steps = retrained
     study = row(home)
-    assert [one["trial"] for one in final["finalists"]] == [trial.number for trial in study.ranked(twins=False)[:2]]
-    seeds = [seed for one in final["finalists"] for seed in one["seeds"]]
+    assert [one.trial for one in final.finalists] == [trial.number for trial in study.ranked(twins=False)[:2]]
+    seeds = [seed for one in final.finalists for seed in one.seeds]
     used = {trial.config["train"]["seed"] for trial in study.trials}
     assert len(set(seeds)) == 4
     assert not used & set(seeds)
-    for one in final["finalists"]:
-        assert one["value"] == study.trials[one["trial"]].value
-        assert one["mean"] == pytest.approx(np.mean(one["values"]))
-        for seed, value in zip(one["seeds"], one["values"], strict=True):
-            with np.load(home.study("digits") / "finalists" / f"{one['trial']:04d}-{seed}" / "predictions.npz") as file:
+    for one in final.finalists:
+        assert one.value == study.trials[one.trial].value
+        assert one.mean == pytest.approx(np.mean(one.values))
+        for seed, value in zip(one.seeds, one.values, strict=True):
+            with np.load(home.study("digits") / "finalists" / f"{one.trial:04d}-{seed}" / "predictions.npz") as file:
                 assert np.mean(file["probabilities"].argmax(1) == file["labels"]) == value
-                assert len(file["labels"]) == study.data["validation"] == final["validation"]["n"]
-    winner = next(one for one in final["finalists"] if one["trial"] == final["winner"])
-    assert final["optimism"] == pytest.approx(winner["value"] - winner["mean"])
-    assert final["validation"]["low"] < final["validation"]["accuracy"] == winner["mean"] < final["validation"]["high"]
+                assert len(file["labels"]) == study.data.validation == final.validation.n
+    winner = next(one for one in final.finalists if one.trial == final.winner)
+    assert final.optimism == pytest.approx(winner.value - winner.mean)
+    assert final.validation.low < final.validation.accuracy == winner.mean < final.validation.high
     assert len(done(steps)) == 6, "two finalists with two seeds, the final training, the test"
 
 
 def test_the_final_model_saw_all_training_images_and_the_test_part_once(
-    retrained: tuple[Home, dict[str, Any], list[Step]],
+    retrained: tuple[Home, Final, list[Progress]],
 ) -> None:
     home, final, _ = retrained
     folder = home.study("digits") / "final"
@@ -156,40 +150,36 @@ def test_the_final_model_saw_all_training_images_and_the_test_part_once(
     assert {path.name for path in folder.iterdir()} == left | {
         *("log.txt", "config.toml", "final.json", "example.npy", "fit.json", "test.json")
     }
-    with np.load(folder / "predictions.npz") as file:
-        right = int((file["probabilities"].argmax(1) == file["labels"]).sum())
-        assert final["test"]["n"] == len(file["labels"]) == 384
-    assert final["test"]["accuracy"] == right / 384
-    assert (final["test"]["low"], final["test"]["high"]) == wilson(right, 384)
-    assert sum(one["n"] for one in final["per_class"]) == 384
-    assert final["test"]["reads"] == 1
+    predictions = Predictions.read(folder)
+    assert predictions is not None
+    correct = int(predictions.correct.sum())
+    assert final.test.n == len(predictions.labels) == 384
+    assert final.test.accuracy == correct / 384
+    assert (final.test.low, final.test.high) == Accuracy(correct, 384).interval
+    assert sum(one.n for one in final.per_class) == 384
+    assert final.test.reads == 1
     (read,) = reads(home)
-    assert (read["study"], read["winner"]) == ("digits", final["winner"])
-    assert read["time"] < final["time"], "counted before it happened"
-    assert (final["epochs"], final["seconds_per_epoch"]) == (2, pytest.approx(final["training_seconds"] / 2))
+    assert (read["study"], read["winner"]) == ("digits", final.winner)
+    assert read["time"] < final.time, "counted before it happened"
+    assert (final.epochs, final.seconds_per_epoch) == (2, pytest.approx(final.training_seconds / 2))
 
 
-def test_the_model_is_registered_as_champion(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+def test_the_model_is_registered_as_champion(retrained: tuple[Home, Final, list[Progress]]) -> None:
     home, final, _ = retrained
-    assert final["model"] == {
-        "name": "searchfm-digits",
-        "version": 1,
-        "uri": "models:/searchfm-digits/1",
-        "champion": True,
-    }
+    assert final.model == RegisteredModel("searchfm-digits", 1, "models:/searchfm-digits/1", champion=True)
     version = registry.connect(home).get_model_version_by_alias("searchfm-digits", "champion")
-    assert version.tags["weights"] == final["weights"]
-    assert version.tags["test_accuracy"] == repr(final["test"]["accuracy"])
+    assert version.tags["weights"] == final.weights
+    assert version.tags["test_accuracy"] == repr(final.test.accuracy)
 
 
-def test_nothing_is_left_half_done(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+def test_nothing_is_left_half_done(retrained: tuple[Home, Final, list[Progress]]) -> None:
     home = retrained[0]
     assert not [path for path in home.path.rglob("*") if "attempt-" in path.name or path.name.endswith(".tmp")]
     assert not list(home.study("digits").glob("final-*"))
 
 
 def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_about(
-    retrained: tuple[Home, dict[str, Any], list[Step]],
+    retrained: tuple[Home, Final, list[Progress]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -202,11 +192,11 @@ def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_abo
         assert not left.value.code
         said[words] = capsys.readouterr().out
     promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
-    assert json.loads(said[("--json",)]) == {key: final[key] for key in promised}
+    assert json.loads(said[("--json",)]) == {key: json.loads(json.dumps(final.to_json()))[key] for key in promised}
     text = " ".join(said[()].split())
-    test, validation = final["test"], final["validation"]
-    assert f"a further seed would give {validation['low']:.2%} to {validation['high']:.2%} (95% prediction" in text
-    assert f"{test['accuracy']:.2%} of 384 images right, 95% interval {test['low']:.2%} to {test['high']:.2%}" in text
+    test, validation = final.test, final.validation
+    assert f"a further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text
+    assert f"{test.accuracy:.2%} of 384 images correct, 95% interval {test.low:.2%} to {test.high:.2%}" in text
     assert "of this one model, on images like these" in text
     assert "has been read once" in text
     assert "models:/searchfm-digits/1, the champion" in text
@@ -216,8 +206,8 @@ def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tm
     """A test that is killed has been counted, though nobody has its result."""
     home = Home(tmp_path / "home")
     shutil.copytree(tuned.path, home.path)
-    running = retrain(Wish(home, "digits", trial=0, workers=1), LocalEngine, never)
-    first = next(step for step in running if step.errand and step.errand.label == "test")
+    running = retrain(RetrainOptions(home, "digits", trial=0, workers=1), never)
+    first = next(step for step in running if step.job and step.job.label == "test")
     running.close()  # as a kill would, with no job of the test begun
     assert first.kind == "planned"
     assert len(reads(home)) == 1
@@ -226,7 +216,7 @@ def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tm
 # --- asked again ------------------------------------------------------------------------------------------------------
 
 
-def test_asked_again_it_only_says_it_again(retrained: tuple[Home, dict[str, Any], list[Step]]) -> None:
+def test_asked_again_it_only_says_it_again(retrained: tuple[Home, Final, list[Progress]]) -> None:
     home, final, _ = retrained
     again, steps = finish(home)
     assert (again, steps) == (final, [])
@@ -236,20 +226,20 @@ def test_asked_again_it_only_says_it_again(retrained: tuple[Home, dict[str, Any]
 def test_another_winner_goes_anew_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
-    other = next(trial.number for trial in row(copied).ranked() if trial.number != before["winner"])
+    other = next(trial.number for trial in row(copied).ranked() if trial.number != before.winner)
     final, steps = finish(copied, trial=other)
     assert any("won under other settings" in step.text for step in steps)
     assert done(steps) == ["final training", "test"]
-    assert (final["winner"], final["finalists"], final["optimism"]) == (other, [], None)
-    assert final["validation"]["accuracy"] == row(copied).trials[other].value
-    assert final["validation"]["low"] is None
-    assert final["test"]["reads"] == 2 == len(reads(copied))
-    assert (finish(copied)[0]["winner"], len(reads(copied))) == (other, 2), "what was chosen stays chosen"
+    assert (final.winner, final.finalists, final.optimism) == (other, (), None)
+    assert final.validation.accuracy == row(copied).trials[other].value
+    assert final.validation.low is None
+    assert final.test.reads == 2 == len(reads(copied))
+    assert (finish(copied)[0].winner, len(reads(copied))) == (other, 2), "what was chosen stays chosen"
     back, steps = finish(copied, top=2)
-    assert back["winner"] == before["winner"]
-    assert [step.kind for step in steps if step.errand and "seed" in step.errand.label] == ["found"] * 4
-    assert back["test"]["accuracy"] == before["test"]["accuracy"], "the same model, trained again"
-    assert back["test"]["reads"] == 2 == len(reads(copied)), "a model is counted once"
+    assert back.winner == before.winner
+    assert [step.kind for step in steps if step.job and "seed" in step.job.label] == ["found"] * 4
+    assert back.test.accuracy == before.test.accuracy, "the same model, trained again"
+    assert back.test.reads == 2 == len(reads(copied)), "a model is counted once"
 
 
 def test_more_trials_make_other_finalists_and_what_is_known_stays_known(copied: Home) -> None:
@@ -258,25 +248,25 @@ def test_more_trials_make_other_finalists_and_what_is_known_stays_known(copied: 
     tune(copied, trials=12)
     study = row(copied)
     best = [trial.number for trial in study.ranked(twins=False)[:2]]
-    assert best != before["plan"]["trials"]
+    assert best != list(before.plan.trials)
     final, steps = finish(copied)
     assert steps[0].text == f"the finalists are trials {best[0]}, {best[1]} now, and were " + ", ".join(
-        map(str, before["plan"]["trials"])
+        map(str, before.plan.trials)
     )
-    found = {step.errand.label for step in steps if step.errand and step.kind == "found"}
-    kept = set(best) & set(before["plan"]["trials"])
+    found = {step.job.label for step in steps if step.job and step.kind == "found"}
+    kept = set(best) & set(before.plan.trials)
     assert {label for label in found if "seed" in label} == {f"trial {n}, seed {k} of 2" for n in kept for k in (1, 2)}
-    assert final["test"]["reads"] == (1 if final["winner"] == before["winner"] else 2)
+    assert final.test.reads == (1 if final.winner == before.winner else 2)
 
 
 def test_again_means_other_seeds_and_another_reading(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
     final, _ = finish(copied, again=True)
-    old, new = ({seed for one in each["finalists"] for seed in one["seeds"]} for each in (before, final))
+    old, new = ({seed for one in each.finalists for seed in one.seeds} for each in (before, final))
     assert len(old | new) == 8
-    assert final["weights"] != before["weights"]
-    assert final["test"]["reads"] == 2
+    assert final.weights != before.weights
+    assert final.test.reads == 2
     assert finish(copied)[1] == []
 
 
@@ -291,11 +281,11 @@ def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
             finish(copied, epochs=1)
     kept = row(copied).final
     assert kept is not None
-    assert (kept["epochs"], kept["model"], kept["test"]["reads"]) == (1, None, 2)
+    assert (kept.epochs, kept.model, kept.test.reads) == (1, None, 2)
     final, steps = finish(copied)
     assert done(steps) == []
-    assert final == {**kept, "model": final["model"]}
-    assert final["model"]["version"] == 2
+    assert final == dataclasses.replace(kept, model=final.model)
+    assert final.model.version == 2
     assert len(reads(copied)) == 2
 
 
@@ -303,7 +293,7 @@ def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
 
 
 @pytest.fixture
-def four(home: Home) -> StudyRow:
+def four(home: Home) -> StudyRecord:
     """Trials 0 and 3 complete, 1 pruned, 2 failed."""
     return rows.four(home)
 
@@ -313,28 +303,28 @@ def four(home: Home) -> StudyRow:
     [
         ({"trial": 1}, "study 'toy': trial 1 is pruned; may be 0, 3"),
         ({"trial": 2}, "study 'toy': trial 2 is failed; may be 0, 3"),
-        ({"trial": 9}, "study 'toy': trial 9 is not there; may be 0, 3"),
+        ({"trial": 9}, "study 'toy': trial 9 is unknown; may be 0, 3"),
         ({"trial": 0, "top": 2}, "--trial 0: names the winner; --top and --seeds are for finalists"),
     ],
 )
-def test_a_trial_that_cannot_win_is_named(four: StudyRow, home: Home, asked: dict[str, int], said: str) -> None:
+def test_a_trial_that_cannot_win_is_named(four: StudyRecord, home: Home, asked: dict[str, int], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        make_plan(four, Wish(home, "toy", **asked))  # type: ignore[arg-type]
+        make_plan(four, RetrainOptions(home, "toy", **asked))  # type: ignore[arg-type]
     assert str(refused.value) == said
 
 
-def test_a_study_that_still_runs_is_refused_unless_a_trial_is_chosen(four: StudyRow, home: Home) -> None:
+def test_a_study_that_still_runs_is_refused_unless_a_trial_is_chosen(four: StudyRecord, home: Home) -> None:
     rows.ask(home)
     with pytest.raises(StudyError, match="'toy': is unfinished, 1 of its trials still run; go on with `searchfm tune"):
-        make_plan(rows.study(home), Wish(home, "toy"))
-    assert make_plan(rows.study(home), Wish(home, "toy", trial=3)).trials == (3,)
+        make_plan(rows.study(home), RetrainOptions(home, "toy"))
+    assert make_plan(rows.study(home), RetrainOptions(home, "toy", trial=3)).trials == (3,)
 
 
 def test_a_study_without_a_complete_trial_is_refused(home: Home) -> None:
     rows.begin(home)
     rows.tell(home, rows.ask(home), TrialState.FAIL)
     with pytest.raises(StudyError, match="'toy': has no complete trial"):
-        make_plan(rows.study(home), Wish(home, "toy"))
+        make_plan(rows.study(home), RetrainOptions(home, "toy"))
 
 
 def test_an_unknown_study_is_one_line_and_leaves_nothing(
@@ -356,8 +346,8 @@ def test_data_that_changed_are_refused_before_anything_is_trained(tuned: Home, t
     home = Home(tmp_path / "home")
     shutil.copytree(tuned.path, home.path)
     storage, study = open_storage(home), row(home)
-    kept = storage.get_study_user_attrs(study.number)["searchfm"]
-    update_study(storage, study.number, {**kept, "data": {**kept["data"], "fingerprint": "0" * 64}})
+    data = dataclasses.replace(study.data, fingerprint="0" * 64)
+    write_header(storage, study.number, dataclasses.replace(study.header, data=data))
     with pytest.raises(DataError, match="the data have changed since study 'digits' was begun"):
         finish(home)
     assert not (home.study("digits") / "finalists").exists()

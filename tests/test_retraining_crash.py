@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from searchfm.home import Home
-from searchfm.search.storage import load_study, open_storage
+from searchfm.search.storage import read_study
 
 pytestmark = pytest.mark.slow
 
@@ -64,18 +64,19 @@ def copy(tuned: Path, name: str) -> Path:
 
 
 def lasting(home: Path) -> dict[str, Any]:
-    final = load_study(open_storage(Home(home)), Home(home), "mlp").final
+    final = read_study(Home(home), "mlp").final
     assert final is not None
-    finalists = [{key: one[key] for key in ("trial", "seeds", "values")} for one in final["finalists"]]
-    kept = ("winner", "tie", "optimism", "validation", "test", "per_class", "weights", "epochs", "plan")
-    model = {key: final["model"][key] for key in ("version", "champion")}
-    return {key: final[key] for key in kept} | {"finalists": finalists, "model": model}
+    assert final.model is not None
+    finalists = [(one.trial, one.seeds, one.values) for one in final.finalists]
+    names = ("winner", "tie", "optimism", "validation", "test", "per_class", "weights", "epochs", "plan")
+    model = (final.model.version, final.model.champion)
+    return {name: getattr(final, name) for name in names} | {"finalists": finalists, "model": model}
 
 
 def check(home: Path, unbroken: dict[str, Any]) -> None:
     """Bitwise the unbroken final model, one reading of the test part, one version, nothing half-written."""
     assert lasting(home) == unbroken
-    (reads,) = json.loads((home / "test-reads.json").read_text()).values()
+    (reads,) = json.loads((home / "test-reads.json").read_text())["reads"].values()
     assert len(reads) == 1
     left = [path for path in (home / "studies").rglob("*") if "attempt-" in path.name or path.suffix == ".tmp"]
     assert not left

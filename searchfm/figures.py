@@ -1,0 +1,605 @@
+"""Records to figures, without pyplot's global state: curves, confusion matrices, pictures of searches.
+
+Each function takes records or arrays and returns a `Figure`; `png` makes a file's bytes of it, `svg` an element of a
+page. A mark that stands for one trial carries the gid `trial-FIGURE-NUMBER`, which `svg` keeps as an element's id: a
+page finds the same trial in all its figures by it.
+
+Every trial is drawn, so time counts: figures are laid out by hand, since `tight_layout`, `constrained_layout` and
+titles that look for their own height (`y=None`) each cost as much as drawing.
+"""
+
+import io
+import itertools
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from searchfm.home import write_whole
+from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial
+from searchfm.search.space import Choice, Range
+
+DPI = 110
+
+# Each colour has one meaning in all figures.
+INK = "#1f2933"
+SOFT = "#52606d"
+QUIET = "#9aa5b1"
+TRAIN = "#8fb3d9"
+VALIDATION = "#1f5fa8"
+MARK = "#d1495b"
+SHADES = LinearSegmentedColormap.from_list("searchfm", ["#ffffff", "#c6dbef", VALIDATION, "#0b2c52"])
+WORST_TO_BEST = LinearSegmentedColormap.from_list("trials", ["#d3dae2", "#8fb3d9", VALIDATION])
+
+WIDE = 10.0  # inches, of a page's column
+COUNTED = 24  # classes up to which a confusion matrix holds its counts as text
+BELOW = -0.12  # where parallel coordinates pass a key that a trial does not have, below the axis from 0 to 1
+FEW = 12  # values up to which a stepped range is drawn value by value
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An accuracy with its 95% interval, 0 to 1, and what it cost."""
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    seconds: float = 0.0
+    tied: bool = False  # not distinguishable from the best
+
+
+def _blank(width: float, height: float) -> Figure:
+    """A white figure, in inches, that needs no pyplot."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _plain(axes: Axes, title: str) -> None:
+    """Axes without ornaments, the title at the upper left."""
+    axes.set_title(title, loc="left", y=1.0, pad=4, color=INK, fontsize=10, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(colors=INK, labelsize=8, length=3)
+    axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A name, whatever is in it, on one line of at most `most` characters."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def _percent(fraction: float, _: object = None) -> str:
+    """The text of a tick."""
+    return f"{100 * fraction:.4g}%"
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG. Little compression: a trial's pictures are small, and time is what they cost."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # a box stands for it
+        figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, salt: str) -> str:
+    """The figure as an element of a page, its texts as text. salt: unique in the page; it goes into the inner ids.
+
+    Of the ids that artists were given (`gid`), those that begin with `trial-` stay.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser has other fonts
+        figure.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
+    # Groups are numbered from 1 in every figure, and nothing refers to them.
+    return re.sub(r' id="(?!trial-)[a-z][\w.]*_\d+"', "", text)
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+def curves(epochs: Sequence[Epoch]) -> Figure:
+    """Loss (left) and accuracy (right) over the epochs, training and validation, the best validation accuracy marked.
+
+    What is None or not finite leaves a gap.
+    """
+    figure = _blank(7.6, 2.9)
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
+    steps = [epoch.index for epoch in epochs]
+    sides = (
+        (left, "loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs]),
+        (right, "accuracy", [e.train_accuracy for e in epochs], [e.val_accuracy for e in epochs]),
+    )
+    for axes, title, train, validation in sides:
+        _plain(axes, title)
+        axes.plot(steps, _gaps(train), color=TRAIN, marker="o", markersize=3, label="training")
+        if any(value is not None for value in validation):
+            axes.plot(steps, _gaps(validation), color=VALIDATION, marker="o", markersize=3, label="validation")
+        axes.set_xlabel("epoch", color=INK, fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
+    right.yaxis.set_major_formatter(FuncFormatter(_percent))
+    held = [epoch for epoch in epochs if epoch.val_accuracy is not None and np.isfinite(epoch.val_accuracy)]
+    if held:
+        best = max(held, key=lambda epoch: (epoch.val_accuracy, -epoch.index))
+        assert best.val_accuracy is not None
+        for axes in (left, right):
+            axes.axvline(best.index, color=MARK, linewidth=0.8, linestyle=":")
+        right.plot([best.index], [best.val_accuracy], "o", color=MARK, markersize=6, markerfacecolor="none")
+        right.set_title(
+            f"best {best.val_accuracy:.2%} in epoch {best.index}", loc="right", y=1.0, pad=4, color=MARK, fontsize=9
+        )
+    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+    return figure
+
+
+def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
+    """The confusion matrix: row = true class, column = predicted class, shade = root of the fraction of the true class.
+
+    names: of the K classes. Up to 24 classes every cell holds its count.
+    """
+    counts, classes = predictions.confusion, len(names)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    counted = classes <= COUNTED
+    shown = [_short(name) for name in names]
+
+    side = max(3.2, 0.44 * classes) if counted else max(8.0, 0.115 * classes)  # inches of the matrix itself
+    size = 8.0 if counted else 6.0
+    margin = 0.5 + size / 72 * 0.62 * max(map(len, shown), default=1)
+    width, height = side + margin + 0.25, side + margin + 0.45
+    figure = _blank(width, height)
+    axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
+    # The square root lifts the rare confusions, which are what one looks for, off the white.
+    axes.imshow(np.sqrt(fractions), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    # parse_math: a class may be named after money.
+    axes.set_xticks(range(classes), shown, rotation=90, fontsize=size, color=INK, parse_math=False)
+    axes.set_yticks(range(classes), shown, fontsize=size, color=INK, parse_math=False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted", fontsize=9, color=INK)
+    axes.set_ylabel("true", fontsize=9, color=INK)
+    axes.spines[:].set_color(QUIET)
+    correct, total = int(np.trace(counts)), int(counts.sum())
+    title = f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})"
+    axes.set_title(title, loc="left", y=1.0, pad=5, fontsize=9, color=INK)
+    if counted:
+        for row, column in np.argwhere(counts):
+            colour = "white" if fractions[row, column] > 0.25 else INK
+            axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
+    return figure
+
+
+def draw(trial: Trial, names: Sequence[str]) -> list[Path]:
+    """Draws a trial into its folder: `curves.png` from its epochs, `confusion.png` from the predictions of a complete
+    trial. A picture newer than its source is not drawn again. names: of the classes. Raises StorageError.
+    """
+    predictions = Predictions.read(trial.folder) if trial.state == "complete" else None
+    pictures: list[tuple[str, str, Callable[[], Figure]]] = []
+    if trial.epochs:
+        pictures.append(("curves.png", EPOCHS, lambda: curves(trial.epochs)))
+    if predictions is not None:
+        pictures.append(("confusion.png", PREDICTIONS, lambda: confusion(predictions, names)))
+    for name, source, make in pictures:
+        path, origin = trial.folder / name, trial.folder / source
+        if not (path.exists() and origin.exists() and path.stat().st_mtime_ns >= origin.stat().st_mtime_ns):
+            write_whole(path, png(make()))
+    return [trial.folder / name for name, _, _ in pictures]
+
+
+def _gaps(values: Sequence[float | None]) -> list[float]:
+    return [value if value is not None and np.isfinite(value) else np.nan for value in values]
+
+
+# --- a search ---------------------------------------------------------------------------------------------------------
+
+
+def history(trials: Sequence[Trial], best: int | None = None, band: tuple[float, float] | None = None) -> Figure:
+    """Every trial's validation accuracy in the order of the search, the best so far as a line.
+
+    A pruned trial is drawn at its last report, an accuracy far below the rest at the lower edge. best: number of the
+    trial that is marked, and `band` its interval, shaded.
+    """
+    figure = _blank(WIDE, 3.2)
+    axes = figure.add_axes((0.062, 0.15, 0.925, 0.76))
+    _plain(axes, "validation accuracy of each trial")
+    values = {trial.number: trial.value for trial in trials if trial.value is not None}
+    pruned = {
+        trial.number: trial.accuracy for trial in trials if trial.state == "pruned" and trial.accuracy is not None
+    }
+    failed = [trial.number for trial in trials if trial.state == "failed"]
+    floor = _limits(axes, [*values.values()], pruned.values())
+    if band is not None:
+        axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
+    order = sorted(values)
+    tops = np.maximum.accumulate([values[number] for number in order])
+    axes.step(order, tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
+    for number, value in pruned.items():
+        _dot(axes, "history", number, number, value, floor, color="white", edge=QUIET)
+    for number in order:
+        _dot(axes, "history", number, number, values[number], floor, color=MARK if number == best else VALIDATION)
+    for number in failed:
+        axes.plot([number], [floor], "x", color=INK, markersize=5, gid=f"trial-history-{number}")
+    axes.set_xlabel("trial", color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.margins(x=0.02)
+    legend = "● complete" + "   ○ pruned, at its last report" * bool(pruned)
+    legend += "   × failed" * bool(failed)
+    legend += "   ▾ below the scale" * any(value < floor for value in (*values.values(), *pruned.values()))
+    axes.set_title(legend, loc="right", y=1.0, pad=4, color=SOFT, fontsize=8)
+    return figure
+
+
+def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names: Mapping[str, str]) -> Figure:
+    """Parallel coordinates (Inselberg 1985): a line a complete trial, an axis for each key of `space`, accuracy last.
+
+    names: of the axes. The line of a trial without a key passes below that axis.
+    """
+    complete = sorted(
+        (trial for trial in trials if trial.value is not None), key=lambda trial: (trial.value or 0.0, -trial.number)
+    )
+    width = max(WIDE, 1.05 * (len(space) + 1))
+    figure = _blank(width, 3.7)
+    axes = figure.add_axes((0.6 / width, 0.09, 1 - 1.2 / width, 0.79))
+    axes.set_axis_off()
+    axes.set_xlim(0, len(space))
+    partial = any(key not in trial.params for trial in complete for key in space)
+    axes.set_ylim(BELOW - 0.07 if partial else -0.05, 1.04)
+    values = [trial.value or 0.0 for trial in complete]
+    floor, top = _floor(values, values), max(values, default=1.0)
+    heights_of = []
+    for x, (key, leaf) in enumerate(space.items()):
+        ticks, height = _scale(leaf)
+        heights_of.append(height)
+        _vertical(axes, x, names[key], ticks)
+        if any(key not in trial.params for trial in complete):
+            axes.plot([x - 0.03, x + 0.03], [BELOW, BELOW], color=QUIET, linewidth=2.5, zorder=2)
+            axes.text(x, BELOW - 0.025, "no value", fontsize=7, color=QUIET, ha="center", va="top")
+    span = max(top - floor, 1e-9)
+    steps = [tick for tick in MaxNLocator(5).tick_values(floor, top) if floor <= tick <= top]
+    _vertical(axes, len(space), "accuracy", [((tick - floor) / span, _percent(tick)) for tick in steps], side=1)
+    for rank, trial in enumerate(complete):
+        jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would lie on each other
+        heights = [
+            height(trial.params[key]) + (jitter if isinstance(leaf, Choice) else 0.0) if key in trial.params else BELOW
+            for height, (key, leaf) in zip(heights_of, space.items(), strict=True)
+        ]
+        heights.append((max(trial.value or 0.0, floor) - floor) / span)
+        last = rank == len(complete) - 1
+        axes.plot(
+            range(len(heights)),
+            heights,
+            color=MARK if last else WORST_TO_BEST(rank / max(len(complete) - 1, 1)),
+            linewidth=2.0 if last else 1.1,
+            solid_joinstyle="round",
+            zorder=3 + rank / (len(complete) + 1),
+            gid=f"trial-parallel-{trial.number}",
+        )
+    return figure
+
+
+def factor(
+    trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, figure_name: str, best: int | None
+) -> Figure:
+    """Validation accuracy over one key of the space: a dot a complete trial, and the median of each of few values.
+
+    A line joins the medians where the values are numbers. name: of the key; figure_name: for the dots' ids; best:
+    number of the trial that is marked.
+    """
+    figure = _blank(3.3, 2.3)
+    axes = figure.add_axes((0.165, 0.17, 0.815, 0.72))
+    _plain(axes, name)
+    points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
+    floor = _limits(axes, [value for _, _, value in points])
+    options = _options(leaf)
+    by_option: dict[int, list[float]] = {}
+    for number, x, value in sorted(points, key=lambda point: point[0] == best):  # the marked one on top
+        if options:
+            index = _index(options, x)
+            by_option.setdefault(index, []).append(value)
+            x = index + 0.5 * (_spread(number) - 0.5)
+        mark = number == best
+        _dot(axes, figure_name, number, x, value, floor, color=MARK if mark else VALIDATION, soft=not mark)
+    if isinstance(leaf, Choice) or options:
+        _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in sorted(by_option)})
+    elif leaf.log:
+        axes.set_xscale("log")
+        axes.set_xlim(leaf.low / 1.2, leaf.high * 1.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if leaf.high / leaf.low > 30 else (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=leaf.whole))
+    return figure
+
+
+def _medians(axes: Axes, options: Sequence[Any], medians: Mapping[int, float]) -> None:
+    """A bar at the median of each option by index, and a line through them where the options are numbers."""
+    xs, heights = list(medians), list(medians.values())
+    axes.hlines(heights, [x - 0.3 for x in xs], [x + 0.3 for x in xs], color=INK, linewidth=1.6, zorder=4)
+    if _numbers(options):
+        axes.plot(xs, heights, color=INK, linewidth=0.8, alpha=0.6, zorder=2)
+    labels = [_text(option) for option in options]
+    axes.set_xticks(range(len(options)), labels, parse_math=False)
+    if sum(len(label) + 1 for label in labels) > 30:
+        axes.tick_params(axis="x", labelsize=7.5, labelrotation=25)
+        axes.set_position((0.165, 0.24, 0.815, 0.65))
+    axes.set_xlim(-0.5, len(options) - 0.5)
+
+
+def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
+    """Validation accuracy by epoch: all trials in grey, a pruned one up to its last epoch; `top` in colour."""
+    figure = _blank(5.5, 3.1)
+    axes = figure.add_axes((0.115, 0.155, 0.855, 0.745))
+    _plain(axes, "validation accuracy by epoch")
+    numbers = [trial.number for trial in top]
+    ends = [max(trial.reported.values()) for trial in trials if trial.reported]
+    floor = _limits(axes, [value for trial in trials for value in trial.reported.values()], ends)
+    axes.set_ylim(bottom=floor)
+    for trial in trials:
+        if trial.reported and trial.number not in numbers and trial.twin is None:
+            xs, ys = list(trial.reported), list(trial.reported.values())
+            axes.plot(xs, ys, color="#cbd2d9", linewidth=0.9, zorder=2, gid=f"trial-progress-{trial.number}")
+            if trial.state == "pruned":
+                axes.plot(xs[-1:], ys[-1:], "o", color=QUIET, markersize=3, markerfacecolor="white", zorder=3)
+    style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.5, "zorder": 4}
+    for trial, shade in reversed(list(zip(top, (MARK, VALIDATION, "#3f7cc0", "#6d9fd3", "#8fb3d9"), strict=False))):
+        number = trial.number
+        style |= {"color": shade, "label": f"trial {number}", "gid": f"trial-progress-{number}"}
+        axes.plot(list(trial.reported), list(trial.reported.values()), **style)
+    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    return figure
+
+
+def survival(trials: Sequence[Trial], epochs: int) -> Figure:
+    """How many of the trained trials reached each epoch, and (hatched) how many were pruned before it."""
+    figure = _blank(4.2, 3.1)
+    axes = figure.add_axes((0.135, 0.155, 0.835, 0.745))
+    _plain(axes, "trials that trained each epoch")
+    trained = [len(trial.epochs) for trial in trials if trial.twin is None and trial.epochs]
+    reached = [sum(count >= epoch for count in trained) for epoch in range(1, epochs + 1)]
+    saved = [len(trained) - count for count in reached]
+    steps = range(1, epochs + 1)
+    axes.bar(steps, reached, color=VALIDATION, width=0.82)
+    axes.bar(steps, saved, bottom=reached, color="white", edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
+    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
+
+
+def importance(fractions: Mapping[str, float]) -> Figure:
+    """Bars, the longest first. fractions: name -> fraction of the differences in accuracy, 0 to 1."""
+    height = 0.5 + 0.27 * len(fractions)
+    figure = _blank(5.6, height)
+    axes = figure.add_axes((0.32, 0.2 / height, 0.6, 1 - 0.3 / height))
+    names = list(fractions)
+    axes.barh(range(len(names)), list(fractions.values()), color=VALIDATION, height=0.66)
+    for index, fraction in enumerate(fractions.values()):
+        axes.text(fraction + 0.006, index, f"{fraction:.0%}", va="center", fontsize=8, color=INK)
+    axes.set_yticks(range(len(names)), names, fontsize=8.5, color=INK, parse_math=False)
+    axes.set_xticks([])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1.12 * max(fractions.values(), default=1.0))
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_color(QUIET)
+    return figure
+
+
+def ranking(measured: Sequence[Measured]) -> Figure:
+    """Accuracies with their 95% intervals, the best on top; those not distinguishable from it in colour."""
+    height = 0.45 + 0.26 * len(measured)  # the pitch of a table's rows
+    figure = _blank(4.7, height)
+    axes = figure.add_axes((0.16, 0.33 / height, 0.81, 1 - 0.36 / height))
+    _plain(axes, "")
+    for index, item in enumerate(measured):
+        colour = MARK if index == 0 else VALIDATION if item.tied else QUIET
+        number = item.name.rpartition(" ")[2]
+        axes.plot([item.low, item.high], [index, index], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot([item.accuracy], [index], "o", color=colour, markersize=5, gid=f"trial-ranking-{number}")
+    axes.set_yticks(range(len(measured)), [item.name for item in measured], fontsize=8, color=INK, parse_math=False)
+    axes.set_ylim(len(measured) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _floor(values: Sequence[float], more: Iterable[float] = ()) -> float:
+    """The lower end of a scale of accuracies: one diverged training must not press all others into one line."""
+    least = min((*values, *more), default=0.0)
+    if not values:
+        return least
+    quarter, top = float(np.quantile(values, 0.25)), max(values)
+    return max(least, quarter - 2 * (top - quarter) - 0.005)
+
+
+def _limits(axes: Axes, values: Sequence[float], more: Iterable[float] = ()) -> float:
+    """Scales the vertical axis to accuracies; returns the height at which those below its range are drawn."""
+    floor, top = _floor(values, more), max((*values, *more), default=1.0)
+    margin = max(0.06 * (top - floor), 1e-3)
+    axes.set_ylim(floor - margin, top + margin)
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    return floor
+
+
+def _dot(
+    axes: Axes,
+    figure: str,
+    number: int,
+    x: float,
+    y: float,
+    floor: float,
+    *,
+    color: str,
+    edge: str = "",
+    soft: bool = False,
+) -> None:
+    axes.plot(
+        [x],
+        [max(y, floor)],
+        "o" if y >= floor else "v",
+        color=color,
+        markeredgecolor=edge or "white",
+        markeredgewidth=0.9 if edge else 0.5,
+        markersize=5.5,
+        alpha=0.75 if soft else 1.0,
+        zorder=3,
+        gid=f"trial-{figure}-{number}",
+    )
+
+
+def _scale(leaf: Choice | Range) -> tuple[list[tuple[float, str]], Callable[[Any], float]]:
+    """Ticks (height from 0 to 1, text) of an axis, and the function from a value to its height."""
+    if isinstance(leaf, Choice):
+        options = _ordered(leaf)
+        step = 1 / max(len(options) - 1, 1)
+        return [(i * step, _text(option)) for i, option in enumerate(options)], lambda v: options.index(v) * step
+    warp = math.log if leaf.log else float
+    low, high = warp(leaf.low), warp(leaf.high)
+    locator = LogLocator(numticks=6) if leaf.log else MaxNLocator(5, integer=leaf.whole)
+    ticks = [tick for tick in locator.tick_values(leaf.low, leaf.high) if leaf.low <= tick <= leaf.high]
+
+    def height(value: Any) -> float:
+        return (warp(value) - low) / max(high - low, 1e-12)
+
+    return [(height(tick), _number(tick)) for tick in ticks], height
+
+
+def _vertical(axes: Axes, x: float, name: str, ticks: Sequence[tuple[float, str]], side: int = -1) -> None:
+    """One axis of many, its texts on the left (side -1) or on the right (1)."""
+    axes.plot([x, x], [0, 1], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
+    axes.text(x, 1.09, name, fontsize=8.5, color=INK, ha="center", va="bottom", parse_math=False)
+    style: dict[str, Any] = {"fontsize": 7.5, "color": SOFT, "va": "center", "zorder": 5, "parse_math": False}
+    style |= {"ha": "right" if side < 0 else "left"}
+    style |= {"bbox": {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}}
+    for height, text in ticks:
+        axes.plot([x, x + 0.02 * side], [height, height], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
+        axes.text(x + 0.035 * side, height, text, **style)
+
+
+def _options(leaf: Choice | Range) -> list[Any]:
+    """The values that are drawn one by one; none for a leaf that is drawn as a scale."""
+    if isinstance(leaf, Choice):
+        return _ordered(leaf)
+    options = leaf.options
+    return list(options) if options is not None and len(options) <= FEW and not leaf.log else []
+
+
+def _ordered(leaf: Choice) -> list[Any]:
+    """The values as the study file has them; numbers by size."""
+    return sorted(leaf.values) if _numbers(leaf.values) else list(leaf.values)
+
+
+def _numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _index(options: Sequence[Any], value: Any) -> int:
+    """The index of a value among the options; a stepped number may carry rounding noise."""
+    if value in options:
+        return options.index(value)
+    return min(range(len(options)), key=lambda index: abs(options[index] - value))
+
+
+def _spread(number: int) -> float:
+    """A number from 0 to 1 for a trial, far from those of the trials before it (golden ratio), always the same."""
+    return number * 0.6180339887 % 1
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _short(_number(value) if isinstance(value, float) else str(value), 16)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+# --- several studies --------------------------------------------------------------------------------------------------
+
+
+def front(panels: Mapping[str, Sequence[Measured]]) -> Figure:
+    """Accuracy over seconds of training, a panel for each group of comparable studies; a line joins the Pareto front.
+
+    panels: title -> its points. A bar is an accuracy's 95% interval.
+    """
+    count = max(len(panels), 1)
+    width = max(6.4, 4.6 * count)
+    figure = _blank(width, 3.9)
+    part = 1 / count
+    for index, (title, measured) in enumerate(panels.items()):
+        margin = 0.62 / width
+        axes = figure.add_axes((index * part + margin, 0.135, part - margin - 0.15 / width, 0.775))
+        _plain(axes, title)
+        _front(axes, measured)
+    return figure
+
+
+def _front(axes: Axes, measured: Sequence[Measured]) -> None:
+    unbeaten: list[Measured] = []
+    for item in sorted(measured, key=lambda item: (item.seconds, -item.accuracy)):
+        if not unbeaten or item.accuracy > unbeaten[-1].accuracy:
+            unbeaten.append(item)
+    xs, ys = [item.seconds for item in unbeaten], [item.accuracy for item in unbeaten]
+    axes.step(xs, ys, where="post", color=VALIDATION, linewidth=1.0, linestyle="--", zorder=2)
+    for item in measured:
+        colour = VALIDATION if item in unbeaten else QUIET
+        axes.plot([item.seconds, item.seconds], [item.low, item.high], color=colour, linewidth=1.4, zorder=3)
+        axes.plot([item.seconds], [item.accuracy], "o", color=colour, markersize=6, zorder=4)
+    times = [item.seconds for item in measured]
+    low, high = min(times), max(times)
+    axes.set_xscale("log")
+    axes.set_xlim(low / max(2.0, (high / low) ** 0.2), high * max(3.0, (high / low) ** 0.3))  # room for names
+    axes.margins(y=0.12)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 8 * low else (1, 2, 5), numticks=10))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g} s"))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.set_xlabel("training time", color=INK, fontsize=9)
+    _name(axes, measured)
+
+
+def _name(axes: Axes, measured: Sequence[Measured]) -> None:
+    """Writes names beside their points, each at the first of four positions without another name or point."""
+    pixels = [axes.transData.transform((item.seconds, item.accuracy)) for item in measured]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
+    em, line = 0.62 * 8.5 / 72 * DPI, 1.25 * 8.5 / 72 * DPI  # of a letter, pixels
+    for item, (x, y) in zip(measured, pixels, strict=True):
+        width = em * len(item.name)
+        for side, dy in itertools.product((1, -1), (0.15 * line, -1.15 * line)):
+            left = x + 9 if side > 0 else x - 9 - width
+            box = (left, y + dy, left + width, y + dy + line)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        left, bottom = axes.transData.inverted().transform(box[:2])
+        axes.text(left, bottom, item.name, fontsize=8.5, color=INK, va="bottom", parse_math=False, zorder=5)
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]

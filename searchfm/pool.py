@@ -1,0 +1,274 @@
+"""A pool of workers on an engine: brings jobs to their ends, with attempts, retries, stopping and the lock check.
+
+Callers submit jobs and read events. They never see a worker that died or left: such a job gets another attempt, which
+goes on from its newest checkpoint, and the caller a notice (`Retried`).
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from searchfm.engines import Engine
+from searchfm.errors import DataError, ModelError, SearchfmError, StorageError, WorldError
+from searchfm.jobs import (
+    EpochDone,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    JobSpec,
+    Left,
+    Lost,
+    Result,
+    Retried,
+    Started,
+    StoppedEarly,
+)
+
+LEAVE_SECONDS = 25.0  # for jobs to leave their batch after a stop; then their workers are killed
+LOCK_SECONDS = 5.0  # between two checks of the lock
+EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
+RETRIES = 2  # further attempts of a job whose worker died, unless the study says otherwise
+
+# Errors that every other job would meet too.
+_FATAL: Mapping[str, type[SearchfmError]] = {"DataError": DataError, "StorageError": StorageError}
+
+
+@dataclass
+class _Live:
+    spec: JobSpec
+    attempt: int
+    lost: int
+    received: int
+    stopping: bool = False
+
+
+class WorkerPool:
+    """Runs jobs on an engine's workers.
+
+    retries: attempts that a job may lose to dying workers before it fails. stopping: whether the command was asked to
+    stop; then every job is asked to leave. check_lock: raises once the study's lock is gone.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        retries: int = RETRIES,
+        stopping: Callable[[], bool] = lambda: False,
+        check_lock: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine, self.retries = engine, retries
+        self.check_lock = check_lock
+        self._stopping, self._clock = stopping, clock
+        self._waiting: deque[_Live] = deque()
+        self._live: dict[str, _Live] = {}  # on a worker
+        self._started: deque[Started] = deque()  # not yielded yet
+        self._stop_requested_at: float | None = None
+        self._lock_checked_at = clock()
+
+    @property
+    def free(self) -> int:
+        """Workers without a job, those apart that a waiting job will take; 0 once the pool is to stop."""
+        return 0 if self._stopping() else max(self.engine.free - len(self._waiting), 0)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the pool was asked to stop, and every job has left or the time for it is over."""
+        stop = self._stop_requested_at
+        return stop is not None and (not self.engine.busy or self._clock() > stop + LEAVE_SECONDS)
+
+    def resize(self, devices: Sequence[str]) -> None:
+        """One worker for each device named."""
+        self.engine.resize(devices)
+
+    def submit(self, spec: JobSpec) -> int:
+        """Gives a job to a free worker, or queues it; returns the number of its attempt."""
+        live = _Live(spec, _next_attempt(spec.folder, spec.attempts), spec.lost, spec.received)
+        self._waiting.append(live)
+        self._start_waiting()
+        return live.attempt
+
+    def stop(self, job: str) -> None:
+        """Asks a job to leave; its one further event is `StoppedEarly`."""
+        self._live[job].stopping = True
+        self.engine.stop(job)
+
+    def events(self, timeout: float = EVENT_SECONDS) -> Iterator[Event]:
+        """Starts waiting jobs, and yields what happened: within `timeout` seconds at most one event of a job.
+
+        Raises DataError or StorageError where a job meets one, and what `check_lock` raises.
+        """
+        if self._stop_requested_at is None and self._stopping():
+            self._stop_requested_at = self._clock()
+            for job in self._live:
+                self.engine.stop(job)
+        self._start_waiting()
+        while self._started:
+            yield self._started.popleft()
+        event = self.engine.next_event(timeout)
+        if self._clock() > self._lock_checked_at + LOCK_SECONDS:
+            self.check_lock()
+            self._lock_checked_at = self._clock()
+        if event is not None and event.job in self._live and self._live[event.job].attempt == event.attempt:
+            yield from self._on(self._live[event.job], event)  # any other is of an attempt that was given up
+
+    def run_all(self, specs: Iterable[JobSpec]) -> Iterator[Event]:
+        """Brings jobs to their ends. Raises KeyboardInterrupt once all have left, if the pool is to stop; DataError,
+        ModelError or StorageError where a job meets one, since all others would meet it too.
+        """
+        open_jobs = set()
+        for spec in specs:
+            self.submit(spec)
+            open_jobs.add(spec.id)
+        while open_jobs:
+            for event in self.events():
+                match event:
+                    case Failed(kind="ModelError", reason=reason):
+                        raise ModelError(reason)
+                    case Finished() | Failed():
+                        open_jobs.remove(event.job)
+                yield event
+            if self.stopped:
+                raise KeyboardInterrupt
+
+    def run_one(self, spec: JobSpec) -> Result:
+        """The result of one job. Raises the job's own DataError, ModelError or StorageError, WorldError for any other
+        failure, KeyboardInterrupt if the pool is to stop.
+        """
+        for event in self.run_all([spec]):
+            match event:
+                case Finished(result=result):
+                    return result
+                case Failed(reason=reason):
+                    raise WorldError(f"{spec.label}: {reason}")
+        raise AssertionError(spec)
+
+    def close(self) -> None:
+        """Ends all workers, at once and whatever they do."""
+        self.engine.close()
+
+    def _start_waiting(self) -> None:
+        while self._waiting and not self._stopping() and self.engine.free > 0:
+            live = self._waiting.popleft()
+            spec = live.spec
+            self._live[spec.id] = live
+            self.engine.submit(Job(spec.id, live.attempt, spec.folder, spec.entry, spec.payload))
+            self._started.append(Started(spec.id, live.attempt))
+
+    def _on(self, live: _Live, event: Event) -> Iterator[Event]:
+        if isinstance(event, EpochDone):
+            # Not after `stop`, and not an epoch that a checkpoint replays or an attempt trains again.
+            if not live.stopping and event.epoch.index > live.received:
+                assert event.epoch.index == live.received + 1, f"{event.job}: epoch {event.epoch.index} came too early"
+                live.received += 1
+                yield event
+            return
+        del self._live[event.job]
+        if live.stopping:
+            gather(live.spec.folder, keep=False)
+            yield StoppedEarly(event.job, event.attempt)
+            return
+        match event:
+            case Finished():
+                gather(live.spec.folder, keep=True)
+                yield event
+            case Failed(kind=kind, reason=reason):
+                if kind in _FATAL:
+                    raise _FATAL[kind](reason)
+                gather(live.spec.folder, keep=False)
+                yield event
+            case Left():
+                yield self._retry(live, "")
+            case Lost(reason=reason):
+                live.lost += 1
+                if live.lost > self.retries:
+                    gather(live.spec.folder, keep=False)
+                    yield Failed(event.job, event.attempt, "WorldError", f"{reason}, {live.lost} times")
+                else:
+                    yield self._retry(live, reason)
+            case _:
+                raise AssertionError(event)
+
+    def _retry(self, live: _Live, reason: str) -> Retried:
+        live.attempt = _next_attempt(live.spec.folder, live.attempt)
+        self._waiting.append(live)
+        return Retried(live.spec.id, live.attempt, reason, live.lost)
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM and --timeout: the first asks all jobs to leave, a second signal ends the process at once.
+
+    timeout: seconds, or None.
+    """
+
+    def __init__(self, timeout: float | None = None) -> None:
+        self.signal = 0
+        self._deadline = time.monotonic() + timeout if timeout is not None else None
+        self._handlers: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether the command is to stop."""
+        return bool(self.signal) or (self._deadline is not None and time.monotonic() > self._deadline)
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends the command as the signal would have, if one came."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.signal and kind in (None, KeyboardInterrupt):
+            raise SystemExit(128 + self.signal)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nsearchfm: stopping; running trials are kept and go on with the same command", file=sys.stderr)
+
+
+def gather(folder: Path | None, *, keep: bool) -> None:
+    """Moves what the attempts wrote up into the job's folder: all logs, and the files of the last attempt if `keep`."""
+    if folder is None:
+        return
+    attempts = _attempts(folder)
+    with (folder / "log.txt").open("a") as log:
+        for attempt in attempts:
+            if (attempt / "log.txt").is_file():
+                log.write((attempt / "log.txt").read_text(errors="replace"))
+    for path in attempts[-1].iterdir() if attempts and keep else ():
+        if path.name != "log.txt" and path.is_file():
+            path.replace(folder / path.name)
+    for attempt in attempts:
+        shutil.rmtree(attempt, ignore_errors=True)
+
+
+def _attempts(folder: Path) -> list[Path]:
+    """The folders of a job's attempts, in order."""
+    return sorted(folder.glob("attempt-*"), key=_number)
+
+
+def _number(attempt: Path) -> int:
+    return int(attempt.name.removeprefix("attempt-"))
+
+
+def _next_attempt(folder: Path | None, made: int) -> int:
+    """A number that no attempt had, by whichever process: its folder takes it, before a worker knows it. The worker of
+    a dead coordinator may still be writing under the one before.
+    """
+    if folder is None:
+        return made + 1
+    number = max([made, *map(_number, folder.glob("attempt-*"))]) + 1
+    (folder / f"attempt-{number}").mkdir(parents=True)
+    return number

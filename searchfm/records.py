@@ -1,0 +1,495 @@
+"""What is kept, typed: frozen dataclasses with one way to plain values (what JSON holds) and back.
+
+Kept records carry a format number; none means 1. A reader upgrades an older record in memory; the first command that
+holds the study's lock writes it (`search.storage.locked_study`). A newer record is refused.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from searchfm.errors import StorageError
+from searchfm.home import write_whole
+
+FORMAT = 2  # of the records that this version writes
+WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
+State = Literal["running", "complete", "pruned", "failed"]
+
+
+class Record:
+    """A frozen dataclass that is kept, or crosses between processes, as plain values."""
+
+    __test__ = False  # pytest collects classes whose names begin with Test
+    upgrades: ClassVar[tuple[Callable[[dict[str, Any]], dict[str, Any]], ...]] = ()
+    # Of a kept record: entry i turns the plain values of format i + 1 into those of format i + 2.
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values."""
+        return asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """The record of plain values, upgraded where its format is older. Unknown keys are ignored.
+
+        Raises StorageError, which begins with `where`, for a newer format, a missing key or a wrong type.
+        """
+        ready = dict(values)
+        if cls.upgrades:
+            number = ready.get("format", 1)
+            if not isinstance(number, int) or not 1 <= number <= FORMAT:
+                raise StorageError(f"{where}: format {number}: this version of searchfm reads 1 to {FORMAT}")
+            for upgrade in cls.upgrades[number - 1 :]:
+                ready = upgrade(ready)
+            ready["format"] = FORMAT
+        try:
+            return msgspec.convert(ready, cls)
+        except msgspec.ValidationError as error:
+            raise StorageError(f"{where}: {error}") from None
+
+
+# --- a trial ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Epoch(Record):
+    """One pass over the training part, and the validation after it."""
+
+    index: int  # from 1
+    train_loss: float
+    train_accuracy: float  # fraction correct, 0 to 1, on augmented images in training mode
+    val_loss: float | None  # None without a validation part
+    val_accuracy: float | None
+    lr: float  # learning rate of the last batch
+    seconds: float  # wall time of the epoch, validation included
+    samples_per_second: float  # training images over the time of training alone
+    time: float  # when it ended, seconds since 1970
+
+
+def read_epochs(path: Path) -> tuple[Epoch, ...]:
+    """The epochs in a CSV file; none where there is no file."""
+    if not path.exists():
+        return ()
+    with path.open(newline="") as file:
+        rows = [{key: text or None for key, text in row.items()} for row in csv.DictReader(file)]
+    return tuple(msgspec.convert(row, Epoch, strict=False) for row in rows)
+
+
+def write_epochs(path: Path, epochs: Sequence[Epoch]) -> None:
+    """Writes all epochs of a trial as CSV, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [item.name for item in fields(Epoch)])
+    writer.writeheader()
+    writer.writerows(epoch.to_json() for epoch in epochs)
+    write_whole(path, text.getvalue().encode())
+
+
+@dataclass(frozen=True)
+class TrainResult(Record):
+    """The result of a training job. `value` is None where nothing is held out."""
+
+    value: float | None  # validation accuracy after the last epoch, 0 to 1
+    best_epoch: int | None = None
+    parameters: int = 0
+    trainable: int = 0
+    flops: int = 0  # of one image's forward pass
+    seconds: float = 0.0  # of all epochs
+    epochs: int = 0
+    device: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a study: Optuna's record, and `epochs.csv` in its folder."""
+
+    number: int  # Optuna's
+    state: State
+    value: float | None  # validation accuracy after the last epoch, 0 to 1; None unless complete
+    params: Mapping[str, Any]  # what the search chose, by dotted key
+    config: Mapping[str, Any]  # the whole config as a table, seed included
+    digest: str  # of the config without its seed
+    twin: int | None  # the earlier trial whose end this one copied
+    reason: str | None  # why it failed, or what pruned it
+    attempts: int
+    reported: Mapping[int, float]  # validation accuracy by epoch, as Optuna has it
+    epochs: tuple[Epoch, ...]
+    result: TrainResult | None  # None unless complete
+    started: float | None  # seconds since 1970
+    ended: float | None
+    folder: Path
+
+    @property
+    def seconds(self) -> float:
+        """Training time, all epochs."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Mean wall time of an epoch, validation included; 0 without epochs."""
+        return self.seconds / max(len(self.epochs), 1)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The value, else the last reported validation accuracy."""
+        return self.value if self.value is not None else next(reversed(list(self.reported.values())), None)
+
+    @property
+    def planned_epochs(self) -> int:
+        """Epochs that its config asks for; 0 without a config."""
+        return int(self.config.get("train", {}).get("epochs", 0))
+
+
+@dataclass(frozen=True)
+class ClassFigures(Record):
+    """Precision and recall of one class; 0 where it was never predicted, or has no image."""
+
+    name: str
+    precision: float
+    recall: float
+    n: int  # images
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """A model's predictions on one part of the data, kept as `predictions.npz`."""
+
+    indices: NDArray[np.int64]  # (N,) of the images in the part of the data set
+    labels: NDArray[np.int64]  # (N,)
+    probabilities: NDArray[np.float32]  # (N, K); float16 would make ties of near values
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The predictions in a trial's or a final model's folder; None where there are none."""
+        path = folder / PREDICTIONS
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return cls(file["indices"], file["labels"], file["probabilities"])
+
+    def write(self, folder: Path) -> str:
+        """Writes them into a folder, whole or not at all; returns the file's sha256. Raises StorageError."""
+        content = io.BytesIO()
+        np.savez(content, indices=self.indices, labels=self.labels, probabilities=self.probabilities)
+        return write_whole(folder / PREDICTIONS, content.getvalue())
+
+    @cached_property
+    def predicted(self) -> NDArray[np.int64]:
+        """(N,) the most probable class."""
+        predicted: NDArray[np.int64] = self.probabilities.argmax(axis=1)
+        return predicted
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """(N,) whether that is the true class."""
+        correct: NDArray[np.bool_] = self.predicted == self.labels
+        return correct
+
+    @cached_property
+    def confusion(self) -> NDArray[np.int64]:
+        """(K, K) counts: row = true class, column = predicted class."""
+        classes = self.probabilities.shape[1]
+        return np.bincount(self.labels * classes + self.predicted, minlength=classes**2).reshape(classes, classes)
+
+    def per_class(self, names: Sequence[str]) -> tuple[ClassFigures, ...]:
+        """Precision and recall of each class."""
+        matrix = self.confusion
+        columns = (matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1))
+        return tuple(
+            ClassFigures(name, hits / max(predicted, 1), hits / max(n, 1), n)
+            for name, hits, predicted, n in zip(names, *(column.tolist() for column in columns), strict=True)
+        )
+
+
+# --- a study ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared(Record):
+    """What `prepare` found of a study's data."""
+
+    fingerprint: str
+    shape: tuple[int, int, int]  # channels, height, width
+    classes: tuple[str, ...]
+    train: int  # images to train on
+    validation: int  # images to compare trials with
+
+
+def _study_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 renames `trials`, the planned number, which is not the trials that there are."""
+    planned = values.pop("trials", 0)
+    return {"file": values.get("resolved", {}), **values, "planned": planned}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyHeader(Record):
+    """What is written down of a study when it is opened: the study attribute `searchfm`."""
+
+    upgrades = (_study_2,)
+
+    uuid: str
+    resolved: Mapping[str, Any]  # the resolved study: file, overrides and defaults
+    file: Mapping[str, Any]  # the resolved study without overrides: the file as it was when the study was begun
+    question: str  # the first comment of the study file
+    digest: str  # of the resolved study
+    planned: int  # trials in all
+    data: Prepared
+    version: str = ""  # of searchfm, that wrote it last
+    format: int = FORMAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord(StudyHeader):
+    """A study as it is stored, with all its trials."""
+
+    name: str
+    number: int  # Optuna's study id, for links to its dashboard
+    folder: Path
+    trials: tuple[Trial, ...]
+    final: "Final | None" = None  # None before `retrain`
+
+    @property
+    def header(self) -> StudyHeader:
+        """What is written down of it."""
+        return StudyHeader(**{item.name: getattr(self, item.name) for item in fields(StudyHeader)})
+
+    def of(self, state: State) -> list[Trial]:
+        """The trials in one state, by number."""
+        return [trial for trial in self.trials if trial.state == state]
+
+    @property
+    def best(self) -> Trial | None:
+        """The complete trial with the highest value; the earliest of equal ones."""
+        return next(iter(self.ranked()), None)
+
+    @property
+    def seconds(self) -> float:
+        """From the first trial's start to the last one's end."""
+        starts = [trial.started for trial in self.trials if trial.started is not None]
+        ends = [trial.ended for trial in self.trials if trial.ended is not None]
+        return max(ends) - min(starts) if starts and ends else 0.0
+
+    def ranked(self, *, twins: bool = True) -> list[Trial]:
+        """Complete trials, the best first; without twins only those that were trained."""
+        return ranked(self.trials, twins=twins)
+
+    @property
+    def kept(self) -> list[Trial]:
+        """The trials whose weights are kept, the best first."""
+        return kept(self.trials, int(self.resolved["search"]["keep"]))
+
+
+def ranked(trials: Iterable[Trial], *, twins: bool = True) -> list[Trial]:
+    """Complete trials, the best first, the earlier of equal ones; without twins only those that were trained."""
+    complete = [trial for trial in trials if trial.state == "complete" and (twins or trial.twin is None)]
+    return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
+
+
+def kept(trials: Iterable[Trial], count: int) -> list[Trial]:
+    """The trials whose weights are kept: a twin has none, and does not count."""
+    return ranked(trials, twins=False)[:count]
+
+
+# --- the final model --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinalPlan(Record):
+    """What was trained for a final model: equal plans give the same model."""
+
+    trials: tuple[int, ...]  # the finalists; the winner alone where no fresh seed is trained
+    top: int
+    seeds: int  # fresh ones of each finalist
+    trial: int | None  # named by --trial
+    epochs: int | None  # of the final training; None: the trial's own
+    round: int  # how many times `--again` was asked
+
+    @property
+    def contested(self) -> bool:
+        """Whether finalists are trained at all."""
+        return self.trial is None and (self.top, self.seeds) != (1, 1)
+
+
+@dataclass(frozen=True)
+class FinalistFigures(Record):
+    """A trial of the search, trained again with fresh seeds on the search's own data and epochs."""
+
+    trial: int
+    value: float  # as searched
+    values: tuple[float, ...]  # the accuracy with each seed
+    mean: float
+    seconds: float  # of a training, on average
+    seeds: tuple[int, ...]
+    parameters: int
+    flops: int  # of one image's forward pass
+
+
+@dataclass(frozen=True)
+class Validation(Record):
+    """The winner on the validation part: mean over fresh seeds, and the interval for one further seed."""
+
+    accuracy: float
+    low: float | None  # 95% prediction interval; None where no seed or a single one was trained
+    high: float | None
+    spread: float | None  # standard deviation of a training over seeds
+    n: int  # images
+
+
+@dataclass(frozen=True)
+class TestFigures(Record):
+    """The final model on the test part."""
+
+    accuracy: float
+    low: float  # 95% interval (Wilson) of this one model
+    high: float
+    n: int  # images
+    reads: int  # of this test part by studies of this home so far, this one included
+    fingerprint: str  # of the test part
+
+
+@dataclass(frozen=True)
+class RegisteredModel(Record):
+    """A version in MLflow's registry."""
+
+    name: str
+    version: int
+    uri: str
+    champion: bool
+
+
+def _final_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 calls a class's name `name`."""
+    rows = [{"name": row.get("class", ""), **row} for row in values.get("per_class", ())]
+    return {"model": None, "seconds": None, **values, "per_class": rows}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final(Record):
+    """What `retrain` keeps: the study attribute `final`, and `final.json` in the model's folder."""
+
+    upgrades = (_final_2,)
+
+    study: str
+    plan: FinalPlan
+    finalists: tuple[FinalistFigures, ...]
+    tie: tuple[int, ...]  # trials that cannot be distinguished from the best mean; empty if all can
+    winner: int  # its trial's number
+    optimism: float | None  # the winner's value as searched, less its mean over fresh seeds
+    validation: Validation
+    test: TestFigures
+    per_class: tuple[ClassFigures, ...]  # on the test part
+    model: RegisteredModel | None  # None until it is registered
+    seconds: float | None  # of the whole command; None until it ends
+    seconds_per_epoch: float
+    training_seconds: float
+    parameters: int
+    flops: int  # of one image's forward pass
+    epochs: int
+    fingerprint: str  # of the training data
+    time: float  # seconds since 1970
+    params: Mapping[str, Any]  # of the winner, as the search chose them
+    weights: str  # sha256 of weights.safetensors
+    format: int = FORMAT
+
+
+# --- job payloads and results -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrepareJob(Record):
+    """Payload of `prepare`: fetch and read the data, look for pretrained weights."""
+
+    data: Mapping[str, Any]  # the table of [data]
+    models: tuple[tuple[str, str], ...]  # (transfer model, weights)
+    data_dir: str | None
+
+
+@dataclass(frozen=True)
+class PrepareResult(Record):
+    """Result of `prepare`."""
+
+    data: Prepared
+    devices: Mapping[str, int]  # numbers of accelerators: cuda, mps
+
+
+@dataclass(frozen=True)
+class TrainJob(Record):
+    """Payload of `trial` and `fit`."""
+
+    config: Mapping[str, Any]
+    identity: str  # equal identities are the same work
+    data_dir: str | None
+    fingerprint: str  # of the data, as `prepare` gave it
+    checkpoint_seconds: float  # least time between two checkpoints
+    threads: int | None = None  # of the final training on a CPU
+
+
+@dataclass(frozen=True)
+class TestJob(Record):
+    """Payload of `test`."""
+
+    model: str  # folder
+    files: Mapping[str, str]  # sha256 of its files by name
+    data_dir: str | None
+
+
+@dataclass(frozen=True)
+class TestResult(Record):
+    """Result of `test`, the one job that reads the test part."""
+
+    accuracy: float
+    loss: float  # mean cross-entropy
+    correct: int  # images
+    n: int
+    per_class: tuple[ClassFigures, ...]
+    fingerprint: str  # of the test part
+    seconds: float
+    files: Mapping[str, str]  # sha256 by name
+
+
+def _job_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 renames, in the result of a test, `right` and each class's `class`."""
+    result = dict(values["result"])
+    if "right" in result:
+        result["correct"] = result.pop("right")
+        result["per_class"] = [{"name": row["class"], **row} for row in result["per_class"]]
+    return {**values, "result": result}
+
+
+@dataclass(frozen=True)
+class JobRecord(Record):
+    """The result of a job of `retrain`, kept in the job's folder once it has finished."""
+
+    upgrades = (_job_2,)
+
+    identity: str  # equal identities are the same work
+    result: Mapping[str, Any]
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class TestRead(Record):
+    """One reading of a test part."""
+
+    study: str
+    winner: int
+    model: str  # identity of the test job
+    time: float  # seconds since 1970
+
+
+@dataclass(frozen=True)
+class TestReads(Record):
+    """`test-reads.json` of a home: all readings of test parts, by the data's fingerprint."""
+
+    upgrades = (lambda values: {"reads": {key: rows for key, rows in values.items() if key != "format"}},)
+
+    reads: Mapping[str, tuple[TestRead, ...]] = field(default_factory=dict)
+    format: int = FORMAT

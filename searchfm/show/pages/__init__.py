@@ -1,0 +1,66 @@
+"""Self-contained pages: style, script, figures and texts in one file that opens anywhere, offline.
+
+Names come from users and folders, and go into a page as text alone: templates escape all values, and the page's own
+policy runs no script but ours, and fetches nothing.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+import searchfm
+from searchfm import figures
+
+LARGEST = 96  # side in pixels of an image of the data in a page
+
+
+def render(template: str, tips: Mapping[str, str], **values: Any) -> str:
+    """A page from a template of this folder. tips: text by trial number, shown as a tooltip."""
+    script, style = _text("page.js"), _text("page.css")
+    fingerprint = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{fingerprint}'"
+    own = {"policy": policy, "script": Markup(script), "style": Markup(style), "version": searchfm.__version__}
+    return _templates().get_template(template).render(**own, tips=dict(tips), **values)
+
+
+def embed(figure: Any, name: str) -> Markup:
+    """A figure as an element of a page, its texts escaped. name: unique in the page."""
+    return Markup(figures.svg(figure, name))
+
+
+def data_uri(image: NDArray[np.uint8]) -> str:
+    """An image (C, H, W) uint8 of the data as the source of an `img`: grey, or in colour with three channels.
+
+    A larger image is scaled down to a side of 96 pixels.
+    """
+    pixels = image.transpose(1, 2, 0) if image.shape[0] == 3 else image[0]
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((LARGEST, LARGEST))
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("searchfm.show", "pages"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _text(name: str) -> str:
+    return (files("searchfm.show") / "pages" / name).read_text("utf-8")

@@ -1,0 +1,282 @@
+"""Following a study into MLflow: passes that align MLflow, and the process that makes one about every second.
+
+The process (`python -m searchfm.tracking STUDY`) reads Optuna's storage and the trials' folders. MLflow being down or
+slow delays its passes and nothing else; what MLflow still lacks at the end is left to `searchfm sync`, one more pass.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import sqlalchemy
+from optuna.storages import BaseStorage
+
+from searchfm.home import HOME, Home
+from searchfm.records import StudyRecord, Trial
+from searchfm.search.notes import Notes
+from searchfm.search.storage import load_study, open_storage, read_study
+from searchfm.tracking.mirror import Difference, Mirror, reaching, shown, study_content, trial_content, writer
+
+log = logging.getLogger("searchfm")
+
+PASS_SECONDS = 1.0  # between two passes: several epochs go in one call
+STUDY_SECONDS = 5.0  # between two writes to the study's own run
+FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds between two attempts while MLflow does not answer
+CLOSING_DELAY = 1.0  # the same, once a search is over and the coordinator waits
+GIVE_UP_SECONDS = 10.0  # that the coordinator waits for an MLflow that does not answer
+REFUSALS = 3  # a run that MLflow refuses so often, while it takes others, is left to `searchfm sync`
+# MLflow's error codes while it, or what is before it, is out of reach.
+AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR")
+
+
+class Tracking:
+    """The coordinator's handle of the tracking process. Use once a search, from one thread.
+
+    A process, since the same work in a thread, some 300 ms of Python a trial, would hold the interpreter's lock when
+    the coordinator decides: measured, its decisions took four times as long. It runs at low priority, leaves the cores
+    to training, and ends when we end, however we do.
+    """
+
+    def __init__(self, home: Home, name: str) -> None:
+        self._home, self._name = home, name
+        self._process: subprocess.Popen[bytes] | None = None
+        self._left: int | None = 0  # trials that are not aligned; None: unknown
+
+    def start(self) -> None:
+        """Starts the process, once there is a study to follow."""
+        self._left = None
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "searchfm.tracking", self._name],
+                env={**os.environ, HOME: str(self._home.path)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the coordinator, which then closes the process in order
+            )
+        except OSError as error:
+            log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, self._name)
+            return
+        self._relay = threading.Thread(target=self._relay_log, args=(self._process,), name="tracking", daemon=True)
+        self._relay.start()
+
+    def close(self, seconds: float) -> int:
+        """Lets the process finish within so many seconds, and ends it.
+
+        Returns how many trials are not aligned: 0 unless MLflow was away or refused some.
+        """
+        if self._process is not None:
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):  # it has died
+                self._process.stdin.write(b"%f\n" % (time.time() + seconds))
+                self._process.stdin.flush()
+            self._relay.join(seconds + 1.0)
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # which ends it
+        return len(read_study(self._home, self._name).trials) if self._left is None else self._left
+
+    def _relay_log(self, process: subprocess.Popen[bytes]) -> None:
+        """Logs what the process reports, until it ends."""
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                match json.loads(line):
+                    case int(left):
+                        self._left = left
+                    case [int(level), str(text)]:
+                        log.log(level, "%s", text)
+        if process.wait() != 0:
+            log.warning("the process that follows into MLflow has died; later: searchfm sync %s --apply", self._name)
+
+
+class Passes:
+    """Aligns MLflow with a study, pass by pass; what is aligned is not looked at again.
+
+    deep: look at everything, and let every error pass. send: else only tell what differs.
+    """
+
+    def __init__(self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True) -> None:
+        self._deep, self._send, self._study = deep, send, study
+        self._mirror, self._notes = Mirror(home, study), Notes(home, study)
+        self._aligned: dict[int, Trial] = {}
+        self._kept: list[int] | None = None  # the trials whose weights are in MLflow
+        self._states: tuple[Any, ...] = ()  # of the study and its trials when the study's own run was aligned
+        self._study_due = 0.0  # monotonic seconds
+        self._failures: Counter[int] = Counter()
+        self._refusals: Counter[int] = Counter()
+        self._mute = self._whole = False
+
+    @property
+    def left(self) -> int:
+        """How many trials are not aligned; at least 1 while weights or the study's own run are not."""
+        return len(self._due()) or int(not self._whole)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left but runs that MLflow refuses."""
+        return self._whole and all(self._refusals[trial.number] >= REFUSALS for trial in self._due())
+
+    def run(self, study: StudyRecord, status: str | None, *, last: bool = False) -> list[Difference]:
+        """One pass: trials, weights, the study's own run, and with each its note of optuna-dashboard.
+
+        status: of the study's own run, None to leave it as it is; last: align that run now, not every few seconds.
+        Raises what MLflow raises when it does not answer.
+        """
+        self._study, self._whole = study, False
+        try:
+            differences = self._mirror.open() if self._send else self._mirror.find()
+            # What failed goes last, and so does not block the others.
+            for trial in sorted(self._due(), key=lambda trial: self._failures[trial.number]):
+                if self._refusals[trial.number] < REFUSALS:
+                    differences += self._align_trial(trial)
+            kept = [trial.number for trial in study.kept]
+            if self._kept != kept:
+                differences += self._mirror.align_weights(study.kept, send=self._send)
+                self._kept = kept
+            states = (status, [trial.state for trial in study.trials])
+            if self._states != states and (last or time.monotonic() >= self._study_due):
+                differences += self._mirror.align(study_content(study, status), send=self._send, deep=self._deep)
+                self._note(None)
+                self._states, self._study_due = states, time.monotonic() + STUDY_SECONDS
+        except Exception:
+            self._mirror.forget()
+            raise
+        self._whole = True
+        return differences
+
+    def _due(self) -> list[Trial]:
+        """The trials that are not aligned. One without a config is just being asked for."""
+        return [
+            trial
+            for trial in self._study.trials
+            if (known := self._aligned.get(trial.number)) is not trial
+            and known != trial
+            and (trial.config or trial.state != "running")
+        ]
+
+    def _align_trial(self, trial: Trial) -> list[Difference]:
+        content = trial_content(self._study, trial, self._mirror.parent)
+        try:
+            differences = self._mirror.align(content, send=self._send, deep=self._deep)
+        except Exception as error:
+            self._failures[trial.number] += 1
+            if self._deep or _is_away(error):
+                raise
+            self._refusals[trial.number] += 1
+            if self._refusals[trial.number] == REFUSALS:
+                text = "trial %d: MLflow refuses its run (%s); see searchfm sync"
+                log.warning(text, trial.number, type(error).__name__)
+            self._mirror.forget()
+            self._mirror.open()
+            return []
+        self._aligned[trial.number] = trial
+        if trial.state != "running":
+            self._note(trial, changed=bool(differences))
+        return differences
+
+    def _note(self, trial: Trial | None, *, changed: bool = True) -> None:
+        """Writes a note of optuna-dashboard. Notes come last: without them everything else goes on."""
+        if not self._send:
+            return
+        try:
+            if trial is None:
+                self._notes.study(self._study, self._mirror.links())
+            elif changed or not self._notes.has(trial):
+                self._notes.trial(trial, self._mirror.links())
+        except Exception as error:
+            if not self._mute:
+                log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)
+            self._mute = True
+
+
+def sync(home: Home, study: StudyRecord, *, apply: bool = False) -> list[Difference]:
+    """One pass over everything: what differs in MLflow, and with `apply` (hold the study's lock) is aligned.
+
+    Raises StorageError.
+    """
+    status = "FINISHED" if study.trials and not study.of("running") else None
+    with reaching(home), writer(home, study.name) if apply else contextlib.nullcontext():
+        return Passes(home, study, deep=True, send=apply).run(study, status, last=True)
+
+
+class Follower:
+    """The work of the tracking process: a pass about every second, until it is closed. `run` is for one thread."""
+
+    def __init__(self, home: Home, name: str) -> None:
+        self.closing = threading.Event()
+        self._home, self._name = home, name
+        self._storage: BaseStorage | None = None
+        self._study: StudyRecord | None = None
+        self._passes: Passes | None = None
+        self._silent = ""  # what does not answer
+
+    @property
+    def left(self) -> int | None:
+        """How many trials are not aligned; None while the study was not read."""
+        return None if self._passes is None else self._passes.left
+
+    def run(self) -> None:
+        """Returns after `closing`, once everything is aligned or MLflow does not answer."""
+        delay = FIRST_DELAY
+        closed: float | None = None  # since when, in monotonic seconds
+        failed: float | None = None
+        while True:
+            closing = self.closing.is_set()  # before the study is read: the last pass sees all of it
+            done, now = self._pass(closing), time.monotonic()
+            closed = closed or (now if closing else None)
+            failed = None if done else failed or now
+            if closed and failed and now - max(closed, failed) >= GIVE_UP_SECONDS:
+                return
+            if closed and done and self._passes is not None and self._passes.settled:
+                return
+            pause, delay = (PASS_SECONDS, FIRST_DELAY) if done else (delay, min(2 * delay, MOST_DELAY))
+            if closing:
+                time.sleep(min(pause, CLOSING_DELAY))
+            else:
+                self.closing.wait(pause)
+
+    def _pass(self, closing: bool) -> bool:
+        """One pass; logs when the first of several fails, and when one succeeds again. Returns whether it succeeded."""
+        subject = f"the database of study {self._name!r}"
+        try:
+            study = self._read()
+            subject = f"MLflow at {shown(self._home.tracking_uri)}"
+            status = "RUNNING" if not closing else "KILLED" if study.of("running") else "FINISHED"
+            self._passes = self._passes or Passes(self._home, study)
+            self._passes.run(study, status, last=closing)
+        except Exception as error:
+            if self._silent != subject:
+                text = "%s does not answer (%s); trials go on, and their runs follow when it does"
+                log.warning(text, subject, type(error).__name__)
+            self._silent = subject
+            return False
+        if self._silent:
+            log.info("%s answers again", self._silent)
+        self._silent = ""
+        return True
+
+    def _read(self) -> StudyRecord:
+        """The study as it is now; trials that were read after their end are not read again."""
+        trials = self._study.trials if self._study is not None else ()
+        ended = {trial.number: trial for trial in trials if trial.state != "running"}
+        try:
+            self._storage = self._storage or open_storage(self._home)
+            self._study = load_study(self._storage, self._home, self._name, ended)
+        except Exception:
+            self._storage = None  # a connection that was dropped inside a transaction serves no longer
+            raise
+        return self._study
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether MLflow (or what is before it) is out of reach, and not refusing."""
+    code = getattr(error, "error_code", None)
+    return code in AWAY if code else isinstance(error, OSError | sqlite3.Error | sqlalchemy.exc.SQLAlchemyError)

@@ -1,0 +1,109 @@
+"""Terminal views: what they print while jobs run, with and without a terminal."""
+
+from collections.abc import Generator
+from dataclasses import replace
+from io import StringIO
+
+import pytest
+import rows
+import searched
+from optuna.trial import TrialState
+from rich.console import Console
+from searched import Ending
+
+from searchfm import coordinator, retraining
+from searchfm.format import seconds, sentence, short_names
+from searchfm.home import Home
+from searchfm.jobs import JobSpec
+from searchfm.records import Final
+from searchfm.show.terminal import RetrainView, TuneView, describe_final, show_end, show_final
+
+
+def console(*, terminal: bool = False) -> Console:
+    return Console(file=StringIO(), width=160, force_terminal=terminal, record=True)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None:
+    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.FAIL, epochs=1)])
+    first, second = study.trials
+    shown = console(terminal=terminal)
+    view = TuneView(shown, replace(study, trials=()), 2, ["cpu", "cpu"])
+    view.follow(
+        [
+            coordinator.Progress("started", 0, replace(first, state="running", epochs=())),
+            coordinator.Progress("epoch", 0, epoch=first.epochs[0]),
+            coordinator.Progress("retried", 0, text="its worker died"),
+            coordinator.Progress("ended", 0, first),
+            coordinator.Progress("adopted", 1, replace(second, state="running")),
+            coordinator.Progress("ended", 1, second, text=second.reason or ""),
+        ]
+    )
+    text = shown.export_text()
+    assert "toy: 2 trials on digits (1,201 images to train on, 212 to validate), workers: 2 x cpu" in text
+    assert "trial    0 lost: its worker died" in text
+    assert "1/2 trial    0 complete 0.8585 epoch 4/4" in text
+    assert text.count("best so far") == 1
+    assert "trial    1 resumes after epoch 1" in text
+    assert "loss is nan in epoch 2" in text
+    assert not view.running
+
+
+def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
+    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.PRUNED, epochs=1)])
+    shown = console()
+    show_end(shown, study, trials=5, exhausted=True, missing=1, elapsed=75.0)
+    text = shown.export_text()
+    assert "1 complete, 1 pruned of 5 in 1 min 15 s; pruning saved 38% of the epochs" in text
+    assert "the space has no further point" in text
+    assert "MLflow lacks 1 trial; later: searchfm sync toy --apply" in text
+    assert "searchfm retrain toy" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_retraining_prints_a_line_for_each_job_and_returns_the_record(home: Home, terminal: bool) -> None:
+    study = searched.retrained(home, searched.search(home, [Ending(range(30))]), range(30))
+    jobs = [JobSpec(f"job-{i}", None, "none", {}, label=f"trial 0, seed {i} of 3", epochs=2) for i in range(3)]
+    epoch = replace(rows.epochs(0, 1)[0], seconds=11.0)
+
+    def steps() -> Generator[retraining.Progress, None, Final]:
+        yield retraining.Progress("note", text="workers: 1 x cpu")
+        yield retraining.Progress("planned", jobs[0])
+        yield retraining.Progress("found", jobs[1], value=0.5)
+        yield retraining.Progress("started", jobs[0])
+        yield retraining.Progress("epoch", jobs[0], epoch)
+        yield retraining.Progress("retried", jobs[0], text="its worker died")
+        yield retraining.Progress("finished", jobs[0], value=0.9123)
+        yield retraining.Progress("failed", jobs[2], text="loss is nan")
+        assert study.final is not None
+        return study.final
+
+    shown = console(terminal=terminal)
+    assert RetrainView(shown, "toy").follow(steps()) == study.final
+    text = shown.export_text()
+    assert "toy: workers: 1 x cpu" in text
+    assert ("epoch 1/2  11.0 s" in text) is not terminal
+    assert "lost: its worker died; goes on from its last checkpoint" in text
+    assert "done   0.9123 2 epochs   11.0 s" in text
+    assert "earlier 0.5000" in text
+    assert "failed" in text
+
+
+def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
+    final = searched.retrained(home, searched.search(home, [Ending(range(30))]), range(30), reads=2).final
+    assert final is not None
+    shown = console()
+    show_final(shown, final)
+    text = shown.export_text()
+    assert "90.00% of 300 images correct, 95% interval 50.00% to 99.00% (Wilson)" in text
+    assert "has been read twice, this time included" in text
+    assert "searchfm export toy" in text
+    assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
+    keys = ["study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds"]
+    assert list(describe_final(final)) == keys
+
+
+def test_durations_and_names_are_short() -> None:
+    assert [seconds(count) for count in (4.06, 200, 7500)] == ["4.1 s", "3 min 20 s", "2 h 5 min"]
+    keys = ["optimizer.name", "optimizer.lr", "model.cnn.filters.1", "model.cnn.filters.2", "train.lr"]
+    assert list(short_names(keys).values()) == ["optimizer", "optimizer.lr", "filters.1", "filters.2", "train.lr"]

@@ -1,0 +1,65 @@
+"""Who wins among finalists, and what is said of it."""
+
+import numpy as np
+import pytest
+
+from searchfm.retraining import Finalist, choose
+
+
+def finalist(
+    trial: int, correct: np.ndarray, *, value: float = 0.9, flops: int = 100, parameters: int = 10
+) -> Finalist:
+    seeds = tuple(range(len(correct)))
+    return Finalist(trial, value, seeds, correct, parameters=parameters, flops=flops, seconds=1.0)
+
+
+def answers(share: float, seed: int, seeds: int = 3) -> np.ndarray:
+    """Answers (seeds, 1000), each correct with the chance given, but half of the images the same for all."""
+    rng = np.random.default_rng(seed)
+    correct = rng.random((seeds, 1000)) < share
+    correct[:, :500] = True
+    return correct
+
+
+def test_the_best_mean_wins_whatever_the_search_said() -> None:
+    selection = choose(
+        [finalist(4, answers(0.7, 0), value=0.95), finalist(2, answers(0.9, 1), value=0.91, flops=10**6)]
+    )
+    assert selection.winner.trial == 2
+    assert selection.tie == ()
+    assert selection.optimism == pytest.approx(0.91 - selection.winner.mean)
+    assert selection.winner.mean == pytest.approx(np.mean(selection.winner.figures.values))
+
+
+def test_of_those_that_cannot_be_told_apart_the_one_of_minimum_cost_wins() -> None:
+    first, second, small, far = (
+        finalist(0, answers(0.905, 0), flops=100, parameters=20),
+        finalist(1, answers(0.900, 1), flops=50, parameters=20),
+        finalist(2, answers(0.900, 2), flops=50, parameters=10),
+        finalist(3, answers(0.500, 3), flops=1, parameters=1),
+    )
+    selection = choose([first, second, small, far])
+    assert selection.tie == (0, 1, 2)
+    assert selection.winner is small
+
+
+def test_the_interval_is_about_the_winner_and_holds_its_mean() -> None:
+    selection = choose([finalist(0, answers(0.9, 0)), finalist(1, answers(0.6, 1))])
+    validation = selection.validation
+    assert validation.low is not None
+    assert validation.high is not None
+    assert validation.low < validation.accuracy == selection.winner.mean < validation.high
+    assert validation.n == 1000
+    assert 0 < (validation.spread or 0) < 0.02
+
+
+def test_one_seed_each_gives_a_winner_without_an_interval() -> None:
+    selection = choose([finalist(0, answers(0.9, 0, seeds=1)), finalist(1, answers(0.6, 1, seeds=1))])
+    assert selection.winner.trial == 0
+    assert selection.validation.low is selection.validation.spread is None
+
+
+def test_a_single_finalist_wins_with_an_interval_of_its_own() -> None:
+    selection = choose([finalist(7, answers(0.9, 0))])
+    assert (selection.winner.trial, selection.tie) == (7, ())
+    assert selection.validation.low is not None

@@ -1,0 +1,170 @@
+"""Jobs are brought to their ends: nothing done twice, nothing given up too soon. Toy jobs, real workers."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searchfm.engines.local import LocalEngine
+from searchfm.errors import DataError, ModelError, StorageError, WorldError
+from searchfm.jobs import EpochDone, Failed, Finished, JobSpec, StoppedEarly
+from searchfm.pool import LOCK_SECONDS, WorkerPool
+from searchfm.records import read_epochs
+from searchfm.retraining import Progress, Task, run_tasks
+from tests.driving import LIGHT
+from tests.toys import curve
+
+pytestmark = pytest.mark.usefixtures("cold_forkserver")
+
+
+@pytest.fixture(scope="module")
+def engine(cold_forkserver: None) -> Iterator[LocalEngine]:
+    opened = LocalEngine(["cpu"] * 2, warm=LIGHT)
+    yield opened
+    opened.close()
+
+
+def config(number: int, epochs: int) -> dict[str, Any]:
+    return {
+        "optimizer": {"lr": 0.01},
+        "model": {"mlp": {"layers": 1, "width": [8 + number]}},
+        "train": {"epochs": epochs},
+    }
+
+
+def job(folder: Path, number: int, *, epochs: int = 3, **more: Any) -> JobSpec:
+    payload = {"config": config(number, epochs), "identity": f"u/{number}", **more}
+    return JobSpec(f"job {number}", folder / str(number), "tests.toys:trial", payload, f"job {number}")
+
+
+def task(folder: Path, number: int, *, identity: str = "", **more: Any) -> Task:
+    return Task(job(folder, number, **more), identity or f"job {number}", "result.json")
+
+
+def run(engine: LocalEngine, tasks: list[Task], retries: int = 2) -> tuple[list[str], dict[str, Any], dict[str, str]]:
+    """Kinds of progress but for epochs, results and failures."""
+    kinds, running = [], run_tasks(WorkerPool(engine, retries=retries), tasks)
+    while True:
+        try:
+            kinds.append(next(running).kind)
+        except StopIteration as end:
+            results, failures = end.value
+            return [kind for kind in kinds if kind != "epoch"], results, failures
+
+
+# --- the pool ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_one_returns_the_result_or_raises_what_the_job_met(engine: LocalEngine, tmp_path: Path) -> None:
+    pool = WorkerPool(engine)
+    assert pool.run_one(job(tmp_path, 0))["value"] == curve(config(0, 3), 3)
+    for number, kind in enumerate((DataError, StorageError, ModelError), 1):
+        with pytest.raises(kind, match=r"^made to fail$"):
+            pool.run_one(job(tmp_path, number, **{"raise": {str(number): kind.__name__}}))
+    with pytest.raises(WorldError, match=r"^job 4: ValueError: made to fail$"):
+        pool.run_one(job(tmp_path, 4, fail=[4]))
+
+
+def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: LocalEngine, tmp_path: Path) -> None:
+    pool = WorkerPool(engine)
+    spec = job(tmp_path, 0, epochs=50, ticks=5, seconds=0.005)
+    assert pool.submit(spec) == 1
+    events: list[Any] = []
+    while not any(isinstance(event, StoppedEarly | Finished | Failed) for event in events):
+        for event in pool.events():
+            events.append(event)
+            if isinstance(event, EpochDone) and event.epoch.index == 2:
+                pool.stop(spec.id)
+    assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [1, 2]
+    assert isinstance(events[-1], StoppedEarly)
+    assert [path.name for path in (tmp_path / "0").iterdir()] == ["log.txt"]
+
+
+def test_an_attempt_has_a_number_that_none_had_before(engine: LocalEngine, tmp_path: Path) -> None:
+    """A worker of a dead coordinator may still be writing under the last one."""
+    (tmp_path / "0" / "attempt-3").mkdir(parents=True)
+    pool = WorkerPool(engine)
+    assert pool.submit(job(tmp_path, 0)) == 4
+    assert (tmp_path / "0" / "attempt-4").is_dir()
+    attempts: list[int] = []
+    while not attempts:
+        attempts += [event.attempt for event in pool.events() if isinstance(event, Finished)]
+    assert attempts == [4]
+
+
+def test_the_lock_is_checked_by_the_pools_own_clock(engine: LocalEngine) -> None:
+    now, checks = [0.0], []
+    pool = WorkerPool(engine, check_lock=lambda: checks.append(now[0]), clock=lambda: now[0])
+    for moment in (1.0, LOCK_SECONDS + 1, LOCK_SECONDS + 2, 3 * LOCK_SECONDS):
+        now[0] = moment
+        assert list(pool.events(timeout=0)) == []
+    assert checks == [LOCK_SECONDS + 1, 3 * LOCK_SECONDS]
+
+
+# --- tasks, whose results are kept ------------------------------------------------------------------------------------
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_tasks_end_and_leave_their_records(engine: LocalEngine, tmp_path: Path) -> None:
+    tasks = [task(tmp_path, number) for number in range(5)]
+    kinds, results, failures = run(engine, tasks)
+    assert sorted(kinds) == ["finished"] * 5 + ["planned"] * 5 + ["started"] * 5
+    assert not failures
+    for number, each in enumerate(tasks):
+        assert results[each.spec.id]["value"] == curve(config(number, 3), 3)
+        assert [epoch.index for epoch in read_epochs(each.folder / "epochs.csv")] == [1, 2, 3]
+        assert each.result() == results[each.spec.id]
+    assert not list(tmp_path.rglob("attempt-*"))
+    assert left(tmp_path / "0") == {"done", "epochs.csv", "log.txt", "model.json", "result.json", "weights.safetensors"}
+
+
+def test_what_is_done_is_known_again_unless_something_else_is_asked(engine: LocalEngine, tmp_path: Path) -> None:
+    run(engine, [task(tmp_path, 0)])
+    kinds, results, _ = run(engine, [task(tmp_path, 0), task(tmp_path, 1)])
+    assert kinds == ["found", "planned", "started", "finished"]
+    assert results.keys() == {"job 0", "job 1"}
+    assert "finished" in run(engine, [task(tmp_path, 0, identity="of another study")])[0]
+    (tmp_path / "1" / "result.json").write_text('{"cut')
+    assert task(tmp_path, 1).result() is None
+
+
+def test_a_job_whose_worker_died_goes_on_from_where_it_was(engine: LocalEngine, tmp_path: Path) -> None:
+    one = task(tmp_path, 0, kill={"0": 2})
+    kinds = run(engine, [one])[0]
+    assert kinds == ["planned", "started", "retried", "started", "retried", "started", "finished"]
+    assert [epoch.index for epoch in read_epochs(one.folder / "epochs.csv")] == [1, 2, 3]
+
+
+def test_a_job_that_kills_every_worker_is_given_up_and_the_others_go_on(engine: LocalEngine, tmp_path: Path) -> None:
+    kinds, results, failures = run(engine, [task(tmp_path, 0, kill={"0": 9}), task(tmp_path, 1)], retries=1)
+    assert kinds.count("failed") == 1
+    assert failures == {"job 0": "its worker died (signal SIGKILL), 2 times"}
+    assert results.keys() == {"job 1"}
+
+
+def test_a_job_that_raises_fails_with_its_reason(engine: LocalEngine, tmp_path: Path) -> None:
+    _, results, failures = run(engine, [task(tmp_path, 0, fail=[0])])
+    assert failures == {"job 0": "ValueError: made to fail"}
+    assert not results
+    assert task(tmp_path, 0).result() is None
+
+
+def test_once_it_is_to_stop_all_jobs_leave_and_the_same_tasks_go_on(engine: LocalEngine, tmp_path: Path) -> None:
+    tasks = [task(tmp_path, number, epochs=4, ticks=20, seconds=0.005) for number in range(3)]
+    seen: list[Progress] = []
+    stopping: Callable[[], bool] = lambda: any(step.epoch and step.epoch.index == 2 for step in seen)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(run_tasks(WorkerPool(engine, stopping=stopping), tasks))
+    assert not engine.busy
+    assert not list(tmp_path.rglob("result.json"))
+    assert len(run(engine, tasks)[1]) == 3
+    for one in tasks:
+        times = [epoch.time for epoch in read_epochs(one.folder / "epochs.csv")]
+        assert times == sorted(times)
+        assert len(times) == 4
+    assert json.loads((tmp_path / "0" / "result.json").read_text())["identity"] == "job 0"
