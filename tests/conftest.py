@@ -39,8 +39,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nobodys_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the home or databases of whoever runs it."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own home or databases."""
     for name in (HOME, STORAGE, TRACKING):
         monkeypatch.delenv(name, raising=False)
 
@@ -66,18 +66,18 @@ make_schema(home)
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home whose two databases have their tables, made once for all workers: MLflow's take 1700 statements, 2 to 4 s.
 
-    Made in a process of its own: this one may have to stay without mlflow, or without threads.
+    Made in a separate process: this one may have to stay without mlflow, or without threads.
     """
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent  # each worker has its own folder below that of the session
-    made, being_made = shared / "template", shared / "template.new"
+    folder, unfinished = shared / "template", shared / "template.new"
     with FileLock(shared / "template.lock"):
-        if not made.exists():
+        if not folder.exists():
             clean = {name: value for name, value in os.environ.items() if name not in (HOME, STORAGE, TRACKING)}
-            subprocess.run([sys.executable, "-c", MAKE_TABLES, being_made], env=clean, check=True)
-            being_made.rename(made)
-    return made
+            subprocess.run([sys.executable, "-c", MAKE_TABLES, unfinished], env=clean, check=True)
+            unfinished.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -88,9 +88,9 @@ def new_home(template: Path) -> Callable[[Path], Home]:
 
 @pytest.fixture(scope="session")
 def fashion_mnist() -> Path:
-    """The folder of Fashion-MNIST's four packed files: Debian's, else where a search keeps what it downloads."""
+    """The folder of Fashion-MNIST's four packed files: Debian's, else the cache of downloads."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("SEARCHFM_CACHE", "SEARCHFM_DATA"):  # those of a module that is tested just now
+        for name in ("SEARCHFM_CACHE", "SEARCHFM_DATA"):  # the module under test may have set them
             patch.delenv(name, raising=False)
         try:
             return datasets.fetch("fashion-mnist")
@@ -100,7 +100,7 @@ def fashion_mnist() -> Path:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A PostgreSQL server of the tests' own, as the URL that database names are appended to."""
+    """The URL of a temporary PostgreSQL server, to append database names to."""
     folder = Path(tempfile.mkdtemp(prefix="searchfm-pg-"))
     binaries = postgres_binaries(folder)
     user = None
@@ -136,7 +136,7 @@ def database(postgres: str, tmp_path: Path) -> str:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def any_home(request: pytest.FixtureRequest, home: Home, monkeypatch: pytest.MonkeyPatch) -> Home:
-    """A home that keeps its studies in a file of its own, and one that keeps them on a server."""
+    """A home with its studies in a SQLite file, and one with its studies on a PostgreSQL server."""
     if request.param == "postgresql":
         monkeypatch.setenv(STORAGE, request.getfixturevalue("database"))
     return home
@@ -144,7 +144,7 @@ def any_home(request: pytest.FixtureRequest, home: Home, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def cold_forkserver() -> Iterator[None]:
-    """For modules whose workers need no torch: what the process-wide forkserver has imported stays in the module."""
+    """For modules whose workers need no torch: the process-wide forkserver's imports do not outlive the module."""
     multiprocessing.forkserver._forkserver._stop()
     yield
     multiprocessing.forkserver._forkserver._stop()

@@ -1,4 +1,4 @@
-"""Drives a coordinator on toy trials: what the tests of the spine have in common."""
+"""Runs a coordinator on toy trials, for the tests of the spine."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ TABLES: dict[str, Any] = {
 
 
 def toy(name: str = "toy", **tables: Mapping[str, Any]) -> Study:
-    """A study of toys: `search` is merged into the usual one, other tables replace theirs."""
+    """A study of toy trials: `search` is merged into that of TABLES, other tables replace theirs."""
     merged = copy.deepcopy(TABLES) | {key: dict(table) for key, table in tables.items() if key != "search"}
     merged["search"] |= tables.get("search", {})
     return Study(name, merged)
@@ -45,9 +45,9 @@ def search(
     retry_failed: bool = False,
     watch: Callable[[Progress, LocalEngine], bool | None] = lambda *_: None,
 ) -> StudyRecord:
-    """Begins the study, or goes on with it, to so many trials; returns it as it is then.
+    """Starts or resumes the study, up to `trials`; returns its record.
 
-    `watch` sees all progress, and stops the search, as a signal would, by returning True.
+    `watch` receives all progress, and stops the search, as a signal would, by returning True.
     """
     stopping = False
     with study_lock(home, study.name) as check:
@@ -82,12 +82,12 @@ def search(
 
 
 def let_go(storage: BaseStorage) -> None:
-    """Closes its connections, which the end of a process does otherwise."""
+    """Closes the connections, which otherwise the end of the process does."""
     storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
 def facts(study: StudyRecord) -> list[tuple[Any, ...]]:
-    """All of a study's trials that must not depend on the clock, or on how often the search was interrupted."""
+    """What must not depend on the clock, or on how often the search was interrupted, of all trials."""
     return [
         (
             row.number,
@@ -106,7 +106,7 @@ def facts(study: StudyRecord) -> list[tuple[Any, ...]]:
 
 
 def check(study: StudyRecord, trials: int) -> None:
-    """What must hold after every search, whatever happened on the way."""
+    """Checks what must hold after every search, whatever interrupted it."""
     assert [row.number for row in study.trials] == list(range(trials))
     assert not study.of("running")
     for row in study.trials:
@@ -122,7 +122,7 @@ def check(study: StudyRecord, trials: int) -> None:
 
 
 def stored(home: Home, name: str) -> StudyRecord:
-    """The study as it stands."""
+    """The study's record."""
     storage = open_storage(home)
     try:
         return load_study(storage, home, name)

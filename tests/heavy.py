@@ -1,4 +1,4 @@
-"""Stands for what costs seconds to import: every import leaves a line in the file that HEAVY names."""
+"""Stands for a module that takes seconds to import: every import adds a line to the file that HEAVY names."""
 
 import os
 from pathlib import Path

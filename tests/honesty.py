@@ -1,4 +1,4 @@
-"""Many small searches on digits, each retrained as `searchfm retrain` does, and then held to what was said of it."""
+"""Many small searches on digits, each retrained as `searchfm retrain` does, and its intervals then tested."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -16,7 +16,7 @@ from searchfm.learn.train import evaluate, train
 from searchfm.retraining import TOP, Finalist, Selection, choose
 from searchfm.stats import Accuracy
 
-TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out, and no `searchfm` ever sees them
+TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out of searches and trainings
 TRIALS, SEEDS = 50, 5
 DRAWS = 200  # further test parts that each final model is tested on
 
@@ -25,18 +25,18 @@ Answers = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was said of one search's winner, and what then came."""
+    """The estimates of one search's winner, and what was measured afterwards."""
 
-    best: float  # what the search said of its best trial
+    best: float  # the value of the search's best trial
     mean: float  # of the winner over fresh seeds
     optimism: float
     low: float  # for one further training of the winner
     high: float
-    further: float  # what a further training gave, on the same validation images
-    tie: int  # finalists that could not be told apart
-    tested: int  # right answers of the final model among TEST images
+    further: float  # accuracy of a further training, on the same validation images
+    tie: int  # finalists that could not be distinguished
+    tested: int  # correct answers of the final model among TEST images
     held: float  # its accuracy on the images held out
-    covered: float  # share of DRAWS further test parts whose interval held its accuracy on all other images
+    covered: float  # fraction of DRAWS further test parts whose interval held its accuracy on all other images
 
     @property
     def further_inside(self) -> bool:
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def best_inside(self) -> bool:
-        """Whether what the search said does."""
+        """Whether the search's best value is inside the interval."""
         return self.low <= self.best <= self.high
 
     @property
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def study(seed: int) -> Outcome:
-    """One search of TRIALS, its finalists, its final training, and what they are held to. All by `seed`."""
+    """One search of TRIALS, its finalists, its final training, and the measurements after it. All by `seed`."""
     torch.set_num_threads(1)
     parts = _parts(seed)
     splits = _splits(parts["train"], parts["validation"])
@@ -72,15 +72,15 @@ def study(seed: int) -> Outcome:
     for _ in final:
         pass
     unseen = _both(parts["test"], parts["held"])
-    right = _right(evaluate(final.classifier, unseen, winner.train).probabilities, unseen)
-    return _outcome(selection, max(values), float(further), right, rng)
+    correct = _correct(evaluate(final.classifier, unseen, winner.train).probabilities, unseen)
+    return _outcome(selection, max(values), float(further), correct, rng)
 
 
-def _outcome(selection: Selection, best: float, further: float, right: Answers, rng: np.random.Generator) -> Outcome:
+def _outcome(selection: Selection, best: float, further: float, correct: Answers, rng: np.random.Generator) -> Outcome:
     low, high = selection.validation.low, selection.validation.high
     assert low is not None
     assert high is not None
-    draws = [right[rng.permutation(len(right))] for _ in range(DRAWS)]
+    draws = [correct[rng.permutation(len(correct))] for _ in range(DRAWS)]
     intervals = [(Accuracy(int(draw[:TEST].sum()), TEST).interval, float(draw[TEST:].mean())) for draw in draws]
     return Outcome(
         best=best,
@@ -90,14 +90,14 @@ def _outcome(selection: Selection, best: float, further: float, right: Answers, 
         high=high,
         further=further,
         tie=len(selection.tie),
-        tested=int(right[:TEST].sum()),
-        held=float(right[TEST:].mean()),
+        tested=int(correct[:TEST].sum()),
+        held=float(correct[TEST:].mean()),
         covered=float(np.mean([least <= held <= most for (least, most), held in intervals])),
     )
 
 
 def _config(rng: np.random.Generator) -> Config:
-    """A point of a narrow space, as late in a search: all of them are about equally good."""
+    """A point of a narrow space, as late in a search: all points are about equally good."""
     return Config.from_table(
         {
             "data": {"name": "digits"},
@@ -113,9 +113,9 @@ def _parts(seed: int) -> dict[str, Part]:
     pixels = torch.from_numpy(np.round(images * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
     order = torch.from_numpy(np.random.default_rng(10**6 + seed).permutation(len(labels)))
     ends = np.cumsum([0, TRAIN, VALIDATION, TEST, len(labels)])
-    places = {name: order[ends[i] : ends[i + 1]] for i, name in enumerate(("train", "validation", "test", "held"))}
+    indices = {name: order[ends[i] : ends[i + 1]] for i, name in enumerate(("train", "validation", "test", "held"))}
     truth = torch.from_numpy(labels)
-    return {name: Part(pixels[place], truth[place], place, torch.device("cpu")) for name, place in places.items()}
+    return {name: Part(pixels[rows], truth[rows], rows, torch.device("cpu")) for name, rows in indices.items()}
 
 
 def _both(one: Part, other: Part) -> Part:
@@ -133,28 +133,28 @@ def _seeded(config: Config, seed: int) -> Config:
 
 
 def _train(config: Config, splits: Splits, seed: int) -> Answers:
-    """Which validation images (N,) a training is right about."""
+    """(N,) whether a training classifies each validation image correctly."""
     training = train(_seeded(config, seed), splits)
     for _ in training:
         pass
     assert training.validation is not None
     assert splits.val is not None
-    return _right(training.validation.probabilities, splits.val)
+    return _correct(training.validation.probabilities, splits.val)
 
 
-def _right(probabilities: torch.Tensor, part: Part) -> Answers:
-    right: Answers = (probabilities.argmax(1) == part.labels).numpy()
-    return right
+def _correct(probabilities: torch.Tensor, part: Part) -> Answers:
+    correct: Answers = (probabilities.argmax(1) == part.labels).numpy()
+    return correct
 
 
 def _finalist(number: int, config: Config, value: float, splits: Splits, seed: int) -> Finalist:
     seeds = tuple(10**7 + 10000 * seed + 100 * number + k for k in range(SEEDS))
-    right = np.stack([_train(config, splits, each) for each in seeds])
+    correct = np.stack([_train(config, splits, each) for each in seeds])
     model = train(config, splits).classifier
-    return Finalist(number, value, seeds, right, parameters(model)[0], flops(model, (1, 8, 8)), 1.0)
+    return Finalist(number, value, seeds, correct, parameters(model)[0], flops(model, (1, 8, 8)), 1.0)
 
 
 def studies(count: int, workers: int = 2) -> list[Outcome]:
-    """So many searches, on so many processes."""
+    """The outcomes of `count` searches, on `workers` processes."""
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(study, range(count)))

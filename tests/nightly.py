@@ -1,7 +1,7 @@
 """The pytest plugin of `.ci/run --nightly`: writes each nightly test that passed into .github/NIGHTLY.md.
 
-Tests give their figures with `record_property("figures", text)`. The row of a test that failed stays as it was, so that
-its date says when it last passed.
+Tests give their figures with `record_property("figures", text)`. The row of a test that failed does not change, so its
+date is when it last passed.
 """
 
 import datetime
@@ -30,10 +30,10 @@ _figures: dict[str, str] = {}
 
 
 def _commit() -> str:
-    """The commit that is tested; `+` where files differ from it."""
+    """The commit under test; `+` where files differ from it."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
@@ -45,9 +45,9 @@ COMMIT = _commit()  # at the start: a checkout may move on while tests run
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _seconds[report.nodeid] += report.duration
     if report.when == "call" and report.passed:
-        found = dict(report.user_properties)
-        assert "figures" in found, f"{report.nodeid} records no figures"
-        _figures[report.nodeid] = str(found["figures"])
+        properties = dict(report.user_properties)
+        assert "figures" in properties, f"{report.nodeid} records no figures"
+        _figures[report.nodeid] = str(properties["figures"])
     elif report.failed:  # the teardown, too
         _figures.pop(report.nodeid, None)
 

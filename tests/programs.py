@@ -1,4 +1,4 @@
-"""What only tests need. A test whose program or data are missing is skipped; with SEARCHFM_REQUIRE_ALL it fails."""
+"""Programs that only tests need. Without its program or data a test is skipped; with SEARCHFM_REQUIRE_ALL it fails."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def postgres_binaries(folder: Path) -> Path:
 
 
 def missing(reason: str) -> NoReturn:
-    """Skips or fails the test that asks for this."""
+    """Skips the calling test, or fails it if SEARCHFM_REQUIRE_ALL is set."""
     if os.environ.get("SEARCHFM_REQUIRE_ALL"):
         pytest.fail(f"SEARCHFM_REQUIRE_ALL is set, and {reason}")
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: real processes, real training on digits, one line for every mistake."""
+"""The command line: real processes, real training on digits, one line for every mistake."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from searchfm.search.storage import load_study, open_storage, study_lock
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
 
 
-def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def searchfm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "searchfm", *words],
+        [sys.executable, "-m", "searchfm", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "160", **environment},
@@ -29,34 +29,34 @@ def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str
     )
 
 
-def tune(home: Path, *words: str) -> dict[str, Any]:
-    done = searchfm("tune", *words, "--json", "--home", str(home))
+def tune(home: Path, *arguments: str) -> dict[str, Any]:
+    done = searchfm("tune", *arguments, "--json", "--home", str(home))
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    output: dict[str, Any] = json.loads(done.stdout)
+    return output
 
 
 @pytest.fixture(scope="module")
 def home(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the study `mlp`: four trials on digits."""
     path = new_home(tmp_path_factory.mktemp("cli") / "home").path
-    found = tune(path, "mlp", "--trials", "4", *TINY)
-    assert found["trials"]["total"] == 4
+    output = tune(path, "mlp", "--trials", "4", *TINY)
+    assert output["trials"]["total"] == 4
     return path
 
 
-def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
-    """Runs the command in this process; it must end with exit code 2 and one line, which is returned."""
-    monkeypatch.setattr(sys, "argv", ["searchfm", *words])
-    with pytest.raises(SystemExit) as left:
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Runs the command in this process, checks for exit code 2 and one line, and returns the line."""
+    monkeypatch.setattr(sys, "argv", ["searchfm", *arguments])
+    with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr().err
-    assert left.value.code == 2, said
-    assert said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert ended.value.code == 2, message
+    assert message.count("\n") == 1
+    return message
 
 
-def test_a_search_says_what_it_found(home: Path) -> None:
+def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
     (study,) = json.loads(searchfm("status", "--json", "--home", str(home)).stdout)
     assert study["study"] == "mlp"
     assert set(study) == {"study", "trials", "best", "seconds", "home"}
@@ -69,12 +69,12 @@ def test_a_search_says_what_it_found(home: Path) -> None:
 def test_a_trial_leaves_its_folder(home: Path) -> None:
     row = load_study(open_storage(Home(home)), Home(home), "mlp").best
     assert row is not None
-    left = {path.name for path in row.folder.iterdir()}
-    assert {"config.toml", "epochs.csv", "log.txt", "predictions.npz", "weights.safetensors", "model.json"} <= left
+    names = {path.name for path in row.folder.iterdir()}
+    assert {"config.toml", "epochs.csv", "log.txt", "predictions.npz", "weights.safetensors", "model.json"} <= names
     assert not list(home.rglob("attempt-*"))
 
 
-def test_asked_again_trains_nothing_and_three_more_trains_three(home: Path, tmp_path: Path) -> None:
+def test_the_same_command_trains_nothing_and_more_trials_go_on(home: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
     assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == 4
     assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
@@ -84,7 +84,7 @@ def test_asked_again_trains_nothing_and_three_more_trains_three(home: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("--epochs", "3"), "train.epochs = 3: study 'mlp' was begun with 2"),
         (("--subset", "0.5"), "data.subset = 0.5: study 'mlp' was begun with 1.0"),
@@ -92,10 +92,14 @@ def test_asked_again_trains_nothing_and_three_more_trains_three(home: Path, tmp_
         (("--dataset", "fashion-mnist"), "data.name = "),
     ],
 )
-def test_a_study_that_has_begun_is_not_changed(
-    home: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_started_study_is_not_changed(
+    home: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert said in refused(capsys, monkeypatch, "tune", "mlp", *words, "--home", str(home))
+    assert message in refused(capsys, monkeypatch, "tune", "mlp", *arguments, "--home", str(home))
 
 
 BROKEN = {
@@ -118,16 +122,16 @@ BROKEN = {
 def test_a_broken_study_file_is_one_line_and_leaves_nothing(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, said = BROKEN[case]
+    text, message = BROKEN[case]
     (tmp_path / "broken.toml").write_text(text)
     line = refused(capsys, monkeypatch, "tune", str(tmp_path / "broken.toml"), "--home", str(tmp_path / "home"))
     assert "broken.toml" in line
-    assert said in line
+    assert message in line
     assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("tune", "nix"), "study 'nix': no such study file"),
         (("tune", "nix.toml"), "nix.toml: no such file"),
@@ -143,14 +147,14 @@ def test_a_broken_study_file_is_one_line_and_leaves_nothing(
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
-    words: tuple[str, ...],
-    said: str,
+    arguments: tuple[str, ...],
+    message: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SEARCHFM_HOME", str(tmp_path / "home"))
-    assert said in refused(capsys, monkeypatch, *words)
+    assert message in refused(capsys, monkeypatch, *arguments)
     assert not (tmp_path / "home").exists()
 
 
@@ -160,7 +164,7 @@ def test_a_home_that_cannot_be_written_is_named(
     assert "cannot write the home folder" in refused(capsys, monkeypatch, "tune", "mlp", "--home", "/proc/nowhere")
 
 
-def test_data_out_of_reach_are_named_with_all_places_and_nothing_is_left(tmp_path: Path) -> None:
+def test_unreachable_data_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     done = searchfm(
         *("tune", "mlp", "--dataset", "mnist", "--home", str(tmp_path / "home")),
         SEARCHFM_CACHE=str(tmp_path / "cache"),
@@ -190,9 +194,9 @@ def test_a_study_held_by_another_is_refused_by_pid(
 def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home], home: Path, tmp_path: Path) -> None:
     row = load_study(open_storage(Home(home)), Home(home), "mlp").best
     assert row is not None
-    found = tune(new_home(tmp_path / "new").path, str(row.folder / "config.toml"), "--workers", "1")
-    assert found["study"] == f"mlp-{row.number:04d}"
-    assert found["best"]["value"] == row.value
+    output = tune(new_home(tmp_path / "new").path, str(row.folder / "config.toml"), "--workers", "1")
+    assert output["study"] == f"mlp-{row.number:04d}"
+    assert output["best"]["value"] == row.value
 
 
 def test_a_dry_run_shows_the_space_and_writes_nothing(tmp_path: Path) -> None:
@@ -202,7 +206,7 @@ def test_a_dry_run_shows_the_space_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
-def test_without_a_terminal_there_are_plain_lines_and_the_next_commands(tmp_path: Path) -> None:
+def test_without_a_terminal_output_is_plain_lines_with_the_next_commands(tmp_path: Path) -> None:
     done = searchfm("tune", "mlp", "--trials", "2", *TINY, "--home", str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert "2/2 trial" in done.stdout
@@ -216,16 +220,16 @@ def test_module_and_command_are_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_timeout_leaves_a_study_that_goes_on(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
-    found = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
-    assert 0 < found["trials"]["total"] < 500
+def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
+    assert 0 < output["trials"]["total"] < 500
 
 
 @pytest.mark.slow
-def test_sigterm_ends_with_143_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    words = ("tune", "mlp", "--trials", "8", "--home", str(tmp_path), *TINY)
+def test_sigterm_ends_with_143_and_the_same_command_resumes(tmp_path: Path) -> None:
+    arguments = ("tune", "mlp", "--trials", "8", "--home", str(tmp_path), *TINY)
     process = subprocess.Popen(
-        [sys.executable, "-m", "searchfm", *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "searchfm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:

@@ -1,4 +1,4 @@
-"""The spine on toy trials: nothing lost, nothing doubled, and the same study however it was interrupted."""
+"""The coordinator on toy trials: none lost, none doubled, and the same study however it was interrupted."""
 
 import itertools
 import json
@@ -40,23 +40,23 @@ GRID = {"sampler": {"name": "grid"}}
 
 
 def goes_on_after(row: Trial) -> list[int]:
-    """Where each attempt of a trial found the one before; nothing where no worker had the trial."""
+    """The epoch after which each attempt of a trial started; empty where no worker had the trial."""
     log = row.folder / "log.txt"
     if not log.exists():
         return []
     return [int(line.rpartition(" ")[2]) for line in log.read_text().splitlines()]
 
 
-# --- so many, and no others -------------------------------------------------------------------------------------------
+# --- the number of trials ---------------------------------------------------------------------------------------------
 
 
-def test_so_many_trials_are_so_many(any_home: Home) -> None:
+def test_ten_trials_are_exactly_ten(any_home: Home) -> None:
     study = search(any_home, toy(), workers=2, trials=10)
     check(study, 10)
     assert len(study.of("complete")) == 10
 
 
-def test_asked_again_nothing_is_trained_and_three_more_are_three(home: Home) -> None:
+def test_the_same_search_again_trains_nothing_and_three_more_trials_are_three(home: Home) -> None:
     first = search(home, toy(), trials=5)
     progress: list[Progress] = []
     assert facts(search(home, toy(), trials=5, watch=lambda item, _: progress.append(item))) == facts(first)
@@ -66,10 +66,10 @@ def test_asked_again_nothing_is_trained_and_three_more_are_three(home: Home) -> 
     assert facts(more)[:5] == facts(first)
 
 
-def test_one_worker_is_asked_for_a_trial_only_when_the_last_has_ended(home: Home) -> None:
-    news: list[tuple[str, int]] = []
-    search(home, toy(train={"epochs": 1}), watch=lambda item, _: news.append((item.kind, item.trial)))
-    assert news == [(kind, trial) for trial in range(8) for kind in ("started", "epoch", "ended")]
+def test_with_one_worker_each_trial_ends_before_the_next_is_asked_for(home: Home) -> None:
+    progress: list[tuple[str, int]] = []
+    search(home, toy(train={"epochs": 1}), watch=lambda item, _: progress.append((item.kind, item.trial)))
+    assert progress == [(kind, trial) for trial in range(8) for kind in ("started", "epoch", "ended")]
 
 
 def test_a_second_coordinator_is_refused_while_the_first_goes_on(any_home: Home) -> None:
@@ -82,20 +82,20 @@ def test_a_second_coordinator_is_refused_while_the_first_goes_on(any_home: Home)
 
 
 def test_a_trial_is_not_pruned_after_its_last_epoch(home: Home) -> None:
-    """Asked there, successive halving would prune trials that have their value already."""
+    """After it, successive halving would prune trials that have their value already."""
     halving = {"pruner": {"name": "asha", "reduction": 4}}
     study = search(home, toy(search=halving, train={"epochs": 1}))
     check(study, 8)
     assert all(row.state == "complete" and row.value is not None for row in study.trials)
     pruned = search(home, toy("longer", search=halving, train={"epochs": 2}))
     check(pruned, 8)
-    assert pruned.of("pruned"), "this pruner stops what it is asked about"
+    assert pruned.of("pruned"), "the pruner does stop trials before their last epoch"
 
 
 # --- trials that fail -------------------------------------------------------------------------------------------------
 
 
-def test_trials_that_fail_or_have_no_value_are_told_and_the_study_goes_on(home: Home) -> None:
+def test_trials_that_raise_or_have_no_value_fail_and_the_study_goes_on(home: Home) -> None:
     study = search(home, toy(), payload={"fail": [1], "nan": [2]})
     check(study, 8)
     assert [row.number for row in study.of("failed")] == [1, 2]
@@ -105,18 +105,18 @@ def test_trials_that_fail_or_have_no_value_are_told_and_the_study_goes_on(home: 
     assert study.best.number not in (1, 2)
 
 
-def test_a_study_whose_every_trial_fails_is_stopped_early_and_can_be_taken_up_once_that_is_mended(home: Home) -> None:
+def test_a_study_whose_every_trial_fails_stops_early_and_resumes_once_the_cause_is_fixed(home: Home) -> None:
     with pytest.raises(WorldError, match=r"[34] trials failed and none succeeded, the last with: .*made to fail"):
         search(home, toy(), workers=2, payload={"fail": list(range(20))})
     stored = driving.stored(home, "toy")
     check(stored, len(stored.trials))
     assert HOPELESS <= len(stored.trials) <= HOPELESS + 1  # the other worker had begun another
-    mended = search(home, toy())
-    check(mended, 8)
-    assert len(mended.of("complete")) == 8 - len(stored.trials)
+    resumed = search(home, toy())
+    check(resumed, 8)
+    assert len(resumed.of("complete")) == 8 - len(stored.trials)
 
 
-def test_failed_trials_are_tried_again_with_their_own_config_if_asked(home: Home) -> None:
+def test_retry_failed_trains_the_failed_configs_again(home: Home) -> None:
     search(home, toy(), trials=6, payload={"fail": [2, 4]})
     study = search(home, toy(), trials=8, retry_failed=True, payload={"fail": [7]})
     check(study, 8)
@@ -129,7 +129,7 @@ def test_failed_trials_are_tried_again_with_their_own_config_if_asked(home: Home
 
 
 @pytest.mark.parametrize("kind", ["StorageError", "DataError"])
-def test_what_every_trial_would_meet_stops_the_study_and_charges_no_trial(home: Home, kind: str) -> None:
+def test_an_error_that_every_trial_would_meet_stops_the_study_and_fails_no_trial(home: Home, kind: str) -> None:
     expected = {"StorageError": StorageError, "DataError": DataError}[kind]
     with pytest.raises(expected, match=r"^made to fail$"):
         search(home, toy(), payload={"raise": {"1": kind}})
@@ -162,23 +162,23 @@ def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home)
     assert [item.kind for item in progress if item.trial == 1].count("retried") == 2
 
 
-def test_a_worker_told_to_go_costs_its_trial_no_retry(home: Home) -> None:
-    told: list[int] = []
+def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> None:
+    pids: list[int] = []
 
-    def tell(item: Progress, engine: LocalEngine) -> None:
-        if item.kind == "epoch" and item.trial == 1 and len(told) < 3:
-            told.extend(engine.pids)
+    def terminate(item: Progress, engine: LocalEngine) -> None:
+        if item.kind == "epoch" and item.trial == 1 and len(pids) < 3:
+            pids.extend(engine.pids)
             os.kill(engine.pids[0], signal.SIGTERM)
 
-    study = search(home, toy(search={"retries": 0}), trials=3, payload={"seconds": 0.05}, watch=tell)
+    study = search(home, toy(search={"retries": 0}), trials=3, payload={"seconds": 0.05}, watch=terminate)
     check(study, 3)
     assert len(study.of("complete")) == 3
-    assert len(set(told)) == 3  # a fresh worker each time
+    assert len(set(pids)) == 3  # a fresh worker each time
     assert study.trials[1].attempts in (3, 4)  # the third signal comes just before it is done, or after
 
 
 class Echo(LocalEngine):
-    """Says everything twice, and again what an attempt that was given up might still have said."""
+    """Delivers every event twice, and events of an attempt that was given up."""
 
     def __init__(self, devices: list[str], warm: str) -> None:
         super().__init__(devices, warm)
@@ -199,7 +199,7 @@ class Echo(LocalEngine):
 
 
 @pytest.mark.parametrize("pruner", ["asha", "hyperband", "median"])
-def test_what_comes_late_or_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
+def test_late_and_repeated_events_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruner: str) -> None:
     study = toy(search={"pruner": {"name": pruner}, "trials": 10}, train={"epochs": 5})
     payload = {"kill": {"0": 1, "3": 1}}
     once = search(Home(tmp_path / "once"), study, payload=payload)
@@ -218,7 +218,7 @@ def stop_every(count: int) -> Callable[[Progress, LocalEngine], bool]:
 
 
 def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[StudyRecord, int]:
-    """The study, stopped after so many news, taken up again, and so on; and how often it was stopped."""
+    """The study, stopped after each of `lengths` progress events in turn and resumed; and the number of stops."""
     for stops in itertools.count():
         study = search(home, make(), watch=stop_every(lengths[stops % len(lengths)]))
         if len(study.trials) == make().trials and not study.of("running"):
@@ -236,7 +236,7 @@ def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[
         ({"name": "qmc"}, {"name": "patient", "patience": 1}),
     ],
 )
-def test_a_study_stopped_and_taken_up_again_is_bitwise_the_unbroken_one(
+def test_a_study_stopped_and_resumed_is_bitwise_the_unbroken_one(
     tmp_path: Path, sampler: dict[str, Any], pruner: dict[str, Any]
 ) -> None:
     def make() -> Any:
@@ -251,15 +251,15 @@ def test_a_study_stopped_and_taken_up_again_is_bitwise_the_unbroken_one(
 
 
 @pytest.fixture(scope="module")
-def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRecord]]:
-    """Lets coordinators die one after another, each at the write named, in one home; the last one lives."""
-    command = [sys.executable, "-c", "from tests.mortal import main; main()"]  # a main that workers need not import
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRecord]]:
+    """Runs coordinators in one home, one after another, each killed at a given write; None: not killed."""
+    command = [sys.executable, "-c", "from tests.killed import main; main()"]  # workers need not import this main
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def die(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRecord:
+    def run(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRecord:
         assert process.stdin
         assert process.stdout
-        path = tmp_path_factory.mktemp("deaths", numbered=True) / home
+        path = tmp_path_factory.mktemp("killed", numbered=True) / home
         for moment in moments:
             process.stdin.write(json.dumps({**spec, "home": str(path), "die_at": moment}) + "\n")
             process.stdin.flush()
@@ -267,18 +267,18 @@ def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
         return driving.stored(Home(path), "toy")
 
     with process:
-        yield die
+        yield run
     assert process.returncode == 0
 
 
-MORTAL = {
+SPEC = {
     "tables": {"search": {"trials": 4, "pruner": {"name": "asha", "reduction": 2}}, "train": {"epochs": 2}},
     "workers": 1,
     "payload": {"fail": [2]},
 }
 
 
-def check_deaths(broken: StudyRecord, unbroken: StudyRecord) -> None:
+def check_killed(broken: StudyRecord, unbroken: StudyRecord) -> None:
     """The same counts, and for the same configs bitwise the same values."""
     check(broken, 4)
     assert [row.number for row in broken.of("failed")] == [2]
@@ -288,37 +288,35 @@ def check_deaths(broken: StudyRecord, unbroken: StudyRecord) -> None:
     assert all(row.value == values.get(row.digest, row.value) for row in broken.of("complete"))
 
 
-def test_a_coordinator_killed_at_four_writes_is_followed_by_one_that_completes_the_study(deaths: Any) -> None:
-    unbroken = deaths("unbroken", MORTAL, [None])
+def test_after_a_kill_at_a_write_another_coordinator_completes_the_study(killed: Any) -> None:
+    unbroken = killed("unbroken", SPEC, [None])
     writes = int((unbroken.folder.parents[1] / "writes").read_text())
     assert writes > 60
     for moment in random.Random(0).sample(range(1, writes + 1), 4):
-        check_deaths(deaths("broken", MORTAL, [moment, None]), unbroken)
+        check_killed(killed("broken", SPEC, [moment, None]), unbroken)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_coordinator_killed_at_any_write_is_followed_by_one_that_completes_the_study(
-    deaths: Any, workers: int
-) -> None:
+def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(killed: Any, workers: int) -> None:
     """Every fourth write: from the first with one worker, from the second with two."""
-    spec = MORTAL | {"workers": workers}
-    unbroken = deaths("unbroken", spec, [None])
+    spec = SPEC | {"workers": workers}
+    unbroken = killed("unbroken", spec, [None])
     for moment in range(workers, int((unbroken.folder.parents[1] / "writes").read_text()) - 5, 4):
-        check_deaths(deaths("broken", spec, [moment, None]), unbroken)
+        check_killed(killed("broken", spec, [moment, None]), unbroken)
 
 
-def test_coordinators_that_keep_dying_still_come_to_the_end(deaths: Any) -> None:
-    unbroken = deaths("unbroken", MORTAL, [None])
-    check_deaths(deaths("broken", MORTAL, [40, 20, 9, 14, 30, 11, None]), unbroken)
+def test_after_six_kills_another_coordinator_completes_the_study(killed: Any) -> None:
+    unbroken = killed("unbroken", SPEC, [None])
+    check_killed(killed("broken", SPEC, [40, 20, 9, 14, 30, 11, None]), unbroken)
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------
 
 
 def with_twins(pattern: str, falling: bool = False, **search: Any) -> Any:
-    """A study of six points whose first trials are equal as the letters are: `aab` makes 1 a twin of 0. If `falling`,
-    each point is worse than the one before.
+    """A study of six points whose first trials are equal where the letters are: with `aab`, 1 is a twin of 0. With
+    `falling`, each point has a lower value than the one before.
     """
     for seed in itertools.count():
         study = toy(search={"seed": seed, "trials": len(pattern), **search}, **SIX)
@@ -341,12 +339,12 @@ def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home)
         assert (b.state, b.value, b.twin, b.digest, b.reported) == ("complete", a.value, first, a.digest, a.reported)
         assert a.config["train"]["seed"] != b.config["train"]["seed"]  # what a twin may differ in
         assert b.epochs == a.epochs
-        assert goes_on_after(b) == []  # no worker has seen it
+        assert goes_on_after(b) == []  # no worker had it
         assert [item.kind for item in progress if item.trial == twin] == ["ended"]
     assert {row.number for row in study.ranked(twins=False)} == {0, 1}
 
 
-def test_a_twin_takes_no_place_among_the_kept_weights(home: Home) -> None:
+def test_a_twin_does_not_count_among_the_kept_weights(home: Home) -> None:
     study = search(home, with_twins("aab", falling=True, keep=2))
     check(study, 3)
     assert [row.number for row in study.ranked()] == [0, 1, 2], "the twin ranks before the other that was trained"
@@ -377,8 +375,8 @@ def test_a_twin_of_a_pruned_trial_is_pruned_with_its_reports(home: Home) -> None
     assert (twin.state, twin.twin, twin.reason, twin.reported) == ("pruned", 1, first.reason, first.reported)
 
 
-def test_twins_that_wait_when_a_search_is_stopped_are_taken_up_by_the_next(home: Home) -> None:
-    """The one that is waited for fails when nobody gives out work any more: nobody must wait for its twin then."""
+def test_twins_that_wait_when_a_search_stops_are_adopted_by_the_next(home: Home) -> None:
+    """Trial 0 fails after the stop request: its waiting twin gets no worker any more, and must not delay the end."""
     study = with_twins("aab")
     began = time.monotonic()
     stopped = search(
@@ -395,7 +393,7 @@ def test_twins_that_wait_when_a_search_is_stopped_are_taken_up_by_the_next(home:
     assert [row.state for row in study.trials] == ["failed", "complete", "complete"]
 
 
-def test_a_finite_space_ends_the_study_when_all_of_it_was_seen(home: Home) -> None:
+def test_a_finite_space_ends_the_study_once_every_point_was_trained(home: Home) -> None:
     study = search(home, toy(search={"trials": 200}, **SIX), workers=2)
     assert len({row.digest for row in study.trials}) == 6
     check(study, len(study.trials))
@@ -406,7 +404,7 @@ def test_a_finite_space_ends_the_study_when_all_of_it_was_seen(home: Home) -> No
 # --- grids ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_is_walked_in_order_and_taken_up_where_it_was_left(home: Home) -> None:
+def test_a_grid_runs_in_order_and_resumes_at_its_next_point(home: Home) -> None:
     study = toy(search=GRID, **SIX)
     search(home, study, trials=2)
     done = search(home, study, workers=2, trials=100)
@@ -416,7 +414,7 @@ def test_a_grid_is_walked_in_order_and_taken_up_where_it_was_left(home: Home) ->
     ]
 
 
-def test_the_failed_points_of_a_grid_are_tried_again_if_asked(home: Home) -> None:
+def test_retry_failed_trains_the_failed_points_of_a_grid_again(home: Home) -> None:
     study = toy(search=GRID, **SIX)
     search(home, study, trials=6, payload={"fail": [1, 5]})
     done = search(home, study, trials=8, retry_failed=True)
@@ -429,10 +427,10 @@ def test_a_space_of_one_point_is_one_trial(home: Home) -> None:
     check(search(home, toy(search={"trials": 20}, **ONE)), 1)
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
+# --- files and the database -------------------------------------------------------------------------------------------
 
 
-def test_weights_stay_with_the_best_alone(home: Home) -> None:
+def test_only_the_best_trials_keep_their_weights(home: Home) -> None:
     study = search(home, toy(search={"keep": 2}), workers=2)
     held = {row.number for row in study.trials if (row.folder / "weights.safetensors").exists()}
     assert held == {row.number for row in study.ranked(twins=False)[:2]}
@@ -441,7 +439,7 @@ def test_weights_stay_with_the_best_alone(home: Home) -> None:
     assert [row.number for row in fewer.trials if (row.folder / "weights.safetensors").exists()] == [fewer.best.number]
 
 
-def test_a_trials_folder_holds_a_study_that_trains_just_this_trial_again(home: Home, tmp_path: Path) -> None:
+def test_a_trials_folder_holds_a_study_file_that_repeats_this_trial(home: Home, tmp_path: Path) -> None:
     study = search(home, toy(), trials=3)
     row = study.trials[2]
     file = files.read(row.folder / "config.toml")
@@ -450,27 +448,27 @@ def test_a_trials_folder_holds_a_study_that_trains_just_this_trial_again(home: H
     assert [(trial.value, trial.config) for trial in again.trials] == [(row.value, row.config)]
 
 
-def test_a_database_that_is_taken_away_stops_the_study_and_is_not_made_anew(home: Home, monkeypatch: Any) -> None:
+def test_a_database_that_disappears_stops_the_study_and_is_not_created_again(home: Home, monkeypatch: Any) -> None:
     monkeypatch.setattr(pool, "LOCK_SECONDS", 0.0)
 
-    def take(item: Progress, _: LocalEngine) -> None:
+    def remove(item: Progress, _: LocalEngine) -> None:
         if item.kind == "ended":
             (home.path / "optuna.db").rename(home.path / "kept.db")
 
     with pytest.raises(StorageError, match=r"optuna.db: the database is gone"):
-        search(home, toy(), watch=take)
+        search(home, toy(), watch=remove)
     assert not (home.path / "optuna.db").exists()
     (home.path / "kept.db").rename(home.path / "optuna.db")
     check(search(home, toy()), 8)
 
 
-def test_a_database_locked_by_somebody_else_is_waited_for(home: Home) -> None:
-    def hold(item: Progress, _: LocalEngine) -> None:
+def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) -> None:
+    def lock_database(item: Progress, _: LocalEngine) -> None:
         if item.kind == "started" and item.trial == 1:
             other = sqlite3.connect(home.path / "optuna.db", check_same_thread=False)
             other.execute("BEGIN EXCLUSIVE")
             threading.Timer(1.5, lambda: (other.rollback(), other.close())).start()
 
     began = time.monotonic()
-    check(search(home, toy(), trials=3, watch=hold), 3)
+    check(search(home, toy(), trials=3, watch=lock_database), 3)
     assert time.monotonic() - began > 1.5

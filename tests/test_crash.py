@@ -22,22 +22,22 @@ from searchfm.search.storage import load_study, open_storage
 pytestmark = pytest.mark.slow
 
 TRIALS = 10
-WORDS = ("tune", "mlp", "--trials", str(TRIALS), "--dataset", "digits", "--epochs", "6")
+COMMAND = ("tune", "mlp", "--trials", str(TRIALS), "--dataset", "digits", "--epochs", "6")
 
 
-def start(home: Path, *words: str) -> subprocess.Popen[bytes]:
+def start(home: Path, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "searchfm", *WORDS, *words, "--home", str(home), "--json"],
+        [sys.executable, "-m", "searchfm", *COMMAND, *arguments, "--home", str(home), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "SEARCHFM_CACHE": str(home.parent / "cache")},
     )
 
 
-def finish(home: Path, *words: str) -> dict[str, Any]:
-    out, _ = start(home, *words).communicate(timeout=300)
-    found: dict[str, Any] = json.loads(out)
-    return found
+def finish(home: Path, *arguments: str) -> dict[str, Any]:
+    out, _ = start(home, *arguments).communicate(timeout=300)
+    output: dict[str, Any] = json.loads(out)
+    return output
 
 
 def study(home: Path) -> StudyRecord:
@@ -45,7 +45,7 @@ def study(home: Path) -> StudyRecord:
 
 
 def wait_for_trials(process: subprocess.Popen[bytes], home: Path, count: int) -> None:
-    """Until so many trials have begun, or the process is done."""
+    """Returns once `count` trials have begun, or the process has ended."""
     while process.poll() is None and len(list((home / "studies").glob("mlp/[0-9]*"))) < count:
         time.sleep(0.02)
 
@@ -55,27 +55,27 @@ def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The leaves of the process tree that train: children of the fork server."""
+    """The processes that train: children of the fork server."""
     return [child for server in psutil.Process(process.pid).children() for child in server.children()]
 
 
 def check(home: Path) -> None:
-    """Every trial asked for has exactly one end, MLflow equals Optuna, and nothing half-written is left."""
+    """Checks that every trial has exactly one end, MLflow equals Optuna, and nothing half-written is left."""
     row = study(home)
     assert [trial.number for trial in row.trials] == list(range(TRIALS))
     assert not row.of("running")
     assert not row.of("failed"), [trial.reason for trial in row.of("failed")]
     for trial in row.trials:
         assert [epoch.index for epoch in trial.epochs] == list(trial.reported) == list(range(1, len(trial.epochs) + 1))
-    found = subprocess.check_output([sys.executable, "-m", "searchfm", "sync", "mlp", "--home", str(home), "--json"])
-    assert json.loads(found) == []
+    output = subprocess.check_output([sys.executable, "-m", "searchfm", "sync", "mlp", "--home", str(home), "--json"])
+    assert json.loads(output) == []
     assert not list(home.rglob("attempt-*"))
     assert not list((home / "studies").rglob("*.tmp"))
 
 
 # 4: the coordinator, while MLflow's tables are made; 6: the coordinator, near the end; 1 and 7: a worker.
 @pytest.mark.parametrize("moment", [1, 4, 6, 7])
-def test_killed_at_any_moment_the_same_command_ends_the_study(
+def test_after_a_kill_at_any_moment_the_same_command_completes_the_study(
     moment: int, new_home: Callable[[Path], Home], tmp_path: Path
 ) -> None:
     home, chance = tmp_path / "home", random.Random(moment)
@@ -100,7 +100,7 @@ def test_killed_at_any_moment_the_same_command_ends_the_study(
 
 
 def lasting(home: Path) -> list[dict[str, Any]]:
-    """All that must be bitwise the same in two runs: everything but times."""
+    """What must be bitwise equal in two searches: everything but times."""
     return [
         {
             "params": dict(trial.params),
@@ -123,17 +123,17 @@ def lasting(home: Path) -> list[dict[str, Any]]:
 def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     new_home: Callable[[Path], Home], tmp_path: Path
 ) -> None:
-    """With hyperband, which keeps most in mind; test_coordinator.py does so with all samplers and pruners."""
-    words = ("--workers", "1", "--set", "search.pruner=hyperband")
+    """With hyperband, which has the most state; test_coordinator.py covers the other samplers and pruners."""
+    arguments = ("--workers", "1", "--set", "search.pruner=hyperband")
     unbroken, broken = (new_home(tmp_path / name).path for name in ("unbroken", "broken"))
-    finish(unbroken, *words)
+    finish(unbroken, *arguments)
     for count in (2, 5, 8):
-        process = start(broken, *words)
+        process = start(broken, *arguments)
         wait_for_trials(process, broken, count)
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode in (143, 0)
-    finish(broken, *words)
+    finish(broken, *arguments)
     check(broken)
     assert lasting(broken) == lasting(unbroken)

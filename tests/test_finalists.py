@@ -1,4 +1,4 @@
-"""Who wins among finalists, and what is said of it."""
+"""How `choose` selects the winner among finalists, and the interval it reports."""
 
 import numpy as np
 import pytest
@@ -13,15 +13,15 @@ def finalist(
     return Finalist(trial, value, seeds, correct, parameters=parameters, flops=flops, seconds=1.0)
 
 
-def answers(share: float, seed: int, seeds: int = 3) -> np.ndarray:
-    """Answers (seeds, 1000), each correct with the chance given, but half of the images the same for all."""
+def answers(fraction: float, seed: int, seeds: int = 3) -> np.ndarray:
+    """(seeds, 1000) answers, correct with probability `fraction`; half of the images are correct for all seeds."""
     rng = np.random.default_rng(seed)
-    correct = rng.random((seeds, 1000)) < share
+    correct = rng.random((seeds, 1000)) < fraction
     correct[:, :500] = True
     return correct
 
 
-def test_the_best_mean_wins_whatever_the_search_said() -> None:
+def test_the_best_mean_wins_whatever_its_value_in_the_search() -> None:
     selection = choose(
         [finalist(4, answers(0.7, 0), value=0.95), finalist(2, answers(0.9, 1), value=0.91, flops=10**6)]
     )
@@ -31,7 +31,7 @@ def test_the_best_mean_wins_whatever_the_search_said() -> None:
     assert selection.winner.mean == pytest.approx(np.mean(selection.winner.figures.values))
 
 
-def test_of_those_that_cannot_be_told_apart_the_one_of_minimum_cost_wins() -> None:
+def test_of_finalists_that_cannot_be_distinguished_the_one_of_minimum_cost_wins() -> None:
     first, second, small, far = (
         finalist(0, answers(0.905, 0), flops=100, parameters=20),
         finalist(1, answers(0.900, 1), flops=50, parameters=20),
@@ -43,7 +43,7 @@ def test_of_those_that_cannot_be_told_apart_the_one_of_minimum_cost_wins() -> No
     assert selection.winner is small
 
 
-def test_the_interval_is_about_the_winner_and_holds_its_mean() -> None:
+def test_the_interval_is_the_winners_and_holds_its_mean() -> None:
     selection = choose([finalist(0, answers(0.9, 0)), finalist(1, answers(0.6, 1))])
     validation = selection.validation
     assert validation.low is not None

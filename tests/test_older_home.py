@@ -1,6 +1,6 @@
-"""A home that an earlier version wrote opens, goes on and retrains. What it holds: tests/fixtures/README.md.
+"""A home written by an earlier version opens, goes on and retrains. Its content: tests/fixtures/README.md.
 
-The commands are the user's, each in a process of its own: nothing here knows how records are written.
+The commands are the user's, each in a separate process: nothing here depends on how records are written.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ ARCHIVE = Path(__file__).parent / "fixtures" / "home-format-1.tar.xz"
 CPU = ("--workers", "2", "--device", "cpu")
 RUNNING, COMPLETE, PRUNED, FAIL = TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
-# Of the champion of `wide`, by the version that registered it. Digits they are not.
+# Class and probability from the champion of `wide`, by the version that registered it. The images show no digits.
 ANSWERS = {
     "shapes/bar/00.png": ("3", 0.497659),
     "shapes/cross/00.png": ("4", 0.514911),
@@ -38,14 +38,14 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class OlderHome:
-    """The unpacked fixture. Its paths hold for processes whose current folder it is."""
+    """The unpacked fixture. Its paths are valid for processes that run in this folder."""
 
     folder: Path
 
-    def searchfm(self, *words: str) -> str:
-        """What a command prints; it must exit with 0."""
+    def searchfm(self, *arguments: str) -> str:
+        """Runs a command, which must exit with 0; returns its standard output."""
         done = subprocess.run(
-            [sys.executable, "-m", "searchfm", *words, "--home", "/proc/self/cwd/home"],
+            [sys.executable, "-m", "searchfm", *arguments, "--home", "/proc/self/cwd/home"],
             cwd=self.folder,
             env={**os.environ, "SEARCHFM_CACHE": str(self.folder / "cache"), "COLUMNS": "200"},
             capture_output=True,
@@ -53,14 +53,14 @@ class OlderHome:
             timeout=300,
             check=False,
         )
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
+        assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout
 
-    def json(self, *words: str) -> Any:
-        return json.loads(self.searchfm(*words, "--json"))
+    def json(self, *arguments: str) -> Any:
+        return json.loads(self.searchfm(*arguments, "--json"))
 
     def trials(self, study: str) -> list[FrozenTrial]:
-        """The trials as Optuna has them."""
+        """The trials in Optuna's storage."""
         storage = RDBStorage(f"sqlite:///{self.folder}/home/optuna.db")
         try:
             return storage.get_all_trials(storage.get_study_id_from_name(study))
@@ -87,7 +87,7 @@ def states(trials: list[FrozenTrial]) -> dict[TrialState, list[int]]:
 
 
 def check_kept(before: list[FrozenTrial], after: list[FrozenTrial]) -> None:
-    """What was told of a trial has not changed."""
+    """Checks that the records of trials that had ended are unchanged."""
     for old, new in zip(before, after[: len(before)], strict=True):
         assert (new.number, new.params, new.datetime_start) == (old.number, old.params, old.datetime_start)
         if old.state is RUNNING:
@@ -104,17 +104,17 @@ def answers(predicted: list[dict[str, Any]]) -> Mapping[str, tuple[str, float]]:
 
 def check_answers(older: OlderHome, model: str) -> None:
     images = sorted(ANSWERS)
-    found = answers(older.json("predict", model, *images))
-    assert {image: found[image][0] for image in images} == {image: ANSWERS[image][0] for image in images}
-    assert [found[image][1] for image in images] == pytest.approx([ANSWERS[image][1] for image in images], abs=1e-4)
+    predicted = answers(older.json("predict", model, *images))
+    assert {image: predicted[image][0] for image in images} == {image: ANSWERS[image][0] for image in images}
+    assert [predicted[image][1] for image in images] == pytest.approx([ANSWERS[image][1] for image in images], abs=1e-4)
 
 
-# --- as it was left ---------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def test_all_trials_are_shown_as_they_were_written(older: OlderHome) -> None:
-    found = {row["study"]: (row["trials"], row["best"]["trial"], row["best"]["value"]) for row in older.json("status")}
-    assert found == {
+    rows = {row["study"]: (row["trials"], row["best"]["trial"], row["best"]["value"]) for row in older.json("status")}
+    assert rows == {
         "wide": ({"complete": 4, "pruned": 0, "failed": 0, "total": 4}, 0, 0.90566),
         "shapes": ({"complete": 3, "pruned": 0, "failed": 0, "total": 3}, 0, 1.0),
         "mixed": ({"complete": 3, "pruned": 4, "failed": 1, "total": 10}, 4, 0.962264),
@@ -141,7 +141,7 @@ def test_the_champion_answers_as_it_did(older: OlderHome) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_compared_reported_and_in_line_with_mlflow(older: OlderHome) -> None:
+def test_it_is_aligned_with_mlflow_compared_and_reported(older: OlderHome) -> None:
     assert older.json("sync", "wide") == []
     check_answers(older, "models:/searchfm-wide/1")
     wide, mixed = older.json("compare", "wide", "mixed")
@@ -168,9 +168,9 @@ def test_a_killed_search_goes_on_from_its_checkpoints_and_is_retrained(older: Ol
     checkpoints = (older.folder / "home" / "studies" / "mixed" / "0008").rglob("checkpoint-*")
     assert max(path.name[:15] for path in checkpoints) == "checkpoint-0003", "one epoch further than what was reported"
 
-    found = older.json("tune", "mixed.toml", "--trials", "13", *CPU)
+    tuned = older.json("tune", "mixed.toml", "--trials", "13", *CPU)
     after = older.trials("mixed")
-    assert len(after) == found["trials"]["total"] == 13
+    assert len(after) == tuned["trials"]["total"] == 13
     assert not states(after)[RUNNING]
     check_kept(before, after)
     assert (after[8].state, sorted(after[8].intermediate_values)) == (COMPLETE, [1, 2, 3, 4, 5, 6])
@@ -218,5 +218,5 @@ def test_a_study_on_user_images_goes_on_and_is_retrained(older: OlderHome) -> No
     final = older.json("retrain", "shapes", "--top", "1", "--seeds", "2", *CPU)
     assert (final["test"]["reads"], final["model"]["champion"]) == (1, True)
     images = [f"shapes/{name}/{number:02}.png" for name in ("bar", "cross", "frame") for number in range(20)]
-    found = answers(older.json("predict", "shapes", *images))
-    assert Counter(found[image][0] == Path(image).parent.name for image in images)[True] > 40
+    predicted = answers(older.json("predict", "shapes", *images))
+    assert Counter(predicted[image][0] == Path(image).parent.name for image in images)[True] > 40

@@ -1,4 +1,4 @@
-"""The wheel, built and installed as a user would, away from the checkout."""
+"""The wheel, built, installed in a fresh environment and run away from the checkout."""
 
 import json
 import os
@@ -20,10 +20,10 @@ STUDIES = sorted(path.relative_to(ROOT / "studies") for path in (ROOT / "studies
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def uv(*words: str | Path) -> None:
-    found = os.environ.get("UV") or shutil.which("uv")
-    assert found, "uv is not there; CONTRIBUTING.md says how to get it"
-    subprocess.run([found, *words], check=True, timeout=300)
+def uv(*arguments: str | Path) -> None:
+    program = os.environ.get("UV") or shutil.which("uv")
+    assert program, "uv is not there; CONTRIBUTING.md says how to get it"
+    subprocess.run([program, *arguments], check=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +36,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
-    """Runs a program of a fresh environment that holds the wheel, in an empty folder, and returns what it said."""
+    """Runs a program of a fresh environment that holds the wheel, in an empty folder, and returns its output."""
     environment = tmp_path_factory.mktemp("environment") / "venv"
     uv("venv", "--quiet", "--python", sys.executable, environment)
     uv("pip", "install", "--quiet", "--no-deps", "--python", environment / "bin" / "python", wheel)
-    # Dependencies are borrowed, or gigabytes would be copied; the checkout's own editable install is not seen this way.
+    # A .pth file shares the dependencies, which are gigabytes, without the checkout's own editable install.
     (packages,) = environment.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "SEARCHFM"))}
 
-    def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         folder = tmp_path_factory.mktemp("anywhere")
-        command = [str(environment / "bin" / program), *words]
+        command = [str(environment / "bin" / program), *arguments]
         return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=120, check=True)
 
     return run
@@ -71,16 +71,16 @@ def test_the_installed_command_lists_every_study(installed: Command) -> None:
 
 
 def test_the_module_is_the_same_command(installed: Command) -> None:
-    words = ("studies", "--json")
-    assert installed("python", "-m", "searchfm", *words).stdout == installed("searchfm", *words).stdout
+    arguments = ("studies", "--json")
+    assert installed("python", "-m", "searchfm", *arguments).stdout == installed("searchfm", *arguments).stdout
 
 
 @pytest.mark.parametrize("path", {path.parent: path for path in STUDIES}.values(), ids=str)  # one of each folder
 def test_a_shipped_study_is_found_from_any_folder(installed: Command, path: Path) -> None:
-    said = installed("searchfm", "tune", str(path.with_suffix("")), "--dry-run")
-    assert path.stem in said.stdout + said.stderr
+    output = installed("searchfm", "tune", str(path.with_suffix("")), "--dry-run")
+    assert path.stem in output.stdout + output.stderr
 
 
-def test_it_is_the_wheel_that_runs(installed: Command) -> None:
+def test_the_installed_package_runs_and_not_the_checkout(installed: Command) -> None:
     where = installed("python", "-c", "import searchfm; print(searchfm.__file__)").stdout.strip()
     assert not Path(where).is_relative_to(ROOT)

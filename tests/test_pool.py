@@ -1,4 +1,4 @@
-"""Jobs are brought to their ends: nothing done twice, nothing given up too soon. Toy jobs, real workers."""
+"""The pool brings jobs to their ends: none runs twice, none is given up too soon. Toy jobs, real workers."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def task(folder: Path, number: int, *, identity: str = "", **more: Any) -> Task:
 
 
 def run(engine: LocalEngine, tasks: list[Task], retries: int = 2) -> tuple[list[str], dict[str, Any], dict[str, str]]:
-    """Kinds of progress but for epochs, results and failures."""
+    """The kinds of progress without epochs, the results and the failures."""
     kinds, running = [], run_tasks(WorkerPool(engine, retries=retries), tasks)
     while True:
         try:
@@ -57,7 +57,7 @@ def run(engine: LocalEngine, tasks: list[Task], retries: int = 2) -> tuple[list[
 # --- the pool ---------------------------------------------------------------------------------------------------------
 
 
-def test_run_one_returns_the_result_or_raises_what_the_job_met(engine: LocalEngine, tmp_path: Path) -> None:
+def test_run_one_returns_the_result_or_raises_the_jobs_error(engine: LocalEngine, tmp_path: Path) -> None:
     pool = WorkerPool(engine)
     assert pool.run_one(job(tmp_path, 0))["value"] == curve(config(0, 3), 3)
     for number, kind in enumerate((DataError, StorageError, ModelError), 1):
@@ -123,7 +123,7 @@ def test_all_tasks_end_and_leave_their_records(engine: LocalEngine, tmp_path: Pa
     assert left(tmp_path / "0") == {"done", "epochs.csv", "log.txt", "model.json", "result.json", "weights.safetensors"}
 
 
-def test_what_is_done_is_known_again_unless_something_else_is_asked(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_finished_task_is_not_run_again_unless_its_identity_changed(engine: LocalEngine, tmp_path: Path) -> None:
     run(engine, [task(tmp_path, 0)])
     kinds, results, _ = run(engine, [task(tmp_path, 0), task(tmp_path, 1)])
     assert kinds == ["found", "planned", "started", "finished"]
@@ -133,7 +133,7 @@ def test_what_is_done_is_known_again_unless_something_else_is_asked(engine: Loca
     assert task(tmp_path, 1).result() is None
 
 
-def test_a_job_whose_worker_died_goes_on_from_where_it_was(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_job_whose_worker_died_goes_on_from_its_last_epoch(engine: LocalEngine, tmp_path: Path) -> None:
     one = task(tmp_path, 0, kill={"0": 2})
     kinds = run(engine, [one])[0]
     assert kinds == ["planned", "started", "retried", "started", "retried", "started", "finished"]
@@ -154,10 +154,10 @@ def test_a_job_that_raises_fails_with_its_reason(engine: LocalEngine, tmp_path: 
     assert task(tmp_path, 0).result() is None
 
 
-def test_once_it_is_to_stop_all_jobs_leave_and_the_same_tasks_go_on(engine: LocalEngine, tmp_path: Path) -> None:
+def test_after_a_stop_request_all_jobs_leave_and_the_same_tasks_resume(engine: LocalEngine, tmp_path: Path) -> None:
     tasks = [task(tmp_path, number, epochs=4, ticks=20, seconds=0.005) for number in range(3)]
     seen: list[Progress] = []
-    stopping: Callable[[], bool] = lambda: any(step.epoch and step.epoch.index == 2 for step in seen)  # noqa: E731
+    stopping: Callable[[], bool] = lambda: any(item.epoch and item.epoch.index == 2 for item in seen)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         seen.extend(run_tasks(WorkerPool(engine, stopping=stopping), tasks))
     assert not engine.busy

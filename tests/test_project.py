@@ -1,4 +1,4 @@
-"""The project as a whole: what lies where, what it depends on, and that the README's commands are real."""
+"""The project as a whole: its top level, its dependencies, and the README's first command."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ TOP_LEVEL = {
     *(".ci", ".dockerignore", ".gitattributes", ".github", ".gitignore", ".pre-commit-config.yaml", ".python-version"),
     *("LICENSE", "README.md", "docker", "pyproject.toml", "searchfm", "studies", "tests"),
 }
-# In pieces, because this file is read too. A file that names a registry binds whoever has a mirror of their own.
+# In pieces, because the test reads this file too. A file that names a registry fails for users of another mirror.
 REGISTRIES = tuple(
     bytes(name + end, "ascii")
     for name, end in (
@@ -31,7 +31,7 @@ def tracked() -> tuple[str, ...]:
     return tuple(name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file())
 
 
-def test_the_top_level_holds_only_what_was_agreed() -> None:
+def test_the_top_level_holds_only_the_listed_names() -> None:
     assert {name.partition("/")[0] for name in tracked()} <= TOP_LEVEL
 
 
@@ -51,11 +51,11 @@ def test_every_dependency_has_a_lower_bound_and_no_other() -> None:
     assert [line for line in requirements if not re.fullmatch(r"[\w.-]+(\[\w+\])?>=\d+(\.\d+)*", line)] == []
 
 
-def test_the_readmes_search_is_one_that_can_be_asked_for(tmp_path: Path) -> None:
+def test_the_readmes_first_search_passes_a_dry_run(tmp_path: Path) -> None:
     command = re.search(r"^pip install uv && uv run searchfm (tune .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert command
-    words = command[1].split()
-    asked = [sys.executable, "-m", "searchfm", *words, "--home", str(tmp_path / "home"), "--dry-run"]
+    arguments = command[1].split()
+    asked = [sys.executable, "-m", "searchfm", *arguments, "--home", str(tmp_path / "home"), "--dry-run"]
     done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind

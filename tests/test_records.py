@@ -1,4 +1,4 @@
-"""Records come back as they were written, older formats included; trials are read as Optuna and their folders say."""
+"""Records come back as they were written, older formats included; trials are read from Optuna and their folders."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def test_epochs_come_back_from_csv_bit_by_bit(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["epochs.csv"]
 
 
-def test_what_is_not_held_out_has_no_validation(tmp_path: Path) -> None:
+def test_epochs_without_a_validation_part_have_no_validation_figures(tmp_path: Path) -> None:
     bare = dataclasses.replace(EPOCHS[0], val_loss=None, val_accuracy=None)
     write_epochs(tmp_path / "epochs.csv", [bare])
     assert read_epochs(tmp_path / "epochs.csv") == (bare,)
@@ -102,12 +102,12 @@ def test_epochs_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_epochs(path) == tuple(EPOCHS[:1])
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
+# --- trials and studies -----------------------------------------------------------------------------------------------
 
 
-def test_a_row_is_what_optuna_and_the_folder_say(tmp_path: Path) -> None:
+def test_a_trial_is_read_from_optuna_and_its_folder(tmp_path: Path) -> None:
     write_epochs(tmp_path / "epochs.csv", EPOCHS)
-    trial = frozen(
+    stored = frozen(
         config={"train": {"epochs": 2}},
         digest="d",
         attempt=3,
@@ -115,14 +115,14 @@ def test_a_row_is_what_optuna_and_the_folder_say(tmp_path: Path) -> None:
         result={"value": 0.5, "parameters": 7},
         twin=0,
     )
-    found = read_trial(trial, tmp_path)
-    assert (found.state, found.value, found.attempts, found.twin, found.reason) == ("complete", 0.5, 3, 0, "because")
-    assert (found.config, found.digest, found.result) == ({"train": {"epochs": 2}}, "d", TrainResult(0.5, parameters=7))
-    assert list(found.reported.items()) == [(1, 0.25), (2, 0.5)]
-    assert found.epochs == tuple(EPOCHS)
-    assert found.started is not None
-    assert found.ended is not None
-    assert abs(found.ended - time.time()) < 60  # seconds since 1970, whatever the time zone
+    trial = read_trial(stored, tmp_path)
+    assert (trial.state, trial.value, trial.attempts, trial.twin, trial.reason) == ("complete", 0.5, 3, 0, "because")
+    assert (trial.config, trial.digest, trial.result) == ({"train": {"epochs": 2}}, "d", TrainResult(0.5, parameters=7))
+    assert list(trial.reported.items()) == [(1, 0.25), (2, 0.5)]
+    assert trial.epochs == tuple(EPOCHS)
+    assert trial.started is not None
+    assert trial.ended is not None
+    assert abs(trial.ended - time.time()) < 60  # seconds since 1970, whatever the time zone
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_a_row_is_what_optuna_and_the_folder_say(tmp_path: Path) -> None:
     ],
 )
 def test_only_a_complete_trial_has_a_value(tmp_path: Path, state: TrialState, name: str) -> None:
-    found = read_trial(frozen(state), tmp_path)
-    assert found.state == name
-    assert (found.value is not None) == (name == "complete")
-    assert (found.twin, found.reason, found.attempts, found.config, found.epochs) == (None, None, 1, {}, ())
+    trial = read_trial(frozen(state), tmp_path)
+    assert trial.state == name
+    assert (trial.value is not None) == (name == "complete")
+    assert (trial.twin, trial.reason, trial.attempts, trial.config, trial.epochs) == (None, None, 1, {}, ())
 
 
 def test_a_pruned_trial_has_no_value_although_optuna_gives_it_one(tmp_path: Path) -> None:
@@ -154,9 +154,9 @@ def test_a_pruned_trial_has_no_value_although_optuna_gives_it_one(tmp_path: Path
 def test_the_best_is_the_earliest_of_the_highest() -> None:
     toy = study(row(0, 0.5), row(1, 0.9), row(2, None), row(3, 0.9), row(4, 0.9, twin=1), row(5, 0.7))
     assert toy.best is toy.trials[1]
-    assert [found.number for found in toy.ranked()] == [1, 3, 4, 5, 0]
-    assert [found.number for found in toy.ranked(twins=False)] == [1, 3, 5, 0]
-    assert [found.number for found in toy.of("failed")] == [2]
+    assert [trial.number for trial in toy.ranked()] == [1, 3, 4, 5, 0]
+    assert [trial.number for trial in toy.ranked(twins=False)] == [1, 3, 5, 0]
+    assert [trial.number for trial in toy.of("failed")] == [2]
 
 
 def test_a_study_without_complete_trials_has_no_best() -> None:
@@ -172,7 +172,7 @@ def test_a_study_lasts_from_its_first_start_to_its_last_end() -> None:
 
 
 def test_a_running_trial_has_the_epochs_that_optuna_holds(tmp_path: Path) -> None:
-    """The coordinator writes the file first; an epoch that it did not live to report was never judged."""
+    """The coordinator writes the file first; after a kill an epoch in it may be neither reported nor judged."""
     write_epochs(tmp_path / "epochs.csv", [*EPOCHS, dataclasses.replace(EPOCHS[1], index=3)])
     assert [epoch.index for epoch in read_trial(frozen(TrialState.RUNNING), tmp_path).epochs] == [1, 2]
 
@@ -260,12 +260,12 @@ def test_a_newer_record_is_refused_in_one_line(kind: Any) -> None:
         ({"data": {}}, "missing required field `fingerprint`"),
     ],
 )
-def test_a_record_with_something_missing_or_wrong_says_what(change: dict[str, Any], problem: str) -> None:
+def test_the_error_for_a_missing_or_wrong_key_names_it(change: dict[str, Any], problem: str) -> None:
     with pytest.raises(StorageError, match=f"^study 'toy': .*{problem}"):
         StudyHeader.from_json({**STUDY_1, **change}, "study 'toy'")
 
 
-def test_readers_leave_an_old_record_alone_and_the_lock_holder_writes_it_anew_with_a_copy(home: Home) -> None:
+def test_readers_leave_an_old_record_alone_and_the_lock_holder_upgrades_it_with_a_copy(home: Home) -> None:
     storage = open_storage(home, create=True)
     optuna.create_study(study_name="toy", storage=storage, direction="maximize").set_user_attr("searchfm", STUDY_1)
     number = storage.get_study_id_from_name("toy")

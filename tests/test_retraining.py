@@ -1,4 +1,4 @@
-"""From a finished search to one model, on real digits: what is trained, what is read, what is kept, what is refused."""
+"""`retrain` on real digits: what it trains, reads, keeps and refuses."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def row(home: Home) -> StudyRecord:
 
 
 def tune(home: Home, trials: int = 4) -> None:
-    """The search itself, on two workers, without MLflow."""
+    """Runs the search, on two workers, without MLflow."""
     search = {"trials": trials, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
     study = Study("digits", {"search": search, **DIGITS}, question="How wide?")
     try:
@@ -56,17 +56,17 @@ def tune(home: Home, trials: int = 4) -> None:
 
 
 def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[Final, list[Progress]]:
-    """Retrains to the end; what is kept, and the progress on the way."""
-    steps, running = [], retrain(RetrainOptions(home, name, workers=2, **asked), never)
+    """Retrains to the end; returns the final record and the progress."""
+    progress, running = [], retrain(RetrainOptions(home, name, workers=2, **asked), never)
     while True:
         try:
-            steps.append(next(running))
+            progress.append(next(running))
         except StopIteration as end:
-            return end.value, steps
+            return end.value, progress
 
 
-def done(steps: list[Progress]) -> list[str]:
-    return [step.job.label for step in steps if step.job and step.kind == "finished"]
+def done(progress: list[Progress]) -> list[str]:
+    return [item.job.label for item in progress if item.job and item.kind == "finished"]
 
 
 def reads(home: Home) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def reads(home: Home) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For fixtures of the module too: no home or database of whoever runs this, and a cache of our own."""
+    """For the module's fixtures too: not the user's home or databases, and a separate cache."""
     with pytest.MonkeyPatch.context() as patch:
         for name in (STORAGE, TRACKING):
             patch.delenv(name, raising=False)
@@ -95,19 +95,19 @@ def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFac
 def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Final, list[Progress]]:
     home = Home(tmp_path_factory.mktemp("retrained") / "home")
     shutil.copytree(tuned.path, home.path)
-    final, steps = finish(home, top=2, seeds=2)
-    return home, final, steps
+    final, progress = finish(home, top=2, seeds=2)
+    return home, final, progress
 
 
 @pytest.fixture
 def copied(retrained: tuple[Home, Final, list[Progress]], tmp_path: Path) -> Home:
-    """A retrained study of the test's own."""
+    """A copy of the retrained study, for one test."""
     home = Home(tmp_path / "home")
     shutil.copytree(retrained[0].path, home.path)
     return home
 
 
-# --- what comes of it -------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------------
 
 
 def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, list[Progress]]) -> None:
@@ -121,7 +121,7 @@ def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, l
 def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
     retrained: tuple[Home, Final, list[Progress]],
 ) -> None:
-    home, final, steps = retrained
+    home, final, progress = retrained
     study = row(home)
     assert [one.trial for one in final.finalists] == [trial.number for trial in study.ranked(twins=False)[:2]]
     seeds = [seed for one in final.finalists for seed in one.seeds]
@@ -138,7 +138,7 @@ def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
     winner = next(one for one in final.finalists if one.trial == final.winner)
     assert final.optimism == pytest.approx(winner.value - winner.mean)
     assert final.validation.low < final.validation.accuracy == winner.mean < final.validation.high
-    assert len(done(steps)) == 6, "two finalists with two seeds, the final training, the test"
+    assert len(done(progress)) == 6, "two finalists with two seeds, the final training, the test"
 
 
 def test_the_final_model_saw_all_training_images_and_the_test_part_once(
@@ -178,22 +178,22 @@ def test_nothing_is_left_half_done(retrained: tuple[Home, Final, list[Progress]]
     assert not list(home.study("digits").glob("final-*"))
 
 
-def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_about(
+def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
     retrained: tuple[Home, Final, list[Progress]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     home, final, _ = retrained
-    said = {}
-    for words in (("--json",), ()):
-        monkeypatch.setattr(sys, "argv", ["searchfm", "retrain", "digits", "--home", str(home.path), *words])
+    outputs = {}
+    for arguments in (("--json",), ()):
+        monkeypatch.setattr(sys, "argv", ["searchfm", "retrain", "digits", "--home", str(home.path), *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
         assert not left.value.code
-        said[words] = capsys.readouterr().out
+        outputs[arguments] = capsys.readouterr().out
     promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
-    assert json.loads(said[("--json",)]) == {key: json.loads(json.dumps(final.to_json()))[key] for key in promised}
-    text = " ".join(said[()].split())
+    assert json.loads(outputs[("--json",)]) == {key: json.loads(json.dumps(final.to_json()))[key] for key in promised}
+    text = " ".join(outputs[()].split())
     test, validation = final.test, final.validation
     assert f"a further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text
     assert f"{test.accuracy:.2%} of 384 images correct, 95% interval {test.low:.2%} to {test.high:.2%}" in text
@@ -203,63 +203,63 @@ def test_json_prints_what_was_promised_and_a_person_reads_what_intervals_are_abo
 
 
 def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tmp_path: Path) -> None:
-    """A test that is killed has been counted, though nobody has its result."""
+    """A test job that is killed has been counted, although it has no result."""
     home = Home(tmp_path / "home")
     shutil.copytree(tuned.path, home.path)
     running = retrain(RetrainOptions(home, "digits", trial=0, workers=1), never)
-    first = next(step for step in running if step.job and step.job.label == "test")
-    running.close()  # as a kill would, with no job of the test begun
+    first = next(item for item in running if item.job and item.job.label == "test")
+    running.close()  # as a kill would, before the test job begins
     assert first.kind == "planned"
     assert len(reads(home)) == 1
 
 
-# --- asked again ------------------------------------------------------------------------------------------------------
+# --- the same command again -------------------------------------------------------------------------------------------
 
 
-def test_asked_again_it_only_says_it_again(retrained: tuple[Home, Final, list[Progress]]) -> None:
+def test_the_same_command_again_trains_and_reads_nothing(retrained: tuple[Home, Final, list[Progress]]) -> None:
     home, final, _ = retrained
-    again, steps = finish(home)
-    assert (again, steps) == (final, [])
+    again, progress = finish(home)
+    assert (again, progress) == (final, [])
     assert len(reads(home)) == 1
 
 
-def test_another_winner_goes_anew_and_reads_the_test_part_again(copied: Home) -> None:
+def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
     other = next(trial.number for trial in row(copied).ranked() if trial.number != before.winner)
-    final, steps = finish(copied, trial=other)
-    assert any("won under other settings" in step.text for step in steps)
-    assert done(steps) == ["final training", "test"]
+    final, progress = finish(copied, trial=other)
+    assert any("won under other settings" in item.text for item in progress)
+    assert done(progress) == ["final training", "test"]
     assert (final.winner, final.finalists, final.optimism) == (other, (), None)
     assert final.validation.accuracy == row(copied).trials[other].value
     assert final.validation.low is None
     assert final.test.reads == 2 == len(reads(copied))
     assert (finish(copied)[0].winner, len(reads(copied))) == (other, 2), "what was chosen stays chosen"
-    back, steps = finish(copied, top=2)
+    back, progress = finish(copied, top=2)
     assert back.winner == before.winner
-    assert [step.kind for step in steps if step.job and "seed" in step.job.label] == ["found"] * 4
+    assert [item.kind for item in progress if item.job and "seed" in item.job.label] == ["found"] * 4
     assert back.test.accuracy == before.test.accuracy, "the same model, trained again"
     assert back.test.reads == 2 == len(reads(copied)), "a model is counted once"
 
 
-def test_more_trials_make_other_finalists_and_what_is_known_stays_known(copied: Home) -> None:
+def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
     tune(copied, trials=12)
     study = row(copied)
     best = [trial.number for trial in study.ranked(twins=False)[:2]]
     assert best != list(before.plan.trials)
-    final, steps = finish(copied)
-    assert steps[0].text == f"the finalists are trials {best[0]}, {best[1]} now, and were " + ", ".join(
+    final, progress = finish(copied)
+    assert progress[0].text == f"the finalists are trials {best[0]}, {best[1]} now, and were " + ", ".join(
         map(str, before.plan.trials)
     )
-    found = {step.job.label for step in steps if step.job and step.kind == "found"}
+    labels = {item.job.label for item in progress if item.job and item.kind == "found"}
     kept = set(best) & set(before.plan.trials)
-    assert {label for label in found if "seed" in label} == {f"trial {n}, seed {k} of 2" for n in kept for k in (1, 2)}
+    assert {label for label in labels if "seed" in label} == {f"trial {n}, seed {k} of 2" for n in kept for k in (1, 2)}
     assert final.test.reads == (1 if final.winner == before.winner else 2)
 
 
-def test_again_means_other_seeds_and_another_reading(copied: Home) -> None:
+def test_again_trains_with_other_seeds_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
     final, _ = finish(copied, again=True)
@@ -282,14 +282,14 @@ def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
     kept = row(copied).final
     assert kept is not None
     assert (kept.epochs, kept.model, kept.test.reads) == (1, None, 2)
-    final, steps = finish(copied)
-    assert done(steps) == []
+    final, progress = finish(copied)
+    assert done(progress) == []
     assert final == dataclasses.replace(kept, model=final.model)
     assert final.model.version == 2
     assert len(reads(copied)) == 2
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def four(home: Home) -> StudyRecord:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"trial": 1}, "study 'toy': trial 1 is pruned; may be 0, 3"),
         ({"trial": 2}, "study 'toy': trial 2 is failed; may be 0, 3"),
@@ -307,10 +307,10 @@ def four(home: Home) -> StudyRecord:
         ({"trial": 0, "top": 2}, "--trial 0: names the winner; --top and --seeds are for finalists"),
     ],
 )
-def test_a_trial_that_cannot_win_is_named(four: StudyRecord, home: Home, asked: dict[str, int], said: str) -> None:
+def test_a_trial_that_cannot_win_is_named(four: StudyRecord, home: Home, asked: dict[str, int], message: str) -> None:
     with pytest.raises(UserError) as refused:
         make_plan(four, RetrainOptions(home, "toy", **asked))  # type: ignore[arg-type]
-    assert str(refused.value) == said
+    assert str(refused.value) == message
 
 
 def test_a_study_that_still_runs_is_refused_unless_a_trial_is_chosen(four: StudyRecord, home: Home) -> None:
@@ -330,14 +330,14 @@ def test_a_study_without_a_complete_trial_is_refused(home: Home) -> None:
 def test_an_unknown_study_is_one_line_and_leaves_nothing(
     tuned: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for home, said in ((tuned.path, "study 'nothing' is not in "), (tmp_path / "no", "holds no study yet")):
+    for home, message in ((tuned.path, "study 'nothing' is not in "), (tmp_path / "no", "holds no study yet")):
         monkeypatch.setattr(sys, "argv", ["searchfm", "retrain", "nothing", "--home", str(home)])
         with pytest.raises(SystemExit) as left:
             cli.main()
-        heard = capsys.readouterr().err
+        line = capsys.readouterr().err
         assert left.value.code == 2
-        assert said in heard
-        assert heard.count("\n") == 1
+        assert message in line
+        assert line.count("\n") == 1
     assert not (tuned.study("nothing")).exists()
     assert not (tmp_path / "no").exists()
 

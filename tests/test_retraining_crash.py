@@ -1,4 +1,4 @@
-"""A final training killed at random moments, or told to stop, ends as if nothing had happened: real processes."""
+"""`retrain` killed at random moments, or stopped by a signal, gives the unbroken result: real processes."""
 
 import json
 import os
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 RETRAIN = ("retrain", "mlp", "--top", "2", "--seeds", "2", "--workers", "2", "--json")
 
 
-def start(home: Path, *words: str) -> "subprocess.Popen[str]":
+def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "searchfm", *words, "--home", str(home)],
+        [sys.executable, "-m", "searchfm", *arguments, "--home", str(home)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -33,25 +33,25 @@ def start(home: Path, *words: str) -> "subprocess.Popen[str]":
     )
 
 
-def finish(home: Path, *words: str) -> dict[str, Any]:
-    process = start(home, *words)
+def finish(home: Path, *arguments: str) -> dict[str, Any]:
+    process = start(home, *arguments)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
+    output: dict[str, Any] = json.loads(out)
+    return output
 
 
 @pytest.fixture(scope="module")
 def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = new_home(tmp_path_factory.mktemp("crash") / "tuned" / "home").path
-    words = ("--trials", "3", "--dataset", "digits", "--epochs", "20", "--set", "search.checkpoint_seconds=0")
-    finish(home, "tune", "mlp", "--set", "search.pruner=none", *words, "--json")
+    arguments = ("--trials", "3", "--dataset", "digits", "--epochs", "20", "--set", "search.checkpoint_seconds=0")
+    finish(home, "tune", "mlp", "--set", "search.pruner=none", *arguments, "--json")
     return home
 
 
 @pytest.fixture(scope="module")
 def unbroken(tuned: Path) -> dict[str, Any]:
-    """What an unbroken final training gives, but for the clock."""
+    """The result of an unbroken `retrain`, without times."""
     home = copy(tuned, "unbroken")
     finish(home, *RETRAIN)
     return lasting(home)
@@ -74,7 +74,7 @@ def lasting(home: Path) -> dict[str, Any]:
 
 
 def check(home: Path, unbroken: dict[str, Any]) -> None:
-    """Bitwise the unbroken final model, one reading of the test part, one version, nothing half-written."""
+    """Checks for bitwise the unbroken final model, one reading of the test part, one version, nothing half-written."""
     assert lasting(home) == unbroken
     (reads,) = json.loads((home / "test-reads.json").read_text())["reads"].values()
     assert len(reads) == 1
@@ -84,7 +84,7 @@ def check(home: Path, unbroken: dict[str, Any]) -> None:
 
 
 def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
-    """Until so many jobs have begun, or the process is done."""
+    """Returns once `jobs` jobs have begun, or the process has ended."""
     study = home / "studies" / "mlp"
     while process.poll() is None:
         begun = list((study / "finalists").glob("*/log.txt")) + list((study / "finalists").glob("*/attempt-*"))
@@ -95,7 +95,9 @@ def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
 
 
 @pytest.mark.parametrize("moment", [0, 2, 5, 6])
-def test_killed_at_any_moment_the_same_command_ends_it(moment: int, tuned: Path, unbroken: dict[str, Any]) -> None:
+def test_after_a_kill_at_any_moment_the_same_command_completes_it(
+    moment: int, tuned: Path, unbroken: dict[str, Any]
+) -> None:
     home, chance = copy(tuned, f"killed-{moment}"), random.Random(moment)
     process = start(home, *RETRAIN)
     wait_for(process, home, moment)
@@ -121,7 +123,7 @@ def test_a_killed_worker_is_replaced(tuned: Path, unbroken: dict[str, Any]) -> N
     check(home, unbroken)
 
 
-def test_told_to_stop_it_leaves_with_143_and_goes_on(tuned: Path, unbroken: dict[str, Any]) -> None:
+def test_sigterm_ends_it_with_143_and_the_same_command_resumes(tuned: Path, unbroken: dict[str, Any]) -> None:
     home = copy(tuned, "stopped")
     for jobs in (2, 4):
         process = start(home, *RETRAIN)
@@ -135,7 +137,7 @@ def test_told_to_stop_it_leaves_with_143_and_goes_on(tuned: Path, unbroken: dict
     check(home, unbroken)
 
 
-def test_two_at_once_the_second_is_refused(tuned: Path) -> None:
+def test_a_second_retrain_at_the_same_time_is_refused(tuned: Path) -> None:
     home = copy(tuned, "two")
     first = start(home, *RETRAIN)
     wait_for(first, home, 1)

@@ -1,4 +1,4 @@
-"""A whole study: what is opened before it, and what is checked before anything is written. Real training on digits."""
+"""A study from open to close, and the checks before anything is written. Real training on digits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -36,14 +36,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 class Engines:
-    """Makes local engines and remembers them."""
+    """Makes local engines, and lists them."""
 
     def __init__(self) -> None:
-        self.made: list[LocalEngine] = []
+        self.started: list[LocalEngine] = []
 
     def __call__(self, devices: Any) -> LocalEngine:
-        self.made.append(LocalEngine(devices))
-        return self.made[-1]
+        self.started.append(LocalEngine(devices))
+        return self.started[-1]
 
 
 def tune(
@@ -59,27 +59,27 @@ def tune(
     plain = file.study().resolved if file else before.file if before else {}
     options = {"device": "cpu", "workers": 1, "stopping": stopping, "engine": engines or Engines(), **plan}
     with Tuning(study, home, plain, before, follow=False, **options) as tuning:
-        news = list(tuning.run())
+        progress = list(tuning.run())
     result = tuning.result()
     let_go(tuning.storage)
-    return result, news
+    return result, progress
 
 
-def test_a_study_is_begun_gone_on_with_and_complete(home: Home) -> None:
-    study, news = tune(home, {"train.epochs": 1})
+def test_a_study_starts_resumes_and_completes(home: Home) -> None:
+    study, progress = tune(home, {"train.epochs": 1})
     check_trained(study, 2)
     assert study.data.shape == (1, 8, 8)
     assert study.question == "which width?"
     assert (study.resolved["train"]["epochs"], study.file["train"]["epochs"]) == (1, 2)
-    assert [item.kind for item in news] == ["started", "epoch", "ended"] * 2
+    assert [item.kind for item in progress] == ["started", "epoch", "ended"] * 2
 
     engines = Engines()
-    again, news = tune(home, engines=engines)
+    again, progress = tune(home, engines=engines)
     assert facts(again) == facts(study)
-    assert news == []
-    assert engines.made[0].pids == []  # no worker was started
+    assert progress == []
+    assert engines.started[0].pids == []  # no worker was started
 
-    more, _ = tune(home, {"search.trials": 3}, file=None)  # what was begun needs no file
+    more, _ = tune(home, {"search.trials": 3}, file=None)  # a stored study needs no file
     check_trained(more, 3)
     assert facts(more)[:2] == facts(study)
     assert (more.uuid, more.planned, more.resolved["train"]["epochs"]) == (study.uuid, 3, 1)
@@ -92,14 +92,14 @@ def check_trained(study: StudyRecord, trials: int) -> None:
         assert not list(row.folder.glob("attempt-*"))
 
 
-def test_a_trial_that_a_coordinator_left_behind_is_adopted_before_others_are_asked(home: Home) -> None:
+def test_a_dead_coordinators_trial_is_adopted_before_others_are_asked_for(home: Home) -> None:
     study, _ = tune(home, {"search.trials": 1})
     storage = open_storage(home)
-    optuna.load_study(study_name="toy", storage=storage).ask()  # and then, it died
+    optuna.load_study(study_name="toy", storage=storage).ask()  # a coordinator that died right after
     let_go(storage)
-    study, news = tune(home, {"search.trials": 3})
+    study, progress = tune(home, {"search.trials": 3})
     check_trained(study, 3)
-    assert [(item.kind, item.trial) for item in news if item.kind != "epoch"] == [
+    assert [(item.kind, item.trial) for item in progress if item.kind != "epoch"] == [
         *[("adopted", 1), ("ended", 1)],
         *[("started", 2), ("ended", 2)],
     ]
@@ -134,7 +134,7 @@ def test_a_mistake_is_found_before_anything_is_written(
     assert not home.path.exists()
 
 
-def test_told_to_stop_before_it_began_a_study_leaves_nothing(home: Home) -> None:
+def test_a_stop_request_before_the_first_trial_leaves_nothing(home: Home) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(home, stopping=lambda: True)
     assert not home.path.exists()
@@ -145,10 +145,10 @@ def test_a_held_study_is_refused_before_any_worker_is_started(home: Home) -> Non
     engines = Engines()
     with study_lock(home, "toy"), pytest.raises(LockedError):
         tune(home, {"search.trials": 9}, engines=engines)
-    assert engines.made == []
+    assert engines.started == []
 
 
-def test_what_another_did_in_the_meantime_is_seen_once_the_lock_is_ours(home: Home) -> None:
+def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) -> None:
     first, _ = tune(home)
     study, before = open_study(home, FILE, "toy", {"search.trials": 3})
     other, _ = tune(home, {"search.trials": 4})
@@ -156,11 +156,11 @@ def test_what_another_did_in_the_meantime_is_seen_once_the_lock_is_ours(home: Ho
     with Tuning(study, home, first.file, before, "cpu", 1, engine=engines, follow=False) as tuning:
         assert list(tuning.run()) == []
         assert facts(tuning.result()) == facts(other)
-    assert engines.made[0].pids == []
+    assert engines.started[0].pids == []
     let_go(tuning.storage)
 
 
-def test_opening_a_study_writes_nothing_and_names_what_is_unknown(home: Home) -> None:
+def test_opening_a_study_writes_nothing_and_refuses_unknown_and_invalid_names(home: Home) -> None:
     assert open_study(home, FILE, "toy", {})[1] is None
     with pytest.raises(StudyError, match="study 'nothing': no such study file, and no study of that name in "):
         open_study(home, None, "nothing", {})
@@ -172,7 +172,7 @@ def test_opening_a_study_writes_nothing_and_names_what_is_unknown(home: Home) ->
     assert not home.path.exists()
 
 
-def test_a_name_of_its_own_makes_a_study_of_its_own(home: Home) -> None:
+def test_another_name_makes_another_study(home: Home) -> None:
     study, before = open_study(home, FILE, "other", {})
     assert (study.name, before) == ("other", None)
 
@@ -183,7 +183,7 @@ NONE, GPUS, MAC = {"cuda": 0, "mps": 0}, {"cuda": 2, "mps": 0}, {"cuda": 0, "mps
 
 
 @pytest.mark.parametrize(
-    ("device", "workers", "found", "expected"),
+    ("device", "workers", "accelerators", "expected"),
     [
         ("auto", 3, NONE, ["cpu"] * 3),
         ("auto", None, NONE, ["cpu"] * default_workers()),
@@ -196,14 +196,14 @@ NONE, GPUS, MAC = {"cuda": 0, "mps": 0}, {"cuda": 2, "mps": 0}, {"cuda": 0, "mps
         ("mps", 2, MAC, ["mps"] * 2),
     ],
 )
-def test_workers_share_the_devices_there_are(
-    device: str, workers: int | None, found: dict[str, int], expected: list[str]
+def test_workers_are_spread_over_the_devices(
+    device: str, workers: int | None, accelerators: dict[str, int], expected: list[str]
 ) -> None:
-    assert choose_devices(device, workers, found) == expected
+    assert choose_devices(device, workers, accelerators) == expected
 
 
 @pytest.mark.parametrize(
-    ("device", "found", "may_be"),
+    ("device", "accelerators", "may_be"),
     [
         ("cuda", NONE, "auto, cpu"),
         ("mps", GPUS, "auto, cpu, cuda, cuda:0, cuda:1"),
@@ -215,9 +215,9 @@ def test_workers_share_the_devices_there_are(
         ("cuda", MAC, "auto, cpu, mps"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused_saying_what_may_come(
-    device: str, found: dict[str, int], may_be: str
+def test_an_unavailable_device_is_refused_with_the_available_ones(
+    device: str, accelerators: dict[str, int], may_be: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        choose_devices(device, None, found)
+        choose_devices(device, None, accelerators)
     assert str(caught.value) == f"--device {device}: torch finds no such device here; may be {may_be}"

@@ -1,4 +1,4 @@
-"""Who may import whom. The source is read, not run, so imports inside functions and for type checkers count too."""
+"""Which module may import which. The source is read, not run, so imports in functions and for type checkers count."""
 
 import ast
 import graphlib
@@ -14,9 +14,9 @@ import searchfm
 
 PACKAGE = Path(searchfm.__file__).parent
 
-# The rooms from the ground up, one floor a row. A room imports from the floors below it and from itself; rooms of one
-# floor never see each other. The bare package (the version) may be imported from anywhere.
-FLOORS = (
+# Modules and packages from below, one layer a row. Each imports from the layers below it and from itself, never from
+# others of its layer. The bare package (the version) may be imported from anywhere.
+LAYERS = (
     {"errors"},
     {"stats", "home"},
     {"tables", "records"},
@@ -31,10 +31,10 @@ FLOORS = (
     {"cli"},
     {"__main__", "__init__"},
 )
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {part: layer for layer, modules in enumerate(LAYERS) for part in modules}
 STANDARD_LIBRARY_ONLY = {"errors", "home", "tables", "config"}
-# Every package with a wall around it, and the rooms inside.
-INSIDE = {
+# Libraries that only some modules and packages may import.
+ALLOWED = {
     "torch": {"learn"},
     "torchvision": {"learn"},
     "timm": {"learn"},
@@ -45,14 +45,14 @@ INSIDE = {
     "matplotlib": {"figures"},
     "typer": {"cli"},
 }
-# Who may name `load_test`: learn/data.py, which defines it, and the entry that tests a final model.
+# The only code with the name `load_test`: learn/data.py, which defines it, and the entry that tests a final model.
 TEST_READERS = {"searchfm.learn.data:load_test", "searchfm.learn.entries:import", "searchfm.learn.entries:test"}
 
 
 @dataclass(frozen=True)
 class Import:
-    module: str  # who imports
-    target: str  # what, as a dotted name; of our own package always a module
+    module: str  # that imports
+    target: str  # that is imported, as a dotted name; of our own package always a module
     line: int
 
     def __str__(self) -> str:
@@ -86,37 +86,37 @@ def imports(trees: Mapping[str, ast.Module]) -> Iterator[Import]:
                 yield Import(module, package if package in trees else target, node.lineno)
 
 
-def room(module: str) -> str:
+def part(module: str) -> str:
     return module.split(".")[1]
 
 
 def faults(trees: Mapping[str, ast.Module]) -> list[str]:
-    """Every import that goes through a wall, as a line for a person."""
-    found = [f"{module} is in no room" for module in trees if room(module) not in FLOOR]
+    """One line for each import that is not allowed."""
+    problems = [f"{module} is in no layer" for module in trees if part(module) not in LAYER]
     for item in imports(trees):
-        here, package = room(item.module), item.target.split(".")[0]
+        here, package = part(item.module), item.target.split(".")[0]
         if package == "searchfm":
-            there = "" if item.target == "searchfm.__init__" else room(item.target)
-            if there and there != here and FLOOR.get(there, -1) >= FLOOR.get(here, -1):
-                found.append(f"{item}: not below")
+            there = "" if item.target == "searchfm.__init__" else part(item.target)
+            if there and there != here and LAYER.get(there, -1) >= LAYER.get(here, -1):
+                problems.append(f"{item}: not below")
         elif here in STANDARD_LIBRARY_ONLY and package not in sys.stdlib_module_names:
-            found.append(f"{item}: {here} is standard library only")
-        elif here not in INSIDE.get(package, {here}):
-            found.append(f"{item}: only {', '.join(sorted(INSIDE[package]))} may")
-    return found
+            problems.append(f"{item}: {here} is standard library only")
+        elif here not in ALLOWED.get(package, {here}):
+            problems.append(f"{item}: only {', '.join(sorted(ALLOWED[package]))} may")
+    return problems
 
 
-def naming(word: str, trees: Mapping[str, ast.Module]) -> set[str]:
-    """`module:function` (or class) whose code has the word as a name, an attribute, an import or a text of its own;
-    `module:import` and `module:` for what is outside of any.
+def uses(target: str, trees: Mapping[str, ast.Module]) -> set[str]:
+    """`module:function` (or class) whose code has the target as a name, an attribute, an import or a whole string;
+    `module:import` and `module:` for statements outside of both.
     """
 
-    def says(node: ast.AST) -> bool:
+    def matches(node: ast.AST) -> bool:
         match node:
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name) | ast.FunctionDef(name=name):
-                return name == word
+                return name == target
             case ast.Constant(value=str(text)):  # getattr(data, "load_test"), "searchfm.learn.data:load_test"
-                return text == word or text.endswith((f":{word}", f".{word}"))
+                return text == target or text.endswith((f":{target}", f".{target}"))
         return False
 
     def owner(node: ast.stmt) -> str:
@@ -129,7 +129,7 @@ def naming(word: str, trees: Mapping[str, ast.Module]) -> set[str]:
         f"{module}:{owner(statement)}"
         for module, tree in trees.items()
         for statement in tree.body
-        if any(says(node) for node in ast.walk(statement))
+        if any(matches(node) for node in ast.walk(statement))
     }
 
 
@@ -138,7 +138,7 @@ def trees() -> dict[str, ast.Module]:
     return read(PACKAGE)
 
 
-def test_imports_run_downward_and_stay_inside_their_walls(trees: dict[str, ast.Module]) -> None:
+def test_imports_run_downward_and_stay_inside_their_packages(trees: dict[str, ast.Module]) -> None:
     assert not faults(trees)
 
 
@@ -160,29 +160,29 @@ def test_imports_run_downward_and_stay_inside_their_walls(trees: dict[str, ast.M
         ("searchfm.utilities", ""),
     ],
 )
-def test_a_hole_in_a_wall_is_seen(trees: dict[str, ast.Module], module: str, line: str) -> None:
+def test_a_forbidden_import_is_detected(trees: dict[str, ast.Module], module: str, line: str) -> None:
     before = set(faults(trees))
     (fault,) = set(faults(trees | {module: ast.parse(line)})) - before
     assert fault.startswith(module)
 
 
-def test_no_import_leads_back_to_where_it_began(trees: dict[str, ast.Module]) -> None:
+def test_there_is_no_import_cycle(trees: dict[str, ast.Module]) -> None:
     ours = [item for item in imports(trees) if item.target in trees and item.target != "searchfm.__init__"]
     graph = {module: {item.target for item in ours if item.module == module} for module in trees}
-    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
 def test_only_the_final_test_reads_the_test_part(trees: dict[str, ast.Module]) -> None:
-    assert naming("load_test", trees) == TEST_READERS
+    assert uses("load_test", trees) == TEST_READERS
 
 
 @pytest.mark.parametrize(
     "line",
     ["from searchfm.learn.data import load_test", "data.load_test(config)", 'getattr(data, "load_test")'],
 )
-def test_another_reader_of_the_test_part_is_seen(trees: dict[str, ast.Module], line: str) -> None:
+def test_another_reader_of_the_test_part_is_detected(trees: dict[str, ast.Module], line: str) -> None:
     for module, code in (("planted", line), ("entries", f"def trial(config, data):\n    {line}")):
-        assert not naming("load_test", {f"searchfm.learn.{module}": ast.parse(code)}) <= TEST_READERS
+        assert not uses("load_test", {f"searchfm.learn.{module}": ast.parse(code)}) <= TEST_READERS
 
 
 def loaded(code: str) -> set[str]:

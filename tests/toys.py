@@ -1,4 +1,4 @@
-"""Job entries that do in milliseconds what training does in minutes. Workers import them by name: they stay light."""
+"""Job entries that take milliseconds where training takes minutes. Workers import them by name: keep imports light."""
 
 import os
 import signal
@@ -22,9 +22,9 @@ def curve(config: Mapping[str, Any], index: int) -> float:
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Yields epochs without training; replays those of an earlier attempt from a file, as a checkpoint would.
 
-    payload: `kill` ({trial: number of attempts that die in the second epoch}), `fail` (trials that raise), `raise`
-    ({trial: name of the error of ours that it raises}), `nan` (trials without a value), `ticks` an epoch, `seconds` a
-    tick.
+    payload: `kill` ({trial: attempts whose worker is killed in the second epoch}), `fail` (trials that raise), `raise`
+    ({trial: name of the searchfm error that it raises}), `nan` (trials whose value is NaN), `ticks` an epoch, `seconds`
+    a tick.
     """
     config, number = payload["config"], int(payload["identity"].rpartition("/")[2])
     assert context.folder is not None
@@ -58,23 +58,25 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
 
 
 def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """Finds what digits has."""
+    """Returns a PrepareResult for digits."""
     yield from ()
     data = {"fingerprint": "toy", "shape": [1, 8, 8], "classes": [str(i) for i in range(10)]}
     return {"data": {**data, "train": 100, "validation": 20}, "devices": {"cuda": 0, "mps": 0}}
 
 
 def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """Whatever `payload` says, in this order; returns who did it and what the worker knew."""
+    """Does what `payload` lists, in this order; returns the worker's pid and device, its job count, and the folders of
+    earlier attempts.
+    """
     for index in range(1, payload.get("epochs", 0) + 1):
         yield Epoch(index, 0.0, 0.0, None, None, 0.1, 0.1, 1.0, time.time())
     if "says" in payload:
         print(payload["says"])
-        os.system(f"echo {payload['says']} from a child")  # what libraries print comes past sys.stdout
+        os.system(f"echo {payload['says']} from a child")  # libraries print past sys.stdout too
         sys.stderr.write(payload["says"] + " as an error\n")
     if "raises" in payload:
-        kind, *words = payload["raises"]
-        raise (getattr(errors, kind, None) or {"ValueError": ValueError, "SystemExit": SystemExit}[kind])(*words)
+        kind, *arguments = payload["raises"]
+        raise (getattr(errors, kind, None) or {"ValueError": ValueError, "SystemExit": SystemExit}[kind])(*arguments)
     if "dies" in payload:
         os.kill(os.getpid(), payload["dies"])
     began = time.monotonic()
@@ -89,7 +91,7 @@ def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
 
 
 def imports(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """How often the module that the forkserver has imported was imported, in any process."""
+    """Counts the imports of `tests.heavy`, in all processes."""
     import tests.heavy  # noqa: F401
 
     yield from ()

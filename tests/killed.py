@@ -1,7 +1,7 @@
-"""Coordinators that die at a given write: `main` reads JSON objects, one a line, and answers each with the exit status
-of the process that lived through it.
+"""Coordinators killed at a given write: `main` reads one JSON object a line, runs its search in a child process, and
+prints the child's exit status.
 
-A write is a statement that changes the database, or a change to a file below `studies/`; death comes just before it.
+A write is a statement that changes the database, or a change to a file below `studies/`; the kill comes just before it.
 """
 
 import json
@@ -22,7 +22,7 @@ from tests.driving import let_go, search, toy
 FILES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-class Death:
+class KillAt:
     """Counts writes, and kills this process before number `at`."""
 
     def __init__(self, at: int | None) -> None:
@@ -34,37 +34,37 @@ class Death:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(self) -> None:
-        """From here on, in this process."""
+        """Starts counting, in this process."""
 
-        def statement(_connection: Any, _cursor: Any, text: str, *_: Any) -> None:
+        def on_statement(_connection: Any, _cursor: Any, text: str, *_: Any) -> None:
             if not text.lstrip().upper().startswith(("SELECT", "PRAGMA")):
                 self.write()
 
-        def call(name: str, arguments: tuple[Any, ...]) -> None:
+        def on_call(name: str, arguments: tuple[Any, ...]) -> None:
             opened = name == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax")
             if (opened or name in FILES) and "/studies/" in os.fsdecode(str(arguments[0])):
                 self.write()
 
-        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", statement)
-        sys.addaudithook(call)
+        sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", on_statement)
+        sys.addaudithook(on_call)
 
 
-def live(spec: dict[str, Any]) -> None:
-    death = Death(spec.get("die_at"))
-    death.watch()
+def run(spec: dict[str, Any]) -> None:
+    kill = KillAt(spec.get("die_at"))
+    kill.watch()
     search(Home(Path(spec["home"])), toy(**spec["tables"]), workers=spec["workers"], payload=spec.get("payload"))
-    Path(spec["home"], "writes").write_text(str(death.seen))
+    Path(spec["home"], "writes").write_text(str(kill.seen))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # what this imports is imported once, for all who are to die
+    with tempfile.TemporaryDirectory() as folder:  # imports happen once, before any child is forked
         let_go(open_storage(Home(Path(folder)), create=True))
     for line in sys.stdin:
         spec = json.loads(line)
         pid = os.fork()
         if not pid:
             try:
-                live(spec)
+                run(spec)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
