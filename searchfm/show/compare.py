@@ -1,7 +1,7 @@
 """`searchfm compare`: studies side by side, with paired tests of their differences and the cost of each."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from searchfm.errors import StudyError
 from searchfm.records import Predictions, StudyRecord
 from searchfm.show import pages
 from searchfm.show.report import accuracy
+from searchfm.show.terminal import table
 from searchfm.stats import holm, mcnemar
 
 SUFFIXES = (".png", ".svg")
@@ -20,18 +21,7 @@ NOTES = {
     "test": "test: the final model on the test part, which no choice was based on; each reading of it is counted.",
     "validation": "validation: the search's best trial, optimistic; searchfm retrain measures fresh trainings.",
 }
-# Columns of the table, and whether they hold text.
-QUALITY = {
-    "study": True,
-    "accuracy": False,
-    "95% interval": False,
-    "measured on": True,
-    "to the best": False,
-    "p": False,
-}
-COST = {"data": True, "s/epoch": False, "training": False, "parameters": False, "MFLOP": False, "trials": False}
-COLUMNS = {**QUALITY, **COST}
-WIDE = 132  # characters of a terminal that holds all of them side by side
+WIDE = 132  # characters of a terminal that holds all columns side by side
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,31 @@ class Line:
     reads: int | None  # how often this home's studies had read that test part by then; None for validation
     search_seconds: float  # training of all trials
     data: str
+
+
+def _difference(line: Line) -> str:
+    return "-" if line.difference is None else "best" if line.p is None else f"{100 * line.difference:+.2f}"
+
+
+Columns = Mapping[str, Callable[[Line], str]]  # of the table, and the cell of a line
+QUALITY: Columns = {
+    "study": lambda line: line.study,
+    "accuracy": lambda line: f"{line.accuracy:.2%}",
+    "95% interval": lambda line: f"{100 * line.low:.2f}-{100 * line.high:.2f}%",
+    "measured on": lambda line: line.split + (f" (reading {line.reads})" if line.reads else ""),
+    "to the best": _difference,
+    "p": lambda line: "-" if line.p is None else format.p_value(line.p),
+}
+COST: Columns = {
+    "data": lambda line: line.data,
+    "s/epoch": lambda line: f"{line.seconds_per_epoch:.2f}",
+    "training": lambda line: format.seconds(line.training_seconds),
+    "parameters": lambda line: f"{line.parameters:,}",
+    "MFLOP": lambda line: format.megaflop(line.flops),
+    "trials": lambda line: str(line.trials),
+}
+COLUMNS: Columns = {**QUALITY, **COST}
+TEXTS = {"study", "measured on", "data"}  # columns that hold text, aligned to the left
 
 
 def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
@@ -83,34 +98,28 @@ def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
 
 def _line(study: StudyRecord) -> Line:
     final, best = study.final, study.ranked(twins=False)[0]
-    common: dict[str, Any] = {
-        "study": study.name,
-        "difference": None,
-        "p": None,
-        "trials": len(study.trials),
-        "search_seconds": sum(trial.seconds for trial in study.trials if trial.twin is None),
-        "data": str(study.resolved["data"]["name"]),
-    }
     if final is not None:
-        measured = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
-        cost = ("seconds_per_epoch", "training_seconds", "epochs", "parameters", "flops")
-        return Line(split="test", **measured, **{key: getattr(final, key) for key in cost}, **common)
-    assert best.value is not None
-    assert best.result is not None
-    low, high = accuracy(study, best).interval
+        measured: dict[str, Any] = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
+        cost: dict[str, Any] = {
+            key: getattr(final, key) for key in ("parameters", "flops", "epochs", "training_seconds")
+        }
+    else:
+        assert best.result is not None
+        low, high = accuracy(study, best).interval
+        measured = {"accuracy": best.value, "low": low, "high": high, "n": study.data.validation, "reads": None}
+        cost = {"parameters": best.result.parameters, "flops": best.result.flops, "epochs": len(best.epochs)}
+        cost["training_seconds"] = best.seconds
     return Line(
-        accuracy=best.value,
-        low=low,
-        high=high,
-        split="validation",
-        n=study.data.validation,
-        reads=None,
-        seconds_per_epoch=best.seconds_per_epoch,
-        training_seconds=best.seconds,
-        epochs=len(best.epochs),
-        parameters=best.result.parameters,
-        flops=best.result.flops,
-        **common,
+        study=study.name,
+        split="test" if final else "validation",
+        difference=None,
+        p=None,
+        seconds_per_epoch=(final or best).seconds_per_epoch,
+        trials=len(study.trials),
+        search_seconds=sum(trial.seconds for trial in study.trials if trial.twin is None),
+        data=str(study.resolved["data"]["name"]),
+        **measured,
+        **cost,
     )
 
 
@@ -133,23 +142,24 @@ def describe_lines(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
     """The comparison for a terminal of `width` characters: one table, or quality above cost."""
-    return [_table(lines, c) for c in ((COLUMNS,) if width >= WIDE else (QUALITY, {"study": True, **COST}))]
+    parts = (COLUMNS,) if width >= WIDE else (QUALITY, {"study": QUALITY["study"], **COST})
+    tables = []
+    for columns in parts:
+        shown = table(*columns, right=COLUMNS.keys() - TEXTS)
+        for row in _rows(lines, columns):
+            shown.add_row(*map(escape, row))
+        tables.append(shown)
+    return tables
 
 
-def _table(lines: Sequence[Line], columns: Mapping[str, bool]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column, text in columns.items():
-        table.add_column(column, justify="left" if text else "right", overflow="fold")
-    for line in lines:
-        cells = _cells(line)
-        table.add_row(*[escape(cells[column]) for column in columns])
-    return table
+def _rows(lines: Sequence[Line], columns: Columns = COLUMNS) -> list[list[str]]:
+    return [[cell(line) for cell in columns.values()] for line in lines]
 
 
 def comparison_markdown(lines: Sequence[Line]) -> str:
     """The comparison as Markdown, the note of its run in MLflow."""
-    rows = [list(COLUMNS), ["---" if text else "---:" for text in COLUMNS.values()]]
-    rows += [[format.escape(cells[column]) for column in COLUMNS] for cells in map(_cells, lines)]
+    rows = [list(COLUMNS), ["---" if column in TEXTS else "---:" for column in COLUMNS]]
+    rows += [[format.escape(cell) for cell in row] for row in _rows(lines)]
     return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in rows), *comparison_notes(lines)])
 
 
@@ -175,30 +185,12 @@ def comparison_page(lines: Sequence[Line]) -> str:
         "compare.html.jinja",
         {},
         names=[line.study for line in lines],
-        columns=COLUMNS,
-        rows=[[cells[column] for column in COLUMNS] for cells in map(_cells, lines)],
-        texts=[index for index, text in enumerate(COLUMNS.values()) if text],
+        columns=list(COLUMNS),
+        texts=TEXTS,
+        rows=[zip(COLUMNS, row, strict=True) for row in _rows(lines)],
         notes=comparison_notes(lines),
         front=pages.embed(_front(lines), "front"),
     )
-
-
-def _cells(line: Line) -> dict[str, str]:
-    difference = "-" if line.difference is None else "best" if line.p is None else f"{100 * line.difference:+.2f}"
-    return {
-        "study": line.study,
-        "accuracy": f"{line.accuracy:.2%}",
-        "95% interval": f"{100 * line.low:.2f}-{100 * line.high:.2f}%",
-        "measured on": line.split + (f" (reading {line.reads})" if line.reads else ""),
-        "to the best": difference,
-        "p": "-" if line.p is None else format.p_value(line.p),
-        "data": line.data,
-        "s/epoch": f"{line.seconds_per_epoch:.2f}",
-        "training": format.seconds(line.training_seconds),
-        "parameters": f"{line.parameters:,}",
-        "MFLOP": format.megaflop(line.flops),
-        "trials": str(line.trials),
-    }
 
 
 def _front(lines: Sequence[Line]) -> Any:

@@ -4,7 +4,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from optuna.storages import BaseStorage
 from searchfm import figures
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
-from searchfm.format import megaflop, p_value, plural, seconds, short, short_names, show_params, state, states, times
+from searchfm.format import megaflop, plural, seconds, short, short_names, states, times
 from searchfm.learn.datasets import training_images
 from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs
-from searchfm.search.space import Choice, Range, leaves
+from searchfm.search.space import leaves
 from searchfm.search.study import Study
 from searchfm.show import pages
 from searchfm.stats import Accuracy, holm, mcnemar
@@ -50,18 +49,20 @@ def report_page(
     if not study.ranked(twins=False):
         counts = states(study, ("pruned", "failed", "running"))
         raise StudyError(f"study {study.name!r} has no complete trial to report on: {counts}")
-    view = View(study, storage)
+    final, best = study.final, study.ranked(twins=False)[0]
+    chosen = next(trial for trial in study.trials if trial.number == final.winner) if final else best
+    saved = saved_epochs(study)
     values = {
-        **_head(view),
-        **_search(view),
-        **_space(view),
-        **_curves(view),
-        **_errors(view, data_dir),
-        **_reproduce(view, environment),
+        **_head(study, best, chosen, saved),
+        **_search(study),
+        **_space(study, best, storage),
+        **_curves(study, chosen, saved),
+        **_errors(study, chosen, data_dir),
+        **_reproduce(study, chosen, environment),
     }
     sections = {name: title for name, title in SECTIONS.items() if name != "factors" or values["factors"]}
     tips = {str(trial.number): _tip(trial) for trial in study.trials}
-    return pages.render("report.html.jinja", tips, study=study, sections=sections, **values)
+    return pages.render("report.html.jinja", tips, study=study, chosen=chosen, sections=sections, **values)
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
@@ -284,65 +285,16 @@ def factors_note(*, sweep: bool) -> str:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class View:
-    """A study, and what several sections need of it."""
-
-    study: StudyRecord
-    storage: BaseStorage
-
-    @cached_property
-    def best(self) -> Trial:
-        """The best trial that was trained itself."""
-        return self.study.ranked(twins=False)[0]
-
-    @cached_property
-    def chosen(self) -> Trial:
-        """The trial whose configuration is shown: the winner after retraining, else the best."""
-        final = self.study.final
-        return next(trial for trial in self.study.trials if trial.number == final.winner) if final else self.best
-
-    @cached_property
-    def importances(self) -> dict[str, float]:
-        """See `importances`."""
-        return importances(self.study, self.storage)
-
-    @cached_property
-    def saved(self) -> Saved:
-        """See `saved_epochs`."""
-        return saved_epochs(self.study)
-
-    @cached_property
-    def space(self) -> dict[str, Choice | Range]:
-        """The keys with at least two values among complete trials."""
-        values: dict[str, set[Any]] = {}
-        for trial in self.study.ranked(twins=False):
-            for key, value in trial.params.items():
-                values.setdefault(key, set()).add(value)
-        tree = Study(self.study.name, self.study.resolved).tree
-        return {key: leaf for key, leaf in leaves(tree) if len(values.get(key, ())) > 1}
-
-    @cached_property
-    def keys(self) -> list[str]:
-        """The keys of `space`, the most important first, as far as that is known."""
-        return sorted(self.space, key=lambda key: -self.importances.get(key, 0.0))
-
-    @cached_property
-    def names(self) -> dict[str, str]:
-        """Short names of all keys of the space."""
-        return short_names(dict.fromkeys(key for trial in self.study.trials for key in trial.params))
-
-
-def _head(view: View) -> dict[str, Any]:
-    study, final, chosen = view.study, view.study.final, view.chosen
+def _head(study: StudyRecord, best: Trial, chosen: Trial, saved: Saved) -> dict[str, Any]:
+    final = study.final
     model = final or chosen.result
-    facts = [("best in the search", f"{view.best.value:.2%}", f"trial {view.best.number}")]
+    facts = [("best in the search", f"{best.value:.2%}", f"trial {best.number}")]
     if final:
         test = final.test
         facts.insert(0, (f"on the test part, reading {test.reads}", f"{test.accuracy:.2%}", f"{test.n:,} images"))
     facts.append(("trained to the end", f"{len(study.ranked(twins=False))}", f"of {len(study.trials)} trials"))
-    if view.saved.epochs:
-        facts.append(("epochs saved", f"{view.saved.fraction:.0%}", "by pruning"))
+    if saved.epochs:
+        facts.append(("epochs saved", f"{saved.fraction:.0%}", "by pruning"))
     if model:
         facts += [("parameters", f"{model.parameters:,}", ""), ("MFLOP an image", megaflop(model.flops), "forward")]
     pace = final.seconds_per_epoch if final else chosen.seconds_per_epoch
@@ -350,62 +302,65 @@ def _head(view: View) -> dict[str, Any]:
     return {"about": about(study), "verdict": verdict(study), "facts": facts}
 
 
-def _search(view: View) -> dict[str, Any]:
-    study, ranked = view.study, ranks(view.study)
+def _search(study: StudyRecord) -> dict[str, Any]:
+    ranked = ranks(study)
     measured = [
         figures.Measured(f"trial {r.trial.number}", r.trial.value or 0.0, *r.accuracy.interval, tied=r.tied)
         for r in ranked[:RANKED]
     ]
     history = figures.history(study.trials, ranked[0].trial.number, ranked[0].accuracy.interval)
-    by_value = sorted(study.trials, key=lambda trial: (-(trial.value or 0.0), trial.number))
     return {
         "history": pages.embed(history, "history"),
         "ranking": pages.embed(figures.ranking(measured), "ranking"),
         "tie": tie(study, ranked),
-        "ranked": [_rank_cells(rank, study.final) for rank in ranked[:RANKED]],
-        "trials_table": [_trial_cells(trial) for trial in by_value],
+        "ranked": ranked[:RANKED],
+        "trials": sorted(study.trials, key=lambda trial: (-(trial.value or 0.0), trial.number)),
     }
 
 
-def _space(view: View) -> dict[str, Any]:
-    trials, space = view.study.ranked(twins=False), view.space
-    fractions = {view.names[key]: fraction for key, fraction in list(view.importances.items())[:KEYS]}
-    axes = {key: leaf for key, leaf in space.items() if key in view.keys[:KEYS]}
+def _space(study: StudyRecord, best: Trial, storage: BaseStorage) -> dict[str, Any]:
+    trials, importance = study.ranked(twins=False), importances(study, storage)
+    names = short_names(dict.fromkeys(key for trial in study.trials for key in trial.params))
+    values = {key: {trial.params[key] for trial in trials if key in trial.params} for key in names}
+    tree = Study(study.name, study.resolved).tree
+    space = {key: leaf for key, leaf in leaves(tree) if len(values.get(key, ())) > 1}  # what differs between trials
+    keys = sorted(space, key=lambda key: -importance.get(key, 0.0))
+    fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
+    axes = {key: leaf for key, leaf in space.items() if key in keys[:KEYS]}
     shown = f"{'the' if fractions else 'the first'} {len(axes)}{' most important' if fractions else ''}"
     return {
         "importance": pages.embed(figures.importance(fractions), "importance") if fractions else None,
-        "importance_note": importance_note(view.study, bool(fractions)),
-        "parallel": pages.embed(figures.parallel(trials, axes, view.names), "parallel") if len(axes) > 1 else None,
+        "importance_note": importance_note(study, bool(fractions)),
+        "parallel": pages.embed(figures.parallel(trials, axes, names), "parallel") if len(axes) > 1 else None,
         "parallel_note": f"Shown are {shown} of {len(space)} keys." if len(axes) < len(space) else "",
         "factors": [
-            pages.embed(figures.factor(trials, key, space[key], view.names[key], f"f{i}", view.best.number), f"f{i}")
-            for i, key in enumerate(view.keys)
+            pages.embed(figures.factor(trials, key, space[key], names[key], f"f{i}", best.number), f"f{i}")
+            for i, key in enumerate(keys)
         ],
-        "factors_note": factors_note(sweep=len(view.names) == 1),
+        "factors_note": factors_note(sweep=len(names) == 1),
     }
 
 
-def _curves(view: View) -> dict[str, Any]:
-    study = view.study
+def _curves(study: StudyRecord, chosen: Trial, saved: Saved) -> dict[str, Any]:
     epochs = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
-    subject = "the final model, trained on all training data" if epochs else f"trial {view.chosen.number}"
-    epochs = epochs or view.chosen.epochs
-    survival = figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if view.saved.epochs else None
+    subject = "the final model, trained on all training data" if epochs else f"trial {chosen.number}"
+    epochs = epochs or chosen.epochs
+    survival = figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if saved.epochs else None
     return {
         "curves": pages.embed(figures.curves(epochs), "curves") if epochs else None,
         "curves_subject": subject,
         "progress": pages.embed(figures.progress(study.trials, study.ranked(twins=False)[:TOP]), "progress"),
         "survival": pages.embed(survival, "survival") if survival else None,
-        "saved": pruning_note(view.saved),
+        "saved": pruning_note(saved),
     }
 
 
-def _errors(view: View, data_dir: Path | None) -> dict[str, Any]:
+def _errors(study: StudyRecord, chosen: Trial, data_dir: Path | None) -> dict[str, Any]:
     """The final model's predictions on the test part, once there are any; the images are always of the validation part:
     looking at test images before the next change would tune on them.
     """
-    study, names, number = view.study, view.study.data.classes, view.chosen.number
-    validation = Predictions.read(view.chosen.folder)
+    names, number = study.data.classes, chosen.number
+    validation = Predictions.read(chosen.folder)
     test = Predictions.read(study.folder / "final") if study.final else None
     predictions = test or validation
     subject = f"The predictions of trial {number} are no longer in its folder."
@@ -413,55 +368,35 @@ def _errors(view: View, data_dir: Path | None) -> dict[str, Any]:
         subject = "Predictions of the final model on the test part."
     elif validation:
         subject = f"Predictions of trial {number} on the validation part."
-    pairs, note = _pairs(study, number, validation, data_dir) if validation else ([], "")
+    pairs = confused(validation) if validation else []
+    sources, note = _sources(study, pairs, validation, data_dir) if validation else ({}, "")
     return {
         "errors_subject": subject,
         "confusion": pages.embed(figures.confusion(predictions, names), "confusion") if predictions else None,
         "classes": predictions.per_class(names) if predictions else (),
         "pairs": pairs,
-        "pairs_note": note,
+        "validation": validation,
+        "sources": sources,
+        "pairs_note": note
+        or f"Trial {number} on the validation part: count, fraction of the true class, and the most "
+        "probable mistakes. No test image is ever shown.",
     }
 
 
-def _pairs(
-    study: StudyRecord, trial: int, predictions: Predictions, data_dir: Path | None
-) -> tuple[list[dict[str, Any]], str]:
-    """The most confused pairs with their images, and a note; without images where the data cannot be read."""
-    pairs, names = confused(predictions), study.data.classes
+def _sources(
+    study: StudyRecord, pairs: Sequence[Confused], predictions: Predictions, data_dir: Path | None
+) -> tuple[dict[int, str], str]:
+    """Each example's image as the source of an `img`; none, and a note why, where the data cannot be read."""
     shown = [index for pair in pairs for index in pair.examples]
-    note = (
-        f"Trial {trial} on the validation part: count, fraction of the true class, and the most probable mistakes. "
-        "No test image is ever shown."
-    )
-    sources: dict[int, str] = {}
     try:
         config, indices = DataConfig.from_table(study.resolved["data"]), predictions.indices[shown].tolist()
         pixels = training_images(config, indices, study.data.fingerprint, data_dir) if shown else ()
-        sources = {index: pages.data_uri(image) for index, image in zip(shown, pixels, strict=True)}
     except DataError as error:
-        note = f"The images cannot be shown: {error}"
-    return [
-        {
-            "true": names[pair.true],
-            "predicted": names[pair.predicted],
-            "count": pair.count,
-            "fraction": f"{pair.fraction:.1%}",
-            "images": [
-                {
-                    "source": sources[index],
-                    "index": int(predictions.indices[index]),
-                    "probability": f"{predictions.probabilities[index, pair.predicted]:.0%}",
-                }
-                for index in pair.examples
-                if index in sources
-            ],
-        }
-        for pair in pairs
-    ], note
+        return {}, f"The images cannot be shown: {error}"
+    return {index: pages.data_uri(image) for index, image in zip(shown, pixels, strict=True)}, ""
 
 
-def _reproduce(view: View, environment: Mapping[str, str]) -> dict[str, Any]:
-    study, chosen = view.study, view.chosen
+def _reproduce(study: StudyRecord, chosen: Trial, environment: Mapping[str, str]) -> dict[str, Any]:
     file, resolved = chosen.folder / "config.toml", dict(study.resolved)
     facts = {
         **environment,
@@ -472,36 +407,10 @@ def _reproduce(view: View, environment: Mapping[str, str]) -> dict[str, Any]:
         f"trial {chosen.config.get('train', {}).get('seed', '')}",
     }
     return {
-        "chosen": chosen.number,
         "config": file.read_text("utf-8") if file.is_file() else tomli_w.dumps(dict(chosen.config)),
         "resolved": tomli_w.dumps({"name": study.name, **resolved}),
         "environment": {name: text for name, text in facts.items() if text},
         "written": time.strftime("%Y-%m-%d %H:%M"),
-    }
-
-
-def _rank_cells(rank: Rank, final: Final | None) -> dict[str, Any]:
-    trial = rank.trial
-    return {
-        "trial": trial.number,
-        "mark": "retrained" if final is not None and final.winner == trial.number else "",
-        "style": "best" if rank.p is None and not rank.difference else "" if rank.tied else "differs",
-        "accuracy": f"{trial.value:.2%}",
-        "difference": f"{100 * rank.difference:+.2f}" if rank.difference else "",
-        "p": "" if rank.p is None else p_value(rank.p),
-        "seconds": f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "",
-        "parameters": f"{trial.result.parameters:,}" if trial.result else "",
-    }
-
-
-def _trial_cells(trial: Trial) -> dict[str, Any]:
-    return {
-        "trial": trial.number,
-        "state": state(trial),
-        "accuracy": "" if trial.accuracy is None else f"{trial.accuracy:.2%}",
-        "epochs": len(trial.epochs),
-        "seconds": f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "",
-        "params": trial.reason if trial.state == "failed" and trial.reason else show_params(trial.params),
     }
 
 

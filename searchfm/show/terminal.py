@@ -4,8 +4,9 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,11 +86,10 @@ class TuneView:
             _line(self.console, self._ended(trial, better))
 
     def _ended(self, trial: Trial, better: bool) -> str:
-        accuracy = f"{trial.accuracy:.4f}" if trial.accuracy is not None else "     -"
         note = f"twin of {trial.twin}" if trial.twin is not None else escape(trial.reason or show_params(trial.params))
         return (
             f"[dim]{self.counts.total():>4}/{self.trials}[/] trial {trial.number:>4}"
-            f" [{STYLES[trial.state]}]{trial.state:<8}[/] {accuracy}"
+            f" [{STYLES[trial.state]}]{trial.state:<8}[/] {_digits(trial.accuracy):>6}"
             f" epoch {len(trial.reported) or len(trial.epochs)}/{trial.planned_epochs or '?'}"
             f" {seconds(trial.seconds):>7}  {note}{'  [bold green]best so far[/]' * better}"
         )
@@ -100,12 +100,10 @@ class TuneView:
         if done > self.before and done < self.trials:
             pace = (time.monotonic() - self.began) / (done - self.before)
             texts.append(f"about {seconds(pace * (self.trials - done))} left")
-        table = _table("trial", "epoch", "accuracy", "params", live=True)
+        shown = table("trial", "epoch", "accuracy", "params", live=True)
         for number, (trial, epochs) in sorted(self.running.items()):
-            table.add_row(
-                str(number), f"{len(epochs)}/{trial.planned_epochs}", _last(epochs), escape(show_params(trial.params))
-            )
-        parts: list[RenderableType] = [_bar(self.console, "trials", done, self.trials, ", ".join(texts)), table]
+            shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(show_params(trial.params)))
+        parts: list[RenderableType] = [_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown]
         if self.best is not None:
             best = f"best: trial {self.best.number} with {self.best.value:.4f}, {show_params(self.best.params)}"
             parts.append(Text(best, "green"))
@@ -163,19 +161,16 @@ class RetrainView:
             return ""
         total = sum(self.planned.values())
         done = self.trained + sum(len(epochs) for _, epochs in self.running.values())
-        table = _table("job", "epoch", "accuracy", live=True)
+        shown = table("job", "epoch", "accuracy", live=True)
         for job, epochs in self.running.values():
-            table.add_row(job.label, f"{len(epochs)}/{job.epochs}" if job.epochs else "-", _last(epochs))
-        return Group(_bar(self.console, "epochs", min(done, total), total), table)
+            shown.add_row(job.label, *_pace(epochs, job.epochs))
+        return Group(_bar(self.console, "epochs", min(done, total), total), shown)
 
 
-@contextmanager
-def _live(console: Console, render: Callable[[], RenderableType]) -> Iterator[None]:
+def _live(console: Console, render: Callable[[], RenderableType]) -> AbstractContextManager[object]:
     if not console.is_terminal:
-        yield
-        return
-    with Live(get_renderable=render, console=console, refresh_per_second=4, transient=True):
-        yield
+        return nullcontext()
+    return Live(get_renderable=render, console=console, refresh_per_second=4, transient=True)
 
 
 def _bar(console: Console, name: str, done: int, total: int, text: str = "") -> ProgressBar:
@@ -185,9 +180,9 @@ def _bar(console: Console, name: str, done: int, total: int, text: str = "") -> 
     return bar
 
 
-def _last(epochs: Sequence[Epoch]) -> str:
+def _pace(epochs: Sequence[Epoch], planned: int) -> tuple[str, str]:
     value = epochs[-1].val_accuracy if epochs else None
-    return "-" if value is None else f"{value:.4f}"
+    return f"{len(epochs)}/{planned}" if planned else "-", _digits(value)
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
@@ -195,29 +190,28 @@ def _last(epochs: Sequence[Epoch]) -> str:
 
 def study_table(studies: Iterable[StudyRecord]) -> Table:
     """A line a study: the number of trials in each state, and the best value."""
-    table = _table("study", "trials", "complete", "pruned", "failed", "running", "best", "data")
+    shown = table("study", "trials", *STYLES, "best", "data")
     for study in studies:
-        counts = [str(len(study.of(state))) for state in STYLES]
-        best = f"{study.best.value:.4f}" if study.best else "-"
-        total = f"{len(study.trials)}/{study.planned}"
-        table.add_row(study.name, total, *counts, best, str(study.resolved["data"]["name"]))
-    return table
+        counts = [f"{len(study.trials)}/{study.planned}", *(str(len(study.of(state))) for state in STYLES)]
+        best = _digits(study.best.value if study.best else None)
+        shown.add_row(study.name, *counts, best, str(study.resolved["data"]["name"]))
+    return shown
 
 
 def trial_table(trials: Sequence[Trial], title: str) -> Table:
     """A line a trial, with what the search chose for it."""
-    table = _table("trial", "state", "value", "epochs", "s/epoch", "parameters", "params", title=title)
+    shown = table("trial", "state", "value", "epochs", "s/epoch", "parameters", "params", title=title)
     for trial in trials:
-        table.add_row(
+        shown.add_row(
             str(trial.number),
             Text(state(trial), STYLES[trial.state]),
-            f"{trial.value:.4f}" if trial.value is not None else "-",
+            _digits(trial.value),
             str(len(trial.epochs)),
             f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "-",
             f"{trial.result.parameters:,}" if trial.result else "-",
             escape(show_params(trial.params)),
         )
-    return table
+    return shown
 
 
 def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: Costs | None = None) -> None:
@@ -325,10 +319,10 @@ def show_differences(
     if not differences:
         _line(console, f"{study.name}: MLflow holds all {len(study.trials)} trials as Optuna has them")
         return
-    table = _table("trial", "in MLflow", "")
+    shown = table("trial", "in MLflow", "")
     for item in differences:
-        table.add_row("study" if item.trial is None else str(item.trial), item.text, "sent" if applied else "")
-    console.print(table)
+        shown.add_row("study" if item.trial is None else str(item.trial), item.text, "sent" if applied else "")
+    console.print(shown)
     if not applied:
         _line(console, f"nothing was written; to send it: searchfm sync {study.name} --apply")
 
@@ -337,8 +331,8 @@ def show_comparison(
     console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path | None]
 ) -> None:
     """Studies side by side, how to read the tables, and the files that were written."""
-    for table in tables:
-        console.print(table)
+    for part in tables:
+        console.print(part)
         console.print()
     for note in notes:
         console.print(escape(note), style="dim", highlight=False, soft_wrap=True)
@@ -370,19 +364,19 @@ def finalist_table(final: Final) -> Table | None:
     """A line a finalist: its value in the search, and its accuracy with fresh seeds."""
     if not final.finalists:
         return None
-    table = _table("trial", "search", "fresh seeds", "mean", "parameters", "MFLOP", title="finalists, on validation")
+    shown = table("trial", "search", "fresh seeds", "mean", "parameters", "MFLOP", title="finalists, on validation")
     for finalist in sorted(final.finalists, key=lambda finalist: -finalist.mean):
         best = finalist.trial == final.winner
-        table.add_row(
+        shown.add_row(
             f"{finalist.trial}{' (wins)' if best else ''}",
-            f"{finalist.value:.4f}",
-            " ".join(f"{value:.4f}" for value in finalist.values),
-            f"{finalist.mean:.4f}",
+            _digits(finalist.value),
+            " ".join(map(_digits, finalist.values)),
+            _digits(finalist.mean),
             f"{finalist.parameters:,}",
             megaflop(finalist.flops),
             style="green" if best else None,
         )
-    return table
+    return shown
 
 
 def final_sentences(final: Final) -> list[str]:
@@ -428,17 +422,16 @@ def class_table(final: Final) -> Table:
     """Precision and recall on the test part, the lowest recall first."""
     classes = sorted(final.per_class, key=lambda figures: figures.recall)
     more = f", the lowest {SHOWN} of {len(classes)}" if len(classes) > SHOWN else ""
-    table = _table("class", "precision", "recall", "images", title=f"classes, on test{more}")
+    shown = table("class", "precision", "recall", "images", title=f"classes, on test{more}")
     for item in classes[:SHOWN]:
-        table.add_row(escape(item.name), f"{item.precision:.4f}", f"{item.recall:.4f}", f"{item.n:,}")
-    return table
+        shown.add_row(escape(item.name), f"{item.precision:.4f}", f"{item.recall:.4f}", f"{item.n:,}")
+    return shown
 
 
 def describe_final(final: Final) -> dict[str, Any]:
     """What `retrain --json` prints."""
     keys = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
-    values = final.to_json()
-    return {key: values[key] for key in keys}
+    return {key: value for key, value in final.to_json().items() if key in keys}
 
 
 # --- data sets, predictions, files ------------------------------------------------------------------------------------
@@ -446,26 +439,20 @@ def describe_final(final: Final) -> dict[str, Any]:
 
 def describe_data(row: "Described") -> dict[str, Any]:
     """A data set as plain values: what `data --json` prints."""
-    return {
-        "name": row.name,
-        "shape": list(row.shape) if row.shape else None,
-        "classes": row.classes,
-        "train": row.train,
-        "test": row.test,
-        "origin": row.origin,
-        "found": str(row.location) if row.location else None,
-    }
+    values = asdict(row)
+    location = values.pop("location")
+    return {**values, "found": str(location) if location else None}
 
 
 def data_table(rows: "Iterable[Described]") -> Table:
     """A line a data set: its size, its location here, and its origin."""
-    table = _table("data set", "images", "classes", "training", "test", "here", "origin")
+    shown = table("data set", "images", "classes", "training", "test", "here", "origin")
     for row in rows:
         size = "x".join(str(side) for side in row.shape) if row.shape else "-"
         test = "carved" if row.test is None else f"{row.test:,}"
         here = escape(str(row.location)) if row.location else "[yellow]no[/]"
-        table.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, row.origin)
-    return table
+        shown.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, row.origin)
+    return shown
 
 
 def describe_prediction(row: "Prediction", top: int) -> dict[str, Any]:
@@ -491,15 +478,15 @@ def prediction_csv(rows: "Sequence[Prediction]", top: int) -> str:
 
 def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
     """A line an image: its class and the probability, then the next classes."""
-    table = _table("image", "class", "probability", *(["then"] if top > 1 else []))
+    shown = table("image", "class", "probability", *(["then"] if top > 1 else []))
     for row in rows:
         if row.error:
-            table.add_row(escape(row.image), Text(f"cannot be read: {row.error}", "red"))
+            shown.add_row(escape(row.image), Text(f"cannot be read: {row.error}", "red"))
             continue
         (name, probability), *rest = row.top
         then = [escape(", ".join(f"{other} {part:.4f}" for other, part in rest))] if top > 1 else []
-        table.add_row(escape(row.image), escape(name), f"{probability:.4f}", *then)
-    return table
+        shown.add_row(escape(row.image), escape(name), f"{probability:.4f}", *then)
+    return shown
 
 
 def describe_export(done: "Exported") -> dict[str, Any]:
@@ -518,18 +505,28 @@ def show_export(console: Console, done: "Exported") -> None:
 
 def pair_table(left: str, right: str, rows: Mapping[str, str]) -> Table:
     """Two columns."""
-    table = _table(left, right)
+    shown = table(left, right)
     for name, text in rows.items():
-        table.add_row(escape(name), escape(text))
-    return table
+        shown.add_row(escape(name), escape(text))
+    return shown
 
 
-def _table(*columns: str, title: str | None = None, live: bool = False) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.header_style = "dim" if live else "bold"
+def table(*columns: str, title: str | None = None, live: bool = False, right: Container[str] = ()) -> Table:
+    """A table without rows. right: the columns that are aligned to the right."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    shown.header_style = "dim" if live else "bold"
     for column in columns:
-        table.add_column(column, no_wrap=live and column != "params", overflow="ellipsis" if live else "fold")
-    return table
+        shown.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=live and column != "params",
+            overflow="ellipsis" if live else "fold",
+        )
+    return shown
+
+
+def _digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _line(console: Console, markup: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import searchfm
-from searchfm import figures
+from searchfm import figures, format
 
 LARGEST = 96  # side in pixels of an image of the data in a page
 
@@ -53,13 +53,15 @@ def data_uri(image: NDArray[np.uint8]) -> str:
 
 @cache
 def _templates() -> jinja2.Environment:
-    return jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("searchfm.show", "pages"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.filters |= {"p_value": format.p_value, "state": format.state, "show_params": format.show_params}
+    return templates
 
 
 def _text(name: str) -> str:
