@@ -8,6 +8,7 @@ import errno
 import json
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from searchfm import __version__
-from searchfm.errors import SearchfmError, StorageError, StudyError, UserError, WorldError
+from searchfm.errors import SearchfmError, StorageError, StudyError, UserError
+from searchfm.home import Home, data_folder, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,13 +38,8 @@ ModelArgument = Annotated[
         metavar="MODEL",
     ),
 ]
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]"),
-]
-DataDirOption = Annotated[
-    Path | None, typer.Option("--data-dir", help="Folder to search for data sets first. [default: SEARCHFM_DATA]")
-]
+HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
 
@@ -88,23 +85,20 @@ def tune(
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=0.01, or a range {low=…, high=…}."
+            "--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=0.01 or a range {low=…, high=…}."
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds.")] = None,
     engine: Annotated[str, typer.Option(help="Where workers run: local.")] = "local",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show the space, train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the study; train nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Add a trial for each failed one.")] = False,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search a study: propose, train, prune and record trials. The same command again resumes it."""
-    from searchfm.home import Home, data_folder
     from searchfm.pool import StopRequest
     from searchfm.search import files
     from searchfm.show import terminal
@@ -126,21 +120,16 @@ def tune(
         return
     began = time.monotonic()
     with StopRequest(timeout) as stop:
-        tuning = Tuning(
-            opened, where, file, stored, device, workers, data_folder(data_dir), retry_failed, stopping=stop
-        )
-        with tuning:
+        folder = data_folder(data_dir)
+        with Tuning(opened, where, file, stored, device, workers, folder, retry_failed, stopping=stop) as tuning:
             view = terminal.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
             view.follow(tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
-        if as_json:
-            _print_json({**terminal.describe_study(result, where), "seconds": round(elapsed, 3)})
-        exhausted = tuning.coordinator.exhausted
-        terminal.show_end(
-            console, result, trials=tuning.trials, exhausted=exhausted, missing=tuning.missing, elapsed=elapsed
-        )
-    if result.trials and all(trial.state == "failed" for trial in result.trials):
-        raise WorldError(f"study {result.name!r}: every trial failed, the last with: {result.trials[-1].reason}")
+        values = {**terminal.describe_study(result, where), "seconds": round(elapsed, 3)}
+        _output(as_json, values, lambda: None)
+        exhausted, missing = tuning.coordinator.exhausted, tuning.missing
+        terminal.show_end(console, result, trials=tuning.trials, exhausted=exhausted, missing=missing, elapsed=elapsed)
+    tuning.check_success(result)
 
 
 @app.command()
@@ -160,7 +149,6 @@ def retrain(
 ) -> None:
     """Train the best trials with fresh seeds, the winner on all training data, test it once, and register it."""
     from searchfm import retraining
-    from searchfm.home import Home, data_folder
     from searchfm.pool import StopRequest
     from searchfm.search.files import study_name
     from searchfm.show import terminal
@@ -171,10 +159,7 @@ def retrain(
     )
     with StopRequest() as stop:
         final = terminal.RetrainView(console, name).follow(retraining.retrain(options, stop))
-        if as_json:
-            _print_json(terminal.describe_final(final))
-        else:
-            terminal.show_final(console, final)
+        _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
 
 
 @app.command()
@@ -184,7 +169,6 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the studies, how far they are, and their best trials."""
-    from searchfm.home import Home
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_studies, read_study
     from searchfm.show import terminal
@@ -192,7 +176,7 @@ def status(
     where, console = Home.find(home), _console()
     records = read_studies(where) if study is None else [read_study(where, study_name(study))]
     if as_json:
-        _print_json([terminal.describe_study(record, where) for record in records])
+        typer.echo(json.dumps([terminal.describe_study(record, where) for record in records]))
     elif study is not None:
         terminal.show_study(console, records[0])
     elif records:
@@ -214,10 +198,8 @@ def studies(
     console = _console()
     if name is None:
         questions = {i: files.question((files.folder() / f"{i}.toml").read_text("utf-8")) for i in files.shipped()}
-        if as_json:
-            _print_json([{"study": item, "question": text} for item, text in questions.items()])
-        else:
-            console.print(terminal.pair_table("study", "question", questions))
+        values = [{"study": item, "question": text} for item, text in questions.items()]
+        _output(as_json, values, lambda: console.print(terminal.pair_table("study", "question", questions)))
         return
     path = files.find(name)
     if path is None:
@@ -228,10 +210,7 @@ def studies(
         from searchfm.learn.models import costs  # imports torch, which nothing else here does
 
         cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1])
-    if as_json:
-        _print_json(terminal.describe_plan(study, cost))
-    else:
-        terminal.show_plan(console, study, None, cost)
+    _output(as_json, terminal.describe_plan(study, cost), lambda: terminal.show_plan(console, study, None, cost))
 
 
 @app.command()
@@ -242,7 +221,6 @@ def data(
 ) -> None:
     """List the built-in data sets, their sources and local copies, or fetch one."""
     from searchfm.config import DATASETS
-    from searchfm.home import data_folder
     from searchfm.learn import datasets
     from searchfm.show import terminal
 
@@ -250,10 +228,8 @@ def data(
     if name is not None:
         datasets.fetch(name, where)
     rows = [datasets.describe(item, where) for item in ([name] if name else DATASETS)]
-    if as_json:
-        _print_json([terminal.describe_data(row) for row in rows])
-    else:
-        _console().print(terminal.data_table(rows))
+    values = [terminal.describe_data(row) for row in rows]
+    _output(as_json, values, lambda: _console().print(terminal.data_table(rows)))
 
 
 @app.command()
@@ -264,7 +240,6 @@ def dashboard(
     home: HomeOption = None,
 ) -> None:
     """Serve optuna-dashboard and the MLflow UI on loopback, until Ctrl-C."""
-    from searchfm.home import Home
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import terminal
@@ -285,7 +260,6 @@ def compare(
 ) -> None:
     """Compare studies: accuracy with its interval, paired tests, time and size. Also logged to MLflow."""
     from searchfm import tracking
-    from searchfm.home import Home, write_whole
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import compare as comparing
@@ -300,11 +274,8 @@ def compare(
         write_whole(html, page.encode())
     if picture is not None:
         write_whole(picture, comparing.comparison_picture(lines, picture.suffix))
-    if as_json:
-        _print_json(values)
-    else:
-        tables = comparing.comparison_tables(lines, console.width)
-        terminal.show_comparison(console, tables, comparing.comparison_notes(lines), [html, picture])
+    tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
+    _output(as_json, values, lambda: terminal.show_comparison(console, tables, notes, [html, picture]))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
     tracking.log_comparison(where, values, comparing.comparison_markdown(lines), files)
 
@@ -320,7 +291,6 @@ def report(
 ) -> None:
     """Write a report on one page: question, result, uncertainty, search space, errors. Also logged to MLflow."""
     from searchfm import tracking
-    from searchfm.home import Home, data_folder, write_whole
     from searchfm.search.files import study_name
     from searchfm.search.storage import open_storage, read_study
     from searchfm.show.report import report_page
@@ -346,7 +316,6 @@ def sync(
 ) -> None:
     """Align MLflow with Optuna: list what is missing, doubled or different, and send it with --apply."""
     from searchfm import tracking
-    from searchfm.home import Home
     from searchfm.search.files import study_name
     from searchfm.search.storage import locked_study, read_study
     from searchfm.show import terminal
@@ -354,10 +323,8 @@ def sync(
     where, name = Home.find(home), study_name(study)
     with locked_study(where, name) if apply else nullcontext((read_study(where, name), None)) as (record, _):
         differences = tracking.sync(where, record, apply=apply)
-    if as_json:
-        _print_json([{"trial": item.trial, "problem": str(item), "mended": apply} for item in differences])
-    else:
-        terminal.show_differences(_console(), record, differences, applied=apply)
+    values = [{"trial": item.trial, "problem": str(item), "mended": apply} for item in differences]
+    _output(as_json, values, lambda: terminal.show_differences(_console(), record, differences, applied=apply))
 
 
 @app.command()
@@ -380,7 +347,6 @@ def predict(
     code in a model's file is run.
     """
     from searchfm import tracking
-    from searchfm.home import Home, write_whole
     from searchfm.learn import export, predict
     from searchfm.show import terminal
 
@@ -392,7 +358,7 @@ def predict(
     top = min(top, len(predictor.classes))
     rows = list(predict.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
-        _print_json([terminal.describe_prediction(row, top) for row in rows])
+        typer.echo(json.dumps([terminal.describe_prediction(row, top) for row in rows]))
     elif files:
         write_whole(files[0], terminal.prediction_csv(rows, top).encode())
     elif as_csv:
@@ -423,7 +389,6 @@ def export(
     it. `searchfm predict` reads onnx and safetensors.
     """
     from searchfm import tracking
-    from searchfm.home import Home
     from searchfm.learn import export
     from searchfm.show import terminal
 
@@ -431,10 +396,8 @@ def export(
     with tracking.find_model(Home.find(home), model) as source:
         network, spec = export.load_model(source.path)
     done = export.export(network, spec, format_, target(source.name), force=force)
-    if as_json:
-        _print_json({"model": model, **terminal.describe_export(done)})
-    else:
-        terminal.show_export(_console(), done)
+    values = {"model": model, **terminal.describe_export(done)}
+    _output(as_json, values, lambda: terminal.show_export(_console(), done))
 
 
 def _console(*, stderr: bool = False) -> "Console":
@@ -443,8 +406,11 @@ def _console(*, stderr: bool = False) -> "Console":
     return Console(stderr=stderr)
 
 
-def _print_json(values: Any) -> None:
-    typer.echo(json.dumps(values))
+def _output(as_json: bool, values: Any, show: Callable[[], object]) -> None:
+    if as_json:
+        typer.echo(json.dumps(values))
+    else:
+        show()
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -11,7 +11,7 @@ import searchfm
 from searchfm.coordinator import Coordinator, Progress
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, default_workers
-from searchfm.errors import DataError, StudyError, UserError
+from searchfm.errors import DataError, StudyError, UserError, WorldError
 from searchfm.home import Home
 from searchfm.jobs import JobSpec
 from searchfm.pool import WorkerPool
@@ -75,6 +75,11 @@ class Tuning:
     def result(self) -> StudyRecord:
         """The study as it stands."""
         return load_study(self.storage, self.home, self.study.name)
+
+    def check_success(self, study: StudyRecord) -> None:
+        """Raises WorldError if every trial failed."""
+        if study.trials and all(trial.state == "failed" for trial in study.trials):
+            raise WorldError(f"study {study.name!r}: every trial failed, the last with: {study.trials[-1].reason}")
 
     @property
     def trials(self) -> int:
