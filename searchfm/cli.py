@@ -56,8 +56,8 @@ def main() -> None:
         _fail(f"{error.filename or 'disk'}: {error.strerror}; fix this and run the same command again", 1)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(__version__)
         raise typer.Exit
 

@@ -1,27 +1,27 @@
-"""The tree of errors a user can meet. Anything else that is raised is our bug and shows its traceback.
+"""The errors that a user can meet. Any other exception is a bug of searchfm and shows its traceback.
 
-Every message is one line that says where, what came and what may come.
+Each message is one line: where, what came, what may come.
 """
 
 
 class SearchfmError(Exception):
-    """Anything we tell the user in one line; `exit_code` is what the command line answers with."""
+    """An error shown to the user as one line; `exit_code` is that of the command."""
 
     exit_code = 1
 
 
 class WorldError(SearchfmError):
-    """The world failed: disk, database, network, every trial. The same command resumes."""
+    """A failure outside the user's control: disk, database, network, every trial. The same command resumes."""
 
 
 class UserError(SearchfmError):
-    """The user's mistake; nothing was begun and nothing is left behind."""
+    """A mistake in the command or a file; nothing was started and nothing is left behind."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """A key of a study file or config that cannot be: `key` is dotted, `problem` says what came and what may come."""
+    """An invalid key of a study file or config: `key` is dotted, `problem` says what came and what may come."""
 
     def __init__(self, key: str, problem: str, where: str = "") -> None:
         self.key, self.problem, self.where = key, problem, where
@@ -31,16 +31,16 @@ class ConfigError(UserError):
         return f"{self.where}: {self.key} {self.problem}" if self.where else f"{self.key} {self.problem}"
 
     def under(self, path: str) -> "ConfigError":
-        """The same error seen from one table further out."""
+        """The same error, its key prefixed with the path of an outer table."""
         return ConfigError(f"{path}.{self.key}" if path else self.key, self.problem, self.where)
 
     def at(self, where: str) -> "ConfigError":
-        """The same error with the file (or command-line option) that it came from."""
+        """The same error with the file or command-line option that the key came from."""
         return ConfigError(self.key, self.problem, self.where or where)
 
 
 class StudyError(UserError):
-    """A study that is unknown, unfinished, of another shape, or in nobody's hands."""
+    """A study that is unknown, unfinished, of another shape, or not locked by this process."""
 
 
 class LockedError(UserError):
@@ -48,7 +48,7 @@ class LockedError(UserError):
 
 
 class DataError(UserError):
-    """Data that are unknown, unreachable, unreadable or not what they were."""
+    """Data that are unknown, unreachable, unreadable or changed."""
 
 
 class ModelError(UserError):
@@ -64,7 +64,7 @@ class StorageError(WorldError):
 
 
 class DivergedError(WorldError):
-    """Training left the finite numbers; the message says where."""
+    """A loss that is not finite; the message says which and in which epoch."""
 
 
 class Stopped(BaseException):  # not an error: it must pass every `except Exception` on its way out

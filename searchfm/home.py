@@ -17,7 +17,7 @@ TRACKING = "MLFLOW_TRACKING_URI"
 
 @dataclass(frozen=True)
 class Home:
-    """The folder a search leaves everything in: `./runs` unless told otherwise.
+    """The folder that holds everything a search writes; `./runs` by default.
 
     Storage URLs come from the environment, never from the command line, where `ps` would show their passwords.
     """
@@ -25,17 +25,17 @@ class Home:
     path: Path
 
     @classmethod
-    def find(cls, given: Path | None = None) -> "Home":
+    def find(cls, option: Path | None = None) -> "Home":
         """`--home`, else SEARCHFM_HOME, else `./runs`."""
-        return cls((given or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
+        return cls((option or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
 
     def probe(self) -> None:
-        """Raises UserError if the folder cannot be written, or made. Creates nothing: others may be beginning here."""
+        """Raises UserError if the folder cannot be written or created. Creates nothing itself."""
         try:
-            found = next(path for path in (self.path, *self.path.parents) if path.exists() or path.is_symlink())
-            if not found.is_dir():
+            existing = next(path for path in (self.path, *self.path.parents) if path.exists() or path.is_symlink())
+            if not existing.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(found, os.W_OK | os.X_OK):
+            if not os.access(existing, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise unwritable(self.path, error) from None

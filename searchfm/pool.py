@@ -42,7 +42,7 @@ _FATAL: Mapping[str, type[SearchfmError]] = {"DataError": DataError, "StorageErr
 
 
 @dataclass
-class _Live:
+class _PoolJob:
     spec: JobSpec
     attempt: int
     lost: int
@@ -69,8 +69,8 @@ class WorkerPool:
         self.engine, self.retries = engine, retries
         self.check_lock = check_lock
         self._stopping, self._clock = stopping, clock
-        self._waiting: deque[_Live] = deque()
-        self._live: dict[str, _Live] = {}  # on a worker
+        self._waiting: deque[_PoolJob] = deque()
+        self._running: dict[str, _PoolJob] = {}  # on a worker
         self._started: deque[Started] = deque()  # not yielded yet
         self._stop_requested_at: float | None = None
         self._lock_checked_at = clock()
@@ -92,14 +92,14 @@ class WorkerPool:
 
     def submit(self, spec: JobSpec) -> int:
         """Gives a job to a free worker, or queues it; returns the number of its attempt."""
-        live = _Live(spec, _next_attempt(spec.folder, spec.attempts), spec.lost, spec.received)
-        self._waiting.append(live)
+        pooled = _PoolJob(spec, _next_attempt(spec.folder, spec.attempts), spec.lost, spec.received)
+        self._waiting.append(pooled)
         self._start_waiting()
-        return live.attempt
+        return pooled.attempt
 
     def stop(self, job: str) -> None:
         """Asks a job to leave; its one further event is `StoppedEarly`."""
-        self._live[job].stopping = True
+        self._running[job].stopping = True
         self.engine.stop(job)
 
     def events(self, timeout: float = EVENT_SECONDS) -> Iterator[Event]:
@@ -109,7 +109,7 @@ class WorkerPool:
         """
         if self._stop_requested_at is None and self._stopping():
             self._stop_requested_at = self._clock()
-            for job in self._live:
+            for job in self._running:
                 self.engine.stop(job)
         self._start_waiting()
         while self._started:
@@ -118,8 +118,8 @@ class WorkerPool:
         if self._clock() > self._lock_checked_at + LOCK_SECONDS:
             self.check_lock()
             self._lock_checked_at = self._clock()
-        if event is not None and event.job in self._live and self._live[event.job].attempt == event.attempt:
-            yield from self._on(self._live[event.job], event)  # any other is of an attempt that was given up
+        if event is not None and event.job in self._running and self._running[event.job].attempt == event.attempt:
+            yield from self._on(self._running[event.job], event)  # any other is of an attempt that was given up
 
     def run_all(self, specs: Iterable[JobSpec]) -> Iterator[Event]:
         """Brings jobs to their ends. Raises KeyboardInterrupt once all have left, if the pool is to stop; DataError,
@@ -158,50 +158,50 @@ class WorkerPool:
 
     def _start_waiting(self) -> None:
         while self._waiting and not self._stopping() and self.engine.free > 0:
-            live = self._waiting.popleft()
-            spec = live.spec
-            self._live[spec.id] = live
-            self.engine.submit(Job(spec.id, live.attempt, spec.folder, spec.entry, spec.payload))
-            self._started.append(Started(spec.id, live.attempt))
+            pooled = self._waiting.popleft()
+            spec = pooled.spec
+            self._running[spec.id] = pooled
+            self.engine.submit(Job(spec.id, pooled.attempt, spec.folder, spec.entry, spec.payload))
+            self._started.append(Started(spec.id, pooled.attempt))
 
-    def _on(self, live: _Live, event: Event) -> Iterator[Event]:
+    def _on(self, pooled: _PoolJob, event: Event) -> Iterator[Event]:
         if isinstance(event, EpochDone):
             # Not after `stop`, and not an epoch that a checkpoint replays or an attempt trains again.
-            if not live.stopping and event.epoch.index > live.received:
-                assert event.epoch.index == live.received + 1, f"{event.job}: epoch {event.epoch.index} came too early"
-                live.received += 1
+            if not pooled.stopping and event.epoch.index > pooled.received:
+                assert event.epoch.index == pooled.received + 1, f"{event.job}: epoch {event.epoch.index} is early"
+                pooled.received += 1
                 yield event
             return
-        del self._live[event.job]
-        if live.stopping:
-            gather(live.spec.folder, keep=False)
+        del self._running[event.job]
+        if pooled.stopping:
+            gather(pooled.spec.folder, keep=False)
             yield StoppedEarly(event.job, event.attempt)
             return
         match event:
             case Finished():
-                gather(live.spec.folder, keep=True)
+                gather(pooled.spec.folder, keep=True)
                 yield event
             case Failed(kind=kind, reason=reason):
                 if kind in _FATAL:
                     raise _FATAL[kind](reason)
-                gather(live.spec.folder, keep=False)
+                gather(pooled.spec.folder, keep=False)
                 yield event
             case Left():
-                yield self._retry(live, "")
+                yield self._retry(pooled, "")
             case Lost(reason=reason):
-                live.lost += 1
-                if live.lost > self.retries:
-                    gather(live.spec.folder, keep=False)
-                    yield Failed(event.job, event.attempt, "WorldError", f"{reason}, {live.lost} times")
+                pooled.lost += 1
+                if pooled.lost > self.retries:
+                    gather(pooled.spec.folder, keep=False)
+                    yield Failed(event.job, event.attempt, "WorldError", f"{reason}, {pooled.lost} times")
                 else:
-                    yield self._retry(live, reason)
+                    yield self._retry(pooled, reason)
             case _:
                 raise AssertionError(event)
 
-    def _retry(self, live: _Live, reason: str) -> Retried:
-        live.attempt = _next_attempt(live.spec.folder, live.attempt)
-        self._waiting.append(live)
-        return Retried(live.spec.id, live.attempt, reason, live.lost)
+    def _retry(self, pooled: _PoolJob, reason: str) -> Retried:
+        pooled.attempt = _next_attempt(pooled.spec.folder, pooled.attempt)
+        self._waiting.append(pooled)
+        return Retried(pooled.spec.id, pooled.attempt, reason, pooled.lost)
 
 
 class StopRequest:
@@ -263,12 +263,12 @@ def _number(attempt: Path) -> int:
     return int(attempt.name.removeprefix("attempt-"))
 
 
-def _next_attempt(folder: Path | None, made: int) -> int:
+def _next_attempt(folder: Path | None, attempts: int) -> int:
     """A number that no attempt had, by whichever process: its folder takes it, before a worker knows it. The worker of
     a dead coordinator may still be writing under the one before.
     """
     if folder is None:
-        return made + 1
-    number = max([made, *map(_number, folder.glob("attempt-*"))]) + 1
+        return attempts + 1
+    number = max([attempts, *map(_number, folder.glob("attempt-*"))]) + 1
     (folder / f"attempt-{number}").mkdir(parents=True)
     return number

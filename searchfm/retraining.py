@@ -501,14 +501,14 @@ def _draw(folder: Path, epochs: Sequence[Epoch], names: Sequence[str]) -> None:
     write_whole(folder / "confusion.png", figures.png(figures.confusion(predictions, names)))
 
 
-def _install(partial: Path, place: Path) -> None:
+def _install(partial: Path, target: Path) -> None:
     """Puts a finished model in place of an earlier one, and removes what other plans began and left beside it."""
-    old = place.with_name(f"{FOLDER}-old")
+    old = target.with_name(f"{FOLDER}-old")
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        place.rename(old)
-    partial.rename(place)
-    for path in place.parent.glob(f"{FOLDER}-*"):
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    for path in target.parent.glob(f"{FOLDER}-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
