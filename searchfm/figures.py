@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -25,9 +25,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 from searchfm.home import write_whole
-from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial
+from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial, ranked
 from searchfm.search.space import Choice, Range
 
 DPI = 110
@@ -67,14 +68,32 @@ def _blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _plain(axes: Axes, title: str) -> None:
+def _panel(figure: Figure, title: str, *bounds: float) -> Axes:
+    """Plain axes; bounds: left, bottom, width and height, 0 to 1 of the figure."""
+    return _plain(figure.add_axes(bounds), title)  # type: ignore[arg-type]
+
+
+def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
     """Axes without ornaments, the title at the upper left."""
-    axes.set_title(title, loc="left", y=1.0, pad=4, color=INK, fontsize=10, parse_math=False)
+    _title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=INK, labelsize=8, length=3)
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+    axes.grid(axis=grid, color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
+    return axes
+
+
+def _title(
+    axes: Axes, text: str, loc: Literal["left", "right"] = "left", *, color: str = INK, size: float = 10
+) -> None:
+    axes.set_title(text, loc=loc, y=1.0, pad=4, color=color, fontsize=size, parse_math=False)
+
+
+def _count(axes: Axes, name: str, most: int = 10) -> None:
+    """A horizontal axis of whole numbers."""
+    axes.set_xlabel(name, color=INK, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def _short(name: str, most: int = 24) -> str:
@@ -134,8 +153,7 @@ def curves(epochs: Sequence[Epoch]) -> Figure:
         axes.plot(steps, _gaps(train), color=TRAIN, marker="o", markersize=3, label="training")
         if any(value is not None for value in validation):
             axes.plot(steps, _gaps(validation), color=VALIDATION, marker="o", markersize=3, label="validation")
-        axes.set_xlabel("epoch", color=INK, fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+        _count(axes, "epoch", 7)
         axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
     right.yaxis.set_major_formatter(FuncFormatter(_percent))
     held = [epoch for epoch in epochs if epoch.val_accuracy is not None and np.isfinite(epoch.val_accuracy)]
@@ -145,9 +163,7 @@ def curves(epochs: Sequence[Epoch]) -> Figure:
         for axes in (left, right):
             axes.axvline(best.index, color=MARK, linewidth=0.8, linestyle=":")
         right.plot([best.index], [best.val_accuracy], "o", color=MARK, markersize=6, markerfacecolor="none")
-        right.set_title(
-            f"best {best.val_accuracy:.2%} in epoch {best.index}", loc="right", y=1.0, pad=4, color=MARK, fontsize=9
-        )
+        _title(right, f"best {best.val_accuracy:.2%} in epoch {best.index}", "right", color=MARK, size=9)
     left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     return figure
 
@@ -179,7 +195,7 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     axes.spines[:].set_color(QUIET)
     correct, total = int(np.trace(counts)), int(counts.sum())
     title = f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})"
-    axes.set_title(title, loc="left", y=1.0, pad=5, fontsize=9, color=INK)
+    _title(axes, title, size=9)
     if counted:
         for row, column in np.argwhere(counts):
             colour = "white" if fractions[row, column] > 0.25 else INK
@@ -192,16 +208,16 @@ def draw(trial: Trial, names: Sequence[str]) -> list[Path]:
     trial. A picture newer than its source is not drawn again. names: of the classes. Raises StorageError.
     """
     predictions = Predictions.read(trial.folder) if trial.state == "complete" else None
-    pictures: list[tuple[str, str, Callable[[], Figure]]] = []
+    pictures: list[tuple[Path, str, Callable[[], Figure]]] = []
     if trial.epochs:
-        pictures.append(("curves.png", EPOCHS, lambda: curves(trial.epochs)))
+        pictures.append((trial.folder / "curves.png", EPOCHS, lambda: curves(trial.epochs)))
     if predictions is not None:
-        pictures.append(("confusion.png", PREDICTIONS, lambda: confusion(predictions, names)))
-    for name, source, make in pictures:
-        path, origin = trial.folder / name, trial.folder / source
+        pictures.append((trial.folder / "confusion.png", PREDICTIONS, lambda: confusion(predictions, names)))
+    for path, source, make in pictures:
+        origin = trial.folder / source
         if not (path.exists() and origin.exists() and path.stat().st_mtime_ns >= origin.stat().st_mtime_ns):
             write_whole(path, png(make()))
-    return [trial.folder / name for name, _, _ in pictures]
+    return [path for path, _, _ in pictures]
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:
@@ -218,12 +234,9 @@ def history(trials: Sequence[Trial], best: int | None = None, band: tuple[float,
     trial that is marked, and `band` its interval, shaded.
     """
     figure = _blank(WIDE, 3.2)
-    axes = figure.add_axes((0.062, 0.15, 0.925, 0.76))
-    _plain(axes, "validation accuracy of each trial")
+    axes = _panel(figure, "validation accuracy of each trial", 0.062, 0.15, 0.925, 0.76)
     values = {trial.number: trial.value for trial in trials if trial.value is not None}
-    pruned = {
-        trial.number: trial.accuracy for trial in trials if trial.state == "pruned" and trial.accuracy is not None
-    }
+    pruned = {row.number: row.accuracy for row in trials if row.state == "pruned" and row.accuracy is not None}
     failed = [trial.number for trial in trials if trial.state == "failed"]
     floor = _limits(axes, [*values.values()], pruned.values())
     if band is not None:
@@ -232,18 +245,17 @@ def history(trials: Sequence[Trial], best: int | None = None, band: tuple[float,
     tops = np.maximum.accumulate([values[number] for number in order])
     axes.step(order, tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
     for number, value in pruned.items():
-        _dot(axes, "history", number, number, value, floor, color="white", edge=QUIET)
+        _dot(axes, "history", number, (number, value), floor, color="white", markeredgecolor=QUIET, markeredgewidth=0.9)
     for number in order:
-        _dot(axes, "history", number, number, values[number], floor, color=MARK if number == best else VALIDATION)
+        _dot(axes, "history", number, (number, values[number]), floor, color=MARK if number == best else VALIDATION)
     for number in failed:
         axes.plot([number], [floor], "x", color=INK, markersize=5, gid=f"trial-history-{number}")
-    axes.set_xlabel("trial", color=INK, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _count(axes, "trial")
     axes.margins(x=0.02)
     legend = "● complete" + "   ○ pruned, at its last report" * bool(pruned)
     legend += "   × failed" * bool(failed)
     legend += "   ▾ below the scale" * any(value < floor for value in (*values.values(), *pruned.values()))
-    axes.set_title(legend, loc="right", y=1.0, pad=4, color=SOFT, fontsize=8)
+    _title(axes, legend, "right", color=SOFT, size=8)
     return figure
 
 
@@ -252,9 +264,7 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
 
     names: of the axes. The line of a trial without a key passes below that axis.
     """
-    complete = sorted(
-        (trial for trial in trials if trial.value is not None), key=lambda trial: (trial.value or 0.0, -trial.number)
-    )
+    complete = ranked(trials)[::-1]
     width = max(WIDE, 1.05 * (len(space) + 1))
     figure = _blank(width, 3.7)
     axes = figure.add_axes((0.6 / width, 0.09, 1 - 1.2 / width, 0.79))
@@ -264,10 +274,8 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     axes.set_ylim(BELOW - 0.07 if partial else -0.05, 1.04)
     values = [trial.value or 0.0 for trial in complete]
     floor, top = _floor(values, values), max(values, default=1.0)
-    heights_of = []
-    for x, (key, leaf) in enumerate(space.items()):
-        ticks, height = _scale(leaf)
-        heights_of.append(height)
+    scales = {key: _scale(leaf) for key, leaf in space.items()}
+    for x, (key, (ticks, _)) in enumerate(scales.items()):
         _vertical(axes, x, names[key], ticks)
         if any(key not in trial.params for trial in complete):
             axes.plot([x - 0.03, x + 0.03], [BELOW, BELOW], color=QUIET, linewidth=2.5, zorder=2)
@@ -278,20 +286,17 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     for rank, trial in enumerate(complete):
         jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would lie on each other
         heights = [
-            height(trial.params[key]) + (jitter if isinstance(leaf, Choice) else 0.0) if key in trial.params else BELOW
-            for height, (key, leaf) in zip(heights_of, space.items(), strict=True)
+            height(trial.params[key]) + jitter * isinstance(space[key], Choice) if key in trial.params else BELOW
+            for key, (_, height) in scales.items()
         ]
         heights.append((max(trial.value or 0.0, floor) - floor) / span)
         last = rank == len(complete) - 1
-        axes.plot(
-            range(len(heights)),
-            heights,
-            color=MARK if last else WORST_TO_BEST(rank / max(len(complete) - 1, 1)),
-            linewidth=2.0 if last else 1.1,
-            solid_joinstyle="round",
-            zorder=3 + rank / (len(complete) + 1),
-            gid=f"trial-parallel-{trial.number}",
-        )
+        style: dict[str, Any] = {"solid_joinstyle": "round", "zorder": 3 + rank / (len(complete) + 1)}
+        style |= {
+            "color": MARK if last else WORST_TO_BEST(rank / max(len(complete) - 1, 1)),
+            "linewidth": 2.0 if last else 1.1,
+        }
+        axes.plot(range(len(heights)), heights, gid=f"trial-parallel-{trial.number}", **style)
     return figure
 
 
@@ -304,19 +309,18 @@ def factor(
     number of the trial that is marked.
     """
     figure = _blank(3.3, 2.3)
-    axes = figure.add_axes((0.165, 0.17, 0.815, 0.72))
-    _plain(axes, name)
+    axes = _panel(figure, name, 0.165, 0.17, 0.815, 0.72)
     points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
     floor = _limits(axes, [value for _, _, value in points])
     options = _options(leaf)
-    by_option: dict[int, list[float]] = {}
+    by_option: dict[int, list[float]] = {}  # values by the option's index
     for number, x, value in sorted(points, key=lambda point: point[0] == best):  # the marked one on top
         if options:
             index = _index(options, x)
             by_option.setdefault(index, []).append(value)
             x = index + 0.5 * (_spread(number) - 0.5)
-        mark = number == best
-        _dot(axes, figure_name, number, x, value, floor, color=MARK if mark else VALIDATION, soft=not mark)
+        style: dict[str, Any] = {"color": MARK} if number == best else {"color": VALIDATION, "alpha": 0.75}
+        _dot(axes, figure_name, number, (x, value), floor, **style)
     if isinstance(leaf, Choice) or options:
         _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in sorted(by_option)})
     elif leaf.log:
@@ -347,8 +351,7 @@ def _medians(axes: Axes, options: Sequence[Any], medians: Mapping[int, float]) -
 def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
     """Validation accuracy by epoch: all trials in grey, a pruned one up to its last epoch; `top` in colour."""
     figure = _blank(5.5, 3.1)
-    axes = figure.add_axes((0.115, 0.155, 0.855, 0.745))
-    _plain(axes, "validation accuracy by epoch")
+    axes = _panel(figure, "validation accuracy by epoch", 0.115, 0.155, 0.855, 0.745)
     numbers = [trial.number for trial in top]
     ends = [max(trial.reported.values()) for trial in trials if trial.reported]
     floor = _limits(axes, [value for trial in trials for value in trial.reported.values()], ends)
@@ -364,8 +367,7 @@ def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
         number = trial.number
         style |= {"color": shade, "label": f"trial {number}", "gid": f"trial-progress-{number}"}
         axes.plot(list(trial.reported), list(trial.reported.values()), **style)
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _count(axes, "epoch")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, labelcolor=INK, loc="best")
     return figure
@@ -374,16 +376,14 @@ def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
 def survival(trials: Sequence[Trial], epochs: int) -> Figure:
     """How many of the trained trials reached each epoch, and (hatched) how many were pruned before it."""
     figure = _blank(4.2, 3.1)
-    axes = figure.add_axes((0.135, 0.155, 0.835, 0.745))
-    _plain(axes, "trials that trained each epoch")
+    axes = _panel(figure, "trials that trained each epoch", 0.135, 0.155, 0.835, 0.745)
     trained = [len(trial.epochs) for trial in trials if trial.twin is None and trial.epochs]
     reached = [sum(count >= epoch for count in trained) for epoch in range(1, epochs + 1)]
     saved = [len(trained) - count for count in reached]
     steps = range(1, epochs + 1)
     axes.bar(steps, reached, color=VALIDATION, width=0.82)
     axes.bar(steps, saved, bottom=reached, color="white", edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _count(axes, "epoch")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
@@ -411,8 +411,7 @@ def ranking(measured: Sequence[Measured]) -> Figure:
     """Accuracies with their 95% intervals, the best on top; those not distinguishable from it in colour."""
     height = 0.45 + 0.26 * len(measured)  # the pitch of a table's rows
     figure = _blank(4.7, height)
-    axes = figure.add_axes((0.16, 0.33 / height, 0.81, 1 - 0.36 / height))
-    _plain(axes, "")
+    axes = _plain(figure.add_axes((0.16, 0.33 / height, 0.81, 1 - 0.36 / height)), "", grid="x")
     for index, item in enumerate(measured):
         colour = MARK if index == 0 else VALIDATION if item.tied else QUIET
         number = item.name.rpartition(" ")[2]
@@ -422,8 +421,6 @@ def ranking(measured: Sequence[Measured]) -> Figure:
     axes.set_ylim(len(measured) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="y", visible=False)
-    axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
     axes.tick_params(axis="y", length=0)
     return figure
 
@@ -446,36 +443,17 @@ def _limits(axes: Axes, values: Sequence[float], more: Iterable[float] = ()) -> 
     return floor
 
 
-def _dot(
-    axes: Axes,
-    figure: str,
-    number: int,
-    x: float,
-    y: float,
-    floor: float,
-    *,
-    color: str,
-    edge: str = "",
-    soft: bool = False,
-) -> None:
-    axes.plot(
-        [x],
-        [max(y, floor)],
-        "o" if y >= floor else "v",
-        color=color,
-        markeredgecolor=edge or "white",
-        markeredgewidth=0.9 if edge else 0.5,
-        markersize=5.5,
-        alpha=0.75 if soft else 1.0,
-        zorder=3,
-        gid=f"trial-{figure}-{number}",
-    )
+def _dot(axes: Axes, figure: str, trial: int, point: tuple[float, float], floor: float, **style: Any) -> None:
+    """The mark of a trial; a triangle at the lower edge where the point is below the scale."""
+    style = {"markeredgecolor": "white", "markeredgewidth": 0.5, "markersize": 5.5, "zorder": 3, **style}
+    x, y = point
+    axes.plot([x], [max(y, floor)], "o" if y >= floor else "v", gid=f"trial-{figure}-{trial}", **style)
 
 
 def _scale(leaf: Choice | Range) -> tuple[list[tuple[float, str]], Callable[[Any], float]]:
     """Ticks (height from 0 to 1, text) of an axis, and the function from a value to its height."""
     if isinstance(leaf, Choice):
-        options = _ordered(leaf)
+        options = _options(leaf)
         step = 1 / max(len(options) - 1, 1)
         return [(i * step, _text(option)) for i, option in enumerate(options)], lambda v: options.index(v) * step
     warp = math.log if leaf.log else float
@@ -502,16 +480,11 @@ def _vertical(axes: Axes, x: float, name: str, ticks: Sequence[tuple[float, str]
 
 
 def _options(leaf: Choice | Range) -> list[Any]:
-    """The values that are drawn one by one; none for a leaf that is drawn as a scale."""
+    """The values that are drawn one by one, numbers by size; none for a leaf that is drawn as a scale."""
     if isinstance(leaf, Choice):
-        return _ordered(leaf)
+        return sorted(leaf.values) if _numbers(leaf.values) else list(leaf.values)
     options = leaf.options
     return list(options) if options is not None and len(options) <= FEW and not leaf.log else []
-
-
-def _ordered(leaf: Choice) -> list[Any]:
-    """The values as the study file has them; numbers by size."""
-    return sorted(leaf.values) if _numbers(leaf.values) else list(leaf.values)
 
 
 def _numbers(values: Iterable[Any]) -> bool:
@@ -554,21 +527,19 @@ def front(panels: Mapping[str, Sequence[Measured]]) -> Figure:
     part = 1 / count
     for index, (title, measured) in enumerate(panels.items()):
         margin = 0.62 / width
-        axes = figure.add_axes((index * part + margin, 0.135, part - margin - 0.15 / width, 0.775))
-        _plain(axes, title)
-        _front(axes, measured)
+        _front(_panel(figure, title, index * part + margin, 0.135, part - margin - 0.15 / width, 0.775), measured)
     return figure
 
 
 def _front(axes: Axes, measured: Sequence[Measured]) -> None:
-    unbeaten: list[Measured] = []
+    pareto: list[Measured] = []
     for item in sorted(measured, key=lambda item: (item.seconds, -item.accuracy)):
-        if not unbeaten or item.accuracy > unbeaten[-1].accuracy:
-            unbeaten.append(item)
-    xs, ys = [item.seconds for item in unbeaten], [item.accuracy for item in unbeaten]
+        if not pareto or item.accuracy > pareto[-1].accuracy:
+            pareto.append(item)
+    xs, ys = [item.seconds for item in pareto], [item.accuracy for item in pareto]
     axes.step(xs, ys, where="post", color=VALIDATION, linewidth=1.0, linestyle="--", zorder=2)
     for item in measured:
-        colour = VALIDATION if item in unbeaten else QUIET
+        colour = VALIDATION if item in pareto else QUIET
         axes.plot([item.seconds, item.seconds], [item.low, item.high], color=colour, linewidth=1.4, zorder=3)
         axes.plot([item.seconds], [item.accuracy], "o", color=colour, markersize=6, zorder=4)
     times = [item.seconds for item in measured]
@@ -586,20 +557,15 @@ def _front(axes: Axes, measured: Sequence[Measured]) -> None:
 
 def _name(axes: Axes, measured: Sequence[Measured]) -> None:
     """Writes names beside their points, each at the first of four positions without another name or point."""
-    pixels = [axes.transData.transform((item.seconds, item.accuracy)) for item in measured]
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
-    em, line = 0.62 * 8.5 / 72 * DPI, 1.25 * 8.5 / 72 * DPI  # of a letter, pixels
-    for item, (x, y) in zip(measured, pixels, strict=True):
-        width = em * len(item.name)
-        for side, dy in itertools.product((1, -1), (0.15 * line, -1.15 * line)):
-            left = x + 9 if side > 0 else x - 9 - width
-            box = (left, y + dy, left + width, y + dy + line)
-            if not any(_overlap(box, other) for other in taken):
+    axes.get_ylim()  # scales the axis, which matplotlib else puts off until it draws
+    points = axes.transData.transform([(item.seconds, item.accuracy) for item in measured])
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
+    style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "parse_math": False, "zorder": 5}
+    for item in measured:
+        label = axes.annotate(item.name, (item.seconds, item.accuracy), (0, 0), textcoords="offset points", **style)
+        for x, y in itertools.product((6, -6), (1.5, -1.5)):
+            label.xyann = (x, y)
+            label.set(ha="left" if x > 0 else "right", va="bottom" if y > 0 else "top")
+            if not label.get_window_extent().count_overlaps(taken):
                 break
-        taken.append(box)
-        left, bottom = axes.transData.inverted().transform(box[:2])
-        axes.text(left, bottom, item.name, fontsize=8.5, color=INK, va="bottom", parse_math=False, zorder=5)
-
-
-def _overlap(box: Sequence[float], other: Sequence[float]) -> bool:
-    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        taken.append(label.get_window_extent())
