@@ -347,7 +347,7 @@ def predict(
     code in a model's file is run.
     """
     from searchfm import tracking
-    from searchfm.learn import export, predict
+    from searchfm.learn import export
     from searchfm.show import terminal
 
     files = [path for path in images if as_csv and path.suffix == ".csv"]
@@ -356,7 +356,7 @@ def predict(
     with tracking.find_model(Home.find(home), model) as source:
         predictor = export.load(source.path)
     top = min(top, len(predictor.classes))
-    rows = list(predict.predict(predictor, [path for path in images if path not in files], top=top))
+    rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
         typer.echo(json.dumps([terminal.describe_prediction(row, top) for row in rows]))
     elif files:
@@ -365,7 +365,7 @@ def predict(
         typer.echo(terminal.prediction_csv(rows, top), nl=False)
     elif not all(row.error for row in rows):
         _console().print(terminal.prediction_table(rows, top))
-    predict.check_any(rows)
+    export.check_any(rows)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from searchfm.config import Config
 from searchfm.learn.data import Part, Splits, moments
 from searchfm.learn.models import flops, parameters
-from searchfm.learn.train import evaluate, train
+from searchfm.learn.train import Training, evaluate
 from searchfm.retraining import TOP, Finalist, Selection, choose
 from searchfm.stats import Accuracy
 
@@ -68,7 +68,7 @@ def study(seed: int) -> Outcome:
     winner = configs[selection.winner.trial]
     further = _train(winner, splits, 10**8 + seed).mean()
 
-    final = train(_seeded(winner, 10**9 + seed), _splits(_both(parts["train"], parts["validation"]), None))
+    final = Training(_seeded(winner, 10**9 + seed), _splits(_both(parts["train"], parts["validation"]), None))
     for _ in final:
         pass
     unseen = _both(parts["test"], parts["held"])
@@ -134,7 +134,7 @@ def _seeded(config: Config, seed: int) -> Config:
 
 def _train(config: Config, splits: Splits, seed: int) -> Answers:
     """(N,) whether a training classifies each validation image correctly."""
-    training = train(_seeded(config, seed), splits)
+    training = Training(_seeded(config, seed), splits)
     for _ in training:
         pass
     assert training.validation is not None
@@ -150,7 +150,7 @@ def _correct(probabilities: torch.Tensor, part: Part) -> Answers:
 def _finalist(number: int, config: Config, value: float, splits: Splits, seed: int) -> Finalist:
     seeds = tuple(10**7 + 10000 * seed + 100 * number + k for k in range(SEEDS))
     correct = np.stack([_train(config, splits, each) for each in seeds])
-    model = train(config, splits).classifier
+    model = Training(config, splits).classifier
     return Finalist(number, value, seeds, correct, parameters(model)[0], flops(model, (1, 8, 8)), 1.0)
 
 

@@ -20,12 +20,12 @@ from rows import four
 from searchfm import cli
 from searchfm.config import Config
 from searchfm.home import Home
-from searchfm.learn import datasets, export, predict
+from searchfm.learn import datasets, export
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
 from searchfm.learn.datasets import FASHION_CLASSES
 from searchfm.learn.images import Arrays, listing, read_folder
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 
 Said = tuple[int, str, str]  # exit code, stdout, stderr
 
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "train": {"epochs": 3, "batch_size": 64},
             }
         )
-        training = train(config, load(config.data))
+        training = Training(config, load(config.data))
         assert list(training)[-1].val_accuracy > 0.75
     spec = {"config": config.to_table(), "classes": list(training.data.classes), "shape": [1, 28, 28]}
     save_weights(place, training.classifier, spec)
@@ -183,7 +183,7 @@ def test_an_image_is_read_bitwise_as_training_reads_it(channels: int, size: int,
     trained = read_folder(files, size, channels).images
     assert len(files.files) == 34
     for path, image in zip(files.files, trained, strict=True):
-        ours = predict.read(path, (channels, size, size))
+        ours = export.read(path, (channels, size, size))
         assert ours.dtype == np.uint8
         assert ours.tobytes() == image.tobytes(), path.name
 
@@ -198,9 +198,9 @@ def test_a_folders_own_size_need_not_be_square(tmp_path: Path) -> None:
     trained = read_folder(files, 0, 3).images
     assert trained.shape == (2, 3, 9, 14)
     for path, image in zip(files.files, trained, strict=True):
-        assert (predict.read(path, (3, 9, 14)) == image).all()
+        assert (export.read(path, (3, 9, 14)) == image).all()
         Image.open(path).resize((28, 18), Image.Resampling.NEAREST).save(tmp_path / "large.png")
-        again = predict.read(tmp_path / "large.png", (3, 9, 14))
+        again = export.read(tmp_path / "large.png", (3, 9, 14))
         assert again.shape == (3, 9, 14)
         assert np.abs(again.astype(int) - image).mean() < 30, "the same picture, not its transpose"
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from searchfm import cli
 from searchfm.home import Home
 from searchfm.learn.data import load
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 from searchfm.records import StudyRecord
 from searchfm.search import files
 from searchfm.search.space import leaves
@@ -157,7 +157,7 @@ def test_a_trial_trains(name: str) -> None:
     path = files.find(name)
     assert path is not None
     (config,) = files.read(path).study(overrides).samples(1)
-    (epoch,) = train(config, load(config.data))
+    (epoch,) = Training(config, load(config.data))
     assert epoch.val_accuracy is not None
     assert math.isfinite(epoch.train_loss)
 

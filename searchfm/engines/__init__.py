@@ -7,27 +7,27 @@ from searchfm.jobs import Event, Job
 
 
 class Engine(Protocol):
-    """What starts workers and carries messages: local processes here, Ray on a cluster."""
+    """Starts workers and carries their messages: local processes here, Ray on a cluster."""
 
     @property
     def free(self) -> int:
-        """Workers that could take a job now."""
+        """Workers that can receive a job now."""
 
     @property
     def busy(self) -> bool:
-        """Whether any job is under way."""
+        """Whether any job is under way, or its end not yet read."""
 
     def resize(self, devices: Sequence[str]) -> None:
-        """One worker for each device named; those that are no longer wanted end, those that are stay warm."""
+        """One worker per device named; workers of other devices end, the rest stay warm."""
 
     def submit(self, job: Job) -> None:
-        """Gives the job to a free worker."""
+        """Sends the job to a free worker, a warm one if there is one."""
 
     def stop(self, job: str) -> None:
-        """Asks the job to leave at its next batch; its end still comes as an event."""
+        """Stops the job at its next batch; its end still comes as an event."""
 
     def next_event(self, timeout: float) -> Event | None:
-        """The next thing that happened, or None after `timeout` seconds without any."""
+        """The next event, or None after `timeout` seconds (or less) without one."""
 
     def close(self) -> None:
-        """Ends all workers, at once and whatever they do."""
+        """Ends all workers at once, busy or not."""

@@ -25,7 +25,7 @@ import psutil
 from searchfm.engines.worker import LEFT, STOP, work
 from searchfm.jobs import EpochDone, Event, Job, Left, Lost
 
-WORKER_BYTES = 1_500_000_000  # what a worker on a CPU may come to, torch, data and a small model together
+WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
 WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
 
 
@@ -35,26 +35,26 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     job: Job | None = None
-    stopping: bool = False  # we have asked its job to leave
-    silent: float | None = None  # seconds since the job's last tick; None before its first
+    stopping: bool = False  # its job was asked to stop
+    silence: float | None = None  # seconds since the job's last message; None before its first
 
 
 class LocalEngine:
-    """Worker processes on this machine, one for each device name given ("cpu", "cuda:0" ...).
+    """An `Engine` of worker processes on this machine, one for each device name ("cpu", "cuda:0" ...).
 
-    A worker starts with its first job. One whose job has ticked, and then does not for `patience` seconds, hangs: it
-    is ended, and its job is lost.
+    A worker starts with its first job. A job that has ticked, and then does not for `timeout` seconds, hangs: its
+    worker is killed, and the job is lost.
     """
 
-    def __init__(self, devices: Sequence[str], warm: str = WARM, patience: float = 600.0) -> None:
+    def __init__(self, devices: Sequence[str], warm: str = WARM, timeout: float = 600.0) -> None:
         self._context, self._warm = _context(warm), warm
-        self._patience = patience
-        self._workers: list[_Worker] = []  # those who spoke last stand last, so that all are heard
+        self._timeout = timeout
+        self._workers: list[_Worker] = []  # the last to send is last, so that messages of all are received
         self._devices = list(devices)
 
     @property
     def free(self) -> int:
-        """Workers that could take a job now."""
+        """Workers that can receive a job now."""
         return len(self._idle_devices())
 
     @property
@@ -63,27 +63,27 @@ class LocalEngine:
         return any(worker.job for worker in self._workers)
 
     def resize(self, devices: Sequence[str]) -> None:
-        """One worker for each device named; those that are no longer wanted end, those that are stay warm."""
+        """Ends idle workers of devices that are no longer named."""
         self._devices = list(devices)
-        wanted = list(devices)
+        unused = list(devices)
         for worker in list(self._workers):
-            if worker.device in wanted:
-                wanted.remove(worker.device)
+            if worker.device in unused:
+                unused.remove(worker.device)
             else:
-                assert worker.job is None, "a worker is taken away only between jobs"
+                assert worker.job is None, "a worker is removed only between jobs"
                 self._end(worker)
 
     def submit(self, job: Job) -> None:
-        """Gives the job to a free worker, which is warm if one is."""
-        warm = [worker for worker in self._workers if worker.job is None]
-        worker = warm[0] if warm else self._start(self._idle_devices()[0])
-        worker.job, worker.stopping, worker.silent = job, False, None
-        # A worker that died idle is noticed at the next event, and its job is lost and given again.
+        """Sends the job to an idle worker, else to a new one."""
+        idle = next((worker for worker in self._workers if worker.job is None), None)
+        worker = idle or self._start(self._idle_devices()[0])
+        worker.job, worker.stopping, worker.silence = job, False, None
+        # A worker that died idle is noticed at the next event, and its job is lost and submitted again.
         with suppress(OSError):
             worker.pipe.send(job)
 
     def stop(self, job: str) -> None:
-        """Asks the job to leave at its next batch; its end still comes as an event."""
+        """Sends a stop, which the worker reads at its next tick."""
         for worker in self._workers:
             if worker.job is not None and worker.job.id == job:
                 worker.stopping = True
@@ -91,26 +91,23 @@ class LocalEngine:
                     worker.pipe.send((STOP, job, worker.job.attempt))
 
     def next_event(self, timeout: float) -> Event | None:
-        """The next thing that happened, or None after `timeout` seconds (or less) without any.
-
-        One message is read at a time: a worker is not free before its job's end has been handed out.
-        """
+        """Reads one message at most: a worker is not free before its job's end has been returned."""
         began = time.monotonic()
         ready = wait([end for w in self._workers for end in (w.pipe, w.process.sentinel)], timeout)
         # Time in which this process itself did not run (a closed lid, Ctrl-Z) is not the workers' silence.
         waited = min(time.monotonic() - began, timeout)
         for worker in self._workers:
             if worker.pipe in ready or worker.process.sentinel in ready:
-                return self._hear(worker)
-            if worker.silent is not None and worker.job is not None:
-                worker.silent += waited
-                if worker.silent > self._patience:
+                return self._receive(worker)
+            if worker.silence is not None and worker.job is not None:
+                worker.silence += waited
+                if worker.silence > self._timeout:
                     worker.process.kill()
-                    return self._bury(worker, f"hung for {self._patience:g} seconds")
+                    return self._reap(worker, f"hung for {self._timeout:g} seconds")
         return None
 
     def close(self) -> None:
-        """Ends all workers, at once and whatever they do."""
+        """Kills all workers."""
         for worker in list(self._workers):
             self._end(worker)
 
@@ -126,24 +123,26 @@ class LocalEngine:
                 idle.remove(worker.device)
         return idle
 
-    def _hear(self, worker: _Worker) -> Event | None:
-        """Reads one message: what a worker said before it died comes before its death."""
+    def _receive(self, worker: _Worker) -> Event | None:
+        """Reads one message: what a worker sent before it died comes before its death."""
         self._workers.remove(worker)
         self._workers.append(worker)
         try:
-            message: Event | None = worker.pipe.recv() if worker.pipe.poll() else self._bury(worker)
+            if not worker.pipe.poll():
+                return self._reap(worker)
+            message: Event | None = worker.pipe.recv()
         except (EOFError, OSError):
-            return self._bury(worker)
-        worker.silent = 0.0
+            return self._reap(worker)
+        worker.silence = 0.0
         if message is None or isinstance(message, EpochDone):
             return message
         worker.job = None
         if isinstance(message, Left) and not worker.stopping:
-            self._end(worker)  # somebody else told it to go (SIGTERM); it takes no further job
+            self._end(worker)  # another process stopped it (SIGTERM); it runs no further job
         return message
 
-    def _bury(self, worker: _Worker, how: str | None = None) -> Left | Lost | None:
-        """A dead worker's job is lost; another worker takes its place when there is something to do."""
+    def _reap(self, worker: _Worker, how: str | None = None) -> Left | Lost | None:
+        """Ends a dead worker, whose job is lost. The next job starts another."""
         worker.process.join(5)
         code = worker.process.exitcode
         self._end(worker)
@@ -161,7 +160,7 @@ class LocalEngine:
             target=work, args=(theirs, device, self._warm), name=f"searchfm-{device}", daemon=True
         )
         # A signal to the whole process group must reach neither the forkserver, with which every worker would seem
-        # dead, nor a worker that is not ready for it: what is blocked here stays blocked in them. (Python starts its
+        # dead, nor a worker that is not ready for it: signals blocked here stay blocked in them. (Python starts its
         # resource tracker with the forkserver, and that start unblocks both signals, so it comes first.)
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -193,7 +192,7 @@ def usable_cores() -> int:
 
 
 def default_workers() -> int:
-    """Workers on a CPU: one a usable core, as far as the free memory goes."""
+    """Workers on a CPU: one per usable core, as far as the free memory goes."""
     return max(1, min(usable_cores(), int(psutil.virtual_memory().available // WORKER_BYTES)))
 
 

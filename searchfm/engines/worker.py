@@ -1,7 +1,7 @@
-"""The loop inside a worker: take a job, call its entry, send events, obey stop.
+"""The loop inside a worker: receive a job, call its entry, send events, obey stop.
 
-A worker has no database, no tracker and no password: what it knows came through its pipe, and all it does goes back
-through it or into its job's folder. When the other end of the pipe closes, it leaves at its next batch.
+A worker has no database, no tracker and no password: its input comes through its pipe, its output goes through the pipe
+or into its job's folder. When the other end of the pipe closes, it stops at its next batch.
 """
 
 import gc
@@ -13,78 +13,74 @@ import sys
 import time
 import traceback
 from contextlib import closing, suppress
+from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from searchfm.errors import SearchfmError, Stopped
 from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Job, Left
 
 STOP = "stop"
-LEFT = os.EX_TEMPFAIL  # exit code of a worker that was told to go: a job that was on its way to it is not charged
-BEAT_SECONDS = 1.0  # between two signs of life
-IDLE_SECONDS = 0.5  # within which an idle worker leaves that was told to
+LEFT = os.EX_TEMPFAIL  # exit code of a worker that was terminated: a job that was on its way to it is not charged
+HEARTBEAT_SECONDS = 1.0  # between two heartbeats
+IDLE_SECONDS = 0.5  # within which an idle worker that was terminated exits
+
+
+class Heartbeat:
+    """Sends heartbeats of the worker's job, and stops the job where it, or the worker, must stop."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.terminated, self.last_heartbeat = pipe, False, 0.0
+
+    def terminate(self, *_: object) -> None:
+        """The handler of SIGTERM."""
+        self.terminated = True
+
+    def tick(self, job: Job) -> None:
+        """Raises Stopped if the job must stop."""
+        if self.terminated:
+            raise Stopped
+        try:
+            while self.pipe.poll():
+                if self.pipe.recv() == (STOP, job.id, job.attempt):
+                    raise Stopped
+            if time.monotonic() > self.last_heartbeat + HEARTBEAT_SECONDS:
+                self.pipe.send(None)
+                self.last_heartbeat = time.monotonic()
+        except (EOFError, OSError):
+            raise Stopped from None
 
 
 def work(pipe: Connection, device: str, warm: str) -> None:
-    """Does jobs until the pipe closes or the process is told to end. Runs in the worker's own process."""
-    leaving = False
-
-    def on_terminate(*_: object) -> None:
-        nonlocal leaving
-        leaving = True
-
+    """Runs jobs until the pipe closes or the process is terminated. Runs in the worker's own process."""
+    heartbeat = Heartbeat(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
-    signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(signal.SIGTERM, heartbeat.terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see LocalEngine._start
     with suppress(ImportError):  # the entry's own import says what is missing
         importlib.import_module(warm)  # done already in a fork; a spawned worker needs its settings too
     cache: dict[Any, Any] = {}
-    while not leaving:
+    while not heartbeat.terminated:
         try:
-            # The handler cannot end a wait, and an exception from it could lose a job or the news of its end.
+            # The handler cannot end a wait, and an exception from it could lose a job or the event of its end.
             if not pipe.poll(IDLE_SECONDS):
                 continue
             job = pipe.recv()
             if not isinstance(job, Job):
                 continue  # a stop that came after its job's end
-            beaten = 0.0
-
-            def tick(job: Job = job) -> None:
-                nonlocal beaten
-                if leaving:
-                    raise Stopped
-                try:
-                    while pipe.poll():
-                        if pipe.recv() == (STOP, job.id, job.attempt):
-                            raise Stopped
-                    if time.monotonic() > beaten + BEAT_SECONDS:
-                        pipe.send(None)
-                        beaten = time.monotonic()
-                except (EOFError, OSError):
-                    raise Stopped from None
-
-            pipe.send(_do(job, Context(attempt_folder(job), _earlier(job), device, tick, cache), pipe))
+            heartbeat.last_heartbeat = 0.0  # the first tick sends one: from then on the job must not hang
+            folder = job.folder / f"attempt-{job.attempt}" if job.folder else None
+            earlier = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
+            existing = tuple(path for path in earlier if path.is_dir())
+            pipe.send(_run(job, Context(folder, existing, device, partial(heartbeat.tick, job), cache), pipe))
         except (EOFError, OSError):
             return
         gc.collect()  # what a trial held (on a GPU above all) must not weigh on the next
     sys.exit(LEFT)
 
 
-def attempt_folder(job: Job) -> Path | None:
-    """Where the job's attempt writes."""
-    return job.folder / f"attempt-{job.attempt}" if job.folder else None
-
-
-def _earlier(job: Job) -> tuple[Path, ...]:
-    if job.folder is None:
-        return ()
-    folders = (job.folder / f"attempt-{number}" for number in range(job.attempt - 1, 0, -1))
-    return tuple(folder for folder in folders if folder.is_dir())
-
-
-def _do(job: Job, context: Context, pipe: Connection) -> Event:
-    """Calls the entry, sending each epoch as it comes; returns the event that ends the job."""
+def _run(job: Job, context: Context, pipe: Connection) -> Event:
+    """Calls the entry, sends each epoch as it comes, and returns the event that ends the job."""
     log = logging.getLogger("searchfm")
     log.setLevel(logging.INFO)
     log.propagate = False

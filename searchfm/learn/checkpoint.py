@@ -29,6 +29,7 @@ log = logging.getLogger("searchfm")
 
 _FORMAT = 1
 _KEPT = 2  # the newest, and one to fall back on
+METADATA = "searchfm"  # key of our JSON in the metadata of every format
 _NAME = re.compile(r"checkpoint-(\d{4,})-([0-9a-f]{64})\.safetensors")
 
 WEIGHTS, SPEC = "weights.safetensors", "model.json"
@@ -49,11 +50,11 @@ def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Pat
     """
     about = {"format": _FORMAT, "owner": dict(owner), "epochs": [asdict(epoch) for epoch in checkpoint.epochs]}
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-    content = safetensors.torch.save(tensors, metadata={"searchfm": json.dumps(about)})
+    content = safetensors.torch.save(tensors, metadata={METADATA: json.dumps(about)})
     sha = hashlib.sha256(content).hexdigest()
     path = folder / f"checkpoint-{len(checkpoint.epochs):04}-{sha}.safetensors"
     write_whole(path, content)
-    for old in _listed(folder)[_KEPT:]:
+    for old in _listed([folder])[_KEPT:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -67,9 +68,8 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
         sha = file_sha256(path)
         if sha != match[2]:
             raise CheckpointError(f"{path}: damaged, its sha256 is {sha[:12]}..., not {match[2][:12]}...")
-        with safetensors.safe_open(path, "pt") as opened:
-            about = json.loads((opened.metadata() or {})["searchfm"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        text, tensors = _contents(path)
+        about = json.loads(text)
         if about["format"] != _FORMAT:
             raise CheckpointError(f"{path}: of format {about['format']}, this version reads {_FORMAT}")
         epochs = tuple(Epoch(**record) for record in about["epochs"])
@@ -86,8 +86,7 @@ def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | No
 
     Those that are skipped are logged. A missing folder holds none.
     """
-    paths = [path for folder in folders for path in _listed(folder)]
-    for path in sorted(paths, key=_epochs, reverse=True):
+    for path in _listed(folders):
         try:
             return read(path, owner)
         except CheckpointError as error:
@@ -97,22 +96,23 @@ def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | No
 
 def remove(folders: Iterable[Path]) -> None:
     """Removes the folders' checkpoints; ignores those that cannot be removed."""
-    for folder in folders:
-        for path in _listed(folder):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    for path in _listed(folders):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
-def _listed(folder: Path) -> list[Path]:
-    """The folder's checkpoints, newest first."""
-    paths = [path for path in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(path.name)]
-    return sorted(paths, key=_epochs, reverse=True)
+def _listed(folders: Iterable[Path]) -> list[Path]:
+    """The checkpoints in folders, those with the most epochs first."""
+    paths = [path for folder in folders for path in folder.glob("checkpoint-*.safetensors")]
+    epochs = {path: int(match[1]) for path in paths if (match := _NAME.fullmatch(path.name))}
+    return sorted(epochs, key=epochs.__getitem__, reverse=True)
 
 
-def _epochs(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+def _contents(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The JSON and the tensors in a safetensors file of ours; the JSON is empty in others."""
+    with safetensors.safe_open(path, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        return (opened.metadata() or {}).get(METADATA, ""), tensors
 
 
 def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> dict[str, str]:
@@ -129,11 +129,32 @@ def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> di
     }
 
 
-def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier that `save_weights` wrote, on the CPU in evaluation mode, and its spec. Raises ModelError."""
-    with refusing(folder):
-        spec = json.loads((folder / SPEC).read_text("utf-8"))
-        return rebuild(spec, safetensors.torch.load_file(folder / WEIGHTS)), spec
+def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The classifier in a folder of `save_weights` or in a .safetensors file, on the CPU in evaluation mode, and its
+    spec, which is in the file or beside it: NAME.json, or model.json. Raises ModelError.
+    """
+    with refusing(path):
+        file = path / WEIGHTS if path.is_dir() else path
+        text = (path / SPEC).read_text("utf-8") if path.is_dir() else ""
+        inside, tensors = _contents(file)
+        if not (text := text or inside):
+            specs = [file.with_suffix(".json"), *([file.with_name(SPEC)] if file.name == WEIGHTS else [])]
+            beside = next((spec for spec in specs if spec.is_file()), None)
+            if beside is None:
+                raise ValueError(f"no spec in the file, nor beside it as {' or '.join(spec.name for spec in specs)}")
+            text = beside.read_text("utf-8")
+        spec: dict[str, Any] = json.loads(text)
+        if "sha256" in spec and (actual := tensors_sha256(tensors)) != spec["sha256"]:
+            raise ValueError(f"damaged: its weights' sha256 is {actual[:12]}..., not {str(spec['sha256'])[:12]}...")
+        return rebuild(spec, tensors), spec
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names and bytes: detects a flipped bit, which the formats themselves do not."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:

@@ -19,7 +19,6 @@ from searchfm.errors import DataError
 from searchfm.learn import datasets
 from searchfm.learn.datasets import Parsed
 from searchfm.learn.images import Labels
-from searchfm.records import Prepared
 from searchfm.tables import show
 
 RESIDENT = 0.5  # fraction of a device's free memory that data may take; models, and other workers, need the rest
@@ -48,22 +47,7 @@ class Splits:
     classes: tuple[str, ...]
     mean: Tensor  # (C,) float32 on the CPU: of the training images, pixels scaled to 0..1
     std: Tensor  # (C,) float32 on the CPU; at least 1/255, so that dividing by it is safe
-    fingerprint: (
-        str  # sha256 of all training and validation data: pixels, labels, class names; not of seeds and fractions
-    )
-
-
-def prepare(config: DataConfig, data_dir: Path | None = None) -> Prepared:
-    """Makes a search's data available, downloading and decoding where need be; the test part is not opened.
-
-    Raises DataError as `load` does.
-    """
-    parts = datasets.training_parts(config, data_dir)
-    first, own = parts[0], len(parts) == 2
-    with safe_open(first.path, "np") as opened:
-        train, val = split(opened.get_tensor("labels"), first.classes, config, validated=own)
-    held = parts[1].count if own else len(val)
-    return Prepared(datasets.fingerprint_of(parts), first.shape, first.classes, len(train), held)
+    fingerprint: str  # sha256 of all training and validation pixels, labels and class names; not of seeds and fractions
 
 
 def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:
@@ -74,13 +58,9 @@ def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Pa
 
     Raises DataError for data that are unknown, unreachable or unreadable, or a class too small to be split.
     """
-    whole, own, classes, fingerprint = _training(config, data_dir)
-    rest, held = split(whole.labels.numpy(), classes, config, validated=own is not None)
-    train = _select(whole, torch.from_numpy(rest))
-    val = _select(whole, torch.from_numpy(held)) if own is None else own
-    mean, std = moments(train.images)
-    train, val = _to_device([train, val], torch.device(device))
-    return Splits(train, val, classes, mean, std, fingerprint)
+    (whole, *own), classes = _training(config, data_dir)
+    rest, held = split(whole.labels.numpy(), classes, config, validated=bool(own))
+    return _splits(_select(whole, rest), own[0] if own else _select(whole, held), classes, device)
 
 
 def load_full(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:
@@ -88,15 +68,12 @@ def load_full(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
     Raises DataError as `load` does.
     """
-    whole, own, classes, fingerprint = _training(config, data_dir)
-    if own is not None:
-        images, labels, indices = (
-            torch.cat([getattr(part, field) for part in (whole, own)]) for field in ("images", "labels", "indices")
-        )
-        whole = Part(images, labels, indices, whole.device, fingerprint)
-    mean, std = moments(whole.images)
-    (train,) = _to_device([whole], torch.device(device))
-    return Splits(train, None, classes, mean, std, fingerprint)
+    (whole, *own), classes = _training(config, data_dir)
+    if own:
+        fields = ("images", "labels", "indices")
+        images, labels, indices = (torch.cat([getattr(part, field) for part in (whole, *own)]) for field in fields)
+        whole = replace(whole, images=images, labels=labels, indices=indices)
+    return _splits(whole, None, classes, device)
 
 
 def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Part:
@@ -184,13 +161,18 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.sqrt().clamp_min(1 / 255).float()
 
 
-def _training(config: DataConfig, data_dir: Path | None) -> tuple[Part, Part | None, tuple[str, ...], str]:
-    """All training data; the validation part, if the data have their own; class names; fingerprint of both."""
+def _training(config: DataConfig, data_dir: Path | None) -> tuple[list[Part], tuple[str, ...]]:
+    """All training data, with the validation part behind it if the data have their own; class names."""
     files = datasets.training_parts(config, data_dir)
     fingerprint = datasets.fingerprint_of(files)
-    whole, *own = [replace(_open(file), fingerprint=fingerprint) for file in files]
-    val = replace(own[0], indices=own[0].indices + len(whole)) if own else None
-    return whole, val, files[0].classes, fingerprint
+    parts = [replace(_open(file), fingerprint=fingerprint) for file in files]
+    return [parts[0], *(replace(val, indices=val.indices + len(parts[0])) for val in parts[1:])], files[0].classes
+
+
+def _splits(train: Part, val: Part | None, classes: tuple[str, ...], device: str | torch.device) -> Splits:
+    mean, std = moments(train.images)
+    train, *held = _to_device([train] if val is None else [train, val], torch.device(device))
+    return Splits(train, held[0] if held else None, classes, mean, std, train.fingerprint)
 
 
 def _open(file: Parsed) -> Part:
@@ -200,9 +182,10 @@ def _open(file: Parsed) -> Part:
     return Part(images, labels, torch.arange(len(labels)), torch.device("cpu"), file.fingerprint)
 
 
-def _select(part: Part, rows: Tensor) -> Part:
-    images, labels, indices = (tensor.index_select(0, rows) for tensor in (part.images, part.labels, part.indices))
-    return replace(part, images=images, labels=labels, indices=indices)
+def _select(part: Part, indices: Labels) -> Part:
+    rows = torch.from_numpy(indices)
+    images, labels, own = (tensor.index_select(0, rows) for tensor in (part.images, part.labels, part.indices))
+    return replace(part, images=images, labels=labels, indices=own)
 
 
 def _to_device(parts: list[Part], device: torch.device) -> list[Part]:

@@ -40,17 +40,7 @@ from safetensors.numpy import save
 from searchfm.config import DATASETS, DataConfig, Shape
 from searchfm.errors import DataError, StorageError
 from searchfm.home import write_whole
-from searchfm.learn.images import (
-    Arrays,
-    PartName,
-    Pixels,
-    image_hash,
-    is_test,
-    listing,
-    own_validation,
-    read_folder,
-    resized,
-)
+from searchfm.learn.images import Arrays, PartName, Pixels, has_val, image_hash, is_test, listing, read_folder, resized
 from searchfm.tables import show
 
 log = logging.getLogger(__name__)
@@ -147,7 +137,7 @@ def training_parts(config: DataConfig, data_dir: Path | None = None) -> tuple[Pa
     """The parts with the training and validation images: one, or two where a folder has its own val/."""
     root = folder_of(config.name)
     train = parsed(config, "train", data_dir)
-    return (train, parsed(config, "val", data_dir)) if root and own_validation(root) else (train,)
+    return (train, parsed(config, "val", data_dir)) if root and has_val(root) else (train,)
 
 
 def fingerprint_of(parts: Sequence[Parsed]) -> str:
@@ -264,10 +254,7 @@ def _read_digits(part: PartName) -> Arrays:
 def _read_idx(location: Path, part: PartName, name: str) -> Arrays:
     """MNIST or Fashion-MNIST, from a folder of idx files, packed with gzip or not."""
     stem, (channels, height, width) = "train" if part == "train" else "t10k", DATASETS[name][0]
-    images, labels = (
-        _idx(location, f"{stem}-images-idx3-ubyte", name),
-        _idx(location, f"{stem}-labels-idx1-ubyte", name),
-    )
+    images, labels = (_idx(location, f"{stem}-{kind}-ubyte", name) for kind in ("images-idx3", "labels-idx1"))
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, channels, height, width)  # 16 and 8: the headers
     classes = FASHION_CLASSES if name == "fashion-mnist" else [str(digit) for digit in range(10)]
     return Arrays.of(pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64), classes)

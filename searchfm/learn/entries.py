@@ -21,15 +21,16 @@ from searchfm.config import Config, DataConfig, Transfer
 from searchfm.errors import DataError, ModelError, Stopped, WorldError
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
-from searchfm.learn import checkpoint, data
+from searchfm.learn import checkpoint
 from searchfm.learn.data import Part, Splits, load, load_full, load_test
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.models.transfer import build as build_transfer
-from searchfm.learn.train import Evaluation, Training, evaluate, train
+from searchfm.learn.train import Evaluation, Training, evaluate
 from searchfm.records import (
     PREDICTIONS,
     Epoch,
     Predictions,
+    Prepared,
     PrepareJob,
     PrepareResult,
     TestJob,
@@ -46,15 +47,18 @@ Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final 
 _CACHED = 2  # data sets a worker keeps: the study's, and one of the study before
 
 
-def prepare(payload: Mapping[str, Any], _context: Context) -> Generator[Epoch, None, Result]:
+def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Makes a study's data and pretrained weights available, before the first trial.
 
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError.
     """
     job = PrepareJob.from_json(payload, "prepare")
-    prepared = data.prepare(DataConfig.from_table(job.data), _path(job.data_dir))
+    splits = _cached_data(DataConfig.from_table(job.data), job.data_dir, context, load)
+    images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held)
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
-        build_transfer(Transfer.from_table({"model": model, "weights": weights}), prepared.shape, len(prepared.classes))
+        build_transfer(Transfer.from_table({"model": model, "weights": weights}), shape, len(splits.classes))
     yield from ()  # an entry is a generator, even one without epochs
     devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     return PrepareResult(prepared, devices).to_json()
@@ -86,7 +90,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
     if context.folder is None:
         return result.to_json()
     config = Config.from_table(job.config).data
-    images = _cached_data(config, _path(job.data_dir), context, load_full).train.images[:2]
+    images = _cached_data(config, job.data_dir, context, load_full).train.images[:2]
     content = io.BytesIO()
     np.save(content, images.cpu().numpy())
     sha256 = write_whole(context.folder / EXAMPLE, content.getvalue())
@@ -110,7 +114,7 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
             raise ModelError(f"{folder / name}: damaged, its sha256 is not the one it was written with")
     model, spec = checkpoint.load_classifier(folder)
     config = Config.from_table(spec["config"])
-    part = load_test(config.data, device=context.device, data_dir=_path(job.data_dir))
+    part = load_test(config.data, device=context.device, data_dir=Path(job.data_dir) if job.data_dir else None)
     yield from ()  # an entry is a generator, even one without epochs
     began = time.perf_counter()
     evaluation = evaluate(model.to(context.device), part, config.train, tick=context.tick)
@@ -144,7 +148,7 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
 
 def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
     config = Config.from_table(job.config)
-    data = _cached_data(config.data, _path(job.data_dir), context, load)
+    data = _cached_data(config.data, job.data_dir, context, load)
     if data.fingerprint != job.fingerprint:
         raise DataError(
             f'data.name = "{config.data.name}": the data changed since the study began '
@@ -153,7 +157,7 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     owner = {"trial": job.identity, "config": digest(config.to_table()), "data": data.fingerprint}
     folders = [*([context.folder] if context.folder else []), *context.earlier]
     resume = checkpoint.newest(folders, owner)
-    training = train(config, data, device=context.device, resume=resume, tick=context.tick)
+    training = Training(config, data, device=context.device, resume=resume, tick=context.tick)
     if resume is not None:
         log.info("goes on after epoch %d", len(resume.epochs))
         yield from resume.epochs
@@ -180,20 +184,16 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     return _result(training, validation, files)
 
 
-def _cached_data(config: DataConfig, data_dir: Path | None, context: Context, load: Loader) -> Splits:
+def _cached_data(config: DataConfig, data_dir: str | None, context: Context, load: Loader) -> Splits:
     """The data, from the worker's cache if an earlier job had the same."""
-    key = ("data", load.__name__, digest(config.to_table()), str(data_dir), context.device)
+    key = ("data", load.__name__, digest(config.to_table()), data_dir, context.device)
     splits: Splits | None = context.cache.pop(key, None)
     if splits is None:
-        splits = load(config, device=context.device, data_dir=data_dir)
+        splits = load(config, device=context.device, data_dir=Path(data_dir) if data_dir else None)
     context.cache[key] = splits  # the latest used is last
     for old in [name for name in context.cache if isinstance(name, tuple) and name[:1] == ("data",)][:-_CACHED]:
         del context.cache[old]
     return splits
-
-
-def _path(path: str | None) -> Path | None:
-    return Path(path) if path else None
 
 
 def _result(training: Training, validation: Evaluation | None, files: Mapping[str, str]) -> TrainResult:

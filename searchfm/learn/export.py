@@ -1,14 +1,15 @@
-"""Models as single files: safetensors with a JSON spec, ONNX, and torch.export's .pt2. Each is compared with the model
-before it is kept.
+"""Models as single files (safetensors with a JSON spec, ONNX, torch.export's .pt2), and predictions with them.
 
-All take raw images, (N, C, H, W) uint8 with any N, and return probabilities, (N, K) float32. Only safetensors and ONNX,
-which hold numbers and operators but no code, are read back: torch.export.load unpickles a .pt2.
+All take raw images, (N, C, H, W) uint8 with any N, and return probabilities, (N, K) float32. An export is compared with
+the model before it is kept. Only safetensors and ONNX, which hold numbers and operators but no code, are read back:
+torch.export.load unpickles a .pt2. User images, of any size and mode, are read as training reads its own.
 """
 
-import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,25 +18,44 @@ from typing import Any, Literal, TypeAlias, assert_never, get_args
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
 from searchfm.config import Shape
-from searchfm.errors import ModelError, SearchfmError, UserError
+from searchfm.errors import DataError, ModelError, SearchfmError, UserError
 from searchfm.home import write_whole
-from searchfm.learn.checkpoint import SPEC, WEIGHTS, load_classifier, rebuild, refusing
-from searchfm.learn.images import Pixels
+from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
+from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, Served
-from searchfm.learn.predict import Predictor, Probabilities
 
 Format = Literal["onnx", "pt2", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+Probabilities: TypeAlias = NDArray[np.float32]
 Answer: TypeAlias = Callable[[Pixels], Probabilities]
 
 BOUND = 1e-5  # largest difference of a probability that an export may have; 1e-7 is what float32 gives
 LARGEST = 2**31 - 2**20  # bytes of an ONNX file: protobuf, its format, ends at two gigabytes
+BATCH = 64  # images held in memory at once by `predict`
 _CHECKED = (1, 2, 7, 32)  # batch sizes
-_KEY = "searchfm"  # of the spec, in the metadata of every format
 _INPUT, _OUTPUT = "images", "probabilities"  # of an ONNX graph
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that can predict, whatever file it came from."""
+
+    classes: tuple[str, ...]
+    shape: Shape  # of one image: channels, height, width
+    answer: Answer  # (N, *shape) uint8 -> (N, K), each row adding up to 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one file."""
+
+    image: str
+    top: tuple[tuple[str, float], ...] = ()  # classes with their probabilities, the most probable first
+    error: str = ""  # why there is none
 
 
 @dataclass(frozen=True)
@@ -48,22 +68,17 @@ class Exported:
     difference: float  # the largest of any probability to the model's own, over random images
 
 
-def format_of(name: str) -> Format:
-    """The format of that name. Raises UserError."""
-    for kind in FORMATS:
-        if name == kind:
-            return kind
-    raise UserError(f"format {name!r}: must be one of {', '.join(FORMATS)}")
-
-
 def target(kind: str | None, output: Path | None) -> tuple[Format, Callable[[str], Path]]:
     """The format that `--format` and `--output` ask for, and the file for a model of a name. Raises UserError."""
-    place = output or Path()
-    folder = place.is_dir()
-    format_ = format_of(kind or ("" if folder else place.suffix.removeprefix(".")) or "onnx")
-    if not folder and place.suffix != f".{format_}":
-        raise UserError(f"--output {place}: must be a folder, or end in .{format_}")
-    return format_, lambda name: place / f"{name}.{format_}" if folder else place
+    path = output or Path()
+    folder = path.is_dir()
+    name = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
+    format_ = next((each for each in FORMATS if each == name), None)
+    if format_ is None:
+        raise UserError(f"format {name!r}: must be one of {', '.join(FORMATS)}")
+    if not folder and path.suffix != f".{format_}":
+        raise UserError(f"--output {path}: must be a folder, or end in .{format_}")
+    return format_, lambda name: path / f"{name}.{format_}" if folder else path
 
 
 def load(path: Path) -> Predictor:
@@ -87,34 +102,28 @@ def load(path: Path) -> Predictor:
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """The classifier in a .safetensors file or a folder, on the CPU in evaluation mode, and its spec.
-
-    Raises ModelError.
-    """
-    if path.is_dir():
+    """As `load_classifier`, with the reason for a file of another format."""
+    if path.is_dir() or path.suffix == ".safetensors":
         return load_classifier(path)
     with refusing(path):
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+        pass  # raises where there is no such file
     if path.suffix == ".onnx":
         raise ModelError(f"{path}: ONNX is to predict with only; export what it was made of")
     reason = "; a .pt2 would have to be unpickled" if path.suffix == ".pt2" else ""
     raise ModelError(f"{path}: must be .onnx, .safetensors, or a folder with {WEIGHTS} and {SPEC}{reason}")
 
 
-def export(
-    model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path, *, force: bool = False, bound: float = BOUND
-) -> Exported:
+def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path, *, force: bool = False) -> Exported:
     """Writes a model (on the CPU, in evaluation mode, with the spec it was loaded with) as one file, once its answers
     were compared with those of the model, at several batch sizes. A .safetensors gets its spec beside it too.
 
     Raises UserError for a file that is there, unless forced, and where ONNX is not installed; ModelError where the
-    answers differ by more than `bound`; StorageError. Nothing is left behind then.
+    answers differ by more than BOUND; StorageError. Nothing is left behind then.
     """
     served, (classes, shape) = Served(model).eval(), _about(spec)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    spec = {**spec, "sha256": _sha256(tensors)}
-    metadata = {_KEY: json.dumps(spec, ensure_ascii=False)}
+    spec = {**spec, "sha256": tensors_sha256(tensors)}
+    metadata = {METADATA: json.dumps(spec, ensure_ascii=False)}
     beside = {path.with_suffix(".json"): f"{json.dumps(spec, indent=1, ensure_ascii=False)}\n"}
     beside = beside if kind == "safetensors" else {}
     if not path.parent.is_dir():
@@ -138,8 +147,8 @@ def export(
         case _:
             assert_never(kind)
     largest = difference(_answer(served), answer, shape)
-    if not largest <= bound:  # not a number is no match either
-        raise ModelError(f"{path}: answers differ from the model's by {largest:.1e}, more than {bound:.0e}: not kept")
+    if not largest <= BOUND:  # not a number is no match either
+        raise ModelError(f"{path}: answers differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
     for target, text in beside.items():
         write_whole(target, text.encode())
     write_whole(path, content)
@@ -190,31 +199,6 @@ def _about(spec: Mapping[str, Any]) -> tuple[tuple[str, ...], Shape]:
     return tuple(classes), (channels, height, width)
 
 
-def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Of names and bytes: a flipped bit, which none of the formats sees, is seen."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_safetensors(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """The spec is in the file, or beside it: NAME.json, or model.json as a trial's folder has it."""
-    with safetensors.safe_open(path, "pt") as opened:
-        text = (opened.metadata() or {}).get(_KEY)
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    if text is None:
-        specs = [path.with_suffix(".json"), *([path.with_name(SPEC)] if path.name == WEIGHTS else [])]
-        beside = next((file for file in specs if file.is_file()), None)
-        if beside is None:
-            raise ValueError(f"no spec in the file, nor beside it as {' or '.join(file.name for file in specs)}")
-        text = beside.read_text("utf-8")
-    spec: dict[str, Any] = json.loads(text)
-    if spec.get("sha256", (actual := _sha256(tensors))) != actual:
-        raise ValueError(f"damaged: its weights' sha256 is {actual[:12]}..., not {str(spec['sha256'])[:12]}...")
-    return rebuild(spec, tensors), spec
-
-
 def _example(shape: Shape) -> dict[str, Any]:
     """What torch's exporters trace a model with; with a batch of one, the batch would stay one for ever."""
     example = torch.zeros(2, *shape, dtype=torch.uint8)
@@ -249,7 +233,7 @@ def _read_onnx(content: bytes, runtime: Any) -> tuple[dict[str, Any], Answer]:
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what is wrong is said by us, in one line
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    spec: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[_KEY])
+    spec: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
 
     def answer(images: Pixels) -> Probabilities:
         rows: Probabilities = session.run([_OUTPUT], {_INPUT: images})[0]
@@ -267,3 +251,59 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         raise UserError(f"ONNX needs {error.name}, which is not installed; install searchfm[onnx]") from None
     return onnxruntime
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def predict(model: Predictor, arguments: Sequence[Path], *, top: int = 1) -> Iterator[Prediction]:
+    """The `top` most probable classes of every image file, in order; a folder stands for the images in it.
+
+    A file that cannot be read has an error instead. Raises ModelError where the model does not return probabilities.
+    """
+    folders = {path: image_files(path, path) for path in arguments if path.is_dir()}
+    paths = [file for path in arguments for file in folders.get(path) or [path]]
+    with ThreadPoolExecutor() as pool:  # decoders let other threads run
+        for start in range(0, len(paths), BATCH):
+            batch = paths[start : start + BATCH]
+            images = list(pool.map(lambda path: _read(path, model.shape), batch))
+            rows = iter(_answers(model, [image for image in images if not isinstance(image, str)]))
+            for path, image in zip(batch, images, strict=True):
+                name = os.fsencode(path).decode("utf-8", "replace")  # a file's name may be any bytes
+                if isinstance(image, str):
+                    yield Prediction(name, error=image)
+                else:
+                    row = next(rows)
+                    best = np.argsort(-row, kind="stable")[:top]
+                    yield Prediction(name, tuple((model.classes[i], float(row[i])) for i in best))
+
+
+def check_any(predictions: Sequence[Prediction]) -> None:
+    """Raises DataError if no image could be read."""
+    errors = [f"{each.image}: {each.error}" for each in predictions if each.error]
+    if len(errors) == len(predictions):
+        some = "; ".join(errors[:3]) or "none was given"
+        raise DataError(f"no image could be read: {some}{'; ...' if len(errors) > 3 else ''}")
+
+
+def read(path: Path, shape: Shape) -> Pixels:
+    """An image file as training reads it for images of `shape` (C, H, W). Raises ValueError."""
+    return np.ascontiguousarray(in_channels(resized(decode(path), shape[1:]), shape[0]))
+
+
+def _read(path: Path, shape: Shape) -> Pixels | str:
+    if path.is_dir():
+        return f"holds no image; may hold {', '.join(sorted(SUFFIXES))}"
+    try:
+        return read(path, shape)
+    except ValueError as error:
+        return str(error)
+
+
+def _answers(model: Predictor, batch: Sequence[Pixels]) -> Probabilities:
+    if not batch:
+        return np.empty((0, len(model.classes)), np.float32)
+    rows = model.answer(np.stack(batch))
+    if rows.shape != (len(batch), len(model.classes)) or not np.allclose(rows.sum(1), 1, atol=1e-3):
+        raise ModelError(f"the model returns {rows.shape} numbers that are no probabilities of {len(model.classes)}")
+    return rows

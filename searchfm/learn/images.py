@@ -122,7 +122,7 @@ class Listing:
         ).hexdigest()
 
 
-def own_validation(root: Path) -> bool:
+def has_val(root: Path) -> bool:
     """Whether a folder of images has a validation part of its own."""
     return bool(_folders(root / "train")) and (root / "val").is_dir()
 

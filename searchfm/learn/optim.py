@@ -23,7 +23,7 @@ from searchfm.config import (
     StepDecay,
 )
 from searchfm.learn.models import Classifier
-from searchfm.learn.models.transfer import Pretrained, undecayed
+from searchfm.learn.models.transfer import Pretrained
 
 
 def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -37,8 +37,9 @@ def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimiz
     match kind:
         case Sgd():
             built = torch.optim.SGD(groups, lr, momentum=kind.momentum, nesterov=kind.nesterov, fused=True)
-        case Adagrad():
-            built = torch.optim.Adagrad(groups, lr, lr_decay=kind.lr_decay, **_fused_if(model, "cpu"))
+        case Adagrad():  # torch has a fused one on CPUs only
+            cpu = model.mean.device.type == "cpu"
+            built = torch.optim.Adagrad(groups, lr, lr_decay=kind.lr_decay, fused=cpu, foreach=not cpu)
         case Rmsprop():  # torch has no fused one
             built = torch.optim.RMSprop(groups, lr, alpha=kind.alpha, momentum=kind.momentum, foreach=True)
         case Adam():
@@ -60,17 +61,15 @@ def parameter_groups(model: Classifier, weight_decay: float) -> list[dict[str, A
     """
     net = model.net
     scales = net.lr_scales() if isinstance(net, Pretrained) else {}
-    kept = undecayed(net)
+    undecayed: set[str] = getattr(
+        net, "no_weight_decay", set
+    )()  # tokens and embeddings of position, as timm lists them
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim <= 1 or name in kept else weight_decay
+            decay = 0.0 if parameter.ndim <= 1 or name in undecayed else weight_decay
             groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
     return [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
-
-
-def _fused_if(model: Classifier, device: str) -> dict[str, bool]:
-    return {"fused": True} if model.mean.device.type == device else {"foreach": True}
 
 
 def set_lr(built: torch.optim.Optimizer, factor: float) -> None:

@@ -19,6 +19,9 @@ from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
 from searchfm.records import Epoch
 
+# The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
+_AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
+
 
 def _idle() -> None:
     """The `tick` of a training that nothing can stop."""
@@ -34,7 +37,12 @@ class Evaluation:
 
 
 class Training(Iterator[Epoch]):
-    """The training of one config. Each `next` trains an epoch, validates, and returns its record.
+    """The training of one config, from the start or from a checkpoint. Each `next` trains an epoch, validates, and
+    returns its record.
+
+    data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
+    tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
+    Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one that would be kept (with the averaged
     weights where the config averages), `validation` the last evaluation, and `checkpoint()` all that resuming needs.
@@ -58,15 +66,8 @@ class Training(Iterator[Epoch]):
         self.shape = (int(data.train.images.shape[1]), int(data.train.images.shape[2]), int(data.train.images.shape[3]))
         config.fit_images(self.shape)
         self._seed = config.train.seed or 0
-        self.model = classifier(
-            config.model,
-            self.shape,
-            len(data.classes),
-            data.mean,
-            data.std,
-            seed=_derive(self._seed, "weights"),
-            device=self.device,
-        )
+        seed, classes = _derive(self._seed, "weights"), len(data.classes)
+        self.model = classifier(config.model, self.shape, classes, data.mean, data.std, seed=seed, device=self.device)
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
         self._optimizer = optim.optimizer(self.model, config.optimizer)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
@@ -88,15 +89,15 @@ class Training(Iterator[Epoch]):
         loss, accuracy, lr = self._pass(index)
         trained = time.perf_counter()
         _finite("train_loss", loss, index)
-        self.validation = self.validate()
-        if self.validation is not None:
-            _finite("val_loss", self.validation.loss, index)
+        self.validation = validation = self.validate()
+        if validation is not None:
+            _finite("val_loss", validation.loss, index)
         epoch = Epoch(
             index=index,
             train_loss=loss,
             train_accuracy=accuracy,
-            val_loss=None if self.validation is None else self.validation.loss,
-            val_accuracy=None if self.validation is None else self.validation.accuracy,
+            val_loss=None if validation is None else validation.loss,
+            val_accuracy=None if validation is None else validation.accuracy,
             lr=lr,
             seconds=time.perf_counter() - started,
             samples_per_second=self._count / (trained - started),
@@ -111,8 +112,7 @@ class Training(Iterator[Epoch]):
         size, classes = config.train.batch_size, len(self.data.classes)
         steps = math.ceil(self._count / size)
         order = torch.randperm(len(self.data.train.labels), generator=_generator(self._seed, "order", index))
-        # Not "augmentation": the text decides the random stream, and stored trials must stay reproducible.
-        augmentation = _generator(self._seed, "treatments", index, device=device)
+        augmentation = _generator(self._seed, _AUGMENTATION, index, device=device)
         loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         factor = 0.0
         model.train()
@@ -164,23 +164,6 @@ class Training(Iterator[Epoch]):
             self._average.model.load_state_dict(under("average."))
         optim.restore(self._optimizer, under("optimizer."))
         self.epochs = list(checkpoint.epochs)
-
-
-def train(
-    config: Config,
-    data: Splits,
-    *,
-    device: torch.device | str = "cpu",
-    resume: Checkpoint | None = None,
-    tick: Callable[[], None] = _idle,
-) -> Training:
-    """Trains `config` on `data`, epoch by epoch, as the caller iterates; from the start, or from a checkpoint.
-
-    data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
-    tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
-    Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
-    """
-    return Training(config, data, device=device, resume=resume, tick=tick)
 
 
 @torch.inference_mode()

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from searchfm import coordinator, retraining
     from searchfm.jobs import JobSpec
     from searchfm.learn.datasets import Described
-    from searchfm.learn.export import Exported
-    from searchfm.learn.predict import Prediction
+    from searchfm.learn.export import Exported, Prediction
     from searchfm.show.dashboard import Addresses
     from searchfm.tracking import Difference
 

@@ -239,7 +239,7 @@ class TestLocalEngine(EngineContract):
 
 
 def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_tick() -> None:
-    engine = LocalEngine(["cpu"], warm="tests.toys", patience=0.5)
+    engine = LocalEngine(["cpu"], warm="tests.toys", timeout=0.5)
     engine.submit(job("loads", sleeps=1.2))  # no tick yet: data may take as long as they take
     assert isinstance(end(engine), Finished)
     engine.submit(job("hangs", ticks_for=0.1, sleeps=60))
@@ -250,9 +250,9 @@ def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_
 
 
 def test_a_worker_that_ticks_is_given_its_time() -> None:
-    engine = LocalEngine(["cpu"], warm="tests.toys", patience=8.0)  # signs of life come every second
+    engine = LocalEngine(["cpu"], warm="tests.toys", timeout=8.0)  # heartbeats come every second
     engine.submit(job(ticks_for=2.5))
-    engine._patience = 2.0
+    engine._timeout = 2.0
     assert isinstance(end(engine), Finished)
     engine.close()
 

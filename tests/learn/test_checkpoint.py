@@ -19,7 +19,7 @@ from searchfm.errors import CheckpointError, ModelError, StorageError
 from searchfm.learn import checkpoint
 from searchfm.learn.checkpoint import SPEC, WEIGHTS, Checkpoint
 from searchfm.learn.data import Splits
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 from tests.learn.test_models import Hostile
 from tests.learn.toys import config, losses
 
@@ -29,7 +29,7 @@ OWNER = {"trial": "study/7", "config": "c" * 64, "data": "d" * 64}
 @pytest.fixture(scope="module")
 def kept(digits: Splits) -> list[Checkpoint]:
     """After one, two and three epochs."""
-    training = train(config(train={"epochs": 3, "ema": 0.9}), digits)
+    training = Training(config(train={"epochs": 3, "ema": 0.9}), digits)
     return [training.checkpoint() for _ in training]
 
 
@@ -55,12 +55,12 @@ def test_training_goes_on_bitwise_from_disk(tmp_path: Path, digits: Splits) -> N
         augment={"flip": 0.5, "mixup": 0.4},
         train={"epochs": 4, "ema": 0.9},
     )
-    begun = train(settings, digits)
+    begun = Training(settings, digits)
     next(begun), next(begun)
     path = checkpoint.write(tmp_path, begun.checkpoint(), OWNER)
-    resumed = train(settings, digits, resume=checkpoint.read(path, OWNER))
+    resumed = Training(settings, digits, resume=checkpoint.read(path, OWNER))
     list(resumed)
-    assert losses(resumed.epochs) == losses(list(train(settings, digits)))
+    assert losses(resumed.epochs) == losses(list(Training(settings, digits)))
 
 
 def test_two_are_kept_and_the_newest_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
@@ -205,7 +205,7 @@ def test_remove_takes_checkpoints_only(tmp_path: Path, kept: list[Checkpoint]) -
 
 @pytest.fixture
 def saved(tmp_path: Path, digits: Splits) -> Path:
-    training = train(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
+    training = Training(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
     next(training)
     spec = {"config": training.config.to_table(), "classes": list(digits.classes), "shape": [1, 8, 8]}
     hashes = checkpoint.save_weights(tmp_path / "model", training.classifier, spec)
@@ -214,7 +214,7 @@ def saved(tmp_path: Path, digits: Splits) -> Path:
 
 
 def test_weights_answer_as_the_trained_model_did(saved: Path, digits: Splits) -> None:
-    training = train(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
+    training = Training(config("cnn", {"filters": 8, "batch_norm": True}, train={"epochs": 1, "ema": 0.5}), digits)
     next(training)
     assert digits.val is not None
     model, spec = checkpoint.load_classifier(saved)
@@ -224,7 +224,7 @@ def test_weights_answer_as_the_trained_model_did(saved: Path, digits: Splits) ->
 
 
 def test_pretrained_weights_need_not_be_fetched_again(tmp_path: Path, digits: Splits) -> None:
-    training = train(config("transfer", {"model": "test_resnet", "weights": "none"}, train={"epochs": 1}), digits)
+    training = Training(config("transfer", {"model": "test_resnet", "weights": "none"}, train={"epochs": 1}), digits)
     table = training.config.to_table()
     table["model"]["transfer"]["weights"] = "hub"
     spec = {"config": table, "classes": list(digits.classes), "shape": [1, 8, 8]}

@@ -20,7 +20,7 @@ from torchvision.datasets import FashionMNIST
 from searchfm.config import DATASETS, DataConfig
 from searchfm.errors import DataError
 from searchfm.learn import datasets
-from searchfm.learn.data import Part, batches, load, load_full, load_test, moments, prepare, split
+from searchfm.learn.data import Part, batches, load, load_full, load_test, moments, split
 from searchfm.learn.images import TEST_FRACTION
 from searchfm.tables import show
 
@@ -174,7 +174,6 @@ def test_training_data_never_need_the_test_part(fashion_mnist: Path, empty_cache
         (folder / path.name).write_bytes(b"rubbish" if path.name.startswith("t10k") else path.read_bytes())
     assert len(load_full(FASHION, data_dir=folder).train) == 60000
     load(FASHION, data_dir=folder)
-    prepare(FASHION, folder)
     assert [path.name for path in empty_cache.rglob("*.safetensors")] == ["train-0.safetensors"]
 
 
@@ -242,7 +241,6 @@ def test_images_are_resized_once_as_torch_would(size: int) -> None:
     assert (other.train.images.float() - reference).abs().max() <= 1  # PIL rounds rows and columns apart
     assert torch.equal(other.train.labels, own.labels)
     assert other.fingerprint == own.fingerprint  # the same data still
-    assert prepare(DataConfig(name="digits", size=size)).shape == (1, size, size)
 
 
 def test_the_own_size_is_no_resizing() -> None:
@@ -250,13 +248,8 @@ def test_the_own_size_is_no_resizing() -> None:
 
 
 @pytest.mark.parametrize("config", [DIGITS, DataConfig(subset=0.01, seed=3)], ids=["digits", "fashion-mnist"])
-def test_preparing_says_what_loading_gives(config: DataConfig) -> None:
-    splits, prepared = load(config), prepare(config)
-    assert prepared.shape == splits.train.images.shape[1:] == DATASETS[config.name][0]
-    assert prepared.classes == splits.classes
-    assert splits.val is not None
-    assert (prepared.train, prepared.validation) == (len(splits.train), len(splits.val))
-    assert prepared.fingerprint == splits.fingerprint
+def test_images_have_the_shape_that_is_known_before_reading(config: DataConfig) -> None:
+    assert load(config).train.images.shape[1:] == DATASETS[config.name][0]
 
 
 def test_reading_imports_no_torch(parsed_once: Path) -> None:

@@ -25,7 +25,7 @@ from searchfm.learn.checkpoint import SPEC, WEIGHTS, save_weights
 from searchfm.learn.data import Splits
 from searchfm.learn.export import BOUND, FORMATS
 from searchfm.learn.models import Classifier, Served, build
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 from tests.learn.toys import config
 
 CLASSES = ["cat", "dog", "eel", "fox"]
@@ -170,7 +170,7 @@ def test_safetensors_bring_their_spec_inside_and_beside(copies: Path, small: Mod
 
 
 def test_what_a_trial_leaves_is_a_model(tmp_path: Path, digits: Splits) -> None:
-    training = train(config("cnn", {"filters": 8}, train={"epochs": 1}), digits)
+    training = Training(config("cnn", {"filters": 8}, train={"epochs": 1}), digits)
     next(training)
     spec = {"config": training.config.to_table(), "classes": list(digits.classes), "shape": [1, 8, 8]}
     save_weights(tmp_path, training.classifier, spec)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
-from searchfm.learn.data import load, load_full, load_test, prepare
+from searchfm.learn.data import load, load_full, load_test
 from searchfm.learn.datasets import describe
 
 Pixels = np.ndarray
@@ -116,9 +116,9 @@ def test_own_parts_are_used_as_they_are(tmp_path: Path) -> None:
     test = load_test(of(root))
     assert len(test) == 12
     assert not content(test.images, test.labels) & content(full.train.images, full.train.labels)
-    assert len(load(of(root, subset=0.5)).train) == 6
-    prepared = prepare(of(root, subset=0.5))
-    assert (prepared.train, prepared.validation, prepared.fingerprint) == (6, 12, splits.fingerprint)
+    half = load(of(root, subset=0.5))
+    assert half.val is not None
+    assert (len(half.train), len(half.val), half.fingerprint) == (6, 12, splits.fingerprint)
     described = describe(str(root))
     assert (described.classes, described.train, described.test, described.location) == (2, 12, 12, root.resolve())
 

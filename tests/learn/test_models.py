@@ -19,7 +19,7 @@ from searchfm.learn.data import Splits
 from searchfm.learn.models import Classifier, build, classifier, flops, parameters
 from searchfm.learn.models.hub import weights_file
 from searchfm.learn.models.transfer import Pretrained
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 from tests.learn.toys import config
 
 
@@ -84,7 +84,7 @@ class Contract:
         assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
     def test_learns_digits(self, digits: Splits) -> None:
-        *_, last = train(config(self.name, self.learner, **self.tables), digits)
+        *_, last = Training(config(self.name, self.learner, **self.tables), digits)
         assert last.val_accuracy is not None
         assert last.val_accuracy >= self.accuracy
 
@@ -245,7 +245,7 @@ def test_pooling_before_relu_is_the_same_function() -> None:
 )
 def test_images_that_do_not_fit_are_refused(name: str, settings: dict[str, Any], key: str, digits: Splits) -> None:
     with pytest.raises(ConfigError, match=key):
-        train(config(name, settings), digits)
+        Training(config(name, settings), digits)
 
 
 # --- transfer ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from searchfm.config import Config
 from searchfm.errors import ConfigError, DivergedError, Stopped
 from searchfm.learn.data import Splits
 from searchfm.learn.models import parameters
-from searchfm.learn.train import evaluate, train
+from searchfm.learn.train import Training, evaluate
 from tests.learn.toys import config, first, losses
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -61,21 +61,21 @@ CONFIGS: dict[str, Config] = {
 def test_five_losses_are_golden(name: str, digits: Splits) -> None:
     """Written by `python tests/learn/test_train.py`, on another machine maybe: hence the tolerance."""
     golden = json.loads(GOLDEN.read_text())[name]
-    epochs = list(train(CONFIGS[name], digits))
+    epochs = list(Training(CONFIGS[name], digits))
     assert [epoch.train_loss for epoch in epochs] == pytest.approx(golden["train"], rel=2e-3)
     assert [epoch.val_loss for epoch in epochs] == pytest.approx(golden["val"], rel=5e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_resumed_is_bitwise_unbroken(name: str, digits: Splits) -> None:
-    whole = train(CONFIGS[name], digits)
+    whole = Training(CONFIGS[name], digits)
     unbroken = list(whole)
-    begun = train(CONFIGS[name], digits)
+    begun = Training(CONFIGS[name], digits)
     next(begun), next(begun)
     middle = begun.checkpoint()
     next(begun)  # a checkpoint is a copy: what comes after does not change it
     torch.manual_seed(99)  # nothing may depend on what the process did before
-    resumed = train(CONFIGS[name], digits, resume=middle)
+    resumed = Training(CONFIGS[name], digits, resume=middle)
     assert [epoch.index for epoch in resumed] == [3, 4, 5]
     assert losses(resumed.epochs) == losses(unbroken)
     for key, value in whole.checkpoint().tensors.items():
@@ -83,15 +83,15 @@ def test_resumed_is_bitwise_unbroken(name: str, digits: Splits) -> None:
 
 
 def test_a_resumed_learning_rate_goes_on(digits: Splits) -> None:
-    unbroken = [epoch.lr for epoch in train(CONFIGS["mlp-sgd"], digits)]
-    begun = train(CONFIGS["mlp-sgd"], digits)
+    unbroken = [epoch.lr for epoch in Training(CONFIGS["mlp-sgd"], digits)]
+    begun = Training(CONFIGS["mlp-sgd"], digits)
     next(begun)
-    assert [epoch.lr for epoch in train(CONFIGS["mlp-sgd"], digits, resume=begun.checkpoint())] == unbroken[1:]
+    assert [epoch.lr for epoch in Training(CONFIGS["mlp-sgd"], digits, resume=begun.checkpoint())] == unbroken[1:]
     assert unbroken[-1] < unbroken[0] / 5
 
 
 def test_seeds_differ_and_repeat(digits: Splits) -> None:
-    runs = [losses(list(train(config(train={"epochs": 2, "seed": seed}), digits))) for seed in (1, 1, 2)]
+    runs = [losses(list(Training(config(train={"epochs": 2, "seed": seed}), digits))) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert runs[0] != runs[2]
 
@@ -100,14 +100,14 @@ def test_the_process_s_own_randomness_is_left_alone(digits: Splits) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    list(train(config(settings={"dropout": 0.5}, train={"epochs": 1}), digits))
+    list(Training(config(settings={"dropout": 0.5}, train={"epochs": 1}), digits))
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_every_epoch_has_an_order_of_its_own(digits: Splits) -> None:
     """Without learning, equal orders would give equal sums of losses."""
     frozen = config(settings={"batch_norm": True}, optimizer={"name": "sgd", "lr": 1e-30}, train={"epochs": 2})
-    first_epoch, second_epoch = train(frozen, digits)
+    first_epoch, second_epoch = Training(frozen, digits)
     assert first_epoch.train_loss != second_epoch.train_loss
 
 
@@ -118,7 +118,7 @@ def test_records_say_what_happened(digits: Splits) -> None:
         nonlocal ticks
         ticks += 1
 
-    training = train(config(train={"epochs": 2}), digits, tick=tick)
+    training = Training(config(train={"epochs": 2}), digits, tick=tick)
     epochs = list(training)
     assert [epoch.index for epoch in epochs] == [1, 2]
     batches = math.ceil(len(digits.train) / 64) + math.ceil(212 / 64)
@@ -131,7 +131,7 @@ def test_records_say_what_happened(digits: Splits) -> None:
 
 
 def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
-    training = train(config(train={"epochs": 1, "ema": 0.5}), digits)
+    training = Training(config(train={"epochs": 1, "ema": 0.5}), digits)
     next(training)
     assert digits.val is not None
     model = training.classifier.eval()
@@ -145,7 +145,7 @@ def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
 
 
 def test_the_average_is_what_is_validated(digits: Splits) -> None:
-    training = train(config(optimizer={"name": "sgd", "lr": 0.2}, train={"epochs": 1, "ema": 0.999}), digits)
+    training = Training(config(optimizer={"name": "sgd", "lr": 0.2}, train={"epochs": 1, "ema": 0.999}), digits)
     next(training)
     assert training.classifier is not training.model
     assert digits.val is not None
@@ -157,7 +157,7 @@ def test_the_average_is_what_is_validated(digits: Splits) -> None:
 
 
 def test_without_a_validation_part_there_is_nothing_to_say(digits: Splits) -> None:
-    epochs = list(train(config(train={"epochs": 1}), replace(digits, val=None)))
+    epochs = list(Training(config(train={"epochs": 1}), replace(digits, val=None)))
     assert (epochs[0].val_loss, epochs[0].val_accuracy) == (None, None)
 
 
@@ -165,7 +165,7 @@ def test_without_a_validation_part_there_is_nothing_to_say(digits: Splits) -> No
 def test_the_last_batch_is_kept_unless_batch_norm_would_see_one_image(
     digits: Splits, images: int, batch_norm: bool, trained: int
 ) -> None:
-    training = train(config(settings={"batch_norm": batch_norm}, train={"epochs": 1}), first(digits, images))
+    training = Training(config(settings={"batch_norm": batch_norm}, train={"epochs": 1}), first(digits, images))
     epoch = next(training)
     rights = epoch.train_accuracy * trained
     assert rights == pytest.approx(round(rights), abs=1e-4)
@@ -175,15 +175,15 @@ def test_the_last_batch_is_kept_unless_batch_norm_would_see_one_image(
 
 def test_batches_of_one_and_batch_norm_are_refused(digits: Splits) -> None:
     with pytest.raises(ConfigError, match=r"train.batch_size = 1: batch norm needs at least 2"):
-        train(config(settings={"batch_norm": True}, train={"batch_size": 1}), digits)
-    assert next(train(config(train={"epochs": 1, "batch_size": 1}), first(digits, 3))).index == 1
+        Training(config(settings={"batch_norm": True}, train={"batch_size": 1}), digits)
+    assert next(Training(config(train={"epochs": 1, "batch_size": 1}), first(digits, 3))).index == 1
 
 
 @pytest.mark.parametrize("lr", [1e30, 1e4])
 def test_a_loss_that_is_not_finite_ends_training(digits: Splits, lr: float) -> None:
     wild = config(optimizer={"name": "sgd", "lr": lr, "sgd": {"momentum": 0.99}}, train={"epochs": 4})
     with pytest.raises(DivergedError, match=r"^(train|val)_loss is (nan|inf) in epoch \d; .*optimizer\.lr"):
-        list(train(wild, digits))
+        list(Training(wild, digits))
 
 
 def test_what_tick_raises_leaves_the_epoch(digits: Splits) -> None:
@@ -195,7 +195,7 @@ def test_what_tick_raises_leaves_the_epoch(digits: Splits) -> None:
         if calls == 40:
             raise Stopped
 
-    training = train(config(train={"epochs": 3}), digits, tick=tick)
+    training = Training(config(train={"epochs": 3}), digits, tick=tick)
     next(training)
     with pytest.raises(Stopped):
         next(training)
@@ -208,7 +208,7 @@ def test_clipping_bounds_the_step(digits: Splits) -> None:
     settings: dict[str, Any] = {"name": "sgd", "lr": 1.0, "sgd": {"momentum": 0.0}}
     moved = []
     for clip in (0.0, 0.01):
-        training = train(config(optimizer=settings | {"clip": clip}, train={"epochs": 1}), one_step)
+        training = Training(config(optimizer=settings | {"clip": clip}, train={"epochs": 1}), one_step)
         before = [p.detach().clone() for p in training.model.parameters()]
         next(training)
         pairs = zip(training.model.parameters(), before, strict=True)
@@ -218,15 +218,15 @@ def test_clipping_bounds_the_step(digits: Splits) -> None:
 
 
 def test_bfloat16_is_near_float32(digits: Splits) -> None:
-    half = list(train(config(train={"epochs": 2, "precision": "bfloat16"}), digits))
-    full = list(train(config(train={"epochs": 2, "precision": "float32"}), digits))
+    half = list(Training(config(train={"epochs": 2, "precision": "bfloat16"}), digits))
+    full = list(Training(config(train={"epochs": 2, "precision": "float32"}), digits))
     assert losses(half) != losses(full)
     assert half[-1].train_loss == pytest.approx(full[-1].train_loss, rel=0.02)
 
 
 def test_a_frozen_backbone_stays_bitwise(digits: Splits) -> None:
     settings = {"model": "test_resnet", "weights": "none", "tuned_blocks": 0}
-    training = train(config("transfer", settings, train={"epochs": 1, "ema": 0.9}), first(digits, 200))
+    training = Training(config("transfer", settings, train={"epochs": 1, "ema": 0.9}), first(digits, 200))
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     next(training)
     for model in (training.model, training.classifier):
@@ -241,6 +241,6 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     data = load(DataConfig(name="digits"))
-    curves = {name: list(train(settings, data)) for name, settings in CONFIGS.items()}
+    curves = {name: list(Training(settings, data)) for name, settings in CONFIGS.items()}
     rows = {n: {"train": [e.train_loss for e in es], "val": [e.val_loss for e in es]} for n, es in curves.items()}
     GOLDEN.write_text(json.dumps(rows, indent=1) + "\n")

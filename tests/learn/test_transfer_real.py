@@ -13,7 +13,7 @@ import torch
 from searchfm.config import Config, ModelConfig
 from searchfm.learn.data import load
 from searchfm.learn.models import build
-from searchfm.learn.train import train
+from searchfm.learn.train import Training
 from tests.learn.toys import config
 
 
@@ -59,7 +59,7 @@ def test_pretrained_features_beat_random_ones(tmp_path: Path) -> None:
     accuracies: dict[str, list[float]] = {"pretrained": [], "random": []}
     for seed in (1, 2, 3):
         for name, weights in (("pretrained", str(path)), ("random", "none")):
-            *_, last = train(probe(weights, seed), data)
+            *_, last = Training(probe(weights, seed), data)
             assert last.val_accuracy is not None
             accuracies[name].append(last.val_accuracy)
     print(accuracies, file=sys.stderr)

@@ -36,9 +36,10 @@ class Pretrained(nn.Module):
         frozen = {name for stage in stages[: len(stages) - trained] for name in stage}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        self._frozen = [
-            module for module in model.modules() if (own := list(module.parameters())) and not any(_trained(own))
-        ]
+        modules = (
+            (module, [parameter.requires_grad for parameter in module.parameters()]) for module in model.modules()
+        )
+        self._frozen = [module for module, trains in modules if trains and not any(trains)]
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) float32, normalised -> (N, K) logits."""
@@ -59,14 +60,7 @@ class Pretrained(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """The parameters that timm excludes from weight decay, by name."""
-        return {f"model.{name}" for name in undecayed(self.model)}
-
-
-def undecayed(net: Any) -> set[str]:
-    """Parameters without weight decay although they have two dimensions and more (tokens, embeddings of position), by
-    name: those that the net, as timm's do, lists in a method `no_weight_decay`.
-    """
-    return set(net.no_weight_decay()) if hasattr(net, "no_weight_decay") else set()
+        return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
 
 
 def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
@@ -130,7 +124,8 @@ def _load(config: Transfer, shape: Shape, settings: Mapping[str, Any], path: Pat
     state = torch.random.get_rng_state()
     plain = _create(config, shape, settings)
     torch.random.set_rng_state(state)
-    with _named(config, shape, str(path)), _quiet():
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the head's keys, which it leaves out as intended
+    with _named(config, shape, str(path)):
         model: Any = timm.create_model(
             config.model, pretrained=True, pretrained_cfg_overlay={"file": str(path), "custom_load": False}, **settings
         )
@@ -177,23 +172,7 @@ def _named(config: Transfer, shape: Shape, path: str = "") -> Iterator[None]:
         raise ModelError(f'model.transfer.model = "{config.model}": does not take images of {size}: {reason}') from None
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides timm's warning about the head's keys, which it leaves out as intended."""
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _channels(values: tuple[float, ...], channels: int) -> Tensor:
     """Means or deviations; where the images have another number of channels than the weights, their mean for each."""
     own = torch.tensor(values, dtype=torch.float32)
     return own if len(own) == channels else own.mean().expand(channels).clone()
-
-
-def _trained(parameters: list[nn.Parameter]) -> list[bool]:
-    return [parameter.requires_grad for parameter in parameters]
