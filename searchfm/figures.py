@@ -378,9 +378,9 @@ def survival(trials: Sequence[Trial], epochs: int) -> Figure:
     figure = _blank(4.2, 3.1)
     axes = _panel(figure, "trials that trained each epoch", 0.135, 0.155, 0.835, 0.745)
     trained = [len(trial.epochs) for trial in trials if trial.twin is None and trial.epochs]
-    reached = [sum(count >= epoch for count in trained) for epoch in range(1, epochs + 1)]
-    saved = [len(trained) - count for count in reached]
     steps = range(1, epochs + 1)
+    reached = [sum(count >= epoch for count in trained) for epoch in steps]
+    saved = [len(trained) - count for count in reached]
     axes.bar(steps, reached, color=VALIDATION, width=0.82)
     axes.bar(steps, saved, bottom=reached, color="white", edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
     _count(axes, "epoch")

@@ -341,8 +341,7 @@ def show_comparison(
 
 def show_addresses(console: Console, addresses: "Addresses") -> None:
     """The addresses of the two user interfaces."""
-    _line(console, f"optuna-dashboard  {addresses.dashboard}")
-    _line(console, f"MLflow            {addresses.mlflow}")
+    _line(console, f"optuna-dashboard  {addresses.dashboard}\nMLflow            {addresses.mlflow}")
     console.print("Ctrl-C stops both", style="dim")
 
 
@@ -383,12 +382,10 @@ def final_sentences(final: Final) -> list[str]:
     winner, validation, test, model = final.winner, final.validation, final.test, final.model
     lines = []
     if final.finalists:
-        tied = ", ".join(map(str, final.tie))
-        lines.append(
-            f"Trials {tied} cannot be distinguished (paired test, Holm): the lowest cost wins, trial {winner}."
-            if tied
-            else f"Trial {winner} wins."
+        tied = (
+            f"Trials {', '.join(map(str, final.tie))} cannot be distinguished (paired test, Holm): the lowest cost wins"
         )
+        lines.append(f"{tied}, trial {winner}." if final.tie else f"Trial {winner} wins.")
         value = next(finalist.value for finalist in final.finalists if finalist.trial == winner)
         lines.append(
             f"Validation: {value:.2%} in the search, {validation.accuracy:.2%} with "
