@@ -141,30 +141,30 @@ def curves(epochs: Sequence[Epoch]) -> Figure:
     What is None or not finite leaves a gap.
     """
     figure = _blank(7.6, 2.9)
-    left, right = figure.subplots(1, 2)
+    loss, accuracy = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
     steps = [epoch.index for epoch in epochs]
-    sides = (
-        (left, "loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs]),
-        (right, "accuracy", [e.train_accuracy for e in epochs], [e.val_accuracy for e in epochs]),
+    panels = (
+        (loss, "loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs]),
+        (accuracy, "accuracy", [e.train_accuracy for e in epochs], [e.val_accuracy for e in epochs]),
     )
-    for axes, title, train, validation in sides:
+    for axes, title, train, validation in panels:
         _plain(axes, title)
         axes.plot(steps, _gaps(train), color=TRAIN, marker="o", markersize=3, label="training")
         if any(value is not None for value in validation):
             axes.plot(steps, _gaps(validation), color=VALIDATION, marker="o", markersize=3, label="validation")
         _count(axes, "epoch", 7)
         axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
-    right.yaxis.set_major_formatter(FuncFormatter(_percent))
+    accuracy.yaxis.set_major_formatter(FuncFormatter(_percent))
     held = [epoch for epoch in epochs if epoch.val_accuracy is not None and np.isfinite(epoch.val_accuracy)]
     if held:
         best = max(held, key=lambda epoch: (epoch.val_accuracy, -epoch.index))
         assert best.val_accuracy is not None
-        for axes in (left, right):
+        for axes in (loss, accuracy):
             axes.axvline(best.index, color=MARK, linewidth=0.8, linestyle=":")
-        right.plot([best.index], [best.val_accuracy], "o", color=MARK, markersize=6, markerfacecolor="none")
-        _title(right, f"best {best.val_accuracy:.2%} in epoch {best.index}", "right", color=MARK, size=9)
-    left.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
+        accuracy.plot([best.index], [best.val_accuracy], "o", color=MARK, markersize=6, markerfacecolor="none")
+        _title(accuracy, f"best {best.val_accuracy:.2%} in epoch {best.index}", "right", color=MARK, size=9)
+    loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     return figure
 
 
@@ -426,7 +426,7 @@ def ranking(measured: Sequence[Measured]) -> Figure:
 
 
 def _floor(values: Sequence[float], more: Iterable[float] = ()) -> float:
-    """The lower end of a scale of accuracies: one diverged training must not press all others into one line."""
+    """The lower end of a scale of accuracies: one diverged training must not compress all others to a line."""
     least = min((*values, *more), default=0.0)
     if not values:
         return least

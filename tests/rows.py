@@ -161,10 +161,10 @@ def resume(home: Home, number: int, name: str = "toy") -> optuna.Trial:
 def record(home: Home, trial: optuna.Trial, trained: Sequence[Epoch], name: str = "toy") -> None:
     """Epochs, as the coordinator writes them down."""
     write_epochs(home.trial(name, trial.number) / EPOCHS, trained)
-    known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+    reported_epochs = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     for epoch in trained:
         assert epoch.val_accuracy is not None
-        if epoch.index not in known:
+        if epoch.index not in reported_epochs:
             trial.report(epoch.val_accuracy, epoch.index)
 
 

@@ -126,7 +126,7 @@ def test_history_has_a_mark_for_every_trial_and_rises_with_the_best() -> None:
     assert_allclose(best.get_ydata(), [0.7, 0.9, 0.9])
 
 
-def test_one_diverged_training_does_not_press_the_others_into_a_line() -> None:
+def test_one_diverged_training_does_not_compress_the_others_to_a_line() -> None:
     figure = figures.history([trial(number, 0.90 + number / 1000) for number in range(10)] + [trial(10, 0.1)])
     low, high = figure.axes[0].get_ylim()
     assert high - low < 0.05
@@ -153,7 +153,7 @@ def test_numbers_to_choose_from_are_sorted_and_names_are_not() -> None:
         assert [round(float(marks[number][0, 0])) for number in (0, 1)] == order
 
 
-def test_a_stepped_number_is_found_in_spite_of_rounding_noise() -> None:
+def test_a_stepped_number_with_rounding_noise_has_its_step() -> None:
     dropout = Range(0.0, 0.5, log=False, step=0.05)
     trials = [trial(0, 0.8, dropout=0.30000000000000004), trial(1, 0.9, dropout=0.35000000000000003)]
     marks = points(figures.factor(trials, "dropout", dropout, "dropout", "f", best=1), "f")
@@ -185,7 +185,7 @@ def test_odd_searches_are_drawn_too(trials: list[Trial]) -> None:
 def test_the_front_leaves_out_a_study_that_another_beats_in_both() -> None:
     measured = [
         Measured("slow", 0.95, 0.94, 0.96, 100.0),
-        Measured("beaten", 0.90, 0.89, 0.91, 50.0),
+        Measured("worse", 0.90, 0.89, 0.91, 50.0),
         Measured("quick", 0.92, 0.91, 0.93, 10.0),
         Measured("twice as slow", 0.95, 0.94, 0.96, 200.0),
     ]

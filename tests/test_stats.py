@@ -37,7 +37,7 @@ def test_mcnemar_gives_fagerlands_example() -> None:
     assert mcnemar(after, before) == mcnemar(before, after)
 
 
-def test_models_that_agree_or_are_even_cannot_be_told_apart() -> None:
+def test_models_that_agree_or_are_even_cannot_be_distinguished() -> None:
     correct = np.array([True, False, True, True])
     assert mcnemar(correct, correct) == 1.0
     assert mcnemar([True, False, True, False], [False, True, True, False]) == 1.0
@@ -98,7 +98,7 @@ def test_seeds_that_never_differ_leave_nothing_to_predict() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.4])
-def test_a_further_seed_falls_inside_as_often_as_is_said(spread: float) -> None:
+def test_a_further_seed_falls_inside_as_often_as_stated(spread: float) -> None:
     """Three models with three seeds each; a fourth training of the first falls inside its interval in 95% of cases."""
     rng = np.random.default_rng(1)
     inside = []
@@ -112,7 +112,7 @@ def test_a_further_seed_falls_inside_as_often_as_is_said(spread: float) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.4])
-def test_equal_models_are_told_apart_as_seldom_as_is_said(spread: float) -> None:
+def test_equal_models_are_distinguished_as_rarely_as_stated(spread: float) -> None:
     rng = np.random.default_rng(2)
     alarms = []
     for _ in range(1000):
@@ -123,7 +123,7 @@ def test_equal_models_are_told_apart_as_seldom_as_is_said(spread: float) -> None
     assert paired(models[0], models[0], None) == 1.0
 
 
-def test_different_models_are_told_apart_whichever_comes_first() -> None:
+def test_different_models_are_distinguished_whichever_comes_first() -> None:
     rng = np.random.default_rng(3)
     chances = images(rng)
     models = [trainings(rng, chances, 3, 0.1), trainings(rng, chances * 0.9, 3, 0.1)]

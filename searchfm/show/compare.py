@@ -145,7 +145,7 @@ def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
     parts = (COLUMNS,) if width >= WIDE else (QUALITY, {"study": QUALITY["study"], **COST})
     tables = []
     for columns in parts:
-        shown = table(*columns, right=COLUMNS.keys() - TEXTS)
+        shown = table(*columns, numeric=COLUMNS.keys() - TEXTS)
         for row in _rows(lines, columns):
             shown.add_row(*map(escape, row))
         tables.append(shown)

@@ -114,8 +114,8 @@ def ranks(study: StudyRecord) -> list[Rank]:
     """All complete trials that were trained, the best first, and which of them are tied with it.
 
     By McNemar's test on the predictions of the same validation images, Holm-corrected for all that are compared; where
-    a trial's predictions are not kept, by whether its accuracy lies in the best one's interval. The best of many was
-    also lucky, so this errs on the side of seeing differences.
+    a trial's predictions are not kept, by whether its accuracy lies in the best one's interval. The best of many
+    values is too high by selection, so this finds too many differences rather than too few.
     """
     trials = study.ranked(twins=False)
     if not trials:
@@ -192,7 +192,7 @@ def about(study: StudyRecord) -> str:
     )
 
 
-def verdict(study: StudyRecord) -> list[str]:
+def result_sentences(study: StudyRecord) -> list[str]:
     """The result, the main sentence first."""
     if study.final is not None:
         return _retrained(study.final)
@@ -299,7 +299,7 @@ def _head(study: StudyRecord, best: Trial, chosen: Trial, saved: Saved) -> dict[
         facts += [("parameters", f"{model.parameters:,}", ""), ("MFLOP an image", megaflop(model.flops), "forward")]
     pace = final.seconds_per_epoch if final else chosen.seconds_per_epoch
     facts.append(("an epoch", seconds(pace), "final training" if final else f"trial {chosen.number}"))
-    return {"about": about(study), "verdict": verdict(study), "facts": facts}
+    return {"about": about(study), "result": result_sentences(study), "facts": facts}
 
 
 def _search(study: StudyRecord) -> dict[str, Any]:

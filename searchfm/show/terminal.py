@@ -507,14 +507,14 @@ def pair_table(left: str, right: str, rows: Mapping[str, str]) -> Table:
     return shown
 
 
-def table(*columns: str, title: str | None = None, live: bool = False, right: Container[str] = ()) -> Table:
-    """A table without rows. right: the columns that are aligned to the right."""
+def table(*columns: str, title: str | None = None, live: bool = False, numeric: Container[str] = ()) -> Table:
+    """A table without rows. numeric: columns that are aligned to the right."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     shown.header_style = "dim" if live else "bold"
     for column in columns:
         shown.add_column(
             column,
-            justify="right" if column in right else "left",
+            justify="right" if column in numeric else "left",
             no_wrap=live and column != "params",
             overflow="ellipsis" if live else "fold",
         )

@@ -131,10 +131,10 @@ class Served:
         """The ids of all processes below ours."""
         listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
         parents = dict(tuple(map(int, line.split())) for line in listed.splitlines()[1:])
-        found = [self.process.pid]
-        for pid in found:
-            found += [child for child, parent in parents.items() if parent == pid]
-        return found[1:]
+        ids = [self.process.pid]
+        for pid in ids:
+            ids += [child for child, parent in parents.items() if parent == pid]
+        return ids[1:]
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
@@ -255,8 +255,8 @@ def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Pat
     assert "toy-0002 (failed)" in page
     columns = re.findall(r'col-id="([^"]*)"[^>]*style="[^"]*left: (\d+)px', page)
     shown = [name for name, left in sorted(set(columns), key=lambda column: int(column[1]))]
-    wanted = ["metrics.`value`", "tags.`state`", "params.`model.mlp.layers`", "params.`optimizer.name`"]
-    assert [name for name in shown if name in wanted] == wanted
+    expected = ["metrics.`value`", "tags.`state`", "params.`model.mlp.layers`", "params.`optimizer.name`"]
+    assert [name for name in shown if name in expected] == expected
     page, _ = look(f"{served.mlflow}&compareRunsMode=CHART", tmp_path, "mlflow-curves")
     assert "val/accuracy" in page
     assert page.count("js-plotly-plot") >= 2

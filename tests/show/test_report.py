@@ -72,7 +72,7 @@ def test_trials_that_miss_other_images_are_a_tie_and_those_that_miss_more_are_no
     assert low < third.accuracy.fraction < high
 
 
-def test_a_paired_test_sees_what_intervals_cannot(home: Home) -> None:
+def test_a_paired_test_finds_differences_that_intervals_hide(home: Home) -> None:
     worse = range(17)
     paired = report.ranks(searched.search(home, [Ending(BEST), Ending(worse)]))
     alone = report.ranks(searched.search(home, [Ending(BEST), Ending(worse, kept=False)], "lost"))
@@ -81,7 +81,7 @@ def test_a_paired_test_sees_what_intervals_cannot(home: Home) -> None:
     assert alone[1].accuracy.interval[1] > alone[0].accuracy.interval[0]
 
 
-def test_twins_take_no_part_in_the_ranking(home: Home) -> None:
+def test_twins_are_not_ranked(home: Home) -> None:
     study = searched.search(home, [Ending(BEST), Ending(BEST, twin=0)])
     assert [rank.trial.number for rank in report.ranks(study)] == [0]
 
@@ -108,7 +108,7 @@ def test_importance_needs_enough_trials_and_says_so(home: Home) -> None:
     assert "at least 10 complete trials; this study has 9" in report.importance_note(study, available=False)
 
 
-def test_the_most_confused_come_first_and_the_surest_mistakes_of_them() -> None:
+def test_the_most_confused_come_first_with_their_most_probable_mistakes() -> None:
     labels = np.array([0, 0, 0, 1, 1, 2])
     probabilities = np.array(
         [[0.4, 0.6, 0], [0.1, 0.9, 0], [0.9, 0.1, 0], [0.8, 0.2, 0], [0, 1, 0], [0, 0, 1]], dtype=np.float32
@@ -134,17 +134,17 @@ def test_images_are_those_of_the_data_and_of_no_other() -> None:
 
 
 def test_a_search_alone_is_called_optimistic(home: Home) -> None:
-    first, second = report.verdict(searched.search(home, [Ending(BEST), Ending(range(30))]))
+    first, second = report.result_sentences(searched.search(home, [Ending(BEST), Ending(range(30))]))
     assert first.startswith(
         "Trial 0 classifies 95.28% of 212 validation images correctly (95% interval 91.54% to 97.42%"
     )
     assert "best of 2 complete trials" in second
-    assert len(report.verdict(searched.search(home, [Ending(BEST)], "one"))) == 1  # nothing was chosen
+    assert len(report.result_sentences(searched.search(home, [Ending(BEST)], "one"))) == 1  # nothing was chosen
 
 
 def test_a_final_model_is_described_by_its_test_and_the_readings_of_that_part(home: Home) -> None:
     study = searched.search(home, [Ending(BEST), Ending(range(30))])
-    sentences = report.verdict(searched.retrained(home, study, range(30), winner=1, reads=3))
+    sentences = report.result_sentences(searched.retrained(home, study, range(30), winner=1, reads=3))
     assert sentences[0].startswith("The final model classifies 90.00% of 300 test images correctly")
     assert "configuration of trial 1" in sentences[1]
     assert "read the test part of these data 3 times" in sentences[1]
@@ -268,12 +268,12 @@ def test_a_sweep_of_one_key_is_named_as_one(home: Home) -> None:
 def test_the_files_it_shows_are_the_study_and_the_trial_again(home: Home, tmp_path: Path) -> None:
     study = searched.search(home, [Ending(BEST), Ending(range(30))])
     text = report_page(study, open_storage(home), {})
-    for place, summary in enumerate(("config.toml of trial 0", "study.toml, with overrides and defaults")):
+    for index, summary in enumerate(("config.toml of trial 0", "study.toml, with overrides and defaults")):
         shown = text.partition(f"<summary>{summary}</summary>\n<pre>")[2].partition("</pre>")[0]
-        path = tmp_path / f"{place}.toml"
+        path = tmp_path / f"{index}.toml"
         path.write_text(unescape(shown))
         again = files.read(path).study()
-        if place:
+        if index:
             assert (again.name, again.digest) == (study.name, study.digest)
         else:
             assert again.first.to_table() == study.trials[0].config
@@ -315,19 +315,19 @@ def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_the_whole_story_on_digits(home: Home, tmp_path: Path) -> None:
-    place = ("--home", str(home.path))
+    options = ("--home", str(home.path))
     for study, trials in (("mlp", "12"), ("cnn", "3")):
         tiny = ("--dataset", "digits", "--epochs", "3", "--trials", trials, "--workers", "2")
-        done = searchfm("tune", study, *tiny, *place)
+        done = searchfm("tune", study, *tiny, *options)
         assert done.returncode == 0, done.stderr
-    away = searchfm("report", "mlp", *place, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    away = searchfm("report", "mlp", *options, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert (away.returncode, away.stderr.count("\n")) == (1, 1)
     assert away.stdout.strip() == str(home.study("mlp") / "report.html")  # the page is there all the same
-    done = searchfm("retrain", "mlp", "--top", "2", "--seeds", "2", *place)
+    done = searchfm("retrain", "mlp", "--top", "2", "--seeds", "2", *options)
     assert done.returncode == 0, done.stderr
-    done = searchfm("report", "mlp", *place, "--output", str(tmp_path / "mlp.html"))
+    done = searchfm("report", "mlp", *options, "--output", str(tmp_path / "mlp.html"))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'mlp.html'}\n", "")
-    done = searchfm("compare", "mlp", "cnn", "--json", *place)
+    done = searchfm("compare", "mlp", "cnn", "--json", *options)
     assert done.returncode == 0, done.stderr
     tested, searched_only = json.loads(done.stdout)
     assert (tested["split"], searched_only["split"]) == ("test", "validation")
