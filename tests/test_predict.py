@@ -27,7 +27,7 @@ from searchfm.learn.datasets import FASHION_CLASSES
 from searchfm.learn.images import Arrays, listing, read_folder
 from searchfm.learn.train import Training
 
-Said = tuple[int, str, str]  # exit code, stdout, stderr
+Output = tuple[int, str, str]  # exit code, stdout, stderr
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def fashion() -> Arrays:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a trial leaves it: a small MLP, trained on a tenth of Fashion-MNIST."""
-    place, threads = tmp_path_factory.mktemp("studies") / "mlp" / "0007", torch.get_num_threads()
+    folder, threads = tmp_path_factory.mktemp("studies") / "mlp" / "0007", torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -53,9 +53,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training = Training(config, load(config.data))
         assert list(training)[-1].val_accuracy > 0.75
     spec = {"config": config.to_table(), "classes": list(training.data.classes), "shape": [1, 28, 28]}
-    save_weights(place, training.classifier, spec)
+    save_weights(folder, training.classifier, spec)
     torch.set_num_threads(threads)
-    return place
+    return folder
 
 
 @pytest.fixture
@@ -72,13 +72,13 @@ def images(fashion: Arrays, tmp_path: Path) -> Path:
 @pytest.fixture
 def searchfm(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Callable[..., Said]:
+) -> Callable[..., Output]:
     """Runs a command in this process, in an empty folder, where `runs` is the home."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "300")
 
-    def run(*words: str | Path) -> Said:
+    def run(*words: str | Path) -> Output:
         monkeypatch.setattr(sys, "argv", ["searchfm", *map(str, words)])
         with pytest.raises(SystemExit) as left:
             cli.main()
@@ -89,8 +89,8 @@ def searchfm(
     return run
 
 
-def refused(said: Said, text: str) -> None:
-    code, out, err = said
+def refused(output: Output, text: str) -> None:
+    code, out, err = output
     assert (code, out) == (2, ""), err
     assert err.count("\n") == 1
     assert text in err
@@ -99,27 +99,27 @@ def refused(said: Said, text: str) -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_fashion_mnists_own_images_are_named_right(searchfm: Callable[..., Said], model: Path, images: Path) -> None:
+def test_fashion_mnists_own_images_are_named_right(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
     code, out, _ = searchfm("predict", model, images, "--json")
     assert code == 0
     rows = json.loads(out)
     assert [row["image"] for row in rows] == sorted(str(path) for path in images.rglob("*.png"))
     assert all(set(row) == {"image", "class", "probability"} for row in rows)
-    right = [row for row in rows if row["class"] == FASHION_CLASSES[int(Path(row["image"]).parent.name)]]
-    assert len(right) >= 70
+    correct = [row for row in rows if row["class"] == FASHION_CLASSES[int(Path(row["image"]).parent.name)]]
+    assert len(correct) >= 70
     sure = [row for row in rows if row["probability"] > 0.95]
-    assert len([row for row in sure if row in right]) > 0.85 * len(sure), "probabilities mean something"
+    assert len([row for row in sure if row in correct]) > 0.85 * len(sure), "probabilities mean something"
 
 
 def test_what_is_printed_is_what_the_model_says(
-    searchfm: Callable[..., Said], model: Path, images: Path, fashion: Arrays
+    searchfm: Callable[..., Output], model: Path, images: Path, fashion: Arrays
 ) -> None:
     classifier, _ = load_classifier(model)
     with torch.inference_mode():
-        wanted = classifier(torch.tensor(fashion.images[:100])).softmax(1).numpy()
+        expected = classifier(torch.tensor(fashion.images[:100])).softmax(1).numpy()
     rows = json.loads(searchfm("predict", model, images, "--json", "--top", "20")[1])
     for row in rows:
-        probabilities = wanted[int(Path(row["image"]).stem)]
+        probabilities = expected[int(Path(row["image"]).stem)]
         assert row["class"] == FASHION_CLASSES[probabilities.argmax()]
         assert {one["class"] for one in row["top"]} == set(FASHION_CLASSES)
         for one in row["top"]:
@@ -129,7 +129,9 @@ def test_what_is_printed_is_what_the_model_says(
         assert row["top"][0] == {"class": row["class"], "probability": row["probability"]}
 
 
-def test_size_and_mode_do_not_matter(searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path) -> None:
+def test_size_and_mode_do_not_matter(
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
+) -> None:
     paths = sorted(images.rglob("*.png"))[:40]
     plain = json.loads(searchfm("predict", model, *paths, "--json")[1])
     for mode in ("RGB", "RGBA", "LA", "CMYK", "P", "I;16"):
@@ -209,7 +211,7 @@ def test_a_folders_own_size_need_not_be_square(tmp_path: Path) -> None:
 
 
 def test_unreadable_files_are_named_and_the_rest_goes_on(
-    searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
 ) -> None:
     good = sorted(images.rglob("*.png"))[:2]
     text, cut, deep = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "deep.tif"
@@ -236,7 +238,9 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(
     assert "cannot be read: No such file or directory" in out
 
 
-def test_where_nothing_can_be_read_one_line_says_so(searchfm: Callable[..., Said], model: Path, tmp_path: Path) -> None:
+def test_where_nothing_can_be_read_one_line_says_so(
+    searchfm: Callable[..., Output], model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.png").write_text("not an image")
     refused(searchfm("predict", model, tmp_path / "text.png"), "text.png: cannot identify image file")
     refused(searchfm("predict", model, "nix"), "no image could be read: nix: No such file or directory")
@@ -247,7 +251,7 @@ def test_where_nothing_can_be_read_one_line_says_so(searchfm: Callable[..., Said
 
 
 def test_a_folder_stands_for_the_images_in_it(
-    searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
 ) -> None:
     one = images / "9" / "000.png"
     root = tmp_path / "some"
@@ -258,15 +262,17 @@ def test_a_folder_stands_for_the_images_in_it(
     (root / "notes.txt").write_text("no image")
     (root / "link.png").symlink_to(elsewhere)
     (root / "loop").symlink_to(root)
-    found = json.loads(searchfm("predict", model, root, one, "--json")[1])
-    assert [row["image"] for row in found] == [
+    rows = json.loads(searchfm("predict", model, root, one, "--json")[1])
+    assert [row["image"] for row in rows] == [
         *(str(root / name) for name in ("a.jpeg", "b/c/deep.png", "z.PNG")),
         str(one),
     ]
-    assert len({row["probability"] for row in found}) == 1
+    assert len({row["probability"] for row in rows}) == 1
 
 
-def test_a_name_of_any_bytes_is_shown(searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path) -> None:
+def test_a_name_of_any_bytes_is_shown(
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
+) -> None:
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/[red]\xff.png"))
     odd.write_bytes((images / "9" / "000.png").read_bytes())
     for option in ("--json", "--csv"):
@@ -279,15 +285,15 @@ def test_a_name_of_any_bytes_is_shown(searchfm: Callable[..., Said], model: Path
 
 
 def test_csv_goes_to_stdout_or_into_a_file(
-    searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
 ) -> None:
     words = [*sorted(images.rglob("*.png"))[:3], tmp_path / "nix,.png"]
-    wanted = json.loads(searchfm("predict", model, *words, "--top", "2", "--json")[1])
+    expected = json.loads(searchfm("predict", model, *words, "--top", "2", "--json")[1])
     code, out, _ = searchfm("predict", model, *words, "--top", "2", "--csv")
     assert code == 0
     rows = list(csv.DictReader(io.StringIO(out)))
     assert list(rows[0]) == ["image", "class", "probability", "class_2", "probability_2", "error"]
-    for row, one in zip(rows[:3], wanted[:3], strict=True):
+    for row, one in zip(rows[:3], expected[:3], strict=True):
         assert (row["image"], row["class"], row["error"]) == (one["image"], one["class"], "")
         assert float(row["probability"]) == one["probability"]
         assert row["class_2"] == one["top"][1]["class"]
@@ -304,7 +310,7 @@ def test_csv_goes_to_stdout_or_into_a_file(
     refused(searchfm("predict", model, words[0], "--csv", "a.csv", "b.csv"), "with one file at most (came 2)")
 
 
-def test_tables_show_the_next_classes(searchfm: Callable[..., Said], model: Path, images: Path) -> None:
+def test_tables_show_the_next_classes(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
     one = images / "9" / "000.png"
     lines = searchfm("predict", model, one)[1].splitlines()
     assert lines[0].split() == ["image", "class", "probability"]
@@ -319,13 +325,13 @@ def test_tables_show_the_next_classes(searchfm: Callable[..., Said], model: Path
 
 
 def test_a_model_that_is_none_is_one_line(
-    searchfm: Callable[..., Said], model: Path, images: Path, tmp_path: Path
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
 ) -> None:
     home = Home(tmp_path / "home")
     four(home)
     for file in ("text.safetensors", "m.pt2", "m.bin"):
         (tmp_path / file).write_text("no model")
-    for name, said in {
+    for name, message in {
         "toy": "study 'toy': was not retrained, so it has no model; first: searchfm retrain toy",
         "nix": "study 'nix' is not in ",
         "nix.onnx": "nix.onnx: no model here",
@@ -340,8 +346,8 @@ def test_a_model_that_is_none_is_one_line(
         "models:/searchfm-toy": "must be models:/NAME@ALIAS or models:/NAME/VERSION",
         "models:/../x@y": "must be models:/NAME@ALIAS",
     }.items():
-        refused(searchfm("predict", name, images, "--home", home.path), said)
-        refused(searchfm("export", name, "--home", home.path), said)
+        refused(searchfm("predict", name, images, "--home", home.path), message)
+        refused(searchfm("export", name, "--home", home.path), message)
     assert not list(Path().iterdir())
     for name in ("nix", "models:/nix@champion"):
         empty = tmp_path / "nothing"
@@ -349,7 +355,7 @@ def test_a_model_that_is_none_is_one_line(
         assert not empty.exists()
 
 
-def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Path, images: Path) -> None:
+def test_export_writes_where_it_is_told(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
     plain = json.loads(searchfm("predict", model, images, "--json")[1])
     Path("out").mkdir()
     for words, path in {
@@ -359,16 +365,16 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Pa
     }.items():
         code, out, err = searchfm("export", model, *words, "--json")
         assert (code, err) == (0, "")
-        said = json.loads(out)
-        assert list(said) == ["model", "format", "path", "bytes", "difference"]
-        assert (said["model"], said["path"], said["format"]) == (str(model), path, path.rpartition(".")[2])
-        assert said["bytes"] == Path(path).stat().st_size
-        assert 0 <= said["difference"] < 1e-5
+        answer = json.loads(out)
+        assert list(answer) == ["model", "format", "path", "bytes", "difference"]
+        assert (answer["model"], answer["path"], answer["format"]) == (str(model), path, path.rpartition(".")[2])
+        assert answer["bytes"] == Path(path).stat().st_size
+        assert 0 <= answer["difference"] < 1e-5
         again = json.loads(searchfm("predict", path, images, "--json")[1])
         assert [row["class"] for row in again] == [row["class"] for row in plain]
         assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in plain], abs=2e-6)
     Path("my.pt2").write_text("mine")
-    refused(searchfm("export", model, "--output", "my.pt2"), "my.pt2: is there already; --force overwrites it")
+    refused(searchfm("export", model, "--output", "my.pt2"), "my.pt2: already exists; --force overwrites it")
     assert Path("my.pt2").read_text() == "mine"
     code, out, _ = searchfm("export", model, "--output", "my.pt2", "--force")
     assert code == 0
@@ -376,7 +382,7 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("--format", "h5"), "format 'h5': must be one of onnx, pt2, safetensors"),
         (("--output", "m.h5"), "format 'h5': must be one of"),
@@ -386,16 +392,16 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Said], model: Pa
     ],
 )
 def test_an_export_that_cannot_be_is_one_line(
-    words: tuple[str, ...], said: str, searchfm: Callable[..., Said], model: Path
+    words: tuple[str, ...], message: str, searchfm: Callable[..., Output], model: Path
 ) -> None:
-    refused(searchfm("export", model, *words), said)
+    refused(searchfm("export", model, *words), message)
     assert not list(Path().iterdir())
 
 
-def test_help_shows_its_brackets(searchfm: Callable[..., Said]) -> None:
-    said = searchfm("export", "--help")[1]
+def test_help_shows_its_brackets(searchfm: Callable[..., Output]) -> None:
+    help_text = searchfm("export", "--help")[1]
     for text in ("searchfm[onnx]", "[default: by --output's name, else onnx]", "[default: SEARCHFM_HOME or ./runs]"):
-        assert text in said
+        assert text in help_text
 
 
 # --- from a study to its answers --------------------------------------------------------------------------------------
@@ -412,7 +418,7 @@ def command(home: Path, *words: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_a_studys_champion_answers_by_its_name(
-    searchfm: Callable[..., Said], new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searchfm: Callable[..., Output], new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tune, retrain, predict and export, one after another, with a second model that does not become the champion."""
     home, digits, images = new_home(tmp_path / "home").path, datasets.read_named("digits", "test"), tmp_path / "images"
@@ -429,8 +435,8 @@ def test_a_studys_champion_answers_by_its_name(
     assert command(home, "retrain", "mlp", "--top", "1", "--seeds", "1")["model"]["version"] == 1
     final = home / "studies" / "mlp" / "final"
     best = ask("mlp")
-    right = [answer == str(label) for (answer, _), label in zip(best, digits.labels[:60], strict=True)]
-    assert sum(right) > 40
+    correct = [answer == str(label) for (answer, _), label in zip(best, digits.labels[:60], strict=True)]
+    assert sum(correct) > 40
     assert ask("models:/searchfm-mlp@champion") == ask("models:/searchfm-mlp/1") == ask(final) == best
     for kind in export.FORMATS:
         code, _, err = searchfm("export", "mlp", "--format", kind, "--home", home)
@@ -439,7 +445,7 @@ def test_a_studys_champion_answers_by_its_name(
             continue
         answers = ask(f"mlp.{kind}")
         assert [name for name, _ in answers] == [name for name, _ in best]
-        assert [share for _, share in answers] == pytest.approx([share for _, share in best], abs=2e-6)
+        assert [p for _, p in answers] == pytest.approx([p for _, p in best], abs=2e-6)
 
     # One epoch makes a worse model: version 2 is the final one, and version 1 keeps the alias.
     second = command(home, "retrain", "mlp", "--top", "1", "--seeds", "1", "--epochs", "1")

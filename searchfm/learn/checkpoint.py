@@ -28,7 +28,7 @@ from searchfm.records import Epoch
 log = logging.getLogger("searchfm")
 
 _FORMAT = 1
-_KEPT = 2  # the newest, and one to fall back on
+_KEPT = 2  # the newest, and a fallback
 METADATA = "searchfm"  # key of our JSON in the metadata of every format
 _NAME = re.compile(r"checkpoint-(\d{4,})-([0-9a-f]{64})\.safetensors")
 
@@ -84,7 +84,7 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
 def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:
     """The checkpoint with the most epochs that is undamaged and the owner's; None if there is none.
 
-    Those that are skipped are logged. A missing folder holds none.
+    Skipped ones are logged. A folder may be missing.
     """
     for path in _listed(folders):
         try:
@@ -174,9 +174,9 @@ def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifie
 
 @contextlib.contextmanager
 def refusing(where: Path) -> Iterator[None]:
-    """Whatever is raised while a file or folder is read as a model becomes ModelError, in one line."""
+    """ModelError, in one line, for any error while a file or folder is read as a model."""
     if not where.exists():
-        raise ModelError(f"{where}: no model here, nothing of that name")
+        raise ModelError(f"{where}: no model here, no such file or folder")
     try:
         yield
     except FileNotFoundError as error:

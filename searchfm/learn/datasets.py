@@ -89,13 +89,13 @@ IDX = {
 
 @dataclass(frozen=True)
 class Described:
-    """A data set as `searchfm data` shows it, without reading or downloading it."""
+    """A data set as `searchfm data` lists it, without reading or downloading it."""
 
     name: str
-    shape: Shape | None  # channels, height, width; None for a folder, which only reading can tell
+    shape: Shape | None  # channels, height, width; None for a folder, whose images are not opened
     classes: int
-    train: int  # images, those for validation among them
-    test: int | None  # None where it will be carved out of `train`
+    train: int  # images, including those for validation
+    test: int | None  # None where the test part will be carved out of `train`
     origin: str
     location: Path | None  # on this machine
 
@@ -127,8 +127,8 @@ def describe(name: str, data_dir: Path | None = None) -> Described:
 
 
 def fetch(name: str, data_dir: Path | None = None) -> Path:
-    """Downloads a data set where it is not here, and returns its location. Files that are here already are trusted
-    until they are read. Raises DataError that names every location tried.
+    """Downloads a data set unless it is on this machine, and returns its location. Existing files are checked only when
+    they are read. Raises DataError that names every location tried.
     """
     return folder_of(name) or _obtain(name, data_dir, lambda location: location)
 
@@ -149,10 +149,9 @@ def fingerprint_of(parts: Sequence[Parsed]) -> str:
 def training_images(
     config: DataConfig, indices: Sequence[int], fingerprint: str, data_dir: Path | None = None
 ) -> Pixels:
-    """Training and validation images (N, C, H, W) by `data.Part.indices`. Test images are not for looking at.
+    """Training and validation images (N, C, H, W) by `data.Part.indices`; never test images.
 
-    `fingerprint` is that of the data which the indices belong to. Raises DataError for data that have changed since,
-    or cannot be read.
+    fingerprint: of the data of the indices. Raises DataError for data that have changed since, or cannot be read.
     """
     parts = training_parts(config, data_dir)
     if fingerprint_of(parts) != fingerprint:
@@ -168,7 +167,7 @@ def training_images(
 
 
 def parsed(config: DataConfig, part: PartName, data_dir: Path | None = None) -> Parsed:
-    """One part at `config.size`. Parsed by the first process that asks, it opens in milliseconds from then on.
+    """One part at `config.size`. The first call parses it; later ones open the cached file in milliseconds.
 
     Raises DataError for data that are unknown, unreachable or unreadable.
     """
@@ -192,7 +191,7 @@ def parsed(config: DataConfig, part: PartName, data_dir: Path | None = None) -> 
 
 
 def _write(path: Path, arrays: Arrays, replaced: str) -> Parsed:
-    """Writes a parsed file, and removes what the folder held before it changed, and what killed processes left."""
+    """Writes a parsed file; removes those of an earlier state of the folder, and what killed processes left."""
     about = {"classes": json.dumps(arrays.classes), "fingerprint": arrays.fingerprint}
     write_whole(path, save({"images": np.ascontiguousarray(arrays.images), "labels": arrays.labels}, about))
     for old in {*path.parent.glob(replaced), *path.parent.glob(".*")} - {path}:
@@ -203,7 +202,7 @@ def _write(path: Path, arrays: Arrays, replaced: str) -> Parsed:
 
 
 def _open(path: Path) -> Parsed | None:
-    """A parsed file; None where there is none, or one that was cut off, by a full disk say."""
+    """A parsed file; None if it is missing or truncated (by a full disk, say)."""
     try:
         with safe_open(path, "np") as opened:
             about = opened.metadata()
@@ -217,7 +216,7 @@ def _open(path: Path) -> Parsed | None:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of images that `name` means, None for a data set known by name. Raises DataError for neither."""
+    """The folder of images called `name`; None for a built-in data set. Raises DataError for neither."""
     if name in DATASETS:
         return None
     try:
@@ -232,7 +231,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def read_named(name: str, part: PartName, size: int = 0, data_dir: Path | None = None) -> Arrays:
-    """Reads a part of a data set known by name, from wherever it comes. Raises DataError."""
+    """Reads a part of a built-in data set, which is downloaded where necessary. Raises DataError."""
     if name == "digits":
         arrays = _read_digits(part)
     else:
@@ -247,8 +246,8 @@ def _read_digits(part: PartName) -> Arrays:
 
     raw = load_digits()
     images = np.round(raw.images[:, None] * (255 / 16)).astype(np.uint8)
-    mine = [i for i, image in enumerate(images) if is_test(image_hash(image)) == (part == "test")]
-    return Arrays.of(images[mine], raw.target[mine].astype(np.int64), [str(name) for name in raw.target_names])
+    indices = [i for i, image in enumerate(images) if is_test(image_hash(image)) == (part == "test")]
+    return Arrays.of(images[indices], raw.target[indices].astype(np.int64), [str(name) for name in raw.target_names])
 
 
 def _read_idx(location: Path, part: PartName, name: str) -> Arrays:
@@ -313,7 +312,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def lock(name: str) -> Iterator[None]:
-    """What a process holds while it writes into the cache. Raises DataError if the cache cannot be written."""
+    """The lock for writing into the cache. Raises DataError if the cache cannot be written."""
     path = cache_dir() / "locks" / f"{name}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,14 +324,14 @@ def lock(name: str) -> Iterator[None]:
 
 
 def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
-    """What `use` returns for the first location for which it raises no DataError; downloads are tried last."""
+    """The result of `use` for the first location for which it raises no DataError; downloads are tried last."""
     locations, problems = _locations(name, data_dir), []
     with lock(f"{name}-files"):
         local = (partial(Path, location) for location in locations if _complete(name, location))
-        ways: Iterator[Callable[[], Path]] = chain(local, _remote(name))
-        for way in ways:
+        sources: Iterator[Callable[[], Path]] = chain(local, _remote(name))
+        for locate in sources:
             try:
-                return use(way())
+                return use(locate())
             except DataError as error:
                 log.warning("%s", error)
                 problems.append(str(error))
@@ -341,7 +340,7 @@ def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
 
 
 def _locations(name: str, data_dir: Path | None) -> list[Path]:
-    """Where a data set's files may be on this machine, in the order of search: folders, files, CIFAR's archive."""
+    """Possible locations on this machine, in the order of search: folders, files, CIFAR's archive."""
     if name == "digits":
         package = find_spec("sklearn")  # imports nothing
         assert package is not None
@@ -402,9 +401,9 @@ def _debian(location: Path) -> Path:
 
     Raises DataError where there is no apt, no network, or no such package.
     """
-    log.warning("no mirror answers: trying apt-get download %s", DEBIAN_PACKAGE)
+    log.warning("no mirror responds: trying apt-get download %s", DEBIAN_PACKAGE)
     work = location.parent / ".apt"
-    shutil.rmtree(work, ignore_errors=True)  # what a killed process left
+    shutil.rmtree(work, ignore_errors=True)  # of a killed process
     lists = ["-o", f"Dir::State::Lists={work}/lists", "-o", f"Dir::Cache={work}", "-o", "Debug::NoLocking=1"]
     run = partial(
         subprocess.run, cwd=work, capture_output=True, text=True, errors="replace", timeout=APT_TIMEOUT, check=True

@@ -67,19 +67,18 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Trains one config, from its newest checkpoint if there is one, whose epochs it yields again first.
 
-    payload: a TrainJob. Leaves in the context's folder the weights with their spec and the validation part's
-    predictions. Returns a TrainResult.
+    payload: a TrainJob. Writes the weights, their spec and the predictions for the validation part into the
+    context's folder. Returns a TrainResult.
     Raises DataError, ConfigError, ModelError, DivergedError, StorageError; WorldError if memory runs out.
     """
     return (yield from _trained(TrainJob.from_json(payload, "trial"), context, load)).to_json()
 
 
 def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """Trains on training and validation data together, no subset taken; nothing is held out.
+    """Trains on all training and validation data; nothing is held out.
 
-    payload, result, files and errors as those of `trial`, except that there are no predictions, `value` is None, and on
-    a CPU it takes the job's `threads`, since nothing else runs. Two training images (2, C, H, W) uint8 are left as
-    an example of what the model takes.
+    payload, result, files and errors as those of `trial`, but without predictions, and `value` is None. On a CPU it
+    uses the job's `threads`, since nothing else runs. Writes two training images (2, C, H, W) uint8 as an example.
     """
     job, threads = TrainJob.from_json(payload, "fit"), torch.get_num_threads()
     torch.set_num_threads(job.threads or threads)
@@ -98,10 +97,10 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
 
 
 def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """Evaluates the model that `fit` left on the test part.
+    """Evaluates the model of `fit` on the test part.
 
-    payload: a TestJob. Leaves the test part's predictions in the context's folder. Returns a TestResult.
-    Raises ModelError where the weights are not those that were trained, DataError as `load_test` does.
+    payload: a TestJob. Writes the predictions into the context's folder. Returns a TestResult. Raises ModelError if the
+    weights are not those that were trained, DataError as `load_test` does.
     """
     job = TestJob.from_json(payload, "test")
     folder = Path(job.model)
@@ -159,12 +158,12 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     resume = checkpoint.newest(folders, owner)
     training = Training(config, data, device=context.device, resume=resume, tick=context.tick)
     if resume is not None:
-        log.info("goes on after epoch %d", len(resume.epochs))
+        log.info("resumed after epoch %d", len(resume.epochs))
         yield from resume.epochs
     written, last = time.monotonic(), training.checkpoint()
     try:
         for epoch in training:
-            last = training.checkpoint()  # in memory: the next epoch may be stopped in its middle
+            last = training.checkpoint()  # in memory: the next epoch may be stopped midway
             if context.folder and time.monotonic() - written >= job.checkpoint_seconds:
                 checkpoint.write(context.folder, last, owner)
                 written = time.monotonic()
@@ -238,7 +237,7 @@ def _device(device: torch.device) -> str:
 
 
 def _out_of_memory(error: BaseException) -> str | None:
-    """One line if the error is out-of-memory; None for any other. torch has no class for that of a CPU, only words."""
+    """One line if the error is out-of-memory; None for any other. For a CPU, torch has no class, only a text."""
     text = str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return " ".join(text.split())[:200] or type(error).__name__

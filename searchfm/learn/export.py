@@ -82,9 +82,9 @@ def target(kind: str | None, output: Path | None) -> tuple[Format, Callable[[str
 
 
 def load(path: Path) -> Predictor:
-    """A model to predict with: an .onnx or .safetensors file, or a folder with weights.safetensors and model.json.
+    """A predictor from an .onnx or .safetensors file, or a folder with weights.safetensors and model.json.
 
-    Raises ModelError for what is no model, or damaged; UserError where it is ONNX, and that is not installed.
+    Raises ModelError for a file that is no model, or damaged; UserError for ONNX files if ONNX is not installed.
     """
     if path.suffix == ".onnx" and not path.is_dir():
         runtime = _onnxruntime()
@@ -108,7 +108,7 @@ def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     with refusing(path):
         pass  # raises where there is no such file
     if path.suffix == ".onnx":
-        raise ModelError(f"{path}: ONNX is to predict with only; export what it was made of")
+        raise ModelError(f"{path}: an ONNX file can only predict; export the original model")
     reason = "; a .pt2 would have to be unpickled" if path.suffix == ".pt2" else ""
     raise ModelError(f"{path}: must be .onnx, .safetensors, or a folder with {WEIGHTS} and {SPEC}{reason}")
 
@@ -118,7 +118,7 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
     were compared with those of the model, at several batch sizes. A .safetensors gets its spec beside it too.
 
     Raises UserError for a file that is there, unless forced, and where ONNX is not installed; ModelError where the
-    answers differ by more than BOUND; StorageError. Nothing is left behind then.
+    outputs differ by more than BOUND; StorageError. Nothing is left behind then.
     """
     served, (classes, shape) = Served(model).eval(), _about(spec)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -130,7 +130,7 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
         raise UserError(f"{path}: cannot be written, there is no folder {path.parent}")
     for target in (path, *beside):
         if target.exists() and not force:
-            raise UserError(f"{target}: is there already; --force overwrites it")
+            raise UserError(f"{target}: already exists; --force overwrites it")
     match kind:
         case "onnx":
             runtime = _onnxruntime()
@@ -147,8 +147,8 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
         case _:
             assert_never(kind)
     largest = difference(_answer(served), answer, shape)
-    if not largest <= BOUND:  # not a number is no match either
-        raise ModelError(f"{path}: answers differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
+    if not largest <= BOUND:  # a nan is refused too
+        raise ModelError(f"{path}: outputs differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
     for target, text in beside.items():
         write_whole(target, text.encode())
     write_whole(path, content)
@@ -157,7 +157,7 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
 
 @contextmanager
 def _exporting(path: Path) -> Iterator[None]:
-    """torch's exporters do not take every model that timm has, and each failure is of another class."""
+    """ModelError for any failure of torch's exporters, which raise many classes and do not take every timm model."""
     try:
         yield
     except SearchfmError:
@@ -200,7 +200,7 @@ def _about(spec: Mapping[str, Any]) -> tuple[tuple[str, ...], Shape]:
 
 
 def _example(shape: Shape) -> dict[str, Any]:
-    """What torch's exporters trace a model with; with a batch of one, the batch would stay one for ever."""
+    """The example input of torch's exporters. They would take a batch of one as a constant."""
     example = torch.zeros(2, *shape, dtype=torch.uint8)
     return {"args": (example,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
@@ -229,9 +229,9 @@ def _onnx(model: nn.Module, shape: Shape, metadata: Mapping[str, str]) -> bytes:
 
 
 def _read_onnx(content: bytes, runtime: Any) -> tuple[dict[str, Any], Answer]:
-    """The spec in an ONNX file, and a function that runs it on the CPU. Given as bytes, it cannot name other files."""
+    """The spec in an ONNX file, and a function that runs it on the CPU. As bytes, it cannot refer to other files."""
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what is wrong is said by us, in one line
+    options.log_severity_level = 4  # errors are reported by `refusing`, in one line
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     spec: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
 
@@ -245,7 +245,7 @@ def _read_onnx(content: bytes, runtime: Any) -> tuple[dict[str, Any], Answer]:
 def _onnxruntime() -> Any:
     """onnxruntime, if all of the extra `onnx` is here. Raises UserError."""
     try:
-        import onnx  # noqa: F401 (torch's exporter wants it, and says so at length)
+        import onnx  # noqa: F401 (torch's exporter needs it; its own error is long)
         import onnxruntime
         import onnxscript  # noqa: F401 (the same)
     except ImportError as error:

@@ -47,7 +47,7 @@ class Arrays:
 
 
 def image_hash(image: Pixels) -> bytes:
-    """sha256 (32 bytes) of one image (C, H, W), its shape included."""
+    """sha256 (32 bytes) of the shape and pixels of one image (C, H, W)."""
     return hashlib.sha256(str(image.shape).encode() + image.tobytes()).digest()
 
 
@@ -71,20 +71,20 @@ def resized(image: Pixels, size: int | tuple[int, int]) -> Pixels:
 
 
 def in_channels(image: Pixels, channels: int) -> Pixels:
-    """An image (1 or 3, H, W) in so many channels: colours as their luminance, grey in each channel."""
+    """An image (1 or 3, H, W) with `channels` channels: colours become luminance, grey is repeated."""
     if channels < len(image):
         return np.asarray(Image.fromarray(np.ascontiguousarray(np.moveaxis(image, 0, -1))).convert("L"))[None]
     return np.broadcast_to(image, (channels, *image.shape[1:]))
 
 
 def decode(path: Path) -> Pixels:
-    """An image file, turned as its EXIF data say: (1, H, W) if it is grey, whatever its mode, else (3, H, W);
-    transparency is dropped. Raises ValueError with the reason.
+    """An image file, rotated by its EXIF data: (1, H, W) if all pixels are grey, else (3, H, W); transparency is
+    dropped. Raises ValueError with the reason.
     """
     try:
         with Image.open(path) as file:
             return _pixels(ImageOps.exif_transpose(file))
-    except Exception as error:  # a decoder meets anything in a hostile or broken file, and each raises as it likes
+    except Exception as error:  # decoders raise anything for a hostile or broken file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(" ".join(reason.replace(str(path), "it").split()) or type(error).__name__) from None
 
@@ -115,7 +115,7 @@ class Listing:
 
     def key(self) -> str:
         """sha256 of names, sizes and times of change: another key, other images."""
-        stats = [(path.stat() if path.exists() else path.lstat()) for path in self.files]  # links may lead nowhere
+        stats = [(path.stat() if path.exists() else path.lstat()) for path in self.files]  # a link may be broken
         files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.files, stats, strict=True)]
         return hashlib.sha256(
             json.dumps([str(self.base), self.part, self.carved, self.classes, files]).encode()
@@ -153,20 +153,20 @@ def listing(root: Path, part: PartName) -> Listing:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """The folders in a folder by name; hidden ones, and links, which may lead round in circles, are left out."""
+    """The folders in a folder, sorted; without hidden ones, and without links, which may form a cycle."""
     paths = parent.iterdir() if parent.is_dir() else ()
     return sorted(path for path in paths if path.is_dir() and not path.is_symlink() and not path.name.startswith("."))
 
 
 def image_files(folder: Path, root: Path) -> list[Path]:
-    """The files in a folder, at any depth, that are named as images are, sorted. Hidden files, links to folders, and
-    links out of `root`, are left out.
+    """The files in a folder, at any depth, with the suffix of an image, sorted; without hidden files, links to folders,
+    and links out of `root`.
     """
 
     def is_image(path: Path) -> bool:
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
             return False
-        # A link to nothing inside the folder is an image that cannot be read.
+        # A broken link inside the folder counts as an unreadable image.
         return path.resolve().is_relative_to(root.resolve()) if path.is_symlink() else path.is_file()
 
     def refuse(error: OSError) -> None:
@@ -209,8 +209,8 @@ def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arr
 
 
 def _decoded(path: Path, listing: Listing, size: int) -> tuple[Pixels, bytes] | str | None:
-    """An image at `size` and the hash of its own pixels; or why there is none; or None for one that belongs to the
-    other side of a carved folder.
+    """An image at `size` with the hash of its original pixels; the reason if it is unreadable; None if it belongs to
+    the other part of a carved folder.
     """
     try:
         image = decode(path)

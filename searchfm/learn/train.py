@@ -24,7 +24,7 @@ _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
 
 
 def _idle() -> None:
-    """The `tick` of a training that nothing can stop."""
+    """The default `tick`: never stops."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Training(Iterator[Epoch]):
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
-    Between two epochs `model` is the model in training, `classifier` the one that would be kept (with the averaged
-    weights where the config averages), `validation` the last evaluation, and `checkpoint()` all that resuming needs.
+    Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
+    config averages), `validation` the last evaluation, and `checkpoint()` all that resuming needs.
 
     Every epoch has its own seeds, derived from `config.train.seed` (0 where there is none) and its index: for the order
     of the images, for augmentation, and for torch's global generator (dropout), whose state is restored afterwards. So

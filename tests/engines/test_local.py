@@ -25,14 +25,14 @@ def job(name: str = "1", folder: Path | None = None, attempt: int = 1, **payload
 
 def events(engine: Engine, count: int, seconds: float = 30.0) -> list[Event]:
     """The next events, so many of them."""
-    found: list[Event] = []
+    events: list[Event] = []
     until = time.monotonic() + seconds
-    while len(found) < count:
-        assert time.monotonic() < until, found
+    while len(events) < count:
+        assert time.monotonic() < until, events
         event = engine.next_event(0.2)
         if event is not None:
-            found.append(event)
-    return found
+            events.append(event)
+    return events
 
 
 def end(engine: Engine, seconds: float = 30.0) -> Event:
@@ -66,9 +66,9 @@ class EngineContract:
 
     def test_a_job_runs_in_another_process_with_its_payload_and_device(self, engine: Any) -> None:
         engine.submit(job())
-        found = result(end(engine))
-        assert found["pid"] != os.getpid()
-        assert found["device"] == "cpu"
+        answer = result(end(engine))
+        assert answer["pid"] != os.getpid()
+        assert answer["device"] == "cpu"
 
     def test_epochs_come_in_order_and_the_end_comes_last(self, engine: Any) -> None:
         engine.submit(job(epochs=50))
@@ -93,12 +93,12 @@ class EngineContract:
 
     def test_one_worker_does_many_jobs_and_keeps_its_cache(self, engine: Any) -> None:
         engine.resize(["cpu"])
-        found = []
+        answers = []
         for _ in range(4):
             engine.submit(job())
-            found.append(result(end(engine)))
-        assert len({one["pid"] for one in found}) == 1
-        assert [one["jobs"] for one in found] == [1, 2, 3, 4]
+            answers.append(result(end(engine)))
+        assert len({one["pid"] for one in answers}) == 1
+        assert [one["jobs"] for one in answers] == [1, 2, 3, 4]
 
     def test_workers_work_at_the_same_time(self, engine: Any) -> None:
         for name in ("1", "2"):
@@ -181,8 +181,8 @@ class EngineContract:
     def test_attempts_write_apart_and_know_the_earlier_ones(self, engine: Any, tmp_path: Path) -> None:
         for attempt in (1, 2, 4):
             engine.submit(job("1", tmp_path, attempt))
-            found = result(end(engine))
-        assert found["earlier"] == ["attempt-2", "attempt-1"]
+            answer = result(end(engine))
+        assert answer["earlier"] == ["attempt-2", "attempt-1"]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["attempt-1", "attempt-2", "attempt-4"]
 
     def test_what_a_job_and_its_libraries_print_lands_in_its_log(

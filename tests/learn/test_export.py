@@ -186,7 +186,7 @@ def test_a_file_can_be_exported_again(files: Path, tmp_path: Path) -> None:
     again, _ = export.load_model(tmp_path / "m.safetensors")
     first, _ = export.load_model(files / "m.safetensors")
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items())
-    with pytest.raises(ModelError, match="ONNX is to predict with only; export what it was made of"):
+    with pytest.raises(ModelError, match="an ONNX file can only predict; export the original model"):
         export.load_model(files / "m.onnx")
 
 
@@ -197,13 +197,13 @@ def test_a_file_can_be_exported_again(files: Path, tmp_path: Path) -> None:
 def test_a_file_that_is_there_stays_unless_forced(kind: export.Format, small: Model, tmp_path: Path) -> None:
     path = tmp_path / f"m.{kind}"
     path.write_text("mine")
-    with pytest.raises(UserError, match="is there already; --force"):
+    with pytest.raises(UserError, match="already exists; --force"):
         export.export(*small, kind, path)
     assert path.read_text() == "mine"
     if kind == "safetensors":
         path.unlink()
         (tmp_path / "m.json").write_text("mine too")
-        with pytest.raises(UserError, match=r"m\.json: is there already; --force"):
+        with pytest.raises(UserError, match=r"m\.json: already exists; --force"):
             export.export(*small, kind, path)
     done = export.export(*small, kind, path, force=True)
     assert path.stat().st_size == done.bytes > 1000
@@ -216,7 +216,7 @@ def test_a_model_that_answers_no_numbers_is_not_kept(kind: export.Format, tmp_pa
         next(model.net.parameters()).fill_(float("nan"))
     path = tmp_path / f"m.{kind}"
     path.write_text("mine")
-    with pytest.raises(ModelError, match=r"answers differ from the model's by nan, more than 1e-05: not kept"):
+    with pytest.raises(ModelError, match=r"outputs differ from the model's by nan, more than 1e-05: not kept"):
         export.export(model, spec, kind, path, force=True)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "mine"
@@ -303,7 +303,7 @@ def test_a_flipped_bit_is_seen(copies: Path, small: Model) -> None:
 
 def test_files_that_are_not_there_or_of_another_kind_are_named(tmp_path: Path) -> None:
     for kind in FORMATS:
-        refused(tmp_path / f"nix.{kind}", "no model here, nothing of that name")
+        refused(tmp_path / f"nix.{kind}", "no model here, no such file or folder")
         (tmp_path / f"folder.{kind}").mkdir()
         refused(tmp_path / f"folder.{kind}", "no model here")
     (tmp_path / "m.h5").write_bytes(b"?")

@@ -60,6 +60,6 @@ def _from_hub(model: str) -> Path:
             with contextlib.suppress(errors.EntryNotFoundError):
                 return Path(hub.hf_hub_download(source.hf_hub_id, name, etag_timeout=_PROBE_SECONDS))
         reason = f"{source.hf_hub_id} has no {' or '.join(names)}"
-    except Exception as error:  # whatever its HTTP client of the day raises
+    except Exception as error:  # its HTTP client, and thus the errors, differ by version
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
     raise ModelError(f"the weights of {model} cannot be fetched from the hub ({reason}); {_WAYS_OUT}")

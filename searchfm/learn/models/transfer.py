@@ -23,7 +23,7 @@ class Pretrained(nn.Module):
 
     def __init__(
         self,
-        model: Any,  # timm's, which torch's own type says too little of
+        model: Any,  # timm's: nn.Module has too few types
         stages: list[list[str]],
         trained: int,
         layer_decay: float,
