@@ -31,9 +31,6 @@ class DataConfig(Table):
     size: int = key(0, "side in pixels to resize images to, once; 0 keeps the original size", ge=0, le=1024, fixed=True)
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
 class Model(Table):
     """An architecture."""
 
@@ -41,20 +38,18 @@ class Model(Table):
         """Checks the keys against the images' (channels, height, width). Raises ConfigError."""
 
 
-class Mlp(Model):
+class Mlp(Model, tag="mlp"):
     """Fully connected layers, each followed by batch norm (optional), ReLU and dropout."""
 
-    tag = "mlp"
     layers: int = key(2, "hidden layers", ge=0, le=64)
     width: tuple[int, ...] = key(200, "units of each hidden layer", ge=1, per="layers")
     dropout: float = key(0.0, "probability of dropping a unit after each hidden layer", ge=0, lt=1)
     batch_norm: bool = key(False, "batch norm before each ReLU")
 
 
-class Cnn(Model):
+class Cnn(Model, tag="cnn"):
     """Stages of convolutions, each followed by pooling; then dense layers."""
 
-    tag = "cnn"
     agree = (("stages", "pool"), ("kernel",))
     stages: int = key(2, "stages; a stage is `convs` convolutions and one pooling", ge=1, le=32)
     filters: tuple[int, ...] = key(32, "filters of each stage's convolutions", ge=1, per="stages")
@@ -83,17 +78,14 @@ class Cnn(Model):
         """The image must allow every halving."""
         halvings = sum(pool in ("max", "average") for pool in self.pool)
         if min(shape[1:]) >> halvings < 1:
-            raise ConfigError(
-                "pool",
-                f"halves images of {shape[1]}x{shape[2]} pixels {halvings} times, to nothing; use fewer stages,"
-                ' or "none" or "max-same" for some',
-            )
+            size = f"{shape[1]}x{shape[2]} pixels"
+            advice = 'use fewer stages, or "none" or "max-same" for some'
+            raise ConfigError("pool", f"halves images of {size} {halvings} times, to nothing; {advice}")
 
 
-class Vit(Model):
+class Vit(Model, tag="vit"):
     """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
-    tag = "vit"
     agree = (("patch_size",), ("hidden_dim", "heads"))
     patch_size: int = key(4, "side of a patch in pixels; must divide the image side", ge=1)
     hidden_dim: int = key(64, "width of a token", ge=1)
@@ -106,40 +98,32 @@ class Vit(Model):
     def check(self) -> None:
         """Heads must divide hidden_dim."""
         if self.hidden_dim % self.heads:
-            raise ConfigError(
-                "heads", f"= {self.heads} must divide hidden_dim = {self.hidden_dim} {_divisors(self.hidden_dim)}"
-            )
+            dim = self.hidden_dim
+            raise ConfigError("heads", f"= {self.heads} must divide hidden_dim = {dim} {_divisors(dim)}")
 
     def fit_images(self, shape: Shape) -> None:
         """Patches must cover the image; timm would silently drop the remaining pixels."""
-        side = next((side for side in shape[1:] if side % self.patch_size), 0)
-        if side:
-            raise ConfigError(
-                "patch_size", f"= {self.patch_size} must divide the images' side of {side} pixels {_divisors(side)}"
-            )
+        for side in shape[1:]:
+            if side % self.patch_size:
+                problem = f"= {self.patch_size} must divide the images' side of {side} pixels {_divisors(side)}"
+                raise ConfigError("patch_size", problem)
 
 
-class Transfer(Model):
+class Transfer(Model, tag="transfer"):
     """Any timm model by name. Training updates its head and its last `tuned_blocks` stages; the others are frozen."""
 
-    tag = "transfer"
     model: str = key("resnet18", "name of a timm model")
-    tuned_blocks: int | Literal["all"] = key(
-        0, 'stages to train, from the top; 0 trains only the head, "all" every stage', ge=0
-    )
+    tuned_blocks: int | Literal["all"] = key(0, 'stages to train, from the top; 0: only the head; "all": all', ge=0)
     weights: str = key("hub", '"hub", "none", or the path of a .safetensors or .pth file')
     dropout: float = key(0.0, "probability of dropping a feature before the head", ge=0, lt=1)
     layer_decay: float = key(1.0, "learning rate of a stage, as a fraction of that of the stage above it", gt=0, le=1)
 
 
-class Residual(Model):
-    """A residual network for small images (He et al. 2016, arXiv 1512.03385, section 4.2): a 3x3 stem and stages
-    of residual blocks; each stage but the first halves the image.
-    """
+class Residual(Model, tag="residual"):
+    """A residual network for small images (He et al. 2016, arXiv 1512.03385, section 4.2); its stem is 3x3."""
 
-    tag = "residual"
     agree = (("stages",),)
-    stages: int = key(3, "stages of residual blocks", ge=1, le=6)
+    stages: int = key(3, "stages of residual blocks; each but the first halves the image", ge=1, le=6)
     blocks: int = key(2, "residual blocks per stage", ge=1, le=64)
     block: tuple[Literal["basic", "bottleneck"], ...] = key("basic", "block type of each stage", per="stages")
     width: int = key(16, "filters of the first stage; each later stage doubles them", ge=1)
@@ -157,13 +141,10 @@ class ModelConfig(Table):
     kind: Mlp | Cnn | Vit | Transfer | Residual = branch(Mlp, "the architecture")
 
 
-# --- optimisation -----------------------------------------------------------------------------------------------------
-
-
-class Sgd(Table):
+class Sgd(Table, tag="sgd"):
     """Stochastic gradient descent."""
 
-    tag = "sgd"
+    agree = (("momentum", "nesterov"),)
     momentum: float = key(0.9, "momentum", ge=0, lt=1)
     nesterov: bool = key(False, "Nesterov momentum")
 
@@ -172,36 +153,30 @@ class Sgd(Table):
         if self.nesterov and self.momentum == 0:
             raise ConfigError("nesterov", "= true needs momentum > 0")
 
-    agree = (("momentum", "nesterov"),)
 
-
-class Adagrad(Table):
+class Adagrad(Table, tag="adagrad"):
     """Adagrad (Duchi et al. 2011)."""
 
-    tag = "adagrad"
     lr_decay: float = key(0.0, "decay of the learning rate per step", ge=0)
 
 
-class Rmsprop(Table):
+class Rmsprop(Table, tag="rmsprop"):
     """RMSprop (Hinton 2012)."""
 
-    tag = "rmsprop"
     alpha: float = key(0.99, "smoothing of the squared gradients", ge=0, lt=1)
     momentum: float = key(0.0, "momentum", ge=0, lt=1)
 
 
-class Adam(Table):
+class Adam(Table, tag="adam"):
     """Adam (Kingma & Ba 2015, arXiv 1412.6980); weight_decay is L2 in the gradient."""
 
-    tag = "adam"
     beta1: float = key(0.9, "smoothing of the gradient", ge=0, lt=1)
     beta2: float = key(0.999, "smoothing of the squared gradient", ge=0, lt=1)
 
 
-class AdamW(Table):
+class AdamW(Table, tag="adamw"):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
-    tag = "adamw"
     beta1: float = key(0.9, "smoothing of the gradient", ge=0, lt=1)
     beta2: float = key(0.999, "smoothing of the squared gradient", ge=0, lt=1)
 
@@ -211,44 +186,36 @@ class OptimizerConfig(Table):
 
     kind: Sgd | Adagrad | Rmsprop | Adam | AdamW = branch(AdamW, "the optimizer")
     lr: float = key(1e-3, "maximum learning rate", gt=0)
-    weight_decay: float = key(
-        0.0, "decoupled for adamw, else L2 in the gradient; not on biases, norms or position embeddings", ge=0
-    )
+    weight_decay: float = key(0.0, "decoupled for adamw, else L2; not on biases, norms or position embeddings", ge=0)
     clip: float = key(0.0, "maximum gradient norm; 0 is off", ge=0)
 
 
-class Constant(Table):
+class Constant(Table, tag="constant"):
     """A constant learning rate."""
 
-    tag = "constant"
 
-
-class StepDecay(Table):
+class StepDecay(Table, tag="step"):
     """Multiplies the learning rate by `factor` every `every` epochs."""
 
-    tag = "step"
     every: int = key(5, "epochs between two multiplications", ge=1)
     factor: float = key(0.5, "factor of the learning rate", gt=0, le=1)
 
 
-class Exponential(Table):
+class Exponential(Table, tag="exponential"):
     """Multiplies the learning rate by `factor` per epoch, batch by batch."""
 
-    tag = "exponential"
     factor: float = key(0.9, "factor of the learning rate per epoch", gt=0, le=1)
 
 
-class Cosine(Table):
+class Cosine(Table, tag="cosine"):
     """Half a cosine from the learning rate down to `floor` of it (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
 
-    tag = "cosine"
     floor: float = key(0.0, "final learning rate, as a fraction of the maximum", ge=0, le=1)
 
 
-class OneCycle(Table):
+class OneCycle(Table, tag="one-cycle"):
     """One cycle of rise and fall (Smith & Topin 2018, arXiv 1708.07120). The rise is its warm-up."""
 
-    tag = "one-cycle"
     rise: float = key(0.3, "fraction of training with a rising learning rate", gt=0, lt=1)
 
 
@@ -283,12 +250,10 @@ class TrainConfig(Table):
     batch_size: int = key(128, "images per step", ge=1)
     label_smoothing: float = key(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
     ema: float = key(0.0, "decay per step of averaged weights, which are then validated; 0 is off", ge=0, lt=1)
-    precision: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "auto is bfloat16 on cuda, float32 elsewhere", fixed=True
-    )
+    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on cuda, else float32", fixed=True)
     seed: int | None = key(
         None,
-        "seed of initialisation, data order and augmentation; default: from the study's seed and the trial number",
+        "seed of initialisation, data order and augmentation; default: by search.seed and trial",
         ge=0,
         fixed=True,
     )

@@ -22,7 +22,7 @@ from searchfm.jobs import EpochDone, Event, Failed, Finished, JobSpec, Result, R
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, kept, write_epochs
 from searchfm.search.storage import read_trial
-from searchfm.search.study import GridWalk, Study
+from searchfm.search.study import Study, fixed_sampler
 
 TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
@@ -121,7 +121,7 @@ class Coordinator:
         for frozen in [trial for trial in trials if not trial.state.is_finished()]:
             # A trial with its config has all its parameters, and some samplers count how often they are asked.
             complete = "config" in frozen.user_attrs
-            self.optuna.sampler = GridWalk([frozen.params]) if complete else self.study.sampler(frozen.number)
+            self.optuna.sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
             live = self._open(optuna.Trial(self.optuna, frozen._trial_id))
             live.pruned = frozen.user_attrs.get("pruned", "")
             live.attempts = frozen.user_attrs.get("attempt", 1)
@@ -143,7 +143,7 @@ class Coordinator:
                     f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
                     f"the last with: {self.failures[-1]}"
                 )
-            again = GridWalk([self.again.popleft()]) if self.again else None
+            again = fixed_sampler(self.again.popleft()) if self.again else None
             self.optuna.sampler = again or self.study.sampler(self.asked)
             trial = self.optuna.ask()
             assert trial.number == self.asked, "another process asks in this study"

@@ -72,15 +72,6 @@ class LeafKey:
     bounds: Mapping[str, float] = field(default_factory=dict)
     fixed: bool = False
 
-    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The constructor argument of the table, not yet checked; empty if the key is absent."""
-        return {self.name: values[self.name]} if self.name in values else {}
-
-    def write(self, owner: "Table") -> dict[str, Any]:
-        """The key as TOML; empty if its value is None."""
-        value = getattr(owner, self.name)
-        return {} if value is None else {self.name: list(value) if self.many else value}
-
     def check(self, value: Any) -> Any:
         """One value, converted to the key's type. Raises ConfigError with the value and the allowed values."""
         if type(value) is int and float in self.types:
@@ -122,14 +113,6 @@ class TableKey:
     name: str
     table: "type[Table]"
 
-    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The constructor argument of the table. Raises ConfigError."""
-        return {self.name: read_within(self.name, self.table.from_table, values.get(self.name, {}))}
-
-    def write(self, owner: "Table") -> dict[str, Any]:
-        """The key as TOML."""
-        return {self.name: getattr(owner, self.name).to_table()}
-
 
 @dataclass(frozen=True)
 class BranchKey:
@@ -141,27 +124,12 @@ class BranchKey:
     options: "Mapping[str, type[Table]]"  # by tag
     inline: bool
 
-    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The constructor argument of the table. Raises ConfigError with the options."""
-        if not self.inline:
-            return {self.field: self._read_chosen(values)}
-        inner = values.get(self.name, {})
-        table = {"name": inner} if isinstance(inner, str) else inner
-        return {self.field: read_within(self.name, self._read_chosen, table)}
-
-    def _read_chosen(self, values: Mapping[str, Any]) -> "Table":
+    def read(self, values: Mapping[str, Any]) -> "Table":
+        """The chosen table. Raises ConfigError."""
         tag = self.chooser.check(values.get("name", self.chooser.default))
         if self.inline:
             return self.options[tag].from_table({name: value for name, value in values.items() if name != "name"})
         return read_within(tag, self.options[tag].from_table, values.get(tag, {}))
-
-    def write(self, owner: "Table") -> dict[str, Any]:
-        """The tag, and the chosen table's keys, as TOML."""
-        chosen = getattr(owner, self.field)
-        settings = chosen.to_table()
-        if self.inline:
-            return {self.name: {"name": chosen.tag, **settings}}
-        return {"name": chosen.tag} | ({chosen.tag: settings} if settings else {})
 
 
 Key = LeafKey | TableKey | BranchKey
@@ -170,14 +138,15 @@ Key = LeafKey | TableKey | BranchKey
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(key, table, branch))
 class Table:
     """A table of a study file. Subclasses are frozen, keyword-only dataclasses with fields from `key`, `table` and
-    `branch`. A branch chooses an option by its `tag`.
+    `branch`. A branch chooses an option by its `tag`, an argument of the class statement.
     """
 
-    tag: ClassVar[str] = ""
+    tag: ClassVar[str]
     schema: ClassVar[Mapping[str, Key]] = {}  # by name in TOML, in the order of the fields
     agree: ClassVar[tuple[tuple[str, ...], ...]] = ()  # groups of discrete keys that `check` compares
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, tag: str = "") -> None:
+        cls.tag = tag
         dataclass(frozen=True, kw_only=True)(cls)
         hints = typing.get_type_hints(cls)
         keys = [item.metadata["key"](item.name, hints[item.name]) for item in fields(cast(Any, cls))]
@@ -196,11 +165,35 @@ class Table:
     def from_table(cls, values: Mapping[str, Any]) -> Self:
         """Reads a table without ranges. Raises ConfigError for unknown keys, wrong types and invalid values."""
         refuse_unknown(values, cls)
-        return cls(**{name: value for item in cls.schema.values() for name, value in item.read(values).items()})
+        arguments: dict[str, Any] = {}
+        for name, item in cls.schema.items():
+            match item:
+                case LeafKey():
+                    arguments |= {name: values[name]} if name in values else {}
+                case TableKey(table=table):
+                    arguments[name] = read_within(name, table.from_table, values.get(name, {}))
+                case BranchKey(inline=True):
+                    inner = values.get(name, {})
+                    arguments[name] = read_within(name, item.read, {"name": inner} if isinstance(inner, str) else inner)
+                case BranchKey():
+                    arguments[item.field] = item.read(values)
+        return cls(**arguments)
 
     def to_table(self) -> dict[str, Any]:
         """The object as a table, without keys that are None; `from_table` reads it back to an equal object."""
-        return {name: value for item in self.schema.values() for name, value in item.write(self).items()}
+        table: dict[str, Any] = {}
+        for name, item in self.schema.items():
+            value = getattr(self, item.field if isinstance(item, BranchKey) else name)
+            match item:
+                case LeafKey():
+                    table |= {} if value is None else {name: list(value) if item.many else value}
+                case TableKey():
+                    table[name] = value.to_table()
+                case BranchKey(inline=True):
+                    table[name] = {"name": value.tag, **value.to_table()}
+                case BranchKey():
+                    table |= {"name": value.tag} | ({value.tag: settings} if (settings := value.to_table()) else {})
+        return table
 
 
 def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:

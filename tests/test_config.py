@@ -121,9 +121,7 @@ def test_an_architecture_that_does_not_fit_the_images_is_named(
 def test_every_architecture_is_checked_against_the_images() -> None:
     assert all(issubclass(option, Model) for option in tables(ModelConfig)[1:])
 
-    class Picky(Model):  # the check of a new architecture is called without being listed anywhere
-        tag = "picky"
-
+    class Picky(Model, tag="picky"):  # the check of a new architecture is called without being listed anywhere
         def fit_images(self, shape: Shape) -> None:
             raise ConfigError("depth", f"does not fit {shape}")
 

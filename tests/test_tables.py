@@ -12,16 +12,13 @@ from searchfm.errors import ConfigError
 from searchfm.tables import BranchKey, LeafKey, Table, branch, digest, key, show, table
 
 
-class Plain(Table):
+class Plain(Table, tag="plain"):
     """Nothing to set."""
 
-    tag = "plain"
 
-
-class Fancy(Table):
+class Fancy(Table, tag="fancy"):
     """Something to set."""
 
-    tag = "fancy"
     depth: int = key(2, "how deep", ge=1, le=9)
     fraction: float = key(0.5, "a fraction", gt=0, lt=1)
 

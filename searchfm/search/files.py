@@ -39,12 +39,9 @@ class StudyFile:
 
 def find(name: str) -> Path | None:
     """The path of a study file, by path if `name` ends in `.toml`, else by its name in `folder()`. None if missing."""
-    if name.endswith(".toml"):
-        path = Path(name)
-        return path if _exists(path) else None
-    if not all(NAME.fullmatch(part) for part in name.split("/")):
+    if not name.endswith(".toml") and not all(NAME.fullmatch(part) for part in name.split("/")):
         return None
-    path = folder() / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else folder() / f"{name}.toml"
     return path if _exists(path) else None
 
 

@@ -7,7 +7,7 @@ keys (`model.vit.layers`), entries of a list by their index from 1 (`model.cnn.f
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
 from itertools import islice
@@ -22,33 +22,8 @@ MAX_POINTS = 100_000  # of a grid, and of combinations that must agree: more is 
 
 
 @dataclass(frozen=True)
-class Value:
-    """A leaf that is the same in every trial."""
-
-    value: Any
-
-    @property
-    def options(self) -> Sequence[Any] | None:
-        """All values of the leaf; None if they are infinite."""
-        return (self.value,)
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """The values to check; if they are valid, all others are."""
-        return (self.value,)
-
-    def suggest(self, trial: BaseTrial, name: str) -> Any:
-        """The value, without a suggestion of the trial."""
-        return self.value
-
-    def to_toml(self) -> Any:
-        """The leaf in a study file."""
-        return self.value
-
-
-@dataclass(frozen=True)
 class Choice:
-    """A leaf that is one of several values."""
+    """A leaf that is one of several values; one value alone is the same in every trial."""
 
     values: tuple[Any, ...]
 
@@ -69,26 +44,26 @@ class Choice:
 
     @property
     def options(self) -> Sequence[Any] | None:
-        """All values."""
+        """All values of the leaf; None if they are infinite."""
         return self.values
 
     @property
     def ends(self) -> tuple[Any, ...]:
-        """All values."""
+        """The values to check: if they are valid, all others are. More than one if the leaf varies."""
         return self.values
 
     def suggest(self, trial: BaseTrial, name: str) -> Any:
-        """One of the values."""
-        return trial.suggest_categorical(name, self.values)
+        """One of the values; the trial suggests it if there are several."""
+        return trial.suggest_categorical(name, self.values) if len(self.values) > 1 else self.values[0]
 
     def to_toml(self) -> Any:
         """The leaf in a study file."""
-        return {"choice": list(self.values)}
+        return {"choice": list(self.values)} if len(self.values) > 1 else self.values[0]
 
 
 @dataclass(frozen=True)
 class Range:
-    """A leaf between two numbers, both included."""
+    """A leaf between two different numbers, both included."""
 
     low: float
     high: float
@@ -129,8 +104,6 @@ class Range:
         """The numbers of a stepped range, at most one more than `MAX_POINTS`; None without a step."""
         if self.step is None:
             return None
-        if self.whole:
-            return range(int(self.low), int(self.high) + 1, int(self.step))
         steps = int((Decimal(str(self.high)) - Decimal(str(self.low))) / Decimal(str(self.step)))
         return tuple(self._number(i) for i in range(min(steps, MAX_POINTS) + 1))
 
@@ -153,30 +126,23 @@ class Range:
 
     def _number(self, steps: int) -> float:
         # Optuna adds steps up with rounding errors, which would make two configs of one point.
-        return float(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
+        return type(self.low)(Decimal(str(self.low)) + steps * Decimal(str(self.step)))
 
 
-Leaf = Value | Choice | Range
+Leaf = Choice | Range
 Ask = Callable[[str, Leaf], Any]  # dotted name, leaf -> value
 Options = Callable[[str, Leaf], Sequence[Any]]  # dotted name, leaf -> values to try
 Error = Callable[[str], ConfigError]  # problem -> error with the leaf's name and value
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A union of tables: `chooser` is the tag of the one to enter."""
-
-    chooser: Leaf
-    options: Mapping[str, "Tree"]  # by tag
-
-
-@dataclass(frozen=True)
 class Tree:
     """A table: its keys in the order of the fields."""
 
-    nodes: Mapping[str, "Leaf | tuple[Leaf, ...] | Branch | Tree"]  # a list has a leaf an entry, or one for all entries
-    agree: tuple[tuple[str, ...], ...] = ()  # groups of keys whose combinations must be checked
-    per: Mapping[str, str] = field(default_factory=dict)  # list -> key that holds its length
+    nodes: Mapping[str, "Leaf | tuple[Leaf, ...] | Tree"]  # a list has a leaf an entry, or one for all entries
+    options: Mapping[str, "Tree"]  # of a branch, by tag: the leaf `name` chooses the one to enter
+    agree: tuple[tuple[str, ...], ...]  # groups of dotted keys whose combinations must be checked
+    per: Mapping[str, str]  # list -> key that holds its length
 
 
 def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
@@ -185,17 +151,20 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
     The tree holds only what a trial can enter: other options of a branch are checked and left out.
     """
     refuse_unknown(values, cls)
-    nodes: dict[str, Leaf | tuple[Leaf, ...] | Branch | Tree] = {}
+    nodes: dict[str, Leaf | tuple[Leaf, ...] | Tree] = {}
+    options: dict[str, Tree] = {}
+    tables: dict[str, Tree] = {}
     for name, item in cls.schema.items():
         match item:
-            case BranchKey(chooser=chooser, options=options):
+            case BranchKey(chooser=chooser):
                 assert not item.inline, "inline branches belong to [search], which takes no ranges"
-                tags = _leaf(chooser, values.get("name", chooser.default))
+                nodes["name"] = tags = _leaf(chooser, values.get("name", chooser.default))
                 # Read the options that no trial enters, too: a mistake there is a mistake.
-                trees = {tag: read_within(tag, partial(parse, options[tag]), values.get(tag, {})) for tag in options}
-                nodes["name"] = Branch(tags, {tag: trees[tag] for tag in tags.ends})
+                for tag, option in item.options.items():
+                    options[tag] = read_within(tag, partial(parse, option), values.get(tag, {}))
+                options = {tag: options[tag] for tag in tags.ends}
             case TableKey(table=table):
-                nodes[name] = read_within(name, partial(parse, table), values.get(name, {}))
+                nodes[name] = tables[name] = read_within(name, partial(parse, table), values.get(name, {}))
             case LeafKey():
                 raw = values.get(name, item.default)
                 if raw is None:
@@ -207,29 +176,34 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
             case _:
                 assert_never(item)
     per = {name: item.per for name, item in cls.schema.items() if isinstance(item, LeafKey) and item.per}
-    return Tree(nodes, cls.agree, per)
+    below = [(name, group) for name, tree in (options | tables).items() for group in tree.agree]
+    agree = (*cls.agree, *(tuple(f"{name}.{key}" for key in group) for name, group in below))
+    return Tree(nodes, options, agree, per)
 
 
-def fill(tree: Tree, ask: Ask, prefix: str = "") -> dict[str, Any]:
-    """Walks the tree and asks for each leaf in turn; returns a table for `Config.from_table`."""
+def fill(tree: Tree, ask: Ask, prefix: str = "", *, every: bool = False) -> dict[str, Any]:
+    """Walks the tree and asks for each leaf in turn; returns a table for `Config.from_table`.
+
+    With `every`, the table has every option of every branch and every entry of every list.
+    """
     table: dict[str, Any] = {}
     for name, node in tree.nodes.items():
         path = prefix + name
-        length = table[tree.per[name]] if name in tree.per else None
+        length = table[tree.per[name]] if name in tree.per and not every else None
         match node:
-            case Value() | Choice() | Range():
+            case Choice() | Range():
                 if length != 0:  # an empty list asks for no leaf
                     table[name] = ask(path, node)
             case tuple():
                 table[name] = [ask(f"{path}.{i}", leaf) for i, leaf in enumerate(node[:length], 1)]
-            case Branch(chooser, options):
-                tag = table["name"] = ask(path, chooser)
-                if settings := fill(options[tag], ask, f"{prefix}{tag}."):
-                    table[tag] = settings
             case Tree():
-                table[name] = fill(node, ask, f"{path}.")
+                table[name] = fill(node, ask, f"{path}.", every=every)
             case _:
                 assert_never(node)
+        if name == "name" and tree.options:
+            for tag in tree.options if every else (table["name"],):
+                if settings := fill(tree.options[tag], ask, f"{prefix}{tag}.", every=every):
+                    table[tag] = settings
     return table
 
 
@@ -240,21 +214,7 @@ def sample(trial: BaseTrial, tree: Tree) -> dict[str, Any]:
 
 def to_toml(tree: Tree) -> dict[str, Any]:
     """The tree as a table of a study file, defaults included; `parse` reads it back to an equal tree."""
-    table: dict[str, Any] = {}
-    for name, node in tree.nodes.items():
-        match node:
-            case Value() | Choice() | Range():
-                table[name] = node.to_toml()
-            case tuple():
-                table[name] = [leaf.to_toml() for leaf in node]
-            case Branch(chooser, options):
-                table["name"] = chooser.to_toml()
-                table |= {tag: to_toml(option) for tag, option in options.items() if option.nodes}
-            case Tree():
-                table[name] = to_toml(node)
-            case _:
-                assert_never(node)
-    return table
+    return fill(tree, lambda _, leaf: leaf.to_toml(), every=True)
 
 
 def enumerate_tables(tree: Tree, options: Options) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -294,26 +254,16 @@ def points(tree: Tree, most: int = MAX_POINTS) -> list[dict[str, Any]] | None:
     return points if len(points) <= most else None
 
 
-def leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Choice | Range]]:
+def leaves(tree: Tree) -> Iterator[tuple[str, Leaf]]:
     """The leaves that a search varies, by dotted name, in every option of every branch."""
-    for name, node in tree.nodes.items():
-        path = prefix + name
-        match node:
-            case Value():
-                pass
-            case Choice() | Range():
-                yield path, node
-            case tuple():
-                yield from ((f"{path}.{i}", leaf) for i, leaf in enumerate(node, 1) if not isinstance(leaf, Value))
-            case Branch(chooser, options):
-                if isinstance(chooser, Choice):
-                    yield path, chooser
-                for tag, option in options.items():
-                    yield from leaves(option, f"{prefix}{tag}.")
-            case Tree():
-                yield from leaves(node, f"{path}.")
-            case _:
-                assert_never(node)
+    return ((name, leaf) for name, leaf in all_leaves(tree).items() if len(leaf.ends) > 1)
+
+
+def all_leaves(tree: Tree) -> dict[str, Leaf]:
+    """Every leaf by its dotted name, in every option of every branch."""
+    leaves: dict[str, Leaf] = {}
+    fill(tree, leaves.setdefault, every=True)
+    return leaves
 
 
 def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
@@ -322,60 +272,40 @@ def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
     Each end of each leaf once, in every option of every branch, with the other leaves at their first end; and every
     combination of the discrete keys that must agree (`Table.agree`). Raises ConfigError for too many combinations.
     """
+    leaves = all_leaves(tree)
     seen: set[str] = set()
-    groups = list(_agreeing(tree))
     waiting: list[dict[str, Any]] = [{}]  # values that differ from the first end, by dotted name
     while waiting:
         values = waiting.pop()
-        table, entered = _fill_with(tree, values)
+        tables = _combinations(tree, (), values)
+        table, entered = next(tables)
         yield table
-        new = {name: leaf for name, leaf in entered.items() if name not in seen}
-        seen |= new.keys()
-        waiting += [{**values, name: end} for name, leaf in new.items() for end in leaf.ends[1:]]
+        new = [name for name in entered if name not in seen]
+        seen.update(new)
+        waiting += [{**values, name: end} for name in new for end in leaves[name].ends[1:]]
         # Combine keys that must agree as soon as their table is entered.
-        for group in groups:
+        for group in tree.agree:
             if any(_below(name, group) for name in new):
-                yield from _combinations(tree, group, values)
+                yield from (table for table, _ in _combinations(tree, group, values))
 
 
-def _fill_with(tree: Tree, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Leaf]]:
-    """The table with these values, other leaves at their first end; and the leaves of this table."""
-    entered: dict[str, Leaf] = {}
+def _combinations(
+    tree: Tree, group: Sequence[str], values: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Combines the keys of the group; other leaves have their value in `values`, else their first end."""
 
-    def ask(name: str, leaf: Leaf) -> Any:
-        entered[name] = leaf
-        return values.get(name, leaf.ends[0])
-
-    return fill(tree, ask), entered
-
-
-def _combinations(tree: Tree, group: tuple[str, ...], values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     def options(name: str, leaf: Leaf) -> Sequence[Any]:
-        if _below(name, group):
-            return leaf.options or leaf.ends
-        return (values.get(name, leaf.ends[0]),)
+        return (leaf.options or leaf.ends) if _below(name, group) else (values.get(name, leaf.ends[0]),)
 
-    for count, (table, _) in enumerate(enumerate_tables(tree, options)):
+    for count, pair in enumerate(enumerate_tables(tree, options)):
         if count == MAX_POINTS:
             raise ConfigError(
                 ", ".join(group), f"have more combinations to check than {MAX_POINTS}; give one of them fewer values"
             )
-        yield table
+        yield pair
 
 
-def _agreeing(tree: Tree, prefix: str = "") -> Iterator[tuple[str, ...]]:
-    """The groups of keys that must agree, as dotted names."""
-    for group in tree.agree:
-        yield tuple(prefix + name for name in group)
-    for name, node in tree.nodes.items():
-        if isinstance(node, Tree):
-            yield from _agreeing(node, f"{prefix}{name}.")
-        elif isinstance(node, Branch):
-            for tag, option in node.options.items():
-                yield from _agreeing(option, f"{prefix}{tag}.")
-
-
-def _below(name: str, group: tuple[str, ...]) -> bool:
+def _below(name: str, group: Sequence[str]) -> bool:
     return any(name == key or name.startswith(f"{key}.") for key in group)
 
 
@@ -386,15 +316,14 @@ def _leaf(item: LeafKey, raw: Any, index: int | None = None) -> Leaf:
         return ConfigError(item.name if index is None else f"{item.name}.{index}", f"= {show(raw)}: {problem}")
 
     if not isinstance(raw, Mapping):
-        return Value(item.check(raw))
+        return Choice((item.check(raw),))
     if item.fixed:
         raise error("takes a value here, not a range")
-    leaf: Choice | Range
+    leaf: Leaf
     if set(raw) == {"choice"}:
         leaf = Choice.read(item, raw, error)
     elif {"low", "high"} <= set(raw) <= {"low", "high", "log", "step"}:
         leaf = Range.read(item, raw, error)
     else:
         raise error("must be a value, { choice = [...] } or { low = ..., high = ... } with log or step")
-    first, last = leaf.ends[0], leaf.ends[-1]
-    return Value(first) if first == last else leaf
+    return leaf if leaf.ends[0] != leaf.ends[-1] else Choice(leaf.ends[:1])

@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import STORAGE, Home, unwritable, write_whole
-from searchfm.records import (
-    EPOCHS,
-    FORMAT,
-    Final,
-    State,
-    StudyHeader,
-    StudyRecord,
-    TrainResult,
-    Trial,
-    read_epochs,
-)
+from searchfm.records import EPOCHS, FORMAT, Final, State, StudyHeader, StudyRecord, TrainResult, Trial, read_epochs
 
 STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
-STATES: Mapping[TrialState, State] = {
-    TrialState.WAITING: "running",
-    TrialState.RUNNING: "running",
+STATES: Mapping[TrialState, State] = {  # the others are "running"
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
@@ -46,11 +34,15 @@ CONNECT_SECONDS = 10  # how long a PostgreSQL server is waited for
 
 @contextmanager
 def failures(where: str) -> Iterator[None]:
-    """What a database or a disk raises within becomes StorageError, in one line that begins with `where`."""
+    """Raises StorageError for an error of a database or a disk, in one line that begins with `where`."""
     try:
         yield
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, sqlite3.Error, OSError) as error:
-        raise StorageError(f"{where}: {_line(error)}") from error
+        # Optuna's own text only guesses; SQLAlchemy's, with the statement, can be a page.
+        wrapped = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else None
+        cause = getattr(wrapped or error, "orig", None) or wrapped or error
+        line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise StorageError(f"{where}: {line}") from error
 
 
 def open_storage(home: Home, *, create: bool = False) -> BaseStorage:
@@ -108,7 +100,7 @@ def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
 
 def _open_postgres(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
     with _postgres(url) as connection:
-        connection.scalar(sqlalchemy.text("SELECT pg_advisory_lock(:number)"), {"number": _number("tables")})
+        _advisory(connection, "SELECT pg_advisory_lock(:number)", "tables")
         if not create and not sqlalchemy.inspect(connection).has_table("studies"):
             return None
         engine_kwargs = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_SECONDS}}
@@ -141,8 +133,8 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
     except KeyError:
         attrs = {}
     if STUDY not in attrs:
-        names = study_names(storage)
-        raise StudyError(f"study {name!r} is not in {home.path}; there {_are(names)}")
+        names = ", ".join(study_names(storage))
+        raise StudyError(f"study {name!r} is not in {home.path}; there {'are ' + names if names else 'is none yet'}")
     header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
     final = attrs.get(FINAL)
     trials = storage.get_all_trials(number, deepcopy=False)
@@ -166,7 +158,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
     result = attrs.get("result")
     return Trial(
         number=trial.number,
-        state=STATES[trial.state],
+        state=STATES.get(trial.state, "running"),
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         params=dict(trial.params),
         config=attrs.get("config", {}),
@@ -217,54 +209,47 @@ def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[
     load_study(storage, home, name)
     with failures(f"study {name!r}"), study_lock(home, name) as check:
         study = load_study(storage, home, name)
-        _upgrade(storage, study)
+        attrs = storage.get_study_user_attrs(study.number)
+        for key, record in ((STUDY, study.header), (FINAL, study.final)):
+            number = attrs.get(key, {}).get("format", 1)
+            if record is not None and number < FORMAT:
+                copy = study.folder / f"{key}-format-{number}.json"
+                write_whole(copy, json.dumps(attrs[key], indent=1, ensure_ascii=False).encode())
+                storage.set_study_user_attr(study.number, key, record.to_json())
         yield study, check
 
 
-def _upgrade(storage: BaseStorage, study: StudyRecord) -> None:
-    attrs = storage.get_study_user_attrs(study.number)
-    for key, record in ((STUDY, study.header), (FINAL, study.final)):
-        number = attrs.get(key, {}).get("format", 1)
-        if record is not None and number < FORMAT:
-            copy = study.folder / f"{key}-format-{number}.json"
-            write_whole(copy, json.dumps(attrs[key], indent=1, ensure_ascii=False).encode())
-            storage.set_study_user_attr(study.number, key, record.to_json())
-
-
-@contextmanager
-def study_lock(home: Home, name: str) -> Iterator[Callable[[], None]]:
+def study_lock(home: Home, name: str) -> AbstractContextManager[Callable[[], None]]:
     """Holds the study: one coordinator at a time. Yields a check to call now and then, which raises StorageError once
     the lock or the database is gone. Raises LockedError, naming the holder's host and pid, if another has it;
     UserError if the home cannot be written.
     """
     url = _url(home)
-    lock = _file_lock if url.get_backend_name() == "sqlite" else _postgres_lock
-    with lock(url, name) as check:
-        yield check
+    return (_file_lock if url.get_backend_name() == "sqlite" else _postgres_lock)(url, name)
 
 
 @contextmanager
 def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
     database = Path(url.database or "").absolute()
     folder = database.parent / "studies" / name  # beside the database, whatever home it is used from
-    owner = folder / "owner.json"  # beside the lock: in some versions an attempt to lock empties the lock's own file
+    owner = folder / "owner"  # beside the lock: in some versions an attempt to lock empties the lock's own file
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        owner.write_text(_process())
     except Timeout:
         try:
-            holder = json.loads(owner.read_text())
-        except (OSError, ValueError):
-            holder = {}
-        raise LockedError(_locked(name, holder.get("host", "?"), holder.get("pid", "?"))) from None
+            holder = owner.read_text()
+        except OSError:  # the other process has not written it yet, or has just unlocked
+            holder = ""
+        raise _locked(name, holder) from None
     except OSError as error:
         lock.release()
         raise unwritable(folder, error) from None
 
     def check() -> None:
-        # SQLite goes on writing into a file that was deleted, and nobody would ever read it.
+        # SQLite continues to write into a deleted file, which no process will ever read.
         if not database.exists():
             raise StorageError(f"{database}: the database is gone")
 
@@ -279,21 +264,16 @@ def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
 def _postgres_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
     """An advisory lock lives as long as its connection, so the connection is what is watched."""
     where = f"study {name!r}: the lock on the database"
-    number = _number(f"study/{name}")
-    holder = sqlalchemy.text(
-        "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid) JOIN pg_database d"
-        " ON d.oid = l.database WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.granted"
-        " AND l.classid = CAST(:high AS bigint) AND l.objid = CAST(:low AS bigint)"
+    holder = (
+        "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+        " WHERE a.datname = current_database() AND l.locktype = 'advisory' AND l.granted"
+        " AND ((CAST(l.classid AS bigint) << 32) | CAST(l.objid AS bigint)) = :number"
     )
     with ExitStack() as stack:
         with failures(where):
             connection = stack.enter_context(_postgres(url))
-            held = connection.scalar(sqlalchemy.text("SELECT pg_try_advisory_lock(:number)"), {"number": number})
-            if not held:
-                unsigned = number % 2**64
-                found = connection.scalar(holder, {"high": unsigned >> 32, "low": unsigned % 2**32})
-                _, host, pid = str(found or "searchfm ? ?").split()
-                raise LockedError(_locked(name, host, pid))
+            if not _advisory(connection, "SELECT pg_try_advisory_lock(:number)", f"study/{name}"):
+                raise _locked(name, str(_advisory(connection, holder, f"study/{name}") or "").removeprefix("searchfm "))
 
         def check() -> None:
             with failures(f"{where} was lost"):
@@ -305,8 +285,7 @@ def _postgres_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None
 @contextmanager
 def _postgres(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
     """A connection of its own, which carries our host and pid for those who ask who holds a lock."""
-    me = f"searchfm {socket.gethostname()[:30]} {os.getpid()}"
-    arguments = {"application_name": me, "connect_timeout": CONNECT_SECONDS}
+    arguments = {"application_name": f"searchfm {_process()}", "connect_timeout": CONNECT_SECONDS}
     engine = sqlalchemy.create_engine(
         url, connect_args=arguments, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool
     )
@@ -314,22 +293,16 @@ def _postgres(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
         yield connection
 
 
-def _number(name: str) -> int:
-    """What an advisory lock is called: PostgreSQL knows them by number."""
-    return int.from_bytes(hashlib.sha256(f"searchfm/{name}".encode()).digest()[:8], "big", signed=True)
+def _advisory(connection: sqlalchemy.Connection, query: str, name: str) -> Any:
+    """The result of a query about an advisory lock, whose number is a hash of its name."""
+    sha256 = hashlib.sha256(f"searchfm/{name}".encode()).digest()
+    return connection.scalar(sqlalchemy.text(query), {"number": int.from_bytes(sha256[:8], "big", signed=True)})
 
 
-def _locked(name: str, host: str, pid: object) -> str:
-    return f"study {name!r} is held by process {pid} on {host}; wait for it, stop it, or begin another with --name"
+def _process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()[:30]}"  # PostgreSQL cuts a name to 63 characters
 
 
-def _are(names: list[str]) -> str:
-    return f"are {', '.join(names)}" if names else "is none yet"
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error, which from a database can be a page."""
-    if isinstance(error, optuna.exceptions.StorageInternalError) and error.__cause__ is not None:
-        error = error.__cause__  # Optuna's own text only guesses
-    original = getattr(error, "orig", None) or error
-    return str(original).strip().splitlines()[0] if str(original).strip() else type(original).__name__
+def _locked(name: str, holder: str) -> LockedError:
+    holder = holder or "another process"
+    return LockedError(f"study {name!r} is held by {holder}; wait for it, stop it, or begin another with --name")

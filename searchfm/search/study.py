@@ -1,19 +1,19 @@
 """A checked study: its search space, sampler and pruner, and the resolved table that is stored with it."""
 
 import hashlib
+import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, assert_never
 
 import optuna
 import tomli_w
-from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.trial import BaseTrial, FrozenTrial
+from optuna.trial import BaseTrial, FixedTrial
 
 from searchfm.config import Config, Shape, Transfer, image_shape
 from searchfm.errors import ConfigError, StudyError
@@ -23,94 +23,75 @@ from searchfm.tables import Table, branch, digest, key, read_within
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-# --- [search] ---------------------------------------------------------------------------------------------------------
-
-
-class Tpe(Table):
+class Tpe(Table, tag="tpe"):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
 
-    tag = "tpe"
     startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
     candidates: int = key(24, "candidates to compare for each proposal", ge=1)
 
 
-class Random(Table):
+class Random(Table, tag="random"):
     """Independent random draws (Bergstra & Bengio 2012)."""
 
-    tag = "random"
 
-
-class Grid(Table):
+class Grid(Table, tag="grid"):
     """Every point of a finite space, in order: trial i is point i."""
 
-    tag = "grid"
 
-
-class CmaEs(Table):
+class CmaEs(Table, tag="cmaes"):
     """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
 
-    tag = "cmaes"
     startup_trials: int = key(10, "random trials before the first proposal of the strategy", ge=1)
 
 
-class Gp(Table):
+class Gp(Table, tag="gp"):
     """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
 
-    tag = "gp"
     startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
 
 
-class Qmc(Table):
+class Qmc(Table, tag="qmc"):
     """A scrambled Sobol sequence (Bergstra & Bengio 2012); choices and branches are drawn at random."""
 
-    tag = "qmc"
 
-
-class Median(Table):
+class Median(Table, tag="median"):
     """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
 
-    tag = "median"
     startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
     min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
-class Percentile(Table):
+class Percentile(Table, tag="percentile"):
     """Stops a trial outside the best `keep` percent at the same epoch."""
 
-    tag = "percentile"
     keep: float = key(25.0, "percentage of trials that continue", gt=0, lt=100)
     startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
     min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
-class Hyperband(Table):
+class Hyperband(Table, tag="hyperband"):
     """Successive halving at several rates in parallel (Li et al. 2018, arXiv 1603.06560)."""
 
-    tag = "hyperband"
     min_epochs: int = key(1, "epochs before the first halving", ge=1)
     reduction: int = key(3, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
-class Asha(Table):
+class Asha(Table, tag="asha"):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
 
-    tag = "asha"
     min_epochs: int = key(1, "epochs before the first halving", ge=1)
     reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
-class Patient(Table):
+class Patient(Table, tag="patient"):
     """Stops a trial after more than `patience` consecutive epochs below its own best."""
 
-    tag = "patient"
     patience: int = key(3, "consecutive epochs allowed below the best before them", ge=0)
     min_delta: float = key(0.0, "minimum difference in accuracy that counts as below", ge=0)
 
 
-class NoPruner(Table):
+class NoPruner(Table, tag="none"):
     """Stops no trial."""
-
-    tag = "none"
 
 
 class SearchConfig(Table):
@@ -119,9 +100,7 @@ class SearchConfig(Table):
     trials: int | None = key(None, "number of trials, failed ones included; default: all of a grid, else 20", ge=1)
     seed: int = key(0, "seed of proposals and training", ge=0)
     sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "proposes configs", inline=True)
-    pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(
-        Median, "stops weak trials", inline=True
-    )
+    pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(Median, "prunes trials", inline=True)
     keep: int = key(3, "number of best trials to keep the weights of", ge=0)
     retries: int = key(2, "retries of a trial whose worker died", ge=0)
     checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
@@ -186,9 +165,7 @@ class Study:
     @property
     def epochs(self) -> int:
         """The maximum epochs of a trial."""
-        node = self._node("train", "epochs")
-        assert isinstance(node, space.Value | space.Choice | space.Range)
-        return int(max(node.ends))
+        return int(max(space.all_leaves(self.tree)["train.epochs"].ends))
 
     @cached_property
     def points(self) -> list[dict[str, Any]] | None:
@@ -214,14 +191,9 @@ class Study:
 
     def transfers(self) -> list[tuple[str, str]]:
         """(model, weights) of every timm model in the space."""
-        node = self._node("model", "name")
-        assert isinstance(node, space.Branch)
-        tree = node.options.get(Transfer.tag)
-        if tree is None:
-            return []
-        keys = space.Tree({name: tree.nodes[name] for name in ("model", "weights")})
-        tables = space.enumerate_tables(keys, lambda _, leaf: leaf.ends)
-        return [(table["model"], table["weights"]) for table, _ in tables]
+        leaves = space.all_leaves(self.tree)
+        names = [f"model.{Transfer.tag}.{key}" for key in ("model", "weights")]
+        return list(itertools.product(*(leaves[name].ends for name in names))) if names[0] in leaves else []
 
     def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""
@@ -230,16 +202,12 @@ class Study:
     def samples(self, count: int) -> list[Config]:
         """Random configs of the space; all of them if it has at most `count` points."""
         points = space.points(self.tree, count)
-        if points is not None:
-            return [self.sample(optuna.trial.FixedTrial(point)) for point in points]
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
-        return [self.sample(study.ask()) for _ in range(count)]
+        random = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
+        trials = (random.ask() for _ in range(count)) if points is None else map(FixedTrial, points)
+        return [self.sample(trial) for trial in trials]
 
     def check_images(self, shape: Shape | None) -> None:
-        """Checks the configs of the space, and their models against (channels, height, width) if it is known.
-
-        Raises ConfigError.
-        """
+        """Checks all configs, and their models against (channels, height, width) if known. Raises ConfigError."""
         try:
             for table in space.edge_cases(self.tree):
                 config = Config.from_table(table)
@@ -250,9 +218,7 @@ class Study:
 
     @_experimental()
     def sampler(self, number: int) -> BaseSampler:
-        """The sampler of trial `number`, seeded from the study's seed and this number only, so that earlier trials of
-        this process have no influence.
-        """
+        """The sampler of trial `number`, seeded from the study's seed and this number only."""
         seed = self.seed(number)
         random = optuna.samplers.RandomSampler(seed)
         match self.search.sampler:
@@ -261,22 +227,19 @@ class Study:
                 return optuna.samplers.TPESampler(
                     n_startup_trials=startup,
                     n_ei_candidates=candidates,
+                    seed=seed,
                     multivariate=True,
                     group=True,
                     constant_liar=True,
-                    seed=seed,
                 )
             case Random():
                 return random
             case Grid():
                 assert self.points is not None
-                return GridWalk(self.points)
+                return fixed_sampler(self.points[number % len(self.points)])  # after the last point, the first
             case CmaEs(startup_trials=startup):
                 return optuna.samplers.CmaEsSampler(
-                    n_startup_trials=startup,
-                    seed=seed,
-                    independent_sampler=random,
-                    warn_independent_sampling=False,
+                    n_startup_trials=startup, seed=seed, independent_sampler=random, warn_independent_sampling=False
                 )
             case Gp(startup_trials=startup):
                 return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
@@ -318,54 +281,30 @@ class Study:
 
     def replay(self, number: int, config: Mapping[str, Any]) -> str:
         """A study file that repeats this trial alone."""
-        header = (
-            f"# Question: does trial {number} of {self.name} give the same again?\n# Run:      searchfm tune FILE\n"
-        )
-        search = {"trials": 1, "seed": self.search.seed, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
-        return header + tomli_w.dumps({"name": f"{self.name[:58]}-{number:04d}", "search": search, **config})
-
-    def _node(self, table: str, name: str) -> Any:
-        node = self.tree.nodes[table]
-        assert isinstance(node, space.Tree)
-        return node.nodes[name]
+        question = f"# Question: does trial {number} of {self.name} give the same again?\n"
+        search = {"trials": 1, "seed": self.search.seed, "sampler": "random", "pruner": "none"}
+        table = {"name": f"{self.name[:58]}-{number:04d}", "search": search, **config}
+        return f"{question}# Run:      searchfm tune FILE\n{tomli_w.dumps(table)}"
 
     def _check_search(self) -> None:
         """Checks sampler and pruner against the space. Raises ConfigError."""
-        grid, pruned = isinstance(self.search.sampler, Grid), not isinstance(self.search.pruner, NoPruner)
+        leaves, grid = dict(space.leaves(self.tree)), isinstance(self.search.sampler, Grid)
         if grid and self.points is None:
-            continuous = [name for name, leaf in space.leaves(self.tree) if leaf.options is None]
-            if continuous:
-                raise ConfigError(continuous[0], "has no step: a grid needs values, choices or stepped ranges")
+            for name, leaf in leaves.items():
+                if leaf.options is None:
+                    raise ConfigError(name, "has no step: a grid needs values, choices or stepped ranges")
             raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MAX_POINTS} points")
-        epochs = self._node("train", "epochs")
-        if not isinstance(epochs, space.Value) and (pruned or not grid):
+        if "train.epochs" in leaves and not (grid and isinstance(self.search.pruner, NoPruner)):
             raise ConfigError("train.epochs", "takes a value here; only a grid with pruner = none compares epochs")
         min_epochs = getattr(self.search.pruner, "min_epochs", 1)
         if min_epochs > self.epochs:
             raise ConfigError("search.pruner.min_epochs", f"= {min_epochs}: must be <= train.epochs = {self.epochs}")
 
 
-class GridWalk(BaseSampler):
-    """Point i of the space for trial i, independent of earlier trials."""
-
-    def __init__(self, points: Sequence[Mapping[str, Any]]) -> None:
-        self.points = points
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Empty: no parameters are sampled together."""
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Empty: no parameters are sampled together."""
-        return {}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """The leaf's value at the trial's point; after the last point the grid restarts."""
-        return self.points[trial.number % len(self.points)][param_name]
+@_experimental()
+def fixed_sampler(params: Mapping[str, Any]) -> BaseSampler:
+    """The sampler of a trial whose parameters are known."""
+    return optuna.samplers.PartialFixedSampler(dict(params), optuna.samplers.RandomSampler())
 
 
 def check_name(name: str) -> str:

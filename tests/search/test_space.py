@@ -19,25 +19,21 @@ from searchfm.tables import Table, branch, key, table
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-class Bare(Table):
+class Bare(Table, tag="bare"):
     """Nothing to set."""
 
-    tag = "bare"
 
-
-class Stack(Table):
+class Stack(Table, tag="stack"):
     """Lists that are as long as another key says."""
 
-    tag = "stack"
     layers: int = key(1, "layers", ge=0, le=4)
     width: tuple[int, ...] = key(8, "a width a layer", ge=1, per="layers")
     kind: tuple[Literal["a", "b", "c"], ...] = key("a", "a kind a layer", per="layers")
 
 
-class Pair(Table):
+class Pair(Table, tag="pair"):
     """Keys of which not all values fit."""
 
-    tag = "pair"
     agree = (("whole", "part"), ("odd",))
     whole: int = key(12, "what is divided", ge=1)
     part: int = key(2, "what divides", ge=1)
