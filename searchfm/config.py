@@ -56,18 +56,14 @@ class Cnn(Model, tag="cnn"):
     convs: int = key(1, "convolutions per stage", ge=1, le=8)
     kernel: int = key(3, "side of the convolution kernel in pixels, odd", ge=1, le=15)
     pool: tuple[Literal["none", "max", "average", "max-same"], ...] = key(
-        "max",
-        "after each stage: 2x2 pooling that halves the image, or `max-same`, 3x3 that keeps its size",
-        per="stages",
+        "max", "pooling after each stage: 2x2, which halves the image; max-same: 3x3, same size", per="stages"
     )
     batch_norm: bool = key(False, "batch norm before each ReLU")
     conv_dropout: float = key(0.0, "probability of dropping a filter after each stage", ge=0, lt=1)
     head: Literal["flatten", "average"] = key("flatten", "how feature maps of the last stage become features")
     dense_layers: int = key(0, "hidden dense layers between the convolutions and the classes", ge=0, le=16)
     dense_width: tuple[int, ...] = key(100, "units of each hidden dense layer", ge=1, per="dense_layers")
-    dropout: float = key(
-        0.0, "probability of dropping a unit before each dense layer but the first of several", ge=0, lt=1
-    )
+    dropout: float = key(0.0, "probability of dropping a unit before dense layers but the first of several", ge=0, lt=1)
 
     def check(self) -> None:
         """The kernel must be odd, so that images keep their size."""
@@ -78,9 +74,8 @@ class Cnn(Model, tag="cnn"):
         """The image must allow every halving."""
         halvings = sum(pool in ("max", "average") for pool in self.pool)
         if min(shape[1:]) >> halvings < 1:
-            size = f"{shape[1]}x{shape[2]} pixels"
-            advice = 'use fewer stages, or "none" or "max-same" for some'
-            raise ConfigError("pool", f"halves images of {size} {halvings} times, to nothing; {advice}")
+            problem = f"halves images of {shape[1]}x{shape[2]} pixels {halvings} times, to nothing"
+            raise ConfigError("pool", f'{problem}; use fewer stages, or "none" or "max-same" for some')
 
 
 class Vit(Model, tag="vit"):
@@ -186,7 +181,7 @@ class OptimizerConfig(Table):
 
     kind: Sgd | Adagrad | Rmsprop | Adam | AdamW = branch(AdamW, "the optimizer")
     lr: float = key(1e-3, "maximum learning rate", gt=0)
-    weight_decay: float = key(0.0, "decoupled for adamw, else L2; not on biases, norms or position embeddings", ge=0)
+    weight_decay: float = key(0.0, "decoupled for adamw, else L2; not for biases, norms, position embeddings", ge=0)
     clip: float = key(0.0, "maximum gradient norm; 0 is off", ge=0)
 
 

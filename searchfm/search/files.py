@@ -91,10 +91,7 @@ def study_name(argument: str) -> str:
 
 
 def overrides(options: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """The dotted keys that a command line overrides: by options of their own (None where not given), by `--set`.
-
-    Raises ConfigError; UserError for a key that is given twice.
-    """
+    """Overrides by dotted key, from options (None: absent) and `--set`. Raises ConfigError, UserError for a repeat."""
     values = {key: value for key, value in options.items() if value is not None}
     for text in texts:
         key, value = parse_override(text)

@@ -132,6 +132,7 @@ class Range:
 Leaf = Choice | Range
 Ask = Callable[[str, Leaf], Any]  # dotted name, leaf -> value
 Options = Callable[[str, Leaf], Sequence[Any]]  # dotted name, leaf -> values to try
+Tables = Iterator[tuple[dict[str, Any], dict[str, Any]]]  # (table, leaf values by dotted name)
 Error = Callable[[str], ConfigError]  # problem -> error with the leaf's name and value
 
 
@@ -217,8 +218,8 @@ def to_toml(tree: Tree) -> dict[str, Any]:
     return fill(tree, lambda _, leaf: leaf.to_toml(), every=True)
 
 
-def enumerate_tables(tree: Tree, options: Options) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every table of the tree, as (table, leaf values by dotted name), from the `options` of each leaf.
+def enumerate_tables(tree: Tree, options: Options) -> Tables:
+    """Every table of the tree, from the `options` of each leaf.
 
     The last leaf varies fastest. The leaves of a branch's option exist only in tables that enter it.
     """
@@ -277,8 +278,7 @@ def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
     waiting: list[dict[str, Any]] = [{}]  # values that differ from the first end, by dotted name
     while waiting:
         values = waiting.pop()
-        tables = _combinations(tree, (), values)
-        table, entered = next(tables)
+        table, entered = next(_combinations(tree, (), values))
         yield table
         new = [name for name in entered if name not in seen]
         seen.update(new)
@@ -289,9 +289,7 @@ def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
                 yield from (table for table, _ in _combinations(tree, group, values))
 
 
-def _combinations(
-    tree: Tree, group: Sequence[str], values: Mapping[str, Any]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _combinations(tree: Tree, group: Sequence[str], values: Mapping[str, Any]) -> Tables:
     """Combines the keys of the group; other leaves have their value in `values`, else their first end."""
 
     def options(name: str, leaf: Leaf) -> Sequence[Any]:

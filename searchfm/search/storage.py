@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,8 @@ def open_storage(home: Home, *, create: bool = False) -> BaseStorage:
         try:
             storage = opened(url, create)
         except ImportError as error:
-            raise UserError(
-                f"{STORAGE}: {hidden} needs {error.name}, which is not installed; install searchfm[postgres]"
-            ) from None
+            missing = f"{error.name}, which is not installed; install searchfm[postgres]"
+            raise UserError(f"{STORAGE}: {hidden} needs {missing}") from None
         except RuntimeError as error:  # tables of another version of Optuna, which says so and what to type
             raise StorageError(f"{hidden}: {error}") from None
     if storage is None:
@@ -220,9 +219,9 @@ def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[
 
 
 def study_lock(home: Home, name: str) -> AbstractContextManager[Callable[[], None]]:
-    """Holds the study: one coordinator at a time. Yields a check to call now and then, which raises StorageError once
-    the lock or the database is gone. Raises LockedError, naming the holder's host and pid, if another has it;
-    UserError if the home cannot be written.
+    """The lock of a study: one coordinator at a time. Yields a check, which raises StorageError after the lock is lost.
+
+    Raises LockedError, with host and pid, if another process has it; UserError if the home cannot be written.
     """
     url = _url(home)
     return (_file_lock if url.get_backend_name() == "sqlite" else _postgres_lock)(url, name)
@@ -239,10 +238,9 @@ def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
         lock.acquire(timeout=0)
         owner.write_text(_process())
     except Timeout:
-        try:
+        holder = ""
+        with suppress(OSError):  # the other process has not written it yet, or has just unlocked
             holder = owner.read_text()
-        except OSError:  # the other process has not written it yet, or has just unlocked
-            holder = ""
         raise _locked(name, holder) from None
     except OSError as error:
         lock.release()
@@ -262,7 +260,7 @@ def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _postgres_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None]]:
-    """An advisory lock lives as long as its connection, so the connection is what is watched."""
+    """An advisory lock lives as long as its connection, so `check` uses the connection."""
     where = f"study {name!r}: the lock on the database"
     holder = (
         "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid)"

@@ -137,10 +137,7 @@ def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 class Study:
-    """A checked study: every config of its search space is valid.
-
-    `table` is the file with overrides; `where` names the file in errors. Raises ConfigError.
-    """
+    """A checked study: every config of its search space is valid. Raises ConfigError; `where` names the file."""
 
     def __init__(self, name: str, table: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
         self.name, self.question, self.where = name, question, where
@@ -238,20 +235,12 @@ class Study:
                 assert self.points is not None
                 return fixed_sampler(self.points[number % len(self.points)])  # after the last point, the first
             case CmaEs(startup_trials=startup):
-                return optuna.samplers.CmaEsSampler(
-                    n_startup_trials=startup, seed=seed, independent_sampler=random, warn_independent_sampling=False
-                )
+                return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, independent_sampler=random)
             case Gp(startup_trials=startup):
-                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
+                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
             case Qmc():
                 # One sequence for the whole study; Optuna stores the index of the next point.
-                return optuna.samplers.QMCSampler(
-                    scramble=True,
-                    seed=self.search.seed,
-                    independent_sampler=random,
-                    warn_asynchronous_seeding=False,
-                    warn_independent_sampling=False,
-                )
+                return optuna.samplers.QMCSampler(scramble=True, seed=self.search.seed, independent_sampler=random)
             case _ as never:
                 assert_never(never)
 
