@@ -11,7 +11,7 @@ from searchfm.tables import Table, branch, digest, key, table
 
 Shape = tuple[int, int, int]  # channels, height, width
 
-# Image shape and number of classes of the built-in data sets. Those of a folder of images are known once it is read.
+# Image shape and number of classes of the built-in data sets. Reading a folder of images gives its own.
 DATASETS: dict[str, tuple[Shape, int]] = {
     "fashion-mnist": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
@@ -228,7 +228,7 @@ class ScheduleConfig(Table):
 
 
 class AugmentConfig(Table):
-    """`[augment]`: augmentation of training images, drawn anew for every batch."""
+    """`[augment]`: augmentation of training images, drawn for each batch."""
 
     flip: float = key(0.0, "probability of a left-right flip", ge=0, le=1)
     crop: int = key(0, "maximum shift in pixels; the border is filled with zeros", ge=0)

@@ -1,4 +1,4 @@
-"""What one trial is."""
+"""The config of one trial."""
 
 import tomllib
 from dataclasses import replace
@@ -139,12 +139,12 @@ def test_twins_are_equal_but_for_their_seed() -> None:
 
 
 def test_a_digest_stays_what_it_is() -> None:
-    """Stored studies know their twins by it: when it changes, so must the version of the home."""
+    """Stored studies find twins by it: if it changes, the format number must change."""
     assert Config().digest() == "2f7c05a7e642aa0d93f2950175287cfcc99fdebeaf58910a3b9887016796039b"
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_the_shape_of_known_images_is_known(name: str) -> None:
+def test_the_shape_of_built_in_images(name: str) -> None:
     shape = image_shape(DataConfig(name=name))
     assert shape == DATASETS[name][0]
     assert image_shape(DataConfig(name=name, size=64)) == (shape[0], 64, 64)

@@ -1,4 +1,4 @@
-"""The study files that ship: each says what it asks and measured, is in the table, and trains."""
+"""The built-in study files: each has a question and a measurement, is in the table, and trains."""
 
 import json
 import math
@@ -37,28 +37,28 @@ def header(name: str) -> dict[str, str]:
     """The opening comment of a study file by keyword, continued lines joined."""
     path = files.find(name)
     assert path is not None
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     key = ""
     for line in path.read_text("utf-8").splitlines():
         if not line.startswith("# "):
             break
         if begun := re.fullmatch(r"# ([A-Z]\w+(?: as)?): +(\S.*)", line):
-            key, found[begun[1]] = begun[1], begun[2]
+            key, entries[begun[1]] = begun[1], begun[2]
         else:
             assert key, f"{name}: {line}"
             assert line.startswith("#   "), f"{name}: a continued line is indented, or is lost: {line}"
-            found[key] += " " + line[1:].strip()
-    return found
+            entries[key] += " " + line[1:].strip()
+    return entries
 
 
-def command(*words: str) -> str:
-    """What `searchfm` prints for these words; it must end well."""
-    done = CliRunner().invoke(cli.app, words, env={"COLUMNS": "200"})
-    assert done.exit_code == 0, (words, done.output, done.exception)
+def command(*arguments: str) -> str:
+    """The output of `searchfm` with these arguments; it must succeed."""
+    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, (arguments, done.output, done.exception)
     return done.stdout
 
 
-# --- what they say ----------------------------------------------------------------------------------------------------
+# --- headers ----------------------------------------------------------------------------------------------------------
 
 
 def test_all_the_searches_ship() -> None:
@@ -66,19 +66,19 @@ def test_all_the_searches_ship() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_study_says_what_it_asks_and_what_came_of_it(name: str) -> None:
+def test_a_study_has_a_question_and_a_measurement(name: str) -> None:
     path = files.find(name)
     assert path is not None
-    file, said = files.read(path), header(name)
+    file, entries = files.read(path), header(name)
     study = file.study()
     assert study.name == path.stem
     assert (study.points is None) == (name in SEARCHES)
-    assert file.question == said["Question"]
+    assert file.question == entries["Question"]
     assert file.question.endswith("?")
-    assert {"Run", "Measured"} <= set(said) <= {"Question", "Run", "Reports", "Read as", "Measured"}
-    assert ("Reports" in said) == name.startswith("reports/")
-    assert re.search(r"\d\d\d\d-\d\d-\d\d|not yet measured: needs ", said["Measured"]), "when, or why not"
-    assert re.fullmatch(rf"searchfm tune {name}( --trials \d+)?", said["Run"])
+    assert {"Run", "Measured"} <= set(entries) <= {"Question", "Run", "Reports", "Read as", "Measured"}
+    assert ("Reports" in entries) == name.startswith("reports/")
+    assert re.search(r"\d\d\d\d-\d\d-\d\d|not yet measured: needs ", entries["Measured"]), "when, or why not"
+    assert re.fullmatch(rf"searchfm tune {name}( --trials \d+)?", entries["Run"])
 
 
 def test_names_are_unique() -> None:
@@ -163,16 +163,16 @@ def test_a_trial_trains(name: str) -> None:
 
 
 def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> StudyRecord:
-    """The study, tuned with the overrides by a coordinator and its worker; nobody follows in MLflow."""
+    """The study, tuned with the overrides by a coordinator and its worker; without MLflow."""
     path = files.find(name)
     assert path is not None
     study = files.read(path).study(overrides, name=rename)
     with Tuning(study, home, study.resolved, None, "cpu", 1, follow=False) as tuning:
         for _ in tuning.run():
             pass
-        found = tuning.result()
+        record = tuning.result()
         let_go(tuning.storage)
-    return found
+    return record
 
 
 def write_digits(root: Path) -> Path:
@@ -187,7 +187,7 @@ def write_digits(root: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -> None:
-    """The same images on every side, and so the same accuracy but for their order in training."""
+    """The images are the same, so the accuracy is the same except for their order in training."""
     overrides = {"search.trials": 6, "search.pruner": "none", "train.epochs": 10}
     named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
     root = write_digits(tmp_path / "images")
@@ -201,17 +201,17 @@ def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -
     assert abs((named.best.value or 0) - (folder.best.value or 0)) < 0.02
 
 
-def tune(home: Path, *words: str) -> dict[str, Any]:
-    """`searchfm tune` in a process of its own, as a person types it."""
-    asked = [sys.executable, "-m", "searchfm", "tune", *words, "--json", "--home", str(home)]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=900, check=False)
+def tune(home: Path, *arguments: str) -> dict[str, Any]:
+    """`searchfm tune` in a separate process."""
+    argv = [sys.executable, "-m", "searchfm", "tune", *arguments, "--json", "--home", str(home)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def resnet18_weights(path: Path) -> Path:
-    """A file of weights for timm's ResNet-18, as somebody may have trained them."""
+    """A file of weights for timm's ResNet-18, as a user may have trained them."""
     import timm
 
     with torch.random.fork_rng():
@@ -228,9 +228,9 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     if weights:
         path = resnet18_weights(tmp_path / "resnet18.safetensors")
         options = ["--set", f"model.transfer.weights={path}"]
-    found = tune(
+    result = tune(
         new_home(tmp_path / "home").path, study, "--trials", "4", "--subset", "0.05", "--epochs", "1", *options
     )
-    assert found["study"] == study
-    assert (found["trials"]["total"], found["trials"]["failed"]) == (4, 0)
-    assert found["best"]["value"] > 0.2, "ten classes: better than chance"
+    assert result["study"] == study
+    assert (result["trials"]["total"], result["trials"]["failed"]) == (4, 0)
+    assert result["best"]["value"] > 0.2, "ten classes: better than chance"

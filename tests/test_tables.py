@@ -1,4 +1,4 @@
-"""Tables that read and write TOML, and say in one line what is wrong with one."""
+"""Tables read and write TOML; an error is one line."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ class Part(Table):
 
     count: int = key(2, "entries", ge=0)
     sizes: tuple[int, ...] = key(8, "a size an entry", ge=1, per="count")
-    free: tuple[Literal["a", "b"], ...] = key(("a",), "as many as are given")
+    free: tuple[Literal["a", "b"], ...] = key(("a",), "any number of entries")
 
 
 class Whole(Table):
@@ -51,7 +51,7 @@ def read(text: str) -> Whole:
 # --- reading and writing ----------------------------------------------------------------------------------------------
 
 
-def test_nothing_given_is_all_defaults() -> None:
+def test_an_empty_table_is_all_defaults() -> None:
     assert read("") == Whole()
     assert Whole().part.sizes == (8, 8)
     assert Whole().kind == Plain()
@@ -87,7 +87,7 @@ def test_only_the_chosen_table_of_a_branch_is_read() -> None:
 def test_one_leaf_stands_for_all_entries_and_a_list_is_cut_to_its_length() -> None:
     assert Part(count=3, sizes=5).sizes == (5, 5, 5)  # type: ignore[arg-type]
     assert Part(count=2, sizes=(1, 2, 3)).sizes == (1, 2)
-    assert Part(count=2, sizes=(1, 2, -3)).sizes == (1, 2)  # entries beyond are not looked at
+    assert Part(count=2, sizes=(1, 2, -3)).sizes == (1, 2)  # further entries are not checked
     assert Part(count=0).sizes == ()
 
 
@@ -108,7 +108,7 @@ def test_tables_cannot_be_changed_and_equal_ones_are_equal() -> None:
     assert hash(whole) == hash(Whole())
 
 
-def test_a_schema_tells_every_key_with_its_default_and_bounds() -> None:
+def test_a_schema_has_every_key_with_its_default_and_bounds() -> None:
     assert list(Whole.schema) == ["name", "part", "method", "rate", "stages", "quick", "label", "seed"]
     rate, kind, method = (Whole.schema[name] for name in ("rate", "name", "method"))
     assert isinstance(rate, LeafKey)
@@ -158,7 +158,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "name", "problem"), WRONG)
-def test_an_error_is_one_line_that_names_the_key_what_came_and_what_may_come(
+def test_an_error_is_one_line_that_names_the_key_its_value_and_the_valid_ones(
     text: str, name: str, problem: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -183,7 +183,7 @@ def test_bounds_hold_on_both_sides_of_each() -> None:
             Fancy(depth=depth)
 
 
-def test_an_error_keeps_the_first_place_it_was_seen_from() -> None:
+def test_an_error_keeps_its_first_origin() -> None:
     error = ConfigError("heads", "= 3").under("vit").under("model").at("vit.toml").at("elsewhere")
     assert str(error) == "vit.toml: model.vit.heads = 3"
     assert str(ConfigError("heads", "= 3").under("")) == "heads = 3"
@@ -192,7 +192,7 @@ def test_an_error_keeps_the_first_place_it_was_seen_from() -> None:
 # --- digests and texts ------------------------------------------------------------------------------------------------
 
 
-def test_a_digest_knows_values_and_not_their_order() -> None:
+def test_a_digest_depends_on_values_and_not_on_their_order() -> None:
     assert digest({"a": 1, "b": {"c": [1, 2]}}) == digest({"b": {"c": [1, 2]}, "a": 1})
     assert digest({"a": [1, 2]}) != digest({"a": [2, 1]})
     assert digest({"a": 1}) != digest({"a": 1.0})

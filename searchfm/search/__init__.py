@@ -2,4 +2,4 @@
 
 import optuna
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)  # its lines would stand between those that a command prints
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # its log lines would mix with the output of a command

@@ -181,7 +181,7 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
         table = resolve(apply_overrides(file.table, {}), where)
         search |= _free_changes(stored.name, changed(stored.file, table), where)
     if overrides:
-        # Names first: the name of another sampler beside the settings of this one cannot be resolved.
+        # Names first: another sampler's name with the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
         _free_changes(stored.name, [(name, get(stored.resolved, name), overrides[name]) for name in names])
         table = resolve(apply_overrides(stored.resolved, overrides), "command line")
@@ -208,7 +208,7 @@ def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where
 
 
 def _refuse_unused(resolved: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Raises ConfigError for an override in a table that no trial enters: a file may hold one, an override is wrong."""
+    """Raises ConfigError for an override in a table that no trial enters. A file may have such a table."""
     for dotted in overrides:
         if get(resolved, dotted) is None:
             raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")

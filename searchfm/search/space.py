@@ -18,7 +18,7 @@ from optuna.trial import BaseTrial
 from searchfm.errors import ConfigError
 from searchfm.tables import NAMES, BranchKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
 
-MAX_POINTS = 100_000  # of a grid, and of combinations that must agree: more is a mistake, not a plan
+MAX_POINTS = 100_000  # of a grid, and of combinations that must agree
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Range:
             raise error("has log or step, not both")
         if type(step) not in (int, type(low)) or not 0 < step < math.inf:
             raise error(f"step must be {NAMES[type(low)]} > 0")
-        # Optuna would lower `high` to the last step, with a warning; a range means both of its ends.
+        # Optuna would lower `high` to the last step, with a warning; but a range includes both ends.
         if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
             raise error("high must be a whole number of steps above low")
         return cls(low, high, log, type(low)(step))
@@ -140,7 +140,7 @@ Error = Callable[[str], ConfigError]  # problem -> error with the leaf's name an
 class Tree:
     """A table: its keys in the order of the fields."""
 
-    nodes: Mapping[str, "Leaf | tuple[Leaf, ...] | Tree"]  # a list has a leaf an entry, or one for all entries
+    nodes: Mapping[str, "Leaf | tuple[Leaf, ...] | Tree"]  # a list has one leaf per entry, or one for all
     options: Mapping[str, "Tree"]  # of a branch, by tag: the leaf `name` chooses the one to enter
     agree: tuple[tuple[str, ...], ...]  # groups of dotted keys whose combinations must be checked
     per: Mapping[str, str]  # list -> key that holds its length
@@ -160,7 +160,7 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
             case BranchKey(chooser=chooser):
                 assert not item.inline, "inline branches belong to [search], which takes no ranges"
                 nodes["name"] = tags = _leaf(chooser, values.get("name", chooser.default))
-                # Read the options that no trial enters, too: a mistake there is a mistake.
+                # Check the options that no trial enters, too.
                 for tag, option in item.options.items():
                     options[tag] = read_within(tag, partial(parse, option), values.get(tag, {}))
                 options = {tag: options[tag] for tag in tags.ends}

@@ -1,4 +1,4 @@
-"""Where a search lives: the home folder, Optuna's storage in it or elsewhere, and the lock of a study."""
+"""Optuna's storage of a home, the records in it, and the lock of a study."""
 
 import hashlib
 import json
@@ -28,8 +28,8 @@ STATES: Mapping[TrialState, State] = {  # the others are "running"
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-BUSY_SECONDS = 60.0  # how long a locked SQLite file is waited for
-CONNECT_SECONDS = 10  # how long a PostgreSQL server is waited for
+BUSY_SECONDS = 60.0  # timeout of a locked SQLite file
+CONNECT_SECONDS = 10  # timeout of a connection to PostgreSQL
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def open_storage(home: Home, *, create: bool = False) -> BaseStorage:
         except ImportError as error:
             missing = f"{error.name}, which is not installed; install searchfm[postgres]"
             raise UserError(f"{STORAGE}: {hidden} needs {missing}") from None
-        except RuntimeError as error:  # tables of another version of Optuna, which says so and what to type
+        except RuntimeError as error:  # tables of another Optuna; its message names the command
             raise StorageError(f"{hidden}: {error}") from None
     if storage is None:
         raise StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
@@ -68,7 +68,7 @@ def _url(home: Home) -> sqlalchemy.URL:
     try:
         url = sqlalchemy.make_url(home.optuna_url)
     except sqlalchemy.exc.ArgumentError:
-        url = sqlalchemy.URL.create("nothing")  # what came may hold a password, and is not shown
+        url = sqlalchemy.URL.create("nothing")  # the text may contain a password: do not show it
     if url.get_backend_name() in ("postgres", "postgresql"):
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
@@ -77,7 +77,7 @@ def _url(home: Home) -> sqlalchemy.URL:
 
 
 class _Sqlite(sqlite3.Connection):
-    """Flushes every commit to the disk. With WAL and NORMAL, a power cut can lose a trial that was told already."""
+    """Flushes every commit to the disk. With WAL and NORMAL, a power cut can lose a finished trial."""
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -89,7 +89,7 @@ def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
     if not create and not path.is_file():
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several processes that create the tables at once trip over each other.
+    # Optuna raises if several processes create the tables at once.
     with FileLock(path.with_suffix(".lock")):
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
@@ -112,7 +112,7 @@ def study_names(storage: BaseStorage) -> list[str]:
 
 
 def read_study(home: Home, name: str) -> StudyRecord:
-    """A study of a home with all its trials. Raises StudyError for one that is unknown, naming those there are."""
+    """A study of a home with all its trials. Raises StudyError, with the known names, for an unknown one."""
     return load_study(open_storage(home), home, name)
 
 
@@ -175,25 +175,25 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
 
 
 def create_study(storage: BaseStorage, name: str, header: StudyHeader) -> None:
-    """Writes a study down with all that identifies it, in one step. Raises StudyError if the name is taken."""
+    """Creates a study with its header. Raises StudyError if the name is taken."""
     try:
         number = storage.create_new_study([StudyDirection.MAXIMIZE], name)
     except optuna.exceptions.DuplicatedStudyError:
         number = storage.get_study_id_from_name(name)
         if storage.get_n_trials(number) or storage.get_study_user_attrs(number):
             raise StudyError(f"study {name!r} is in this database already; try again, or use --name") from None
-        # A coordinator died between the two writes below: its study is ours to begin.
+        # Another coordinator died between the two writes below; this one begins its study.
     storage.set_study_system_attr(number, "study:metric_names", ["validation accuracy"])
     write_header(storage, number, header)  # last: without it, the study does not exist
 
 
 def write_header(storage: BaseStorage, number: int, header: StudyHeader) -> None:
-    """Writes down what identifies a study, in place of what was there."""
+    """Writes what identifies a study, in place of an earlier header."""
     storage.set_study_user_attr(number, STUDY, header.to_json())
 
 
 def write_final(storage: BaseStorage, number: int, final: Final) -> None:
-    """Writes down the final model of a study, in place of an earlier one."""
+    """Writes the final model of a study, in place of an earlier one."""
     storage.set_study_user_attr(number, FINAL, final.to_json())
 
 
@@ -201,8 +201,8 @@ def write_final(storage: BaseStorage, number: int, final: Final) -> None:
 def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[[], None]]]:
     """Holds the lock of a study that exists; yields it, and the lock's check (see `study_lock`).
 
-    Records of an older format are written anew here, each with its old self kept in the study's folder. Raises
-    StudyError for an unknown study, before its lock makes a folder.
+    Upgrades records of an older format and keeps a copy of each in the study's folder. Raises StudyError for an
+    unknown study, before its lock makes a folder.
     """
     storage = open_storage(home)
     load_study(storage, home, name)
@@ -282,7 +282,7 @@ def _postgres_lock(url: sqlalchemy.URL, name: str) -> Iterator[Callable[[], None
 
 @contextmanager
 def _postgres(url: sqlalchemy.URL) -> Iterator[sqlalchemy.Connection]:
-    """A connection of its own, which carries our host and pid for those who ask who holds a lock."""
+    """A separate connection; its application name has the pid and host that `LockedError` names."""
     arguments = {"application_name": f"searchfm {_process()}", "connect_timeout": CONNECT_SECONDS}
     engine = sqlalchemy.create_engine(
         url, connect_args=arguments, isolation_level="AUTOCOMMIT", poolclass=sqlalchemy.NullPool

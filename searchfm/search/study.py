@@ -106,13 +106,13 @@ class SearchConfig(Table):
     checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
 
 
-# Keys that may change between two commands on one study: they decide how far a search goes, never a trial's result.
+# Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.
 FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
 
 
 @contextmanager
 def _experimental() -> Iterator[None]:
-    """No ExperimentalWarning: Optuna calls classes experimental that have not changed for years."""
+    """No ExperimentalWarning: these classes have not changed for years."""
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         yield
 

@@ -1,4 +1,4 @@
-"""Study files: found, read, overridden, and held against what was begun with them."""
+"""Study files: finding, reading, overriding, and comparing with the stored study."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def begun(study: Study, file: StudyFile) -> StudyRecord:
-    """What is stored of a study that was begun."""
+    """The stored record of a study."""
     plain = file.study(name=study.name).resolved
     header = rows.header(study.resolved, question="how deep?", planned=study.trials)
     return StudyRecord(**vars(header) | {"file": plain}, name=study.name, number=1, folder=Path("x"), trials=())
@@ -86,7 +86,7 @@ def test_the_question_is_the_first_comment_on_one_line(text: str, expected: str)
         (b'name = "<b>x</b>"', "must be letters"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_why_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_cannot_be_read_is_one_line_with_the_reason(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
     with pytest.raises((StudyError, ConfigError)) as caught:
@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_read_says_why_in_one_line(tmp_path: Path, content
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"nowhere.toml: cannot be read \(No such file or directory\)"):
         read(tmp_path / "nowhere.toml")
     (tmp_path / "folder.toml").mkdir()
@@ -108,7 +108,7 @@ def test_a_study_is_found_by_path_or_by_name_among_those_that_ship(path: Path, m
     monkeypatch.chdir(path.parent)
     assert find(str(path)) == path
     assert find("deep.toml") == Path("deep.toml")
-    assert find("deep") is None  # a file of one's own is named with its ending
+    assert find("deep") is None  # a user's file is named with its ending
     assert shipped()
     for name in shipped():
         file = find(name)
@@ -159,7 +159,7 @@ def test_an_override_is_a_toml_value_or_a_word(text: str, key: str, value: Any) 
 
 
 @pytest.mark.parametrize("text", ["", "=", "a", "a=", "=3", "a = "])
-def test_an_override_without_key_or_value_says_what_may_come(text: str) -> None:
+def test_an_override_without_key_or_value_is_refused_with_the_syntax(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--set: .*must be KEY=VALUE, such as optimizer.lr=0.01"):
         parse_override(text)
 
@@ -254,7 +254,7 @@ def test_keys_are_looked_up_by_their_dots() -> None:
 # --- going on with what was begun -------------------------------------------------------------------------------------
 
 
-def test_overrides_not_given_again_are_those_the_study_was_begun_with(path: Path) -> None:
+def test_absent_overrides_are_those_the_study_was_begun_with(path: Path) -> None:
     file = read(path)
     study = file.study({"train.epochs": 3, "data.subset": 0.5, "search.trials": 9})
     for again in (reopen(file, begun(study, file), {}), reopen(None, begun(study, file), {})):
@@ -262,7 +262,7 @@ def test_overrides_not_given_again_are_those_the_study_was_begun_with(path: Path
         assert (again.name, again.question, again.epochs, again.trials) == ("deep", "how deep?", 3, 9)
 
 
-def test_overrides_given_again_may_say_the_same(path: Path) -> None:
+def test_repeated_overrides_may_be_equal(path: Path) -> None:
     file = read(path)
     overrides = {
         "train.epochs": 3,
@@ -275,7 +275,7 @@ def test_overrides_given_again_may_say_the_same(path: Path) -> None:
     assert reopen(file, begun(study, file), {"search.sampler.name": "tpe"}).resolved == study.resolved
 
 
-def test_overrides_that_fit_only_together_may_be_given_again_one_by_one(path: Path) -> None:
+def test_overrides_that_fit_only_together_may_be_repeated_one_by_one(path: Path) -> None:
     file = read(path)
     overrides: dict[str, Any] = {
         "search.sampler": "grid",
@@ -356,7 +356,7 @@ def test_a_file_that_changed_is_refused_naming_the_key(path: Path) -> None:
     assert reopen(read(path), stored, {}).epochs == 3
 
 
-def test_what_the_environment_says_is_no_part_of_a_study(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_no_part_of_a_study(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(path).study().digest
     monkeypatch.setenv("SEARCHFM_STORAGE", "postgresql://somebody:secret@nowhere/x")
     assert read(path).study().digest == before

@@ -24,7 +24,7 @@ class Bare(Table, tag="bare"):
 
 
 class Stack(Table, tag="stack"):
-    """Lists that are as long as another key says."""
+    """Lists whose length is another key."""
 
     layers: int = key(1, "layers", ge=0, le=4)
     width: tuple[int, ...] = key(8, "a width a layer", ge=1, per="layers")
@@ -129,7 +129,7 @@ def values_of(leaf: Any) -> list[Any]:
 
 
 def product(toml: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every table there is if each leaf takes each of its values, whether or not anything looks at it."""
+    """Every table there is if each leaf takes each of its values, whether or not a trial reads it."""
     parts: list[list[Any]] = []
     for entry in toml.values():
         if isinstance(entry, list):
@@ -219,7 +219,7 @@ def real(text: str = REAL) -> space.Tree:
     return space.parse(Config, tomllib.loads(text))
 
 
-def test_only_what_is_entered_is_asked_for_and_everything_has_its_dotted_name() -> None:
+def test_only_entered_leaves_are_asked_for_by_dotted_name() -> None:
     tree = real()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(3))
     seen: set[str] = set()
@@ -296,7 +296,7 @@ def test_a_space_of_one_point_has_one() -> None:
 
 
 def broken(text: str) -> str:
-    """What is wrong with the first edge case that is wrong."""
+    """The error of the first invalid edge case."""
     try:
         for values in space.edge_cases(real(text)):
             Config.from_table(values).fit_images((1, 28, 28))
@@ -407,7 +407,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "name", "problem"), WRONG)
-def test_a_range_that_cannot_be_is_named_with_what_came_and_what_may_come(text: str, name: str, problem: str) -> None:
+def test_an_invalid_range_is_named_with_its_value_and_the_valid_ones(text: str, name: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         real(text)
     assert caught.value.key.endswith(name)

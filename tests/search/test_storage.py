@@ -1,4 +1,4 @@
-"""Where searches live: created once, held by one coordinator at a time, lost with one clear line."""
+"""Storage and locks: a study is created once, one coordinator at a time, errors in one line."""
 
 import dataclasses
 import gc
@@ -46,20 +46,20 @@ def storage(any_home: Home) -> Iterator[BaseStorage]:
     let_go(storage)
 
 
-def python(code: str, *words: object) -> subprocess.Popen[str]:
+def python(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Another process that runs the code, with HOME as its home."""
     head = (
         "import sys\nfrom pathlib import Path\nfrom searchfm.search.storage import *\nhome = Home(Path(sys.argv[1]))\n"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", head + code, *map(str, words)],
+        [sys.executable, "-c", head + code, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-# --- what every storage promises --------------------------------------------------------------------------------------
+# --- every storage ----------------------------------------------------------------------------------------------------
 
 
 def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorage) -> None:
@@ -73,7 +73,7 @@ def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorag
     assert study_names(storage) == ["toy"]
 
 
-def test_another_connection_sees_what_was_told(any_home: Home, storage: BaseStorage) -> None:
+def test_another_connection_reads_a_recorded_result(any_home: Home, storage: BaseStorage) -> None:
     create_study(storage, "toy", HEADER)
     record = optuna.load_study(study_name="toy", storage=storage)
     trial = record.ask()
@@ -85,7 +85,7 @@ def test_another_connection_sees_what_was_told(any_home: Home, storage: BaseStor
     assert (row.state, row.value, row.reported, row.params) == ("complete", 0.75, {1: 0.5}, trial.params)
 
 
-def test_an_unknown_study_is_refused_naming_those_that_are_there(any_home: Home, storage: BaseStorage) -> None:
+def test_an_unknown_study_is_refused_naming_the_known_ones(any_home: Home, storage: BaseStorage) -> None:
     with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there is none yet"):
         load_study(storage, any_home, "toy")
     create_study(storage, "one", HEADER)
@@ -94,7 +94,7 @@ def test_an_unknown_study_is_refused_naming_those_that_are_there(any_home: Home,
         load_study(storage, any_home, "toy")
 
 
-def test_a_study_of_somebody_else_is_neither_shown_nor_taken(any_home: Home, storage: BaseStorage) -> None:
+def test_a_foreign_study_is_neither_listed_nor_overwritten(any_home: Home, storage: BaseStorage) -> None:
     foreign = optuna.create_study(study_name="toy", storage=storage)
     foreign.set_user_attr("theirs", 1)
     assert study_names(storage) == []
@@ -107,7 +107,7 @@ def test_a_study_of_somebody_else_is_neither_shown_nor_taken(any_home: Home, sto
 def test_a_study_whose_creator_died_between_its_writes_is_begun_by_the_next(
     any_home: Home, storage: BaseStorage
 ) -> None:
-    storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "toy")  # and then, the power went
+    storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "toy")  # and then a power cut
     create_study(storage, "toy", HEADER)
     assert load_study(storage, any_home, "toy").uuid == "u"
     with pytest.raises(StudyError, match="is in this database already"):
@@ -143,7 +143,7 @@ def test_a_held_study_is_refused_naming_process_and_host_and_others_are_free(any
         with study_lock(any_home, "other"):
             pass
     until = time.monotonic() + 10
-    while True:  # free as soon as the operating system has seen to it
+    while True:  # the operating system releases it after the process has ended
         try:
             with study_lock(any_home, "toy"):
                 break
@@ -152,7 +152,7 @@ def test_a_held_study_is_refused_naming_process_and_host_and_others_are_free(any
             time.sleep(0.05)
 
 
-def test_a_lock_given_back_is_free_also_after_an_error(any_home: Home) -> None:
+def test_a_released_lock_is_free_also_after_an_error(any_home: Home) -> None:
     with pytest.raises(ZeroDivisionError), study_lock(any_home, "toy"):
         1 / 0  # noqa: B018
     with study_lock(any_home, "toy"), pytest.raises(LockedError), study_lock(any_home, "toy"):
@@ -216,7 +216,7 @@ def test_the_homes_own_database_is_a_file_in_wal_mode_whatever_the_homes_name(tm
 
 
 def test_every_commit_to_the_file_is_flushed_to_the_disk(home: Home) -> None:
-    """With WAL and less than FULL, a power cut can lose a trial that was told: no test can cut the power."""
+    """With WAL and less than FULL, a power cut can lose a recorded trial: no test can cut the power."""
     opened = open_storage(home, create=True)
     with opened._backend.engine.connect() as connection:  # type: ignore[attr-defined]
         full = 2
@@ -324,7 +324,7 @@ def test_a_server_that_is_not_there_is_one_line_without_the_password(
     "url",
     ["nonsense", "secret", "mysql://a:secret@b/c", "sqlite://", "sqlite:///:memory:", "redis://:secret@x", "http://x"],
 )
-def test_other_storages_are_refused_saying_what_may_come(home: Home, monkeypatch: Any, url: str) -> None:
+def test_other_storages_are_refused_with_the_possible_ones(home: Home, monkeypatch: Any, url: str) -> None:
     monkeypatch.setenv(STORAGE, url)
     with pytest.raises(
         UserError, match=f"^{STORAGE}: must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST"
@@ -337,7 +337,7 @@ def test_other_storages_are_refused_saying_what_may_come(home: Home, monkeypatch
 # --- homes ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_home_is_the_one_given_else_that_of_the_environment_else_runs(
+def test_the_home_is_that_of_the_option_else_of_the_environment_else_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -357,7 +357,7 @@ def test_a_home_that_can_be_written_is_probed_without_leaving_a_trace(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["below a file", "a file", "too long", "a loop"])
-def test_a_home_that_cannot_be_written_is_refused_and_nothing_is_left_behind(tmp_path: Path, kind: str) -> None:
+def test_a_home_that_cannot_be_written_is_refused_and_nothing_is_created(tmp_path: Path, kind: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
     path = {

@@ -1,4 +1,4 @@
-"""A study, checked: who proposes, who prunes, and what is refused before anything starts."""
+"""A checked study: samplers, pruners, and errors before a search starts."""
 
 import tomllib
 from typing import Any
@@ -51,7 +51,7 @@ def search(sampler: str, pruner: str, **settings: Any) -> dict[str, Any]:
 # --- samplers and pruners ---------------------------------------------------------------------------------------------
 
 
-# A sampler and a pruner do not know each other, but for hyperband, which shows TPE one bracket's trials alone.
+# Samplers and pruners are independent, except for hyperband, which limits TPE to the trials of one bracket.
 @pytest.mark.parametrize(
     ("sampler", "pruner"),
     [*((name, "none") for name in SAMPLERS), *(("random", name) for name in PRUNERS), ("tpe", "hyperband")],
@@ -116,16 +116,16 @@ def test_tpe_takes_trials_that_other_workers_run_into_account() -> None:
 
 
 @pytest.mark.parametrize("pruner", ["median", "percentile", "hyperband", "asha"])
-@pytest.mark.parametrize("least", [1, 2, 3])
-def test_every_trial_is_given_its_least_epochs_and_hopeless_ones_no_more(pruner: str, least: int) -> None:
-    settings = {"name": pruner, "min_epochs": least}
+@pytest.mark.parametrize("minimum", [1, 2, 3])
+def test_every_trial_trains_its_minimum_of_epochs_and_pruned_ones_no_more(pruner: str, minimum: int) -> None:
+    settings = {"name": pruner, "min_epochs": minimum}
     study = toy(search={"sampler": {"name": "random"}, "pruner": settings}, train={"epochs": 9}, **OPEN)
     record = tune(study, 30)
     pruned = [trial.last_step for trial in record.get_trials(states=(TrialState.PRUNED,))]
-    assert min(pruned) == least
+    assert min(pruned) == minimum
 
 
-def test_asha_keeps_one_in_so_many() -> None:
+def test_asha_continues_one_of_each_reduction() -> None:
     settings = {"name": "asha", "reduction": 3}
     record = tune(toy(search={"pruner": settings}, train={"epochs": 9}, **OPEN), 40)
     reached = [trial.last_step or 0 for trial in record.trials]
