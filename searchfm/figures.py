@@ -5,7 +5,7 @@ page. A mark that stands for one trial carries the gid `trial-FIGURE-NUMBER`, wh
 page finds the same trial in all its figures by it.
 
 Every trial is drawn, so time counts: figures are laid out by hand, since `tight_layout`, `constrained_layout` and
-titles that look for their own height (`y=None`) each cost as much as drawing.
+titles that compute their own height (`y=None`) each cost as much as drawing.
 """
 
 import io
@@ -184,9 +184,9 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     width, height = side + margin + 0.25, side + margin + 0.45
     figure = _blank(width, height)
     axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
-    # The square root lifts the rare confusions, which are what one looks for, off the white.
+    # The square root makes rare confusions visible, and those matter most.
     axes.imshow(np.sqrt(fractions), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    # parse_math: a class may be named after money.
+    # parse_math: a class name may contain $.
     axes.set_xticks(range(classes), shown, rotation=90, fontsize=size, color=INK, parse_math=False)
     axes.set_yticks(range(classes), shown, fontsize=size, color=INK, parse_math=False)
     axes.tick_params(length=0)

@@ -61,7 +61,7 @@ def serve(
     taken where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError
     without any study, WorldError if a server does not start or ends by itself.
     """
-    from searchfm.tracking import make_schema, run_links  # the servers themselves, which import this module, need none
+    from searchfm.tracking import make_schema, run_links  # here: the servers import this module, and need neither
 
     study = study or _latest(home)
     stop = threading.Event()
@@ -221,8 +221,8 @@ def serve_mlflow(home: Home, port: int) -> int:
 
 
 class Guard:
-    """Passes requests of a browser on this machine to our own name, and no others: a foreign page could otherwise make
-    the browser delete studies (a foreign Origin), or read them (a foreign name for our address).
+    """Passes requests of a browser on this machine to our own name, and no others. A foreign page could otherwise
+    make the browser delete studies (a foreign Origin), or read them (a foreign name for our address).
 
     Also redirects `/mlflow/...` to MLflow's pages, whose port is not known when the links in the notes are written.
     """

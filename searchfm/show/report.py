@@ -253,16 +253,6 @@ def tie(study: StudyRecord, ranked: Sequence[Rank]) -> str:
     return text if fast is None else f"{text} Of these, trial {fast.number} trained fastest ({seconds(fast.seconds)})."
 
 
-def pruning_note(saved: Saved) -> str:
-    """What pruning saved."""
-    if not saved.epochs:
-        return "No trial was pruned."
-    return (
-        f"Pruning saved {saved.epochs:,} of {saved.full:,} epochs ({saved.fraction:.0%}), about "
-        f"{seconds(saved.seconds)} of training."
-    )
-
-
 def importance_note(study: StudyRecord, available: bool) -> str:
     """What importance is based on, or why there is none."""
     count = len(study.ranked(twins=False))
@@ -272,14 +262,6 @@ def importance_note(study: StudyRecord, available: bool) -> str:
     if count < ENOUGH:
         return f"Importance needs at least {ENOUGH} complete trials; this study has {count}."
     return "All complete trials have one accuracy: no key is more important than another."
-
-
-def factors_note(*, sweep: bool) -> str:
-    """How to read the figures of single keys."""
-    legend = "A dot is a complete trial, red the best; a bar is the median of a value's trials."
-    if sweep:
-        return f"{legend} Nothing else was searched: differences come from this key and the seed."
-    return f"{legend} The other keys vary too: this shows correlation, not cause."
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -337,7 +319,7 @@ def _space(study: StudyRecord, best: Trial, storage: BaseStorage) -> dict[str, A
             pages.embed(figures.factor(trials, key, space[key], names[key], f"f{i}", best.number), f"f{i}")
             for i, key in enumerate(keys)
         ],
-        "factors_note": factors_note(sweep=len(names) == 1),
+        "sweep": len(names) == 1,
     }
 
 
@@ -351,7 +333,7 @@ def _curves(study: StudyRecord, chosen: Trial, saved: Saved) -> dict[str, Any]:
         "curves_subject": subject,
         "progress": pages.embed(figures.progress(study.trials, study.ranked(twins=False)[:TOP]), "progress"),
         "survival": pages.embed(survival, "survival") if survival else None,
-        "saved": pruning_note(saved),
+        "saved": saved,
     }
 
 
@@ -359,27 +341,19 @@ def _errors(study: StudyRecord, chosen: Trial, data_dir: Path | None) -> dict[st
     """The final model's predictions on the test part, once there are any; the images are always of the validation part:
     looking at test images before the next change would tune on them.
     """
-    names, number = study.data.classes, chosen.number
     validation = Predictions.read(chosen.folder)
     test = Predictions.read(study.folder / "final") if study.final else None
-    predictions = test or validation
-    subject = f"The predictions of trial {number} are no longer in its folder."
-    if test:
-        subject = "Predictions of the final model on the test part."
-    elif validation:
-        subject = f"Predictions of trial {number} on the validation part."
+    predictions, names = test or validation, study.data.classes
     pairs = confused(validation) if validation else []
-    sources, note = _sources(study, pairs, validation, data_dir) if validation else ({}, "")
+    sources, error = _sources(study, pairs, validation, data_dir) if validation else ({}, "")
     return {
-        "errors_subject": subject,
+        "tested": test is not None,
         "confusion": pages.embed(figures.confusion(predictions, names), "confusion") if predictions else None,
         "classes": predictions.per_class(names) if predictions else (),
         "pairs": pairs,
         "validation": validation,
         "sources": sources,
-        "pairs_note": note
-        or f"Trial {number} on the validation part: count, fraction of the true class, and the most "
-        "probable mistakes. No test image is ever shown.",
+        "images_error": error,
     }
 
 
@@ -392,7 +366,7 @@ def _sources(
         config, indices = DataConfig.from_table(study.resolved["data"]), predictions.indices[shown].tolist()
         pixels = training_images(config, indices, study.data.fingerprint, data_dir) if shown else ()
     except DataError as error:
-        return {}, f"The images cannot be shown: {error}"
+        return {}, str(error)
     return {index: pages.data_uri(image) for index, image in zip(shown, pixels, strict=True)}, ""
 
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import searchfm
-from searchfm import figures, format
+from searchfm import figures
+from searchfm.format import p_value, seconds, show_params, state
 
 LARGEST = 96  # side in pixels of an image of the data in a page
 
@@ -60,7 +61,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"p_value": format.p_value, "state": format.state, "show_params": format.show_params}
+    templates.filters |= {function.__name__: function for function in (p_value, seconds, show_params, state)}
     return templates
 
 
