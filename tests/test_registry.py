@@ -36,6 +36,7 @@ from searchfm.records import (
 )
 from searchfm.search.storage import open_storage, write_final
 from searchfm.tracking import registry
+from searchfm.tracking.mirror import Mirror, final_content
 from tests import rows
 
 # mlflow's own use of SQLAlchemy.
@@ -207,6 +208,24 @@ def test_a_run_has_all_parameters_though_mlflow_takes_a_hundred_at_once(
     version = registry.publish(home, study, final, tmp_path / "many").version
     run = client(home).get_run(client(home).get_model_version("searchfm-toy", str(version)).run_id)
     assert run.data.params == {key: str(value) for key, value in params.items()}
+
+
+def test_a_final_run_that_a_crash_left_without_metrics_is_completed(
+    home: Home, study: StudyRecord, published: RegisteredModel, tmp_path: Path
+) -> None:
+    final = model(tmp_path / "crashed", 7)
+    runs = Mirror(home, study)
+    runs.open()
+    content = final_content(study, final, tmp_path / "crashed", runs.parent)
+    left = runs._create(content).id  # and no more
+    version = registry.publish(home, study, final, tmp_path / "crashed").version
+    run = client(home).get_run(left)
+    assert client(home).get_model_version("searchfm-toy", str(version)).run_id == left
+    assert run.info.status == "FINISHED"
+    assert set(run.data.metrics) == {point.key for point in content.points}
+    assert run.data.params == {"optimizer.lr": "0.1"}
+    names = {info.path for info in client(home).list_artifacts(left)}
+    assert names == {*content.files, "final.json"} > {"predictions.csv", EPOCHS}
 
 
 def test_mlflow_away_is_one_line_without_a_password(

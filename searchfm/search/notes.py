@@ -9,9 +9,10 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from optuna.storages import BaseStorage
 
@@ -50,23 +51,17 @@ class Notes:
 
     def __init__(self, home: Home, study: StudyRecord) -> None:
         self._home, self._uuid, self._number = home, study.uuid, study.number
-        self._opened: BaseStorage | None = None
-        self._written: dict[str, Any] = {}  # attributes as last seen or written
         self._base = web_address(home.tracking_uri) or HERE
 
-    def has(self, trial: Trial) -> bool:
-        """Whether the trial has its note, or never gets one."""
-        if trial.number >= NOTED:
-            return True
-        storage = self._storage
-        return f"dashboard:{self._id(storage, trial)}:note_ver" in self._written
-
-    def trial(self, trial: Trial, links: Links) -> None:
-        """The note and the pictures of a trial that has ended. Raises what the storage raises."""
+    def trial(self, trial: Trial, links: Links, *, again: bool = True) -> None:
+        """The note and the pictures of a trial that has ended; `again`: also if it has its note. Raises what the
+        storage raises.
+        """
         if trial.number >= NOTED:
             return
-        storage = self._storage
-        trial_id = self._id(storage, trial)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._number, trial.number)
+        if not again and f"dashboard:{trial_id}:note_ver" in self._written:
+            return
         pictures = [trial.folder / name for name in PICTURES if (trial.folder / name).is_file()]
         shown = []
         for path in pictures:
@@ -76,7 +71,7 @@ class Notes:
             self._set(f"dashboard:artifacts:{trial_id}:{artifact}", json.dumps(meta))
             shown.append(f"![{path.stem}](/artifacts/{self._number}/{trial_id}/{artifact})")
         link = f"[This trial in MLflow]({self._link(links.run(trial.number))})" if trial.number in links.runs else ""
-        self._note(str(trial_id) + ":", "\n\n".join([*trial_lines(trial), link, *shown]))
+        self._note(f"{trial_id}:", "\n\n".join([*trial_lines(trial), link, *shown]))
 
     def study(self, study: StudyRecord, links: Links) -> None:
         """The study's note: its question, its data, its state. Raises what the storage raises."""
@@ -85,15 +80,14 @@ class Notes:
         link = f"[All trials in MLflow]({self._link(links.table())})" if links.experiment else ""
         self._note("", "\n\n".join([*study_lines(study), link]))
 
-    @property
+    @cached_property
     def _storage(self) -> BaseStorage:
-        if self._opened is None:
-            self._opened = open_storage(self._home)
-            self._written = dict(self._opened.get_study_system_attrs(self._number))
-        return self._opened
+        return open_storage(self._home)
 
-    def _id(self, storage: BaseStorage, trial: Trial) -> int:
-        return storage.get_trial_id_from_study_id_trial_number(self._number, trial.number)
+    @cached_property
+    def _written(self) -> dict[str, Any]:
+        """The study's attributes as last seen or written."""
+        return dict(self._storage.get_study_system_attrs(self._number))
 
     def _note(self, prefix: str, body: str) -> None:
         """Version 1 is ours; a person who edits a note in the dashboard makes version 2, which we leave alone."""
@@ -104,9 +98,8 @@ class Notes:
         self._set(f"dashboard:{prefix}note_str:0", body[:LONGEST])
 
     def _set(self, key: str, value: Any) -> None:
-        storage = self._storage
         if self._written.get(key) != value:
-            storage.set_study_system_attr(self._number, key, value)
+            self._storage.set_study_system_attr(self._number, key, value)
             self._written[key] = value
 
     def _link(self, path: str) -> str:
@@ -158,6 +151,5 @@ def artifact_folder(home: Home) -> Path:
 def web_address(uri: str) -> str | None:
     """The address of MLflow's pages if `uri` is that of a server, without user and password; None for a database."""
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        return None
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/"), query="", fragment="")
+    return bare.geturl() if parts.scheme in ("http", "https") else None

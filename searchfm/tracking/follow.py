@@ -154,13 +154,8 @@ class Passes:
 
     def _due(self) -> list[Trial]:
         """The trials that are not aligned. One without a config is just being asked for."""
-        return [
-            trial
-            for trial in self._study.trials
-            if (known := self._aligned.get(trial.number)) is not trial
-            and known != trial
-            and (trial.config or trial.state != "running")
-        ]
+        trials = [trial for trial in self._study.trials if trial.config or trial.state != "running"]
+        return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 
     def _align_trial(self, trial: Trial) -> list[Difference]:
         content = trial_content(self._study, trial, self._mirror.parent)
@@ -189,8 +184,8 @@ class Passes:
         try:
             if trial is None:
                 self._notes.study(self._study, self._mirror.links())
-            elif changed or not self._notes.has(trial):
-                self._notes.trial(trial, self._mirror.links())
+            else:
+                self._notes.trial(trial, self._mirror.links(), again=changed)
         except Exception as error:
             if not self._mute:
                 log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)

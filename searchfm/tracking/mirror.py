@@ -16,35 +16,51 @@ import os
 import platform
 import re
 import sqlite3
-import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import sqlalchemy
 import tomli_w
 from filelock import FileLock
 
 import searchfm
+from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
+from searchfm.format import sentence
 from searchfm.home import Home
-from searchfm.records import EPOCHS, PREDICTIONS, SPEC, WEIGHTS, Epoch, Predictions, State, StudyRecord, Trial
-from searchfm.search.notes import VIEW, Links
+from searchfm.records import (
+    EPOCHS,
+    PREDICTIONS,
+    SPEC,
+    WEIGHTS,
+    Epoch,
+    Final,
+    Predictions,
+    State,
+    StudyRecord,
+    Trial,
+    read_epochs,
+)
+from searchfm.search.notes import VIEW, Links, web_address
 
 # MLflow's word for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends FINISHED,
 # and its name and its tag `state` contain that it was pruned.
 STATUS: Mapping[State, str] = {"running": "RUNNING", "complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 PACKAGES = ("searchfm", "torch", "torchvision", "timm", "optuna", "mlflow", "numpy")
-LOGGED = ("config.toml", EPOCHS, "log.txt")  # files of a trial's folder that its run carries as they are
+# Files of a trial's or a final model's folder that its run has as they are.
+LOGGED = ("config.toml", EPOCHS, "log.txt", "curves.png", "confusion.png")
 TABLE = "predictions.csv"
+COMMIT = "mlflow.source.git.commit"
 MARKER = "seconds"  # a metric that every epoch has
 REPLACED = "replaced"  # the role of runs that we deleted ourselves, never to be found again
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat traces
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 PAGE = 1000  # runs a page
 PARAMS, METRICS = 99, 700  # at most this many in one call
 
@@ -143,11 +159,6 @@ def database(home: Home) -> Path | None:
     return Path(sqlalchemy.make_url(uri).database or "") if uri.startswith("sqlite:") else None
 
 
-def is_local(home: Home) -> bool:
-    """Whether we choose where artifacts are kept, and not a server."""
-    return not home.tracking_uri.startswith(("http:", "https:"))
-
-
 def shown(uri: str) -> str:
     """The address of a database or server without user, password and query, fit to be shown."""
     return re.sub("//[^/]*@", "//", uri).partition("?")[0]
@@ -166,34 +177,57 @@ class Point:
     step: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Content:
-    """What the run of a trial, or of the study, has to hold: a pure function of the record."""
+    """What one run has to hold: a pure function of the record."""
 
-    trial: Trial | None  # None: the study's own run
+    trial: Trial | None = None  # of a trial's run
     tags: Mapping[str, str]
     params: Mapping[str, str]
     points: Sequence[Point]
-    files: Sequence[str]  # names of artifacts
+    files: Mapping[str, str | Path]  # artifacts by name: a text, or a file that may yet have to be drawn
     status: str | None  # MLflow's; None: as it is
     started: float | None  # seconds since 1970
     ended: float | None
 
-    @property
-    def number(self) -> int | None:
-        """The trial's number."""
-        return None if self.trial is None else self.trial.number
+
+def run_key(tags: Mapping[str, str]) -> int | str | None:
+    """A run's subject by its tags: None for the study, a trial's number, the hash of a final model; else the role."""
+    role = tags.get("role", "")
+    return {"study": None, "trial": int(tags.get("trial", -1)), "final": tags.get("weights")}.get(role, role)
 
 
 def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
     """The content of a trial's run. parent: the id of the study's own run."""
-    ended = trial.state != "running"
+    mark = {"pruned": " (pruned)", "failed": " (failed)"}.get(trial.state, "")
+    tags = {
+        **_tags(study, "trial", f"{study.name}-{trial.number:04d}{mark}", trial.state),
+        "mlflow.parentRunId": parent,
+        "trial": str(trial.number),
+        "config_digest": trial.digest,
+        "attempts": str(trial.attempts),
+    }
+    if trial.twin is not None:
+        tags["twin_of"] = str(trial.twin)
+    if trial.reason:
+        tags["reason"] = trial.reason[:1000]
+        tags["mlflow.note.content"] = f"{trial.state}: {trial.reason[:1000]}"
+    if trial.result is not None and trial.result.device:
+        tags["device"] = trial.result.device
+    points = [point for epoch in trial.epochs for point in epoch_points(epoch)]
+    if trial.ended is not None:
+        values: dict[str, Any] = {} if trial.result is None else dict(vars(trial.result))
+        values["total_seconds"] = values.pop("seconds", None)  # `seconds` is an epoch's
+        values |= {"value": trial.value, "epochs": trial.epochs[-1].index if trial.epochs else 0}
+        points += make_points(values, trial.ended, values["epochs"])
+    predicted = trial.state == "complete" and (trial.folder / PREDICTIONS).is_file()
+    drawn = ["curves.png"] * bool(trial.epochs) + ["confusion.png"] * predicted
     return Content(
         trial=trial,
-        tags=trial_tags(study, trial, parent),
+        tags=tags,
         params={key: _text(value) for key, value in (*flatten(trial.config), *trial.params.items())},
-        points=[point for epoch in trial.epochs for point in epoch_points(epoch)] + end_points(trial),
-        files=trial_files(trial) if ended else (),
+        points=points,
+        files={} if trial.state == "running" else folder_files(trial.folder, drawn),
         status=STATUS[trial.state],
         started=trial.started,
         ended=trial.ended,
@@ -202,45 +236,69 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
 
 def study_content(study: StudyRecord, status: str | None) -> Content:
     """The content of the study's own run."""
-    starts = [trial.started for trial in study.trials if trial.started is not None]
-    ends = [trial.ended for trial in study.trials if trial.ended is not None]
+    lines = [study.question, f"`searchfm tune {study.name}`"]
+    if (best := study.best) is not None:
+        lines.append(f"Best so far: trial {best.number} with {best.value:.2%} of the validation part correct.")
+    state = "running" if study.of("running") or not study.trials else "complete"
     return Content(
-        trial=None,
-        tags=study_tags(study),
+        tags={
+            **_tags(study, "study", study.name, state),
+            "mlflow.note.content": "\n\n".join(line for line in lines if line),
+            "study_digest": study.digest,
+        },
         params={},
         points=study_points(study.trials),
-        files=("study.toml", "environment.json"),
+        files={
+            "study.toml": tomli_w.dumps(dict(study.resolved)),
+            "environment.json": json.dumps(environment(), indent=2),
+        },
         status=status,
-        started=min(starts, default=None),
-        ended=max(ends, default=None),
+        started=min((trial.started for trial in study.trials if trial.started is not None), default=None),
+        ended=max((trial.ended for trial in study.trials if trial.ended is not None), default=None),
     )
 
 
-def epoch_points(epoch: Epoch) -> list[Point]:
-    """An epoch's metrics. What is None or not finite is left out: MLflow would store it as something else."""
-    values = {
-        "train/loss": epoch.train_loss,
-        "train/accuracy": epoch.train_accuracy,
-        "val/loss": epoch.val_loss,
-        "val/accuracy": epoch.val_accuracy,
-        "lr": epoch.lr,
-        MARKER: epoch.seconds,
-        "samples_per_second": epoch.samples_per_second,
+def final_content(study: StudyRecord, final: Final, folder: Path, parent: str) -> Content:
+    """The content of the run of a study's final model. folder: the model's."""
+    tags = {
+        **_tags(study, "final", f"{study.name}-final", "complete"),
+        "mlflow.parentRunId": parent,
+        "mlflow.source.name": f"searchfm retrain {study.name}",
+        "mlflow.note.content": sentence(final),
+        "trial": str(final.winner),
+        "weights": final.weights,
     }
-    return _points(values, epoch.time, epoch.index)
+    epochs = read_epochs(folder / EPOCHS)
+    # No `value`: that is validation accuracy.
+    values = {f"test/{key}": getattr(final.test, key) for key in ("accuracy", "low", "high", "reads")}
+    for key in ("parameters", "flops", "training_seconds", "epochs", "optimism"):
+        values[key] = getattr(final, key)
+    return Content(
+        tags=tags,
+        params={key: str(value)[:6000] for key, value in final.params.items()},
+        points=[point for epoch in epochs for point in epoch_points(epoch)]
+        + make_points(values, final.time, len(epochs)),
+        files=folder_files(folder),
+        status="FINISHED",
+        started=final.time,
+        ended=None,
+    )
 
 
-def end_points(trial: Trial) -> list[Point]:
-    """What is known once a trial has ended: `value`, `epochs`, and the numbers of its result."""
-    if trial.ended is None:
-        return []
-    values: dict[str, Any] = {} if trial.result is None else dict(vars(trial.result))
-    values["total_seconds"] = values.pop("seconds", None)  # `seconds` is an epoch's
-    values |= {"value": trial.value, "epochs": trial.epochs[-1].index if trial.epochs else 0}
-    return _points(values, trial.ended, values["epochs"])
+def _tags(study: StudyRecord, role: str, name: str, state: str) -> dict[str, str]:
+    """What runs are found by, and what all have."""
+    return {"mlflow.runName": name, "role": role, "study": study.name, "study_uuid": study.uuid, "state": state}
 
 
-def _points(values: Mapping[str, Any], time: float, step: int) -> list[Point]:
+def epoch_points(epoch: Epoch) -> list[Point]:
+    """An epoch's metrics."""
+    fields = dict(vars(epoch))
+    time, index = fields.pop("time"), fields.pop("index")
+    return make_points({re.sub("^(train|val)_", r"\1/", key): value for key, value in fields.items()}, time, index)
+
+
+def make_points(values: Mapping[str, Any], time: float, step: int) -> list[Point]:
+    """The values that are finite numbers: MLflow would store others as something else. time: seconds since 1970."""
     numbers = {key: value for key, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
     return [Point(key, float(value), round(time * 1000), step) for key, value in numbers.items()]
 
@@ -252,76 +310,31 @@ def study_points(trials: Iterable[Trial]) -> list[Point]:
     ended = sorted((trial.ended, trial.number, trial) for trial in trials if trial.ended is not None)
     for step, (end, _, trial) in enumerate(ended, 1):
         counts[trial.state] += 1
-        points.append(Point(trial.state, counts[trial.state], round(end * 1000), step))
+        points += make_points({trial.state: counts[trial.state]}, end, step)
         if trial.value is not None and trial.value > best:
             best = trial.value
-            points.append(Point("value", best, round(end * 1000), step))
+            points += make_points({"value": best}, end, step)
     return points
 
 
-def trial_tags(study: StudyRecord, trial: Trial, parent: str) -> dict[str, str]:
-    """What a trial's run is found by, and how the trial ended."""
-    mark = {"pruned": " (pruned)", "failed": " (failed)"}.get(trial.state, "")
-    tags = {
-        "mlflow.runName": f"{study.name}-{trial.number:04d}{mark}",
-        "mlflow.parentRunId": parent,
-        "role": "trial",
-        "study": study.name,
-        "study_uuid": study.uuid,
-        "trial": str(trial.number),
-        "state": trial.state,
-        "config_digest": trial.digest,
-        "attempts": str(trial.attempts),
-    }
-    if trial.twin is not None:
-        tags["twin_of"] = str(trial.twin)
-    if trial.reason:
-        tags["reason"] = trial.reason[:1000]
-        tags["mlflow.note.content"] = f"{trial.state}: {trial.reason[:1000]}"
-    if trial.result is not None and trial.result.device:
-        tags["device"] = trial.result.device
-    return tags
-
-
-def study_tags(study: StudyRecord) -> dict[str, str]:
-    """What a study's own run is found by, and its question."""
-    best = study.best
-    lines = [study.question, f"`searchfm tune {study.name}`"]
-    if best is not None:
-        lines.append(f"Best so far: trial {best.number} with {best.value:.2%} of the validation part correct.")
-    return {
-        "mlflow.runName": study.name,
-        "mlflow.note.content": "\n\n".join(line for line in lines if line),
-        "role": "study",
-        "study": study.name,
-        "study_uuid": study.uuid,
-        "state": "running" if study.of("running") or not study.trials else "complete",
-        "study_digest": study.digest,
-    }
-
-
-def trial_files(trial: Trial) -> list[str]:
-    """The artifacts of a trial that has ended, as far as its folder has what they are made of."""
-    if not trial.folder.is_dir():
-        return []
-    names = [name for name in LOGGED if (trial.folder / name).is_file()]
-    names += ["curves.png"] if trial.epochs else []
-    predicted = trial.state == "complete" and (trial.folder / PREDICTIONS).is_file()
-    return names + (["confusion.png", TABLE] if predicted else [])
+def folder_files(folder: Path, drawn: Collection[str] = ()) -> dict[str, Path]:
+    """The artifacts of a trial's or a final model's folder. drawn: pictures that are drawn when they are sent."""
+    if not folder.is_dir():
+        return {}
+    files = {name: folder / name for name in LOGGED if name in drawn or (folder / name).is_file()}
+    return files | ({TABLE: folder / PREDICTIONS} if (folder / PREDICTIONS).is_file() else {})
 
 
 def predictions_csv(predictions: Predictions, names: Sequence[str]) -> str:
     """Predictions as a table to read and sort, the most confident mistakes first. names: of the K classes."""
-    predicted, correct = predictions.predicted, predictions.correct
-    confidence = predictions.probabilities[np.arange(len(predicted)), predicted]
-    order = np.lexsort((predictions.indices, -confidence, correct))
-    columns = (predictions.indices, predictions.labels, predicted, correct, confidence)
+    confidence = predictions.probabilities.max(axis=1)
+    columns = (predictions.correct, -confidence, predictions.indices, predictions.labels, predictions.predicted)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["image", "true", "predicted", "correct", "probability"])
     table.writerows(
-        (index, names[label], names[answer], str(hit).lower(), f"{probability:.4f}")
-        for index, label, answer, hit, probability in zip(*(column[order].tolist() for column in columns), strict=True)
+        (image, names[label], names[predicted], str(correct).lower(), f"{-negative:.4f}")
+        for correct, negative, image, label, predicted in sorted(zip(*(c.tolist() for c in columns), strict=True))
     )
     return text.getvalue()
 
@@ -390,31 +403,42 @@ def dataset(study: StudyRecord) -> Any:
 @functools.cache
 def environment() -> dict[str, str]:
     """User, versions and hardware: tags of a run when it is made, never compared later."""
+    # MLflow's own tags name the commit of the repository that a script is in, and no hardware.
+    processor = next(iter(_lines(Path("/proc/cpuinfo"), "model name")), platform.processor() or platform.machine())
+    # NVIDIA's devices as the kernel's driver names them: asking torch would import it.
+    paths = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    gpus = [name for path in paths for name in _lines(path, "Model")]
     memory = psutil.virtual_memory().total / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    hardware = ", ".join([f"{cores} x {_processor()}", f"{memory:.0f} GiB", *_gpus()])
-    tags = {"hardware": hardware, "platform": platform.platform(), "python": platform.python_version()}
+    tags = {
+        "hardware": ", ".join([f"{usable_cores()} x {processor}", f"{memory:.0f} GiB", *gpus]),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "mlflow.user": str(os.getuid()),
+        "mlflow.source.type": "LOCAL",
+    }
+    with suppress(KeyError, OSError):  # a container's user need not have a name
+        tags["mlflow.user"] = getpass.getuser()
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             tags[name] = searchfm.__version__ if name == "searchfm" else version(name)
-        except PackageNotFoundError:
-            continue
-    tags |= {"mlflow.user": _user(), "mlflow.source.name": "searchfm tune", "mlflow.source.type": "LOCAL"}
     commit = git_commit(Path(searchfm.__file__).parents[1])
-    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+    return tags | ({COMMIT: commit} if commit else {})
+
+
+def _lines(path: Path, name: str) -> list[str]:
+    """The values of a file's lines `NAME : VALUE`; none where it cannot be read."""
+    with suppress(OSError):
+        lines = (line.partition(":") for line in path.read_text().splitlines())
+        return [value.strip() for key, _, value in lines if key.strip() == name]
+    return []
 
 
 def git_commit(checkout: Path) -> str | None:
     """The commit of our own code; None for an installed package, whatever repository it was installed into."""
-    if not (checkout / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    from mlflow.utils.git_utils import get_git_commit
+
+    commit: str | None = get_git_commit(str(checkout)) if (checkout / ".git").exists() else None
+    return commit
 
 
 def flatten(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -432,30 +456,6 @@ def _text(value: Any) -> str:
         return f"{value:.8g}"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | bool) else str(value)
     return text[:6000]
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
-        return str(os.getuid())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[str]:
-    """NVIDIA's devices as the kernel's driver names them: asking torch would import it."""
-    names = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        lines = path.read_text().splitlines()
-        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model")]
-    return names
 
 
 # --- aligning ---------------------------------------------------------------------------------------------------------
@@ -489,20 +489,6 @@ class Run:
     points: set[Point] | None = None  # the points that we know it holds; None: unknown
 
 
-@dataclass
-class Plan:
-    """The writes that align one run, and what they correct."""
-
-    run: Run | None  # the one that stays: the fullest, then the oldest; None: to be created
-    surplus: list[Run] = field(default_factory=list)  # to be deleted
-    replace: bool = False  # what MLflow can't correct: params and metrics never change
-    params: dict[str, str] = field(default_factory=dict)
-    points: list[Point] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
-
-
 class Mirror:
     """One study in MLflow, through a client of its own: no global state. Not for two threads at once.
 
@@ -513,28 +499,27 @@ class Mirror:
         self.home, self.study = home, study
         self.experiment = ""
         self.parent = ""  # the id of the study's own run
-        self._client: Any = None
+        self.client: Any = None
         self._opened = False
-        self._deleted = False  # the whole experiment
-        self._runs: dict[int | None, list[Run]] = {}
-        self._replaced: list[Run] = []  # replaced, and yet not deleted
+        self.runs: dict[int | str | None, list[Run]] = {}  # by `run_key`, the best first
 
     def find(self) -> list[Difference]:
         """Connects, and reads which runs there are. Writes nothing."""
-        self._client = self._client or connect(self.home)
+        self.client = self.client or connect(self.home)
         from mlflow.entities import ViewType
 
-        experiments = self._client.search_experiments(
+        experiments = self.client.search_experiments(
             view_type=ViewType.ALL, filter_string=f"tags.study_uuid = '{self.study.uuid}'"
         )
         if not experiments:
             self.experiment = ""
             return []
         experiment = min(experiments, key=lambda each: int(each.experiment_id))
-        self.experiment, self._deleted = experiment.experiment_id, experiment.lifecycle_stage == "deleted"
+        self.experiment = experiment.experiment_id
         self._load()
-        self.parent = next((run.id for run in _by_content(self._runs.get(None, []))), "")
-        return [Difference(None, "its experiment was deleted")] if self._deleted else []
+        self.parent = next((run.id for run in self.runs[None]), "")
+        deleted = experiment.lifecycle_stage == "deleted"
+        return [Difference(None, "its experiment was deleted")] if deleted else []
 
     def open(self) -> list[Difference]:
         """Connects, and aligns the experiment and the study's own run but for its status, on which trials hang."""
@@ -543,108 +528,106 @@ class Mirror:
         study = self.study
         differences = self.find()
         if not self.experiment:
-            self.experiment = self._client.create_experiment(
-                self._free_name(),
-                artifact_location=(self.home.artifacts / study.uuid).as_uri() if is_local(self.home) else None,
-                tags=KIND | {"study": study.name, "study_uuid": study.uuid, "mlflow.note.content": study.question},
-            )
-        elif self._deleted:
-            self._client.restore_experiment(self.experiment)  # with all its runs, even those that we had replaced
+            taken = self.client.get_experiment_by_name(study.name) is not None  # by an older study of that name
+            name = f"{study.name}-{study.uuid[:8]}" if taken else study.name
+            tags = {"study": study.name, "study_uuid": study.uuid, "mlflow.note.content": study.question}
+            self.experiment = create_experiment(self.client, self.home, name, study.uuid, tags)
+        elif differences:
+            self.client.restore_experiment(self.experiment)  # with all its runs, even those that we had replaced
             self._load()
-            for run in self._replaced:
-                self._client.delete_run(run.id)
+            for run in self.runs[REPLACED]:
+                if not run.deleted:
+                    self._remove(run)
         differences += self.align(study_content(study, None))
-        self._client.set_experiment_tag(
-            self.experiment, f"mlflow.sharedViewState.{VIEW}", study_view(study, self.parent)
-        )
+        self.client.set_experiment_tag(self.experiment, VIEW_TAG, study_view(study, self.parent))
         self._opened = True
         return differences
 
     def forget(self) -> None:
         """After an error: read again before anything is written."""
         self._opened = False
-        self._runs.clear()
+        self.runs.clear()
+
+    def active(self, key: int | str | None) -> Run | None:
+        """The run of a `run_key`, as last seen; None where there is none that is not deleted."""
+        return next((run for run in self.runs.get(key, []) if not run.deleted), None)
 
     def links(self) -> Links:
         """The ids that links are made of, as last seen."""
-        runs = {number: active[0].id for number, runs in self._runs.items() if (active := _active(runs))}
-        return Links(self.experiment or None, runs.pop(None, None), {n: id for n, id in runs.items() if n is not None})
+        ids = {key: run.id for key in self.runs if (run := self.active(key))}
+        return Links(self.experiment or None, ids.get(None), {n: id for n, id in ids.items() if isinstance(n, int)})
 
     def align(self, content: Content, *, send: bool = True, deep: bool = False) -> list[Difference]:
-        """Aligns the run of a trial, or the study's own; with `send` false only tells what differs.
+        """Aligns one run with its content; with `send` false only lists the differences.
 
         A run that ended is trusted to be whole where its latest values are right; with `deep` its epochs and its
         artifacts are read too.
         """
-        plan = self._plan(content, deep=deep)
+        key = run_key(content.tags)
+        number = key if isinstance(key, int) else None
+        runs = self.runs.setdefault(key, [])
+        if not runs:
+            if send:
+                runs.append(self._create(content))
+                self.align(content)
+            return [Difference(number, "has no run")]
+        run, *surplus = runs
+        surplus = [each for each in surplus if not each.deleted]
+        tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
+        points, foreign = self._missing_points(run, content, deep)
+        files = self._missing_files(run, content, deep)
+        unequal = content.status not in (None, run.status)
+        texts = {
+            f"has {len(surplus) + 1} runs": surplus,
+            "its run was deleted": run.deleted,
+            f"is {content.tags['state']}, its run {run.tags.get('state')} ({run.status})": unequal or "state" in tags,
+            f"tags differ: {', '.join(key for key in tags if key != 'state')}": tags.keys() - {"state"},
+            f"params differ: {', '.join(params)}": params,
+            f"metrics differ: {', '.join(dict.fromkeys([*foreign, *(point.key for point in points)]))}": points
+            or foreign,
+            "its run names no data set": not run.data,
+            f"its run lacks {', '.join(files)}": files and not unequal,
+        }
+        differences = [] if run.created else [Difference(number, text) for text, differs in texts.items() if differs]
         if send:
-            self._send(content, plan)
-        return [Difference(content.number, text) for text in plan.differences]
+            # What MLflow cannot correct, since params and metrics never change. Other runs keep what users logged:
+            # replaced, the study's own would lose its report, its trials their parent, and a model its run.
+            replaced = content.trial is not None and bool(foreign or params.keys() & run.params.keys())
+            for old in [*surplus, *([run] if replaced else [])]:
+                self._remove(old)
+            self.runs[key] = [] if replaced else [run]
+            if replaced:
+                self.align(content)
+            else:
+                self._write(run, content, points, files)
+        return differences
 
     def align_weights(self, kept: Sequence[Trial], *, send: bool = True) -> list[Difference]:
         """Exactly these trials' weights stay in MLflow, as far as the trials' folders still have them."""
         numbers, differences = {trial.number for trial in kept}, []
-        for number, runs in self._runs.items():
-            for run in _active(runs):
-                if "weights" in run.tags and number not in numbers:
-                    differences.append(Difference(number, "its weights are kept, though it is not among the best"))
-                    if send:
-                        self._delete_weights(run)
+        for number in self.runs.keys() - numbers:
+            if isinstance(number, int) and (run := self.active(number)) and "weights" in run.tags:
+                differences.append(Difference(number, "its weights are kept, though it is not among the best"))
+                if send:
+                    self._delete_weights(run)
         for trial in kept:
-            for run in _active(self._runs.get(trial.number, []))[:1]:
-                if run.tags.get("weights") != "kept" and (trial.folder / WEIGHTS).is_file():
-                    if not run.created:  # else its absence was told
-                        differences.append(Difference(trial.number, "its weights are not kept"))
-                    if send:
-                        self._log_weights(run, trial.folder)
+            run = self.active(trial.number)
+            if run and run.tags.get("weights") != "kept" and (trial.folder / WEIGHTS).is_file():
+                if not run.created:  # else its absence was told
+                    differences.append(Difference(trial.number, "its weights are not kept"))
+                if send:
+                    self._log_weights(run, trial.folder)
         return differences
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _plan(self, content: Content, *, deep: bool = False) -> Plan:
-        """The writes that align a run. Reads alone."""
-        runs = self._runs.get(content.number, [])
-        if not runs:
-            return Plan(None, differences=["has no run"])
-        run, *surplus = _by_content(runs)
-        plan = Plan(run, [each for each in surplus if not each.deleted])
-        if plan.surplus:
-            plan.differences.append(f"has {len(plan.surplus) + 1} runs")
-        if run.deleted:
-            plan.differences.append("its run was deleted")
-        state = content.tags["state"]
-        if content.status not in (None, run.status) or run.tags.get("state") != state:
-            plan.differences.append(f"is {state}, its run {run.tags.get('state')} ({run.status})")
-        plan.tags = _changed(run.tags, content.tags)
-        if names := [key for key in plan.tags if key != "state"]:
-            plan.differences.append(f"tags differ: {', '.join(names)}")
-        plan.params = _changed(run.params, content.params)
-        if plan.params:
-            plan.differences.append(f"params differ: {', '.join(plan.params)}")
-        plan.points, foreign = self._missing(run, content, deep)
-        if keys := dict.fromkeys([*foreign, *(point.key for point in plan.points)]):
-            plan.differences.append(f"metrics differ: {', '.join(keys)}")
-        plan.replace = bool(foreign or plan.params.keys() & run.params.keys())
-        if not run.data:
-            plan.differences.append("its run names no data set")
-        if content.trial is not None and content.status != run.status:
-            plan.files = list(content.files)  # some may have arrived in part
-        elif content.files and (deep or (content.trial is None and run.points is None)):
-            stored = self._artifact_names(run)
-            plan.files = [name for name in content.files if name not in stored]
-            if plan.files:
-                plan.differences.append(f"its run lacks {', '.join(plan.files)}")
-        if run.created:
-            plan.differences.clear()  # its absence was told
-        return plan
-
-    def _missing(self, run: Run, content: Content, deep: bool) -> tuple[list[Point], list[str]]:
+    def _missing_points(self, run: Run, content: Content, deep: bool) -> tuple[list[Point], list[str]]:
         """The points that a run lacks, and the metrics in which it holds what it must not hold."""
         if run.points is not None:
             return [point for point in content.points if point not in run.points], []
-        expected: dict[str, set[Point]] = {}
+        expected: defaultdict[str, set[Point]] = defaultdict(set)
         for point in content.points:
-            expected.setdefault(point.key, set()).add(point)
+            expected[point.key].add(point)
         latest = {point.key: point.value for point in content.points}
         differing = {key for key, value in latest.items() if run.metrics.get(key) != value}
         held = {key: points for key, points in expected.items() if key not in differing}
@@ -653,88 +636,82 @@ class Mirror:
             if held[MARKER] != expected[MARKER]:
                 differing = set(latest)
         held |= {key: self._history(run, key) if key in run.metrics else set() for key in differing}
-        # The study's own run keeps what users logged: replaced it would lose its report, and its trials their parent.
         foreign = [key for key, points in expected.items() if held[key] - points and content.trial is not None]
         return [point for point in content.points if point not in held[point.key]], foreign
 
-    def _send(self, content: Content, plan: Plan) -> None:
-        run = plan.run
-        for old in plan.surplus + [run] * plan.replace if run else []:
-            self._remove(old)
-        if run is None or plan.replace:
-            run = self._create(content)
-            self._runs[content.number] = [run]
-            plan = self._plan(content)
-        self._runs[content.number] = [run]
-        if run.deleted:
-            self._client.restore_run(run.id)
-            run.deleted = False
-        if content.trial is None:
-            self.parent = run.id
-        self._log_batch(run, plan)
-        if not run.data:
-            self._client.log_inputs(run.id, [dataset(self.study)])
-            run.data = True
-        if plan.files:
-            self._log_files(run, content.trial, plan.files)
-        if content.status not in (None, run.status):  # the last write: a run that ended is whole
-            self._end(run, content.status, content.ended)
-        run.points = set(content.points) if run.status == "RUNNING" else None
+    def _history(self, run: Run, key: str) -> set[Point]:
+        history = self.client.get_metric_history(run.id, key)
+        return {Point(metric.key, metric.value, metric.timestamp, metric.step) for metric in history}
+
+    def _missing_files(self, run: Run, content: Content, deep: bool) -> list[str]:
+        is_own = run_key(content.tags) is None
+        if not is_own and content.status != run.status:
+            return list(content.files)  # some may have arrived in part
+        if content.files and (deep or (is_own and run.points is None)):
+            stored = {info.path for info in self.client.list_artifacts(run.id)}
+            return [name for name in content.files if name not in stored]
+        return []
 
     def _create(self, content: Content) -> Run:
-        tags = {**content.tags, **environment(), "mlflow.source.name": f"searchfm tune {self.study.name}"}
+        tags = {"mlflow.source.name": f"searchfm tune {self.study.name}", **environment(), **content.tags}
         start = None if content.started is None else round(content.started * 1000)
-        run = self._client.create_run(self.experiment, start, tags, tags["mlflow.runName"])
+        run = self.client.create_run(self.experiment, start, tags, tags["mlflow.runName"])
         return replace(_read(run), created=True)
 
-    def _log_batch(self, run: Run, plan: Plan) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    def _write(self, run: Run, content: Content, points: list[Point], files: list[str]) -> None:
+        tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
+        if run.deleted:
+            self.client.restore_run(run.id)
+            run.deleted = False
+        if run_key(content.tags) is None:
+            self.parent = run.id
+        log_batch(self.client, run.id, tags, params, points)
+        run.tags |= tags
+        run.params |= params
+        run.metrics |= {point.key: point.value for point in points}
+        if not run.data:
+            self.client.log_inputs(run.id, [dataset(self.study)])
+            run.data = True
+        if files:
+            self._log_files(run, content, files)
+        if content.status not in (None, run.status):  # the last write: a run that ended is whole
+            if content.status == "RUNNING":
+                self.client.update_run(run.id, content.status)
+            else:
+                end = None if content.ended is None else round(content.ended * 1000)
+                self.client.set_terminated(run.id, content.status, end)
+            run.status = content.status
+        run.points = set(content.points) if run.status == "RUNNING" else None
 
-        params = [Param(key, value) for key, value in plan.params.items()]
-        tags = [RunTag(key, value) for key, value in plan.tags.items()]
-        metrics = [Metric(point.key, point.value, point.time, point.step) for point in plan.points]
-        while params or tags or metrics:
-            self._client.log_batch(run.id, params=params[:PARAMS], tags=tags[:PARAMS], metrics=metrics[:METRICS])
-            params, tags, metrics = params[PARAMS:], tags[PARAMS:], metrics[METRICS:]
-        run.tags |= plan.tags
-        run.params |= plan.params
-        run.metrics |= {point.key: point.value for point in plan.points}
-
-    def _log_files(self, run: Run, trial: Trial | None, names: Sequence[str]) -> None:
-        if trial is None:
-            self._client.log_text(run.id, tomli_w.dumps(dict(self.study.resolved)), "study.toml")
-            self._client.log_dict(run.id, environment(), "environment.json")
-            return
-        from searchfm import figures  # and with it matplotlib
-
+    def _log_files(self, run: Run, content: Content, names: Sequence[str]) -> None:
         classes = self.study.data.classes
-        figures.draw(trial, classes)
-        for name in names:
-            if name != TABLE:
-                self._client.log_artifact(run.id, str(trial.folder / name))
-            elif predictions := Predictions.read(trial.folder):
-                self._client.log_text(run.id, predictions_csv(predictions, classes), name)
+        if content.trial is not None:
+            from searchfm import figures  # and with it matplotlib
 
-    def _end(self, run: Run, status: str, ended: float | None) -> None:
-        if status == "RUNNING":
-            self._client.update_run(run.id, status)
-        else:
-            self._client.set_terminated(run.id, status, None if ended is None else round(ended * 1000))
-        run.status = status
+            figures.draw(content.trial, classes)
+        for name in names:
+            match content.files[name]:
+                case str(text):
+                    self.client.log_text(run.id, text, name)
+                case path if path.name != PREDICTIONS:
+                    self.client.log_artifact(run.id, str(path))
+                case path if predictions := Predictions.read(path.parent):
+                    self.client.log_text(run.id, predictions_csv(predictions, classes), name)
 
     def _remove(self, run: Run) -> None:
         self._tag(run, "role", REPLACED)
-        self._client.delete_run(run.id)
+        self.client.delete_run(run.id)
+        run.deleted = True
 
     def _tag(self, run: Run, key: str, value: str) -> None:
-        self._client.set_tag(run.id, key, value)
+        self.client.set_tag(run.id, key, value)
         run.tags[key] = value
 
     def _log_weights(self, run: Run, folder: Path) -> None:
         self._tag(run, "weights", "arriving")  # first, so that what a crash leaves half-way is found again
         try:
             for name in (WEIGHTS, SPEC):
-                self._client.log_artifact(run.id, str(folder / name))
+                self.client.log_artifact(run.id, str(folder / name))
         except FileNotFoundError:
             return  # a better trial has just displaced them: the next pass deletes what has arrived
         self._tag(run, "weights", "kept")
@@ -745,54 +722,55 @@ class Mirror:
         repository: Any = get_artifact_repository(run.artifacts, tracking_uri=self.home.tracking_uri)
         for name in (WEIGHTS, SPEC):
             repository.delete_artifacts(name)
-        self._client.delete_tag(run.id, "weights")
+        self.client.delete_tag(run.id, "weights")
         del run.tags["weights"]
-
-    def _history(self, run: Run, key: str) -> set[Point]:
-        history = self._client.get_metric_history(run.id, key)
-        return {Point(metric.key, metric.value, metric.timestamp, metric.step) for metric in history}
-
-    def _artifact_names(self, run: Run) -> set[str]:
-        return {info.path for info in self._client.list_artifacts(run.id)}
-
-    def _free_name(self) -> str:
-        """The study's name, or one with part of its uuid where MLflow still has an older study of that name."""
-        taken = self._client.get_experiment_by_name(self.study.name) is not None
-        return f"{self.study.name}-{self.study.uuid[:8]}" if taken else self.study.name
 
     def _load(self) -> None:
         from mlflow.entities import ViewType
 
-        self._runs.clear()
-        self._replaced.clear()
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self.experiment],
-                f"tags.study_uuid = '{self.study.uuid}'",
-                run_view_type=ViewType.ALL,
-                max_results=PAGE,
-                page_token=token,
-            )
+        text = f"tags.study_uuid = '{self.study.uuid}'"
+        self.runs = {None: [], REPLACED: []}
+        page: Any = None
+        while page is None or page.token:
+            token = page and page.token
+            page = self.client.search_runs([self.experiment], text, ViewType.ALL, PAGE, page_token=token)
             for run in map(_read, page):
-                match run.tags.get("role"):
-                    case "study":
-                        self._runs.setdefault(None, []).append(run)
-                    case "trial":
-                        self._runs.setdefault(int(run.tags["trial"]), []).append(run)
-                    case "replaced" if not run.deleted:
-                        self._replaced.append(run)
-            token = page.token
-            if not token:
-                return
+                self.runs.setdefault(run_key(run.tags), []).append(run)
+        for runs in self.runs.values():  # what is not deleted, then what holds most, then the oldest
+            runs.sort(key=lambda run: (run.deleted, -len(run.metrics), run.started, run.id))
+
+
+def find(home: Home, study: StudyRecord) -> Mirror:
+    """A study in MLflow as it is. Raises StorageError."""
+    mirror = Mirror(home, study)
+    with reaching(home):
+        mirror.find()
+    return mirror
 
 
 def run_links(home: Home, study: StudyRecord) -> Links:
     """The ids that links into MLflow's pages are made of. Raises StorageError."""
-    mirror = Mirror(home, study)
-    with reaching(home):
-        mirror.find()
-    return mirror.links()
+    return find(home, study).links()
+
+
+def create_experiment(client: Any, home: Home, name: str, folder: str, tags: Mapping[str, str]) -> str:
+    """A new experiment; its artifacts are in that folder of the home unless a server keeps them."""
+    location = None if web_address(home.tracking_uri) else (home.artifacts / folder).as_uri()
+    return str(client.create_experiment(name, artifact_location=location, tags=KIND | dict(tags)))
+
+
+def log_batch(
+    client: Any, run: str, tags: Mapping[str, str], params: Mapping[str, str], points: Sequence[Point]
+) -> None:
+    """Logs to a run in as many calls as MLflow's limits ask for."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    labels = [RunTag(key, value) for key, value in tags.items()]
+    values = [Param(key, value) for key, value in params.items()]
+    metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
+    while values or labels or metrics:
+        client.log_batch(run, params=values[:PARAMS], tags=labels[:PARAMS], metrics=metrics[:METRICS])
+        values, labels, metrics = values[PARAMS:], labels[PARAMS:], metrics[METRICS:]
 
 
 def _read(run: Any) -> Run:
@@ -807,15 +785,6 @@ def _read(run: Any) -> Run:
         data=bool(run.inputs and run.inputs.dataset_inputs),
         artifacts=run.info.artifact_uri,
     )
-
-
-def _by_content(runs: Iterable[Run]) -> list[Run]:
-    """Runs that are not deleted first, then those that hold most, then the oldest."""
-    return sorted(runs, key=lambda run: (run.deleted, -len(run.metrics), run.started, run.id))
-
-
-def _active(runs: Iterable[Run]) -> list[Run]:
-    return [run for run in _by_content(runs) if not run.deleted]
 
 
 def _changed(held: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,6 @@ probabilities, with signature, input example, class names and pinned requirement
 """
 
 import logging
-import math
 import re
 import tempfile
 import time
@@ -22,23 +21,20 @@ import numpy as np
 from searchfm.errors import ModelError, StorageError, StudyError
 from searchfm.format import sentence
 from searchfm.home import Home, file_sha256
-from searchfm.records import EPOCHS, SPEC, WEIGHTS, Final, Predictions, RegisteredModel, StudyRecord, read_epochs
-from searchfm.search.notes import VIEW
+from searchfm.records import SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.storage import read_study
 from searchfm.tables import digest
 from searchfm.tracking import mirror
-from searchfm.tracking.mirror import METRICS, PACKAGES, PARAMS, Mirror, connect, database, reaching, shown, writer
+from searchfm.tracking.mirror import COMMIT, PACKAGES, Mirror, connect, database, reaching, shown, writer
 
 log = logging.getLogger("searchfm")
 
 CHAMPION = "champion"
 EXAMPLE = "example.npy"
-LOGGED = ("config.toml", EPOCHS, "curves.png", "confusion.png", "log.txt")
 REQUIRED = ("mlflow", "torch", "numpy")  # of whoever loads the model
 FILES = "extra_files"  # where MLflow keeps files beside a model of its own format
 SUFFIXES = (".onnx", ".safetensors")
 COMPARISONS = "searchfm comparisons"  # an experiment; no study's can be named so, for the blank
-COMMIT = "mlflow.source.git.commit"
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for a model that is not there
 
@@ -59,8 +55,11 @@ def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promo
         with reaching(home):
             client, runs = connect(home), Mirror(home, study)
             runs.open()
-            registered = _registered(client, name, final.weights)
-            run = _log_final(client, runs, study, final, folder)
+            # Deep: a crash may have left the run, found by the model's hash, without metrics or files.
+            runs.align(mirror.final_content(study, final, folder, runs.parent), deep=True)
+            run = runs.runs[final.weights][0].id
+            versions = client.search_model_versions(f"name = '{name}'", max_results=1000)
+            registered = next((each for each in versions if each.tags.get("weights") == final.weights), None)
         if registered is None:
             path = Path(temporary) / "model"
             save(folder, path, study)
@@ -106,56 +105,6 @@ def save(folder: Path, path: Path, study: StudyRecord) -> None:
     saved = Model.load(str(path))
     saved.flavors["python_function"]["config"] = {"device": "cpu"}
     saved.save(str(path / "MLmodel"))
-
-
-def _registered(client: Any, name: str, weights: str) -> Any:
-    versions = client.search_model_versions(f"name = '{name}'", max_results=1000)
-    return next((each for each in versions if each.tags.get("weights") == weights), None)
-
-
-def _log_final(client: Any, runs: Mirror, study: StudyRecord, final: Final, folder: Path) -> str:
-    """The id of the final model's run, found by its tags or made, with all that is known of the model."""
-    from mlflow.entities import Metric, Param, RunTag
-
-    tags = {
-        "mlflow.runName": f"{study.name}-final",
-        "mlflow.parentRunId": runs.parent,
-        "role": "final",
-        "study": study.name,
-        "study_uuid": study.uuid,
-        "trial": str(final.winner),
-        "weights": final.weights,
-        "state": "complete",
-        "mlflow.note.content": sentence(final),
-    }
-    known = client.search_runs(
-        [runs.experiment], f"tags.role = 'final' and tags.weights = '{final.weights}'", max_results=1
-    )
-    if known:
-        run = str(known[0].info.run_id)
-        client.log_batch(run, tags=[RunTag(key, value) for key, value in tags.items()])
-    else:
-        time = round(final.time * 1000)
-        run = client.create_run(runs.experiment, start_time=time, tags=tags | mirror.environment()).info.run_id
-        test = final.test  # no `value`: that is validation accuracy
-        ends = {"test/accuracy": test.accuracy, "test/low": test.low, "test/high": test.high, "test/reads": test.reads}
-        ends |= {"parameters": final.parameters, "flops": final.flops, "training_seconds": final.training_seconds}
-        ends |= {"epochs": final.epochs} | ({} if final.optimism is None else {"optimism": final.optimism})
-        epochs = read_epochs(folder / EPOCHS)
-        points = [point for epoch in epochs for point in mirror.epoch_points(epoch)]
-        metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
-        metrics += [Metric(key, float(value), time, len(epochs)) for key, value in ends.items()]
-        params = [Param(key, str(value)[:6000]) for key, value in final.params.items()]
-        while metrics or params:
-            client.log_batch(run, metrics=metrics[:METRICS], params=params[:PARAMS])
-            metrics, params = metrics[METRICS:], params[PARAMS:]
-    for path in [folder / name for name in LOGGED]:
-        if path.is_file():
-            client.log_artifact(run, str(path))
-    if predictions := Predictions.read(folder):
-        client.log_text(run, mirror.predictions_csv(predictions, study.data.classes), mirror.TABLE)
-    client.set_terminated(run, "FINISHED")
-    return run
 
 
 def _register(client: Any, experiment: str, study: StudyRecord, final: Final, run: str, path: Path) -> Any:
@@ -324,20 +273,17 @@ def _check(folder: Path, expected: str | None) -> None:
 
 def log_report(home: Home, study: StudyRecord, path: Path) -> None:
     """Keeps a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
+    runs = mirror.find(home, study)
+    if (run := runs.active(None)) is None:
+        raise StorageError(f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply")
     with reaching(home):
-        client, run = _own_run(home, study)
-        if run is None:
-            raise StorageError(
-                f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply"
-            )
-        client.log_text(run.info.run_id, path.read_text("utf-8"), "report.html")
+        runs.client.log_text(run.id, path.read_text("utf-8"), "report.html")
 
 
 def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
     """Hardware, system and versions that a study was begun with, as its run has them. Raises StorageError."""
-    with reaching(home):
-        _, run = _own_run(home, study)
-    tags = {} if run is None else run.data.tags
+    run = mirror.find(home, study).active(None)
+    tags = {} if run is None else run.tags
     names = {**{name: name for name in ("hardware", "platform", "python", *PACKAGES)}, "commit": COMMIT}
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
 
@@ -351,64 +297,38 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
         client = connect(home)
         experiment = _comparisons(client, home)
         mark = digest({"lines": [dict(line) for line in lines]})
-        if not client.search_runs([experiment], f"tags.digest = '{mark}'", max_results=1):
-            _log_comparison(client, experiment, lines, note, files, mark)
-
-
-def _own_run(home: Home, study: StudyRecord) -> tuple[Any, Any]:
-    """A client, and the study's own run if there is one."""
-    client, runs = connect(home), Mirror(home, study)
-    runs.find()
-    parent = runs.links().parent
-    return client, None if parent is None else client.get_run(parent)
+        if client.search_runs([experiment], f"tags.digest = '{mark}'", max_results=1):
+            return
+        name, now = ", ".join(line["study"] for line in lines)[:250], time.time()
+        about = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
+        tags = about | {"role": "comparison", "mlflow.note.content": note}
+        run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
+        for line in lines:
+            texts = {key: value for key, value in line.items() if isinstance(value, str)}
+            tags = about | texts | {"role": "compared", "mlflow.parentRunId": run}
+            below = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
+            mirror.log_batch(client, below, {}, {}, mirror.make_points(line, now, 0))
+            client.set_terminated(below, "FINISHED")
+        client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
+        with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
+            for file, content in files.items():
+                (Path(folder) / file).write_bytes(content.encode() if isinstance(content, str) else content)
+            client.log_artifacts(run, folder)
+        # The table opens at the newest comparison, with a column for each value.
+        columns = {f"{'tags' if isinstance(value, str) else 'metrics'}.`{key}`": 100 for key, value in lines[0].items()}
+        del columns["tags.`study`"]
+        view = mirror.view(columns, order="attributes.start_time", expanded=run, name=220)
+        client.set_experiment_tag(experiment, mirror.VIEW_TAG, view)
+        client.set_tag(run, "digest", mark)  # the last: what a crash leaves half-way is not taken for whole
+        client.set_terminated(run, "FINISHED")
 
 
 def _comparisons(client: Any, home: Home) -> str:
-    """The experiment that holds all comparisons, made if it is missing, brought back if it was deleted."""
-    known = client.get_experiment_by_name(COMPARISONS)
-    if known is not None:
-        if known.lifecycle_stage == "deleted":
-            client.restore_experiment(known.experiment_id)
-        return str(known.experiment_id)
-    return str(
-        client.create_experiment(
-            COMPARISONS,
-            artifact_location=(home.artifacts / "comparisons").as_uri() if mirror.is_local(home) else None,
-            tags=mirror.KIND | {"mlflow.note.content": "Studies compared: a run a comparison, below it a run a study."},
-        )
-    )
-
-
-def _log_comparison(
-    client: Any,
-    experiment: str,
-    lines: Sequence[Mapping[str, Any]],
-    note: str,
-    files: Mapping[str, str | bytes],
-    mark: str,
-) -> None:
-    from mlflow.entities import Metric
-
-    name, now = ", ".join(line["study"] for line in lines)[:250], round(time.time() * 1000)
-    about = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
-    tags = about | {"role": "comparison", "mlflow.note.content": note}
-    run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-    for line in lines:
-        texts = {key: value for key, value in line.items() if isinstance(value, str)}
-        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
-        tags = about | texts | {"role": "compared", "mlflow.parentRunId": run}
-        below = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
-        client.log_batch(below, metrics=[Metric(key, float(value), now, 0) for key, value in numbers.items()])
-        client.set_terminated(below, "FINISHED")
-    client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
-    with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
-        for file, content in files.items():
-            (Path(folder) / file).write_bytes(content.encode() if isinstance(content, str) else content)
-        client.log_artifacts(run, folder)
-    # The table opens at the newest comparison, with a column for each value.
-    columns = {f"{'tags' if isinstance(value, str) else 'metrics'}.`{key}`": 100 for key, value in lines[0].items()}
-    del columns["tags.`study`"]
-    shown = mirror.view(columns, order="attributes.start_time", expanded=run, name=220)
-    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{VIEW}", shown)
-    client.set_tag(run, "digest", mark)  # the last: what a crash leaves half-way is not taken for whole
-    client.set_terminated(run, "FINISHED")
+    """The experiment that holds all comparisons, made if it is missing, restored if it was deleted."""
+    experiment = client.get_experiment_by_name(COMPARISONS)
+    if experiment is None:
+        text = "Studies compared: a run a comparison, below it a run a study."
+        return mirror.create_experiment(client, home, COMPARISONS, "comparisons", {"mlflow.note.content": text})
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
