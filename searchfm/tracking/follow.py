@@ -98,14 +98,14 @@ class Tracking:
 
 
 class Passes:
-    """Aligns MLflow with a study, pass by pass; what is aligned is not looked at again.
+    """Aligns MLflow with a study, pass by pass; what is aligned is not read again.
 
-    deep: look at everything, and let every error pass. send: else only tell what differs.
+    deep, send: see `Mirror`; a deep pass raises every error.
     """
 
     def __init__(self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True) -> None:
-        self._deep, self._send, self._study = deep, send, study
-        self._mirror, self._notes = Mirror(home, study), Notes(home, study)
+        self._study = study
+        self._mirror, self._notes = Mirror(home, study, send=send, deep=deep), Notes(home, study)
         self._aligned: dict[int, Trial] = {}
         self._kept: list[int] | None = None  # the trials whose weights are in MLflow
         self._states: tuple[Any, ...] = ()  # of the study and its trials when the study's own run was aligned
@@ -132,18 +132,18 @@ class Passes:
         """
         self._study, self._whole = study, False
         try:
-            differences = self._mirror.open() if self._send else self._mirror.find()
+            differences = self._mirror.open()
             # What failed goes last, and so does not block the others.
             for trial in sorted(self._due(), key=lambda trial: self._failures[trial.number]):
                 if self._refusals[trial.number] < REFUSALS:
                     differences += self._align_trial(trial)
             kept = [trial.number for trial in study.kept]
             if self._kept != kept:
-                differences += self._mirror.align_weights(study.kept, send=self._send)
+                differences += self._mirror.align_weights(study.kept)
                 self._kept = kept
             states = (status, [trial.state for trial in study.trials])
             if self._states != states and (last or time.monotonic() >= self._study_due):
-                differences += self._mirror.align(study_content(study, status), send=self._send, deep=self._deep)
+                differences += self._mirror.align(study_content(study, status))
                 self._note(None)
                 self._states, self._study_due = states, time.monotonic() + STUDY_SECONDS
         except Exception:
@@ -158,12 +158,11 @@ class Passes:
         return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 
     def _align_trial(self, trial: Trial) -> list[Difference]:
-        content = trial_content(self._study, trial, self._mirror.parent)
         try:
-            differences = self._mirror.align(content, send=self._send, deep=self._deep)
+            differences = self._mirror.align(trial_content(self._study, trial, self._mirror.parent))
         except Exception as error:
             self._failures[trial.number] += 1
-            if self._deep or _is_away(error):
+            if self._mirror.deep or _is_away(error):
                 raise
             self._refusals[trial.number] += 1
             if self._refusals[trial.number] == REFUSALS:
@@ -179,7 +178,7 @@ class Passes:
 
     def _note(self, trial: Trial | None, *, changed: bool = True) -> None:
         """Writes a note of optuna-dashboard. Notes come last: without them everything else goes on."""
-        if not self._send:
+        if not self._mirror.send:
             return
         try:
             if trial is None:

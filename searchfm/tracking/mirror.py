@@ -492,11 +492,13 @@ class Run:
 class Mirror:
     """One study in MLflow, through a client of its own: no global state. Not for two threads at once.
 
+    send: write, else only list the differences. deep: also read the epochs and artifacts of a run that ended, which
+    else is trusted to be whole where its latest values are right.
     Errors of MLflow pass through; call `forget` then, since what MLflow holds is no longer known.
     """
 
-    def __init__(self, home: Home, study: StudyRecord) -> None:
-        self.home, self.study = home, study
+    def __init__(self, home: Home, study: StudyRecord, *, send: bool = True, deep: bool = False) -> None:
+        self.home, self.study, self.send, self.deep = home, study, send, deep
         self.experiment = ""
         self.parent = ""  # the id of the study's own run
         self.client: Any = None
@@ -522,11 +524,15 @@ class Mirror:
         return [Difference(None, "its experiment was deleted")] if deleted else []
 
     def open(self) -> list[Difference]:
-        """Connects, and aligns the experiment and the study's own run but for its status, on which trials hang."""
+        """Reads which runs there are; aligns the experiment and, but for its status, the study's own run, since trials
+        have it as their parent.
+        """
         if self._opened:
             return []
         study = self.study
         differences = self.find()
+        if not self.send:
+            return differences
         if not self.experiment:
             taken = self.client.get_experiment_by_name(study.name) is not None  # by an older study of that name
             name = f"{study.name}-{study.uuid[:8]}" if taken else study.name
@@ -557,25 +563,21 @@ class Mirror:
         ids = {key: run.id for key in self.runs if (run := self.active(key))}
         return Links(self.experiment or None, ids.get(None), {n: id for n, id in ids.items() if isinstance(n, int)})
 
-    def align(self, content: Content, *, send: bool = True, deep: bool = False) -> list[Difference]:
-        """Aligns one run with its content; with `send` false only lists the differences.
-
-        A run that ended is trusted to be whole where its latest values are right; with `deep` its epochs and its
-        artifacts are read too.
-        """
+    def align(self, content: Content) -> list[Difference]:
+        """Aligns one run with its content; returns the differences that there were."""
         key = run_key(content.tags)
         number = key if isinstance(key, int) else None
         runs = self.runs.setdefault(key, [])
         if not runs:
-            if send:
+            if self.send:
                 runs.append(self._create(content))
                 self.align(content)
             return [Difference(number, "has no run")]
         run, *surplus = runs
         surplus = [each for each in surplus if not each.deleted]
         tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
-        points, foreign = self._missing_points(run, content, deep)
-        files = self._missing_files(run, content, deep)
+        points, foreign = self._missing_points(run, content)
+        files = self._missing_files(run, content)
         unequal = content.status not in (None, run.status)
         texts = {
             f"has {len(surplus) + 1} runs": surplus,
@@ -589,7 +591,7 @@ class Mirror:
             f"its run lacks {', '.join(files)}": files and not unequal,
         }
         differences = [] if run.created else [Difference(number, text) for text, differs in texts.items() if differs]
-        if send:
+        if self.send:
             # What MLflow cannot correct, since params and metrics never change. Other runs keep what users logged:
             # replaced, the study's own would lose its report, its trials their parent, and a model its run.
             replaced = content.trial is not None and bool(foreign or params.keys() & run.params.keys())
@@ -602,26 +604,26 @@ class Mirror:
                 self._write(run, content, points, files)
         return differences
 
-    def align_weights(self, kept: Sequence[Trial], *, send: bool = True) -> list[Difference]:
+    def align_weights(self, kept: Sequence[Trial]) -> list[Difference]:
         """Exactly these trials' weights stay in MLflow, as far as the trials' folders still have them."""
         numbers, differences = {trial.number for trial in kept}, []
         for number in self.runs.keys() - numbers:
             if isinstance(number, int) and (run := self.active(number)) and "weights" in run.tags:
                 differences.append(Difference(number, "its weights are kept, though it is not among the best"))
-                if send:
+                if self.send:
                     self._delete_weights(run)
         for trial in kept:
             run = self.active(trial.number)
             if run and run.tags.get("weights") != "kept" and (trial.folder / WEIGHTS).is_file():
                 if not run.created:  # else its absence was told
                     differences.append(Difference(trial.number, "its weights are not kept"))
-                if send:
+                if self.send:
                     self._log_weights(run, trial.folder)
         return differences
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
-    def _missing_points(self, run: Run, content: Content, deep: bool) -> tuple[list[Point], list[str]]:
+    def _missing_points(self, run: Run, content: Content) -> tuple[list[Point], list[str]]:
         """The points that a run lacks, and the metrics in which it holds what it must not hold."""
         if run.points is not None:
             return [point for point in content.points if point not in run.points], []
@@ -631,7 +633,7 @@ class Mirror:
         latest = {point.key: point.value for point in content.points}
         differing = {key for key, value in latest.items() if run.metrics.get(key) != value}
         held = {key: points for key, points in expected.items() if key not in differing}
-        if deep and MARKER in held:
+        if self.deep and MARKER in held:
             held[MARKER] = self._history(run, MARKER)
             if held[MARKER] != expected[MARKER]:
                 differing = set(latest)
@@ -643,11 +645,11 @@ class Mirror:
         history = self.client.get_metric_history(run.id, key)
         return {Point(metric.key, metric.value, metric.timestamp, metric.step) for metric in history}
 
-    def _missing_files(self, run: Run, content: Content, deep: bool) -> list[str]:
+    def _missing_files(self, run: Run, content: Content) -> list[str]:
         is_own = run_key(content.tags) is None
         if not is_own and content.status != run.status:
             return list(content.files)  # some may have arrived in part
-        if content.files and (deep or (is_own and run.points is None)):
+        if content.files and (self.deep or (is_own and run.points is None)):
             stored = {info.path for info in self.client.list_artifacts(run.id)}
             return [name for name in content.files if name not in stored]
         return []

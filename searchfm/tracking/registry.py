@@ -53,10 +53,11 @@ def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promo
     name = f"searchfm-{study.name}"
     with writer(home, study.name), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
         with reaching(home):
-            client, runs = connect(home), Mirror(home, study)
+            runs = Mirror(home, study, deep=True)
             runs.open()
+            client = runs.client
             # Deep: a crash may have left the run, found by the model's hash, without metrics or files.
-            runs.align(mirror.final_content(study, final, folder, runs.parent), deep=True)
+            runs.align(mirror.final_content(study, final, folder, runs.parent))
             run = runs.runs[final.weights][0].id
             versions = client.search_model_versions(f"name = '{name}'", max_results=1000)
             registered = next((each for each in versions if each.tags.get("weights") == final.weights), None)
