@@ -505,35 +505,29 @@ class Mirror:
         self._opened = False
         self.runs: dict[int | str | None, list[Run]] = {}  # by `run_key`, the best first
 
-    def find(self) -> list[Difference]:
-        """Connects, and reads which runs there are. Writes nothing."""
-        self.client = self.client or connect(self.home)
-        from mlflow.entities import ViewType
-
-        experiments = self.client.search_experiments(
-            view_type=ViewType.ALL, filter_string=f"tags.study_uuid = '{self.study.uuid}'"
-        )
-        if not experiments:
-            self.experiment = ""
-            return []
-        experiment = min(experiments, key=lambda each: int(each.experiment_id))
-        self.experiment = experiment.experiment_id
-        self._load()
-        self.parent = next((run.id for run in self.runs[None]), "")
-        deleted = experiment.lifecycle_stage == "deleted"
-        return [Difference(None, "its experiment was deleted")] if deleted else []
-
     def open(self) -> list[Difference]:
         """Reads which runs there are; aligns the experiment and, but for its status, the study's own run, since trials
         have it as their parent.
         """
         if self._opened:
             return []
+        from mlflow.entities import ViewType
+
         study = self.study
-        differences = self.find()
+        self.client = self.client or connect(self.home)
+        text = f"tags.study_uuid = '{study.uuid}'"
+        experiments = self.client.search_experiments(view_type=ViewType.ALL, filter_string=text)
+        experiment = min(experiments, key=lambda each: int(each.experiment_id), default=None)
+        differences = []
+        if experiment is not None:
+            self.experiment = experiment.experiment_id
+            self._load()
+            self.parent = next((run.id for run in self.runs[None]), "")
+            if experiment.lifecycle_stage == "deleted":
+                differences.append(Difference(None, "its experiment was deleted"))
         if not self.send:
             return differences
-        if not self.experiment:
+        if experiment is None:
             taken = self.client.get_experiment_by_name(study.name) is not None  # by an older study of that name
             name = f"{study.name}-{study.uuid[:8]}" if taken else study.name
             tags = {"study": study.name, "study_uuid": study.uuid, "mlflow.note.content": study.question}
@@ -744,9 +738,9 @@ class Mirror:
 
 def find(home: Home, study: StudyRecord) -> Mirror:
     """A study in MLflow as it is. Raises StorageError."""
-    mirror = Mirror(home, study)
+    mirror = Mirror(home, study, send=False)
     with reaching(home):
-        mirror.find()
+        mirror.open()
     return mirror
 
 
