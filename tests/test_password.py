@@ -37,9 +37,9 @@ def searchfm(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callab
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "false",  # a user's setting does not bring the password back
     }
 
-    def run(*words: str) -> str:
+    def run(*arguments: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "searchfm", *words, "--home", str(home)],
+            [sys.executable, "-m", "searchfm", *arguments, "--home", str(home)],
             capture_output=True,
             text=True,
             env=environment,
@@ -56,13 +56,13 @@ def searchfm(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 def ended(client: MlflowClient) -> set[str]:
     """The ids of all runs that ended: MLflow prints the address of each when it ends."""
-    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    return {run.info.run_id for run in found if run.info.status == "FINISHED"}
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return {run.info.run_id for run in runs if run.info.status == "FINISHED"}
 
 
-@pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
 def test_no_command_prints_the_password_of_mlflows_address(
-    searchfm: Callable[..., str], server: Server, words: tuple[str, ...]
+    searchfm: Callable[..., str], server: Server, arguments: tuple[str, ...]
 ) -> None:
     client = MlflowClient(f"http://127.0.0.1:{server.port}")
     for run in ended(client):
@@ -73,7 +73,7 @@ def test_no_command_prints_the_password_of_mlflows_address(
         ("compare", "mlp"),  # with another final model it is another comparison, and kept
     ):
         before = ended(client)
-        text = searchfm(*command, *words)
+        text = searchfm(*command, *arguments)
         assert ended(client) > before, "this command ends a run"
-        if words:
+        if arguments:
             json.loads(text)

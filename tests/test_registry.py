@@ -269,11 +269,11 @@ print(json.dumps(model.predict(np.load(sys.argv[2])).tolist()))
 def bare(home: Home, published: RegisteredModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The interpreter of a fresh environment with the model's recorded requirements and nothing else; the model."""
     folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
-    place = tmp_path_factory.mktemp("bare") / "venv"
+    venv = tmp_path_factory.mktemp("bare") / "venv"
     quiet = {**os.environ, "UV_NO_PROGRESS": "1"}
     quiet.pop("VIRTUAL_ENV", None)
-    subprocess.run(["uv", "venv", "--python", sys.executable, str(place)], check=True, env=quiet, timeout=120)
-    python = place / "bin" / "python"
+    subprocess.run(["uv", "venv", "--python", sys.executable, str(venv)], check=True, env=quiet, timeout=120)
+    python = venv / "bin" / "python"
     install = ["uv", "pip", "install", "--python", str(python), "-r", str(folder / "requirements.txt")]
     subprocess.run(install, check=True, env=quiet, timeout=1500)
     return python, folder
@@ -348,8 +348,8 @@ def ask(address: str, images: np.ndarray, server: "subprocess.Popen[bytes]") -> 
     for _ in range(240):
         try:
             with closing(urllib.request.urlopen(question, timeout=60)) as reply:
-                found: dict[str, Any] = json.load(reply)
-                return found
+                answer: dict[str, Any] = json.load(reply)
+                return answer
         except urllib.error.URLError:
             assert server.poll() is None, "the server ended"
             time.sleep(0.5)

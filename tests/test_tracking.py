@@ -45,12 +45,12 @@ def home(new_home: Callable[[Path], Home], tmp_path: Path) -> Home:
 
 
 @pytest.fixture(scope="module")
-def told(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
+def synced(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Home:
     """A home whose study of four trials is in MLflow; tests that do damage to it have it repaired."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(STORAGE, raising=False)
         patch.delenv(TRACKING, raising=False)
-        home = new_home(tmp_path_factory.mktemp("told") / "home with ä space")
+        home = new_home(tmp_path_factory.mktemp("synced") / "home with ä space")
         follow(home, rows.four(home))
     return home
 
@@ -69,9 +69,9 @@ def client(home: Home) -> MlflowClient:
 def runs(home: Home, study: StudyRecord) -> dict[str, Any]:
     """The active runs by name."""
     experiment = run_links(home, study).experiment
-    found = client(home).search_runs([experiment])
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
+    active = client(home).search_runs([experiment])
+    assert len({run.info.run_name for run in active}) == len(active)
+    return {run.info.run_name: run for run in active}
 
 
 def dump(home: Home) -> dict[str, list[Any]]:
@@ -116,17 +116,17 @@ def test_a_search_is_written_as_it_goes(home: Home) -> None:
     assert sync(home, rows.study(home)) == []
 
 
-def test_what_a_person_finds_in_a_run(told: Home) -> None:
-    study = rows.study(told)
-    found = runs(told, study)
-    assert {name: run.info.status for name, run in found.items()} == {
+def test_what_a_person_finds_in_a_run(synced: Home) -> None:
+    study = rows.study(synced)
+    active = runs(synced, study)
+    assert {name: run.info.status for name, run in active.items()} == {
         "toy": "FINISHED",
         "toy-0000": "FINISHED",
         "toy-0001 (pruned)": "FINISHED",
         "toy-0002 (failed)": "FAILED",
         "toy-0003": "FINISHED",
     }
-    run, row = found["toy-0003"], study.trials[3]
+    run, row = active["toy-0003"], study.trials[3]
     assert float(run.data.params["optimizer.lr"]) == pytest.approx(row.params["optimizer.lr"])
     assert len(run.data.params["optimizer.lr"]) < 14  # digits that a person reads
     assert run.data.params["model.mlp.width"] == "[200" + ", 200" * (row.params["model.mlp.layers"] - 1) + "]"
@@ -137,28 +137,28 @@ def test_what_a_person_finds_in_a_run(told: Home) -> None:
     tags = run.data.tags
     assert tags["study"] == "toy"
     assert (tags["study_uuid"], tags["trial"], tags["state"]) == (study.uuid, "3", "complete")
-    assert (tags["config_digest"], tags["mlflow.parentRunId"]) == (row.digest, found["toy"].info.run_id)
+    assert (tags["config_digest"], tags["mlflow.parentRunId"]) == (row.digest, active["toy"].info.run_id)
     assert tags["mlflow.source.git.commit"] == mirror.git_commit(Path(__file__).parents[1])
     assert {"hardware", "python", "torch", "optuna", "mlflow", "searchfm"} <= set(tags)
-    assert found["toy-0002 (failed)"].data.tags["reason"] == "loss is nan in epoch 2"
+    assert active["toy-0002 (failed)"].data.tags["reason"] == "loss is nan in epoch 2"
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.name, data.dataset.digest) == ("fashion-mnist", "f" * 16)
 
     def artifacts(name: str) -> set[str]:
-        return {info.path for info in client(told).list_artifacts(found[name].info.run_id)}
+        return {info.path for info in client(synced).list_artifacts(active[name].info.run_id)}
 
     always = {"config.toml", "epochs.csv", "log.txt", "curves.png"}
     whole = {"confusion.png", "predictions.csv", "weights.safetensors", "model.json"}
     assert artifacts("toy-0001 (pruned)") == always
     assert artifacts("toy-0000") == artifacts("toy-0003") == always | whole
     assert artifacts("toy") == {"study.toml", "environment.json"}
-    assert found["toy"].data.metrics == {"value": study.best.value, "complete": 2.0, "pruned": 1.0, "failed": 1.0}
+    assert active["toy"].data.metrics == {"value": study.best.value, "complete": 2.0, "pruned": 1.0, "failed": 1.0}
 
 
-def test_the_table_opens_with_what_was_searched(told: Home) -> None:
-    study = rows.study(told)
-    links = run_links(told, study)
-    tags = client(told).get_experiment(links.experiment).tags
+def test_the_table_opens_with_what_was_searched(synced: Home) -> None:
+    study = rows.study(synced)
+    links = run_links(synced, study)
+    tags = client(synced).get_experiment(links.experiment).tags
     view = tags["mlflow.sharedViewState.searchfm"]
     assert links.table().endswith("viewStateShareKey=searchfm")
     assert mirror.searched(study.resolved) == ["model.mlp.layers", "optimizer.name", "optimizer.lr"]
@@ -166,10 +166,10 @@ def test_the_table_opens_with_what_was_searched(told: Home) -> None:
     assert tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_predictions_are_a_readable_table(told: Home) -> None:
-    study = rows.study(told)
-    run_id = run_links(told, study).runs[0]
-    table = Path(client(told).download_artifacts(run_id, "predictions.csv")).read_text().splitlines()
+def test_predictions_are_a_readable_table(synced: Home) -> None:
+    study = rows.study(synced)
+    run_id = run_links(synced, study).runs[0]
+    table = Path(client(synced).download_artifacts(run_id, "predictions.csv")).read_text().splitlines()
     assert table[0] == "image,true,predicted,correct,probability"
     assert len(table) == 901
     assert table[1].split(",")[3] == "false"  # the surest mistake comes first
@@ -206,12 +206,12 @@ def test_a_younger_study_of_the_same_name_gets_an_experiment_of_its_own(home: Ho
 # --- nothing is lost, nothing is doubled ------------------------------------------------------------------------------
 
 
-def test_sending_again_changes_nothing(told: Home) -> None:
-    study = rows.study(told)
-    before = dump(told)
-    follow(told, study)
-    assert sync(told, study, apply=True) == []
-    assert dump(told) == before
+def test_sending_again_changes_nothing(synced: Home) -> None:
+    study = rows.study(synced)
+    before = dump(synced)
+    follow(synced, study)
+    assert sync(synced, study, apply=True) == []
+    assert dump(synced) == before
 
 
 def test_a_search_that_was_stopped_goes_on_in_the_same_runs(home: Home) -> None:
@@ -360,11 +360,11 @@ def check_repair(home: Home, study: StudyRecord) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_sync_repairs(told: Home, name: str) -> None:
+def test_sync_repairs(synced: Home, name: str) -> None:
     damage, text = DAMAGE[name]
-    study = rows.study(told)
-    damage(client(told), run_links(told, study), told)
-    listed = check_repair(told, study)
+    study = rows.study(synced)
+    damage(client(synced), run_links(synced, study), synced)
+    listed = check_repair(synced, study)
     assert text in listed
     assert len(listed) == 1 or name == "experiment"
 
@@ -379,24 +379,24 @@ def test_sync_repairs(told: Home, name: str) -> None:
     ],
 )
 def test_sync_repairs_what_a_client_cannot_do(
-    told: Home, damage: Callable[[Home, StudyRecord], None], text: str
+    synced: Home, damage: Callable[[Home, StudyRecord], None], text: str
 ) -> None:
-    study = rows.study(told)
-    damage(told, study)
-    (listed,) = check_repair(told, study)
+    study = rows.study(synced)
+    damage(synced, study)
+    (listed,) = check_repair(synced, study)
     assert listed.startswith(text)
 
 
-def test_five_faults_are_five_differences(told: Home) -> None:
+def test_five_faults_are_five_differences(synced: Home) -> None:
     """A run deleted, one doubled, one FAILED, a tag changed and a foreign step of a metric."""
-    study = rows.study(told)
-    links = run_links(told, study)
-    double(told, study)
-    client(told).delete_run(links.runs[1])
-    client(told).set_terminated(links.runs[3], "FAILED")
-    client(told).set_tag(links.runs[2], "reason", "another")
-    client(told).log_metric(links.runs[3], "val/accuracy", 0.5, timestamp=1, step=77)
-    assert sorted(check_repair(told, study)) == [
+    study = rows.study(synced)
+    links = run_links(synced, study)
+    double(synced, study)
+    client(synced).delete_run(links.runs[1])
+    client(synced).set_terminated(links.runs[3], "FAILED")
+    client(synced).set_tag(links.runs[2], "reason", "another")
+    client(synced).log_metric(links.runs[3], "val/accuracy", 0.5, timestamp=1, step=77)
+    assert sorted(check_repair(synced, study)) == [
         "trial 0: has 2 runs",
         "trial 1: its run was deleted",
         "trial 2: tags differ: reason",
@@ -415,12 +415,12 @@ def test_what_a_user_logs_in_the_studys_run_stays(home: Home) -> None:
     assert run_links(home, study).parent == parent
 
 
-def test_a_search_repairs_at_its_start_what_it_finds(told: Home) -> None:
-    study = rows.study(told)
-    double(told, study)
-    client(told).delete_run(run_links(told, study).runs[1])
-    follow(told, study)
-    assert sync(told, study) == []
+def test_a_search_repairs_at_its_start_what_it_finds(synced: Home) -> None:
+    study = rows.study(synced)
+    double(synced, study)
+    client(synced).delete_run(run_links(synced, study).runs[1])
+    follow(synced, study)
+    assert sync(synced, study) == []
 
 
 def test_sync_starts_from_nothing(home: Home) -> None:
@@ -432,19 +432,19 @@ def test_sync_starts_from_nothing(home: Home) -> None:
     assert sync(home, study) == []
 
 
-def test_exactly_the_best_weights_stay(told: Home) -> None:
-    study = rows.study(told)
-    aligned = Mirror(told, study)
+def test_exactly_the_best_weights_stay(synced: Home) -> None:
+    study = rows.study(synced)
+    aligned = Mirror(synced, study)
     aligned.open()
     aligned.align_weights(study.ranked()[:1])
 
-    def there(name: str) -> bool:
-        run = runs(told, study)[name]
-        return WEIGHTS in {info.path for info in client(told).list_artifacts(run.info.run_id)}
+    def has_weights(name: str) -> bool:
+        run = runs(synced, study)[name]
+        return WEIGHTS in {info.path for info in client(synced).list_artifacts(run.info.run_id)}
 
     best, other = (f"toy-{row.number:04d}" for row in study.ranked())
-    assert there(best)
-    assert not there(other)
+    assert has_weights(best)
+    assert not has_weights(other)
 
 
 # --- MLflow away ------------------------------------------------------------------------------------------------------
@@ -570,8 +570,8 @@ def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     coordinator.stdout.readline()
 
     def children() -> list[str]:
-        found = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-        return [line.split()[0] for line in found.splitlines() if line.split()[1] == str(coordinator.pid)]
+        processes = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+        return [line.split()[0] for line in processes.splitlines() if line.split()[1] == str(coordinator.pid)]
 
     until(lambda: len(children()) == 1)
     (child,) = children()
@@ -603,8 +603,8 @@ def test_what_is_not_finite_is_left_out() -> None:
     }
 
 
-def test_a_study_shows_its_best_so_far(told: Home) -> None:
-    study = rows.study(told)
+def test_a_study_shows_its_best_so_far(synced: Home) -> None:
+    study = rows.study(synced)
     best = [(point.step, point.value) for point in mirror.study_points(study.trials) if point.key == "value"]
     values = [study.trials[0].value, study.trials[3].value]
     assert best == [(1, values[0])] + ([(4, values[1])] if values[1] > values[0] else [])
@@ -686,17 +686,17 @@ def attributes(home: Home, study: StudyRecord) -> dict[str, Any]:
     return dict(open_storage(home).get_study_system_attrs(study.number))
 
 
-def test_trials_have_notes_and_pictures_in_the_dashboard(told: Home) -> None:
-    study = rows.study(told)
-    attrs = attributes(told, study)
-    run_id = run_links(told, study).runs[1]
+def test_trials_have_notes_and_pictures_in_the_dashboard(synced: Home) -> None:
+    study = rows.study(synced)
+    attrs = attributes(synced, study)
+    run_id = run_links(synced, study).runs[1]
     assert f"(/mlflow/experiments/1/runs/{run_id}?workflowType=machine_learning)" in attrs["dashboard:2:note_str:0"]
     assert "pruned after epoch 2" in attrs["dashboard:2:note_str:0"]
     assert "How deep?" in attrs["dashboard:note_str:0"]
     pictures = [key for key in attrs if key.startswith("dashboard:artifacts:")]
     assert len(pictures) == 4 + 2  # curves of all, confusion matrices of the complete
     for key in pictures:
-        content = (artifact_folder(told) / key.rpartition(":")[2]).read_bytes()
+        content = (artifact_folder(synced) / key.rpartition(":")[2]).read_bytes()
         assert content.startswith(b"\x89PNG")
 
 

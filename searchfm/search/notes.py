@@ -26,7 +26,7 @@ LONGEST = 2045  # characters that the dashboard puts in one attribute
 NOTED = 500  # trials: the dashboard looks through all notes for every trial it lists (1,000: 2 s a page, 2,000: 7 s)
 VIEW = "searchfm"  # the view that the table opens with
 MODE = "workflowType=machine_learning"  # else MLflow shows its pages for chat traces
-HERE = "/mlflow"  # `searchfm dashboard` leads this path of optuna-dashboard on to where MLflow's pages are just now
+HERE = "/mlflow"  # `searchfm dashboard` redirects this path of optuna-dashboard to MLflow's pages
 
 
 @dataclass(frozen=True)

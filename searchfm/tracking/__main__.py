@@ -22,7 +22,7 @@ _lock = threading.Lock()
 
 
 class LogHandler(logging.Handler):
-    """Leaves logging to the coordinator, which knows what the terminal shows."""
+    """Sends log records to the coordinator, which controls the terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Sends one line of log."""
@@ -44,13 +44,13 @@ def main() -> None:
 
 
 def receive(follower: Follower) -> None:
-    """Reads when to finish. In a thread: should the coordinator be killed, we end in the middle of any call."""
+    """Reads the deadline, in a thread: if the coordinator is killed, the process ends even during a call."""
     for line in sys.stdin:
         timer = threading.Timer(max(0.0, float(line) - time.time()), finish, (follower,))
         timer.daemon = True
         timer.start()
         follower.closing.set()
-    os._exit(0)  # the coordinator has ended, and with it our right to write
+    os._exit(0)  # the coordinator has ended: another process may now write
 
 
 def finish(follower: Follower) -> None:

@@ -29,20 +29,20 @@ log = logging.getLogger("searchfm")
 
 PASS_SECONDS = 1.0  # between two passes: several epochs go in one call
 STUDY_SECONDS = 5.0  # between two writes to the study's own run
-FIRST_DELAY, MOST_DELAY = 0.5, 30.0  # seconds between two attempts while MLflow does not answer
+FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # seconds between two attempts while MLflow does not answer
 CLOSING_DELAY = 1.0  # the same, once a search is over and the coordinator waits
-GIVE_UP_SECONDS = 10.0  # that the coordinator waits for an MLflow that does not answer
+GIVE_UP_SECONDS = 10.0  # until the coordinator stops waiting for MLflow if it does not answer
 REFUSALS = 3  # a run that MLflow refuses so often, while it takes others, is left to `searchfm sync`
 # MLflow's error codes while it, or what is before it, is out of reach.
-AWAY = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR")
+UNREACHABLE = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "IO_ERROR")
 
 
 class Tracking:
-    """The coordinator's handle of the tracking process. Use once a search, from one thread.
+    """The coordinator's handle of the tracking process. Use it for one search, from one thread.
 
     A process, since the same work in a thread, some 300 ms of Python a trial, would hold the interpreter's lock when
-    the coordinator decides: measured, its decisions took four times as long. It runs at low priority, leaves the cores
-    to training, and ends when we end, however we do.
+    the coordinator decides: measured, its decisions took four times as long. It runs at low priority, since
+    training has precedence, and ends when the coordinator ends, even if that is killed.
     """
 
     def __init__(self, home: Home, name: str) -> None:
@@ -69,9 +69,9 @@ class Tracking:
         self._relay.start()
 
     def close(self, seconds: float) -> int:
-        """Lets the process finish within so many seconds, and ends it.
+        """Lets the process finish within this many seconds, then ends it.
 
-        Returns how many trials are not aligned: 0 unless MLflow was away or refused some.
+        Returns how many trials are not aligned: 0 unless MLflow was unreachable or refused some.
         """
         if self._process is not None:
             assert self._process.stdin is not None
@@ -112,17 +112,17 @@ class Passes:
         self._study_due = 0.0  # monotonic seconds
         self._failures: Counter[int] = Counter()
         self._refusals: Counter[int] = Counter()
-        self._mute = self._whole = False
+        self._notes_failed = self._complete = False
 
     @property
     def left(self) -> int:
         """How many trials are not aligned; at least 1 while weights or the study's own run are not."""
-        return len(self._due()) or int(not self._whole)
+        return len(self._due()) or int(not self._complete)
 
     @property
     def settled(self) -> bool:
         """Whether nothing is left but runs that MLflow refuses."""
-        return self._whole and all(self._refusals[trial.number] >= REFUSALS for trial in self._due())
+        return self._complete and all(self._refusals[trial.number] >= REFUSALS for trial in self._due())
 
     def run(self, study: StudyRecord, status: str | None, *, last: bool = False) -> list[Difference]:
         """One pass: trials, weights, the study's own run, and with each its note of optuna-dashboard.
@@ -130,10 +130,10 @@ class Passes:
         status: of the study's own run, None to leave it as it is; last: align that run now, not every few seconds.
         Raises what MLflow raises when it does not answer.
         """
-        self._study, self._whole = study, False
+        self._study, self._complete = study, False
         try:
             differences = self._mirror.open()
-            # What failed goes last, and so does not block the others.
+            # Trials that failed go last: they must not block the others.
             for trial in sorted(self._due(), key=lambda trial: self._failures[trial.number]):
                 if self._refusals[trial.number] < REFUSALS:
                     differences += self._align_trial(trial)
@@ -149,11 +149,11 @@ class Passes:
         except Exception:
             self._mirror.forget()
             raise
-        self._whole = True
+        self._complete = True
         return differences
 
     def _due(self) -> list[Trial]:
-        """The trials that are not aligned. One without a config is just being asked for."""
+        """The trials that are not aligned. One without a config is just being created."""
         trials = [trial for trial in self._study.trials if trial.config or trial.state != "running"]
         return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 
@@ -162,7 +162,7 @@ class Passes:
             differences = self._mirror.align(trial_content(self._study, trial, self._mirror.parent))
         except Exception as error:
             self._failures[trial.number] += 1
-            if self._mirror.deep or _is_away(error):
+            if self._mirror.deep or _is_unreachable(error):
                 raise
             self._refusals[trial.number] += 1
             if self._refusals[trial.number] == REFUSALS:
@@ -186,9 +186,9 @@ class Passes:
             else:
                 self._notes.trial(trial, self._mirror.links(), again=changed)
         except Exception as error:
-            if not self._mute:
+            if not self._notes_failed:
                 log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)
-            self._mute = True
+            self._notes_failed = True
 
 
 def sync(home: Home, study: StudyRecord, *, apply: bool = False) -> list[Difference]:
@@ -210,7 +210,7 @@ class Follower:
         self._storage: BaseStorage | None = None
         self._study: StudyRecord | None = None
         self._passes: Passes | None = None
-        self._silent = ""  # what does not answer
+        self._unreachable = ""  # the database or server that does not answer
 
     @property
     def left(self) -> int | None:
@@ -231,7 +231,7 @@ class Follower:
                 return
             if closed and done and self._passes is not None and self._passes.settled:
                 return
-            pause, delay = (PASS_SECONDS, FIRST_DELAY) if done else (delay, min(2 * delay, MOST_DELAY))
+            pause, delay = (PASS_SECONDS, FIRST_DELAY) if done else (delay, min(2 * delay, MAX_DELAY))
             if closing:
                 time.sleep(min(pause, CLOSING_DELAY))
             else:
@@ -247,14 +247,14 @@ class Follower:
             self._passes = self._passes or Passes(self._home, study)
             self._passes.run(study, status, last=closing)
         except Exception as error:
-            if self._silent != subject:
+            if self._unreachable != subject:
                 text = "%s does not answer (%s); trials go on, and their runs follow when it does"
                 log.warning(text, subject, type(error).__name__)
-            self._silent = subject
+            self._unreachable = subject
             return False
-        if self._silent:
-            log.info("%s answers again", self._silent)
-        self._silent = ""
+        if self._unreachable:
+            log.info("%s answers again", self._unreachable)
+        self._unreachable = ""
         return True
 
     def _read(self) -> StudyRecord:
@@ -265,12 +265,12 @@ class Follower:
             self._storage = self._storage or open_storage(self._home)
             self._study = load_study(self._storage, self._home, self._name, ended)
         except Exception:
-            self._storage = None  # a connection that was dropped inside a transaction serves no longer
+            self._storage = None  # a connection that was dropped inside a transaction is no longer usable
             raise
         return self._study
 
 
-def _is_away(error: Exception) -> bool:
+def _is_unreachable(error: Exception) -> bool:
     """Whether MLflow (or what is before it) is out of reach, and not refusing."""
     code = getattr(error, "error_code", None)
-    return code in AWAY if code else isinstance(error, OSError | sqlite3.Error | sqlalchemy.exc.SQLAlchemyError)
+    return code in UNREACHABLE if code else isinstance(error, OSError | sqlite3.Error | sqlalchemy.exc.SQLAlchemyError)

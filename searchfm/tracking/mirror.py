@@ -49,8 +49,8 @@ from searchfm.records import (
 )
 from searchfm.search.notes import VIEW, Links, web_address
 
-# MLflow's word for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends FINISHED,
-# and its name and its tag `state` contain that it was pruned.
+# MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
+# FINISHED, and its name and its tag `state` contain that it was pruned.
 STATUS: Mapping[State, str] = {"running": "RUNNING", "complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 PACKAGES = ("searchfm", "torch", "torchvision", "timm", "optuna", "mlflow", "numpy")
 # Files of a trial's or a final model's folder that its run has as they are.
@@ -58,7 +58,7 @@ LOGGED = ("config.toml", EPOCHS, "log.txt", "curves.png", "confusion.png")
 TABLE = "predictions.csv"
 COMMIT = "mlflow.source.git.commit"
 MARKER = "seconds"  # a metric that every epoch has
-REPLACED = "replaced"  # the role of runs that we deleted ourselves, never to be found again
+REPLACED = "replaced"  # the role of runs that we deleted ourselves; they stay deleted
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat traces
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 PAGE = 1000  # runs a page
@@ -66,7 +66,7 @@ PARAMS, METRICS = 99, 700  # at most this many in one call
 
 # --- the client -------------------------------------------------------------------------------------------------------
 
-# MLflow must not print, send telemetry, or block long in one call (we retry ourselves). What a user has set holds.
+# MLflow must not print, send telemetry, or block long in one call (we retry ourselves). A user's settings win.
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
@@ -74,7 +74,7 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-# Set whatever the user has set: the printed URL of a run holds the server's password, and it breaks --json.
+# Overrides a user's setting: the printed URL of a run holds the server's password, and it breaks --json.
 FORCED = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 
 
@@ -144,8 +144,8 @@ def _make(uri: str, path: Path) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     partial = path.with_name(f"{path.name}.new")
-    for left in path.parent.glob(f"{partial.name}*"):
-        left.unlink()
+    for leftover in path.parent.glob(f"{partial.name}*"):
+        leftover.unlink()
     base, _, query = uri.partition("?")
     untyped: Any = SqlAlchemyStore
     store = untyped(f"{base}.new{'?' * bool(query)}{query}", (path.parent / "mlartifacts").as_uri())
@@ -160,7 +160,7 @@ def database(home: Home) -> Path | None:
 
 
 def shown(uri: str) -> str:
-    """The address of a database or server without user, password and query, fit to be shown."""
+    """The address of a database or server without user, password and query, for messages."""
     return re.sub("//[^/]*@", "//", uri).partition("?")[0]
 
 
@@ -179,7 +179,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What one run has to hold: a pure function of the record."""
+    """The expected content of one run: a pure function of the record."""
 
     trial: Trial | None = None  # of a trial's run
     tags: Mapping[str, str]
@@ -199,9 +199,9 @@ def run_key(tags: Mapping[str, str]) -> int | str | None:
 
 def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
     """The content of a trial's run. parent: the id of the study's own run."""
-    mark = {"pruned": " (pruned)", "failed": " (failed)"}.get(trial.state, "")
+    suffix = {"pruned": " (pruned)", "failed": " (failed)"}.get(trial.state, "")
     tags = {
-        **_tags(study, "trial", f"{study.name}-{trial.number:04d}{mark}", trial.state),
+        **_tags(study, "trial", f"{study.name}-{trial.number:04d}{suffix}", trial.state),
         "mlflow.parentRunId": parent,
         "trial": str(trial.number),
         "config_digest": trial.digest,
@@ -286,7 +286,7 @@ def final_content(study: StudyRecord, final: Final, folder: Path, parent: str) -
 
 
 def _tags(study: StudyRecord, role: str, name: str, state: str) -> dict[str, str]:
-    """What runs are found by, and what all have."""
+    """The tags that all runs have, and are found by."""
     return {"mlflow.runName": name, "role": role, "study": study.name, "study_uuid": study.uuid, "state": state}
 
 
@@ -304,7 +304,7 @@ def make_points(values: Mapping[str, Any], time: float, step: int) -> list[Point
 
 
 def study_points(trials: Iterable[Trial]) -> list[Point]:
-    """The search as it went, a step for each trial that ended: the best `value` so far, and how many ended how."""
+    """The course of the search, a step for each trial that ended: the best `value` so far, and counts by state."""
     counts = {"complete": 0, "pruned": 0, "failed": 0}
     best, points = -math.inf, []
     ended = sorted((trial.ended, trial.number, trial) for trial in trials if trial.ended is not None)
@@ -609,7 +609,7 @@ class Mirror:
         for trial in kept:
             run = self.active(trial.number)
             if run and run.tags.get("weights") != "kept" and (trial.folder / WEIGHTS).is_file():
-                if not run.created:  # else its absence was told
+                if not run.created:  # else its absence was listed
                     differences.append(Difference(trial.number, "its weights are not kept"))
                 if self.send:
                     self._log_weights(run, trial.folder)
@@ -618,7 +618,7 @@ class Mirror:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _missing_points(self, run: Run, content: Content) -> tuple[list[Point], list[str]]:
-        """The points that a run lacks, and the metrics in which it holds what it must not hold."""
+        """The points that a run lacks, and the metrics with points that it must not have."""
         if run.points is not None:
             return [point for point in content.points if point not in run.points], []
         expected: defaultdict[str, set[Point]] = defaultdict(set)

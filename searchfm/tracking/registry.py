@@ -36,7 +36,7 @@ FILES = "extra_files"  # where MLflow keeps files beside a model of its own form
 SUFFIXES = (".onnx", ".safetensors")
 COMPARISONS = "searchfm comparisons"  # an experiment; no study's can be named so, for the blank
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
-_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for a model that is not there
+_UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's error codes for a missing model
 
 
 # --- registering a final model ----------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _check(folder: Path, expected: str | None) -> None:
 
 
 def log_report(home: Home, study: StudyRecord, path: Path) -> None:
-    """Keeps a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
+    """Logs a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
     runs = mirror.find(home, study)
     if (run := runs.active(None)) is None:
         raise StorageError(f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply")
@@ -290,26 +290,26 @@ def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
 
 
 def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Mapping[str, str | bytes]) -> None:
-    """Keeps a comparison: a run with a note (Markdown), a table and the files by name, below it a run for each study.
+    """Logs a comparison: a run with a note (Markdown), a table and the files by name, below it a run for each study.
 
-    lines: of one study each, with `study` and plain values. The same lines are kept once. Raises StorageError.
+    lines: of one study each, with `study` and plain values. The same lines are logged once. Raises StorageError.
     """
     with reaching(home):
         client = connect(home)
         experiment = _comparisons(client, home)
-        mark = digest({"lines": [dict(line) for line in lines]})
-        if client.search_runs([experiment], f"tags.digest = '{mark}'", max_results=1):
+        lines_digest = digest({"lines": [dict(line) for line in lines]})
+        if client.search_runs([experiment], f"tags.digest = '{lines_digest}'", max_results=1):
             return
         name, now = ", ".join(line["study"] for line in lines)[:250], time.time()
-        about = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
-        tags = about | {"role": "comparison", "mlflow.note.content": note}
+        common = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
+        tags = common | {"role": "comparison", "mlflow.note.content": note}
         run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
         for line in lines:
             texts = {key: value for key, value in line.items() if isinstance(value, str)}
-            tags = about | texts | {"role": "compared", "mlflow.parentRunId": run}
-            below = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
-            mirror.log_batch(client, below, {}, {}, mirror.make_points(line, now, 0))
-            client.set_terminated(below, "FINISHED")
+            tags = common | texts | {"role": "compared", "mlflow.parentRunId": run}
+            child = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
+            mirror.log_batch(client, child, {}, {}, mirror.make_points(line, now, 0))
+            client.set_terminated(child, "FINISHED")
         client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
         with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
             for file, content in files.items():
@@ -320,7 +320,7 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
         del columns["tags.`study`"]
         view = mirror.view(columns, order="attributes.start_time", expanded=run, name=220)
         client.set_experiment_tag(experiment, mirror.VIEW_TAG, view)
-        client.set_tag(run, "digest", mark)  # the last: what a crash leaves half-way is not taken for whole
+        client.set_tag(run, "digest", lines_digest)  # the last: what a crash leaves half-way is not taken for whole
         client.set_terminated(run, "FINISHED")
 
 
