@@ -571,6 +571,7 @@ class Mirror:
         surplus = [each for each in surplus if not each.deleted]
         tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
         points, foreign = self._missing_points(run, content)
+        metrics = ", ".join(dict.fromkeys([*foreign, *(point.key for point in points)]))
         files = self._missing_files(run, content)
         unequal = content.status not in (None, run.status)
         texts = {
@@ -579,8 +580,7 @@ class Mirror:
             f"is {content.tags['state']}, its run {run.tags.get('state')} ({run.status})": unequal or "state" in tags,
             f"tags differ: {', '.join(key for key in tags if key != 'state')}": tags.keys() - {"state"},
             f"params differ: {', '.join(params)}": params,
-            f"metrics differ: {', '.join(dict.fromkeys([*foreign, *(point.key for point in points)]))}": points
-            or foreign,
+            f"metrics differ: {metrics}": metrics,
             "its run names no data set": not run.data,
             f"its run lacks {', '.join(files)}": files and not unequal,
         }
