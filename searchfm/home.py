@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,20 +91,20 @@ def unwritable(path: Path, error: OSError) -> UserError:
 def write_whole(path: Path, content: bytes) -> str:
     """Writes a file so that a crash, or a full disk, leaves the old one or the new one. Returns its sha256.
 
-    Makes the folder where it is missing. Raises StorageError.
+    Makes the folder where it is missing. One writer of a path at a time: the temporary file has one name, so that the
+    next write replaces what a killed process left. Raises StorageError.
     """
+    partial = path.with_name(f".{path.name[:100]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)  # mkstemp's 0600 would keep a server under another user from reading it
-            Path(name).replace(path)
+            partial.replace(path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
         try:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from searchfm.errors import CheckpointError, ModelError, StorageError
+from searchfm.home import write_whole
 from searchfm.learn import checkpoint
 from searchfm.learn.checkpoint import SPEC, WEIGHTS, Checkpoint
 from searchfm.learn.data import Splits
@@ -181,10 +182,13 @@ write_whole(folder / "a", b"new" * 100_000)
 """
 
 
-def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_process_killed_while_writing_leaves_the_old_file_and_the_next_write_no_other(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert (tmp_path / "a").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 2
+    write_whole(tmp_path / "a", b"next")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, kept: list[Checkpoint]) -> None:
