@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,20 +222,3 @@ def test_module_and_command_are_one() -> None:
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "12")
     assert 0 < output["trials"]["total"] < 500
-
-
-@pytest.mark.slow
-def test_sigterm_ends_with_143_and_the_same_command_resumes(tmp_path: Path) -> None:
-    arguments = ("tune", "mlp", "--trials", "8", "--home", str(tmp_path), *TINY)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "searchfm", *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "trial" in line and "/8" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    process.stdout.read()
-    process.stdout.close()
-    assert process.wait(timeout=60) == 143
-    assert tune(tmp_path, "mlp")["trials"]["total"] == 8

@@ -112,9 +112,8 @@ def lasting(home: Path) -> list[dict[str, Any]]:
                 {key: text for key, text in line.items() if key not in ("seconds", "samples_per_second", "time")}
                 for line in csv.DictReader((trial.folder / "epochs.csv").read_text().splitlines())
             ],
-            "files": {
-                name: digest for name, digest in trial.result.get("files", {}).items() if name.endswith("tensors")
-            },
+            "files": trial.result
+            and {name: digest for name, digest in trial.result.files.items() if name.endswith("tensors")},
         }
         for trial in study(home).trials
     ]
@@ -127,13 +126,13 @@ def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     arguments = ("--workers", "1", "--set", "search.pruner=hyperband")
     unbroken, broken = (new_home(tmp_path / name).path for name in ("unbroken", "broken"))
     finish(unbroken, *arguments)
-    for count in (2, 5, 8):
+    for count in (2, 6):
         process = start(broken, *arguments)
         wait_for_trials(process, broken, count)
         time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-        assert process.returncode in (143, 0)
+        assert process.returncode == 143
     finish(broken, *arguments)
     check(broken)
     assert lasting(broken) == lasting(unbroken)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -314,9 +315,10 @@ def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
-def test_the_whole_story_on_digits(home: Home, tmp_path: Path) -> None:
+def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    home = new_home(tmp_path / "home")
     options = ("--home", str(home.path))
-    for study, trials in (("mlp", "12"), ("cnn", "3")):
+    for study, trials in (("mlp", "12"), ("cnn", "1")):
         tiny = ("--dataset", "digits", "--epochs", "3", "--trials", trials, "--workers", "2")
         done = searchfm("tune", study, *tiny, *options)
         assert done.returncode == 0, done.stderr
