@@ -92,7 +92,7 @@ def test_the_poison_works_and_only_the_last_step_meets_it(new_home: Callable[[Pa
     assert "poison.png" in done.stderr.splitlines()[-1]
     lines = done.stderr.splitlines()
     assert any(line.startswith("final training") and "done" in line for line in lines)
-    (reads,) = json.loads((tmp_path / "home" / "test-reads.json").read_text()).values()
+    (reads,) = json.loads((tmp_path / "home" / "test-reads.json").read_text())["reads"].values()
     assert len(reads) == 1
     assert not (tmp_path / "home" / "studies" / "mlp" / "final").exists()
 
