@@ -1,5 +1,6 @@
 """The built-in study files: each has a question and a measurement, is in the table, and trains."""
 
+import dataclasses
 import json
 import math
 import re
@@ -192,9 +193,7 @@ def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -
     named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
     root = write_digits(tmp_path / "images")
     folder = tuned("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
-    assert [named.data[key] for key in ("shape", "classes", "train", "validation")] == [
-        folder.data[key] for key in ("shape", "classes", "train", "validation")
-    ]
+    assert dataclasses.replace(named.data, fingerprint="") == dataclasses.replace(folder.data, fingerprint="")
     assert named.best is not None
     assert folder.best is not None
     assert min(named.best.value or 0, folder.best.value or 0) > 0.95
