@@ -227,8 +227,8 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     if weights:
         path = resnet18_weights(tmp_path / "resnet18.safetensors")
         options = ["--set", f"model.transfer.weights={path}"]
-    options += ["--subset", "0.05", "--epochs", "1", "--set", "data.validation=0.05"]
-    result = tune(new_home(tmp_path / "home").path, study, "--trials", "2", *options)
+    options += ["--subset", "0.05", "--epochs", "1"]
+    result = tune(new_home(tmp_path / "home").path, study, "--trials", "4", *options)
     assert result["study"] == study
-    assert (result["trials"]["total"], result["trials"]["failed"]) == (2, 0)
+    assert (result["trials"]["total"], result["trials"]["failed"]) == (4, 0)
     assert result["best"]["value"] > 0.2, "ten classes: better than chance"
