@@ -23,7 +23,7 @@ from searchfm.home import Home
 from searchfm.learn import datasets, export
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
-from searchfm.learn.datasets import FASHION_CLASSES
+from searchfm.learn.datasets import CLOTHES
 from searchfm.learn.images import Arrays, listing, read_folder
 from searchfm.learn.train import Training
 
@@ -105,7 +105,7 @@ def test_fashion_mnists_own_images_are_named_right(searchfm: Callable[..., Outpu
     rows = json.loads(out)
     assert [row["image"] for row in rows] == sorted(str(path) for path in images.rglob("*.png"))
     assert all(set(row) == {"image", "class", "probability"} for row in rows)
-    correct = [row for row in rows if row["class"] == FASHION_CLASSES[int(Path(row["image"]).parent.name)]]
+    correct = [row for row in rows if row["class"] == CLOTHES[int(Path(row["image"]).parent.name)]]
     assert len(correct) >= 70
     sure = [row for row in rows if row["probability"] > 0.95]
     assert len([row for row in sure if row in correct]) > 0.85 * len(sure), "probabilities mean something"
@@ -120,10 +120,10 @@ def test_what_is_printed_is_what_the_model_says(
     rows = json.loads(searchfm("predict", model, images, "--json", "--top", "20")[1])
     for row in rows:
         probabilities = expected[int(Path(row["image"]).stem)]
-        assert row["class"] == FASHION_CLASSES[probabilities.argmax()]
-        assert {one["class"] for one in row["top"]} == set(FASHION_CLASSES)
+        assert row["class"] == CLOTHES[probabilities.argmax()]
+        assert {one["class"] for one in row["top"]} == set(CLOTHES)
         for one in row["top"]:
-            assert one["probability"] == pytest.approx(probabilities[FASHION_CLASSES.index(one["class"])], abs=2e-6)
+            assert one["probability"] == pytest.approx(probabilities[CLOTHES.index(one["class"])], abs=2e-6)
         ranked = [one["probability"] for one in row["top"]]
         assert ranked == sorted(ranked, reverse=True)
         assert row["top"][0] == {"class": row["class"], "probability": row["probability"]}

@@ -58,22 +58,16 @@ def load(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Pa
 
     Raises DataError for data that are unknown, unreachable or unreadable, or a class too small to be split.
     """
-    (whole, *own), classes = _training(config, data_dir)
-    rest, held = split(whole.labels.numpy(), classes, config, validated=bool(own))
-    return _splits(_select(whole, rest), own[0] if own else _select(whole, held), classes, device)
+    file = datasets.parsed(config, "train", data_dir)
+    whole = _open(file)
+    rest, held = split(whole.labels.numpy(), file.classes, config, own=file.validation)
+    return _splits(_select(whole, rest), _select(whole, held), file.classes, device)
 
 
 def load_full(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Splits:
-    """All training and validation data as one training part, for final training; nothing is held out.
-
-    Raises DataError as `load` does.
-    """
-    (whole, *own), classes = _training(config, data_dir)
-    if own:
-        fields = ("images", "labels", "indices")
-        images, labels, indices = (torch.cat([getattr(part, field) for part in (whole, *own)]) for field in fields)
-        whole = replace(whole, images=images, labels=labels, indices=indices)
-    return _splits(whole, None, classes, device)
+    """All training and validation data as one training part, for final training. Raises DataError as `load` does."""
+    file = datasets.parsed(config, "train", data_dir)
+    return _splits(_open(file), None, file.classes, device)
 
 
 def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_dir: Path | None = None) -> Part:
@@ -85,30 +79,30 @@ def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_di
     return part
 
 
-def split(
-    labels: Labels, classes: Sequence[str], config: DataConfig, *, validated: bool = False
-) -> tuple[Labels, Labels]:
+def split(labels: Labels, classes: Sequence[str], config: DataConfig, *, own: int = 0) -> tuple[Labels, Labels]:
     """Indices (ascending) of the training and of the validation images among `labels` (N,).
 
-    Validation is the fraction `config.validation` of every class (nothing if the data are `validated` otherwise),
+    Validation is the fraction `config.validation` of every class, or the last `own` images where there are any;
     training is the fraction `config.subset` of the rest. Both depend on `config.seed`, are exact to the nearest image,
     and have at least one image of each class. Of two subsets with one seed, the larger contains the smaller.
     Raises DataError for a class with too few images.
     """
-    counts, least = np.bincount(labels, minlength=len(classes)), 1 if validated else 2
+    total, labels = len(labels), labels[: len(labels) - own]
+    counts, least = np.bincount(labels, minlength=len(classes)), 1 if own else 2
     if counts.min() < least:
         few = int(counts.argmin())
         raise DataError(
             f"data.name = {show(config.name)}: class {show(classes[few])} has {counts[few]} images to "
-            f"{'train' if validated else 'train and validate'} on: must have at least {least}"
+            f"{'train' if own else 'train and validate'} on: must have at least {least}"
         )
-    held = np.zeros(len(labels), dtype=np.bool_)
-    if not validated:
-        held = _chosen(labels, config.validation, "validation", config.seed, spare=1)
-    rest = np.flatnonzero(~held)
+    if own:
+        rest, held = np.arange(len(labels)), np.arange(len(labels), total)
+    else:
+        chosen = _chosen(labels, config.validation, "validation", config.seed, spare=1)
+        rest, held = np.flatnonzero(~chosen), np.flatnonzero(chosen)
     if config.subset < 1:
         rest = rest[_chosen(labels[rest], config.subset, "subset", config.seed, spare=0)]
-    return rest, np.flatnonzero(held)
+    return rest, held
 
 
 def _chosen(labels: Labels, fraction: float, purpose: str, seed: int, *, spare: int) -> NDArray[np.bool_]:
@@ -159,14 +153,6 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = fractions @ values
     variance = (fractions * (values - mean[:, None]) ** 2).sum(1)
     return mean.float(), variance.sqrt().clamp_min(1 / 255).float()
-
-
-def _training(config: DataConfig, data_dir: Path | None) -> tuple[list[Part], tuple[str, ...]]:
-    """All training data, with the validation part behind it if the data have their own; class names."""
-    files = datasets.training_parts(config, data_dir)
-    fingerprint = datasets.fingerprint_of(files)
-    parts = [replace(_open(file), fingerprint=fingerprint) for file in files]
-    return [parts[0], *(replace(val, indices=val.indices + len(parts[0])) for val in parts[1:])], files[0].classes
 
 
 def _splits(train: Part, val: Part | None, classes: tuple[str, ...], device: str | torch.device) -> Splits:

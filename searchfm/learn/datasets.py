@@ -22,12 +22,11 @@ import tarfile
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException
-from importlib.util import find_spec
-from itertools import chain
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +38,8 @@ from safetensors.numpy import save
 
 from searchfm.config import DATASETS, DataConfig, Shape
 from searchfm.errors import DataError, StorageError
-from searchfm.home import write_whole
-from searchfm.learn.images import Arrays, PartName, Pixels, has_val, image_hash, is_test, listing, read_folder, resized
+from searchfm.home import data_folder, write_whole
+from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, listing, read_folder, resized
 from searchfm.tables import show
 
 log = logging.getLogger(__name__)
@@ -65,10 +64,7 @@ ABOUT = {  # images for training and validation, images for testing, origin
     "cifar10": (50000, 10000, "Krizhevsky 2009"),
     "cifar100": (50000, 10000, "Krizhevsky 2009"),
 }
-FASHION_CLASSES = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 # Checksums of the files when unpacked, for copies differ in how they are packed: Debian's Fashion-MNIST is the mirror's
 # to the bit but for gzip's header (tried: with name and time put back, its MD5 is the published one).
 IDX = {
@@ -108,10 +104,10 @@ class Parsed:
     """
 
     path: Path
-    count: int
     shape: Shape  # channels, height, width, after `config.size`
     classes: tuple[str, ...]
     fingerprint: str  # as in `Arrays`
+    validation: int  # as in `Arrays`
 
 
 def describe(name: str, data_dir: Path | None = None) -> Described:
@@ -133,19 +129,6 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
     return folder_of(name) or _obtain(name, data_dir, lambda location: location)
 
 
-def training_parts(config: DataConfig, data_dir: Path | None = None) -> tuple[Parsed, ...]:
-    """The parts with the training and validation images: one, or two where a folder has its own val/."""
-    root = folder_of(config.name)
-    train = parsed(config, "train", data_dir)
-    return (train, parsed(config, "val", data_dir)) if root and has_val(root) else (train,)
-
-
-def fingerprint_of(parts: Sequence[Parsed]) -> str:
-    """sha256 of the content of parts: pixels at their own size, labels and class names."""
-    prints = [part.fingerprint for part in parts]
-    return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
-
-
 def training_images(
     config: DataConfig, indices: Sequence[int], fingerprint: str, data_dir: Path | None = None
 ) -> Pixels:
@@ -153,17 +136,12 @@ def training_images(
 
     fingerprint: of the data of the indices. Raises DataError for data that have changed since, or cannot be read.
     """
-    parts = training_parts(config, data_dir)
-    if fingerprint_of(parts) != fingerprint:
+    part = parsed(config, "train", data_dir)
+    if part.fingerprint != fingerprint:
         raise DataError(f"data.name = {show(config.name)}: the data have changed since the study began")
-    rows: dict[int, Pixels] = {}
-    first = 0
-    for part in parts:
-        with safe_open(part.path, "np") as opened:
-            content = opened.get_slice("images")
-            rows |= {i: content[i - first] for i in indices if first <= i < first + part.count}
-        first += part.count
-    return np.stack([rows[i] for i in indices])
+    with safe_open(part.path, "np") as opened:
+        images = opened.get_slice("images")
+        return np.stack([images[i] for i in indices])
 
 
 def parsed(config: DataConfig, part: PartName, data_dir: Path | None = None) -> Parsed:
@@ -192,7 +170,8 @@ def parsed(config: DataConfig, part: PartName, data_dir: Path | None = None) -> 
 
 def _write(path: Path, arrays: Arrays, replaced: str) -> Parsed:
     """Writes a parsed file; removes those of an earlier state of the folder, and what killed processes left."""
-    about = {"classes": json.dumps(arrays.classes), "fingerprint": arrays.fingerprint}
+    classes, validation = json.dumps(arrays.classes), str(arrays.validation)
+    about = {"classes": classes, "fingerprint": arrays.fingerprint, "validation": validation}
     write_whole(path, save({"images": np.ascontiguousarray(arrays.images), "labels": arrays.labels}, about))
     for old in {*path.parent.glob(replaced), *path.parent.glob(".*")} - {path}:
         old.unlink()
@@ -206,10 +185,11 @@ def _open(path: Path) -> Parsed | None:
     try:
         with safe_open(path, "np") as opened:
             about = opened.metadata()
-            count, channels, height, width = opened.get_slice("images").get_shape()
+            _, channels, height, width = opened.get_slice("images").get_shape()
     except (OSError, SafetensorError):
         return None
-    return Parsed(path, count, (channels, height, width), tuple(json.loads(about["classes"])), about["fingerprint"])
+    shape, classes = (channels, height, width), tuple(json.loads(about["classes"]))
+    return Parsed(path, shape, classes, about["fingerprint"], int(about.get("validation", 0)))
 
 
 # --- data sets by name ------------------------------------------------------------------------------------------------
@@ -219,12 +199,10 @@ def folder_of(name: str) -> Path | None:
     """The folder of images called `name`; None for a built-in data set. Raises DataError for neither."""
     if name in DATASETS:
         return None
-    try:
+    with suppress(OSError, RuntimeError):  # too long a name; no such user's home
         path = Path(name).expanduser()
         if name and path.is_dir():
             return path.resolve()
-    except (OSError, RuntimeError):  # too long a name; no such user's home
-        pass
     raise DataError(
         f"data.name = {show(name)}: must be one of {', '.join(DATASETS)}, or an existing folder of images (CLASS/*.png)"
     )
@@ -255,7 +233,7 @@ def _read_idx(location: Path, part: PartName, name: str) -> Arrays:
     stem, (channels, height, width) = "train" if part == "train" else "t10k", DATASETS[name][0]
     images, labels = (_idx(location, f"{stem}-{kind}-ubyte", name) for kind in ("images-idx3", "labels-idx1"))
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, channels, height, width)  # 16 and 8: the headers
-    classes = FASHION_CLASSES if name == "fashion-mnist" else [str(digit) for digit in range(10)]
+    classes = CLOTHES if name == "fashion-mnist" else [str(digit) for digit in range(10)]
     return Arrays.of(pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64), classes)
 
 
@@ -327,9 +305,7 @@ def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
     """The result of `use` for the first location for which it raises no DataError; downloads are tried last."""
     locations, problems = _locations(name, data_dir), []
     with lock(f"{name}-files"):
-        local = (partial(Path, location) for location in locations if _complete(name, location))
-        sources: Iterator[Callable[[], Path]] = chain(local, _remote(name))
-        for locate in sources:
+        for locate in _sources(name, locations):
             try:
                 return use(locate())
             except DataError as error:
@@ -342,11 +318,8 @@ def _obtain(name: str, data_dir: Path | None, use: Callable[[Path], T]) -> T:
 def _locations(name: str, data_dir: Path | None) -> list[Path]:
     """Possible locations on this machine, in the order of search: folders, files, CIFAR's archive."""
     if name == "digits":
-        package = find_spec("sklearn")  # imports nothing
-        assert package is not None
-        assert package.origin is not None
-        return [Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"]
-    user = data_dir or (Path(os.environ["SEARCHFM_DATA"]) if os.environ.get("SEARCHFM_DATA") else None)
+        return [Path(str(distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")))]
+    user = data_folder(data_dir)
     if user is not None and not user.is_dir():
         raise DataError(f"data folder {user}: must be an existing folder (--data-dir, SEARCHFM_DATA)")
     _, folder, archive = TORCHVISION[name]
@@ -361,8 +334,9 @@ def _complete(name: str, location: Path) -> bool:
     return location.exists() and all(file.exists() or file.with_suffix(".gz").exists() for file in files)
 
 
-def _remote(name: str) -> Iterator[Callable[[], Path]]:
-    """Downloads into the cache, to be tried in this order. Callers hold the lock."""
+def _sources(name: str, locations: Sequence[Path]) -> Iterator[Callable[[], Path]]:
+    """Copies on this machine, then downloads into the cache, to be tried in this order. Callers hold the lock."""
+    yield from (partial(Path, location) for location in locations if _complete(name, location))
     source, archive, folder = _torchvision(name), TORCHVISION[name][2], cache_dir() / "files" / name
     files = [(archive, source.tgz_md5)] if archive else source.resources
     mirrors = [source.url.removesuffix(archive)] if archive else source.mirrors

@@ -35,6 +35,7 @@ class Arrays:
     labels: Labels  # (N,)
     classes: tuple[str, ...]
     fingerprint: str  # sha256 of pixels (at their own size), labels and class names
+    validation: int = 0  # of the images, the last ones, that are the data's own validation part
 
     @classmethod
     def of(
@@ -60,9 +61,7 @@ def is_test(hash_: bytes) -> bool:
 
 
 def resized(image: Pixels, size: int | tuple[int, int]) -> Pixels:
-    """An image (C, H, W) as (C, size, size), or at another height and width: bilinear, and antialiased where it
-    shrinks. 0 leaves it.
-    """
+    """An image (C, H, W) with another side, or (height, width): bilinear, antialiased where it shrinks. 0 leaves it."""
     height, width = (size, size) if isinstance(size, int) else size
     if not size or image.shape[1:] == (height, width):
         return image
@@ -112,19 +111,14 @@ class Listing:
     classes: tuple[str, ...]  # of the training part, sorted
     files: tuple[Path, ...]
     labels: tuple[int, ...]
+    val: "Listing | None"  # of the training part: the folder's own validation part
 
     def key(self) -> str:
         """sha256 of names, sizes and times of change: another key, other images."""
         stats = [(path.stat() if path.exists() else path.lstat()) for path in self.files]  # a link may be broken
         files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.files, stats, strict=True)]
-        return hashlib.sha256(
-            json.dumps([str(self.base), self.part, self.carved, self.classes, files]).encode()
-        ).hexdigest()
-
-
-def has_val(root: Path) -> bool:
-    """Whether a folder of images has a validation part of its own."""
-    return bool(_folders(root / "train")) and (root / "val").is_dir()
+        state = [str(self.base), self.part, self.carved, self.classes, files, self.val and self.val.key()]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def listing(root: Path, part: PartName) -> Listing:
@@ -149,7 +143,8 @@ def listing(root: Path, part: PartName) -> Listing:
                 f"{folder}: holds no image; may hold {', '.join(sorted(SUFFIXES))}, not hidden, no links to elsewhere"
             )
         files |= dict.fromkeys(paths, classes.index(folder.name))
-    return Listing(base, part, carved, classes, tuple(files), tuple(files.values()))
+    val = listing(root, "val") if part == "train" and split and (root / "val").is_dir() else None
+    return Listing(base, part, carved, classes, tuple(files), tuple(files.values()), val)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -159,9 +154,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def image_files(folder: Path, root: Path) -> list[Path]:
-    """The files in a folder, at any depth, with the suffix of an image, sorted; without hidden files, links to folders,
-    and links out of `root`.
-    """
+    """The files in a folder, at any depth, with an image's suffix: not hidden, no links to folders or out of `root`."""
 
     def is_image(path: Path) -> bool:
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
@@ -181,6 +174,7 @@ def image_files(folder: Path, root: Path) -> list[Path]:
 
 def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arrays:
     """Decodes a part: grey if all its images are, else RGB, or as `channels` (1 or 3) says; resized to `size` unless 0.
+    The folder's own validation part, in the channels of the training part, follows that.
 
     Raises one DataError for all files that cannot be read, or for images of several sizes where `size` is 0.
     """
@@ -205,13 +199,23 @@ def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arr
     channels = channels or max(len(image) for _, _, image, _ in kept)
     pixels = np.stack([in_channels(image, channels) for _, _, image, _ in kept])
     labels = np.array([label for _, label, _, _ in kept], dtype=np.int64)
-    return Arrays.of(pixels, labels, listing.classes, [hash_ for *_, hash_ in kept])
+    arrays = Arrays.of(pixels, labels, listing.classes, [hash_ for *_, hash_ in kept])
+    if listing.val is None:
+        return arrays
+    val = read_folder(listing.val, size, channels)
+    if val.images.shape[1:] != pixels.shape[1:]:
+        raise DataError(f"{listing.val.base}: images differ in size from those of {listing.base}: set data.size")
+    return Arrays(
+        np.concatenate([pixels, val.images]),
+        np.concatenate([labels, val.labels]),
+        listing.classes,
+        hashlib.sha256((arrays.fingerprint + val.fingerprint).encode()).hexdigest(),
+        len(val.labels),
+    )
 
 
 def _decoded(path: Path, listing: Listing, size: int) -> tuple[Pixels, bytes] | str | None:
-    """An image at `size` with the hash of its original pixels; the reason if it is unreadable; None if it belongs to
-    the other part of a carved folder.
-    """
+    """An image at `size` and the hash of its own pixels; why it is unreadable; None if it is of the other part."""
     try:
         image = decode(path)
     except ValueError as error:

@@ -144,11 +144,11 @@ def test_a_class_too_small_to_be_split_is_named() -> None:
     labels = np.array([0, 0, 0, 1, 2, 2])
     with pytest.raises(DataError, match='class "b" has 1 images to train and validate on: must have at least 2'):
         split(labels, ("a", "b", "c"), DIGITS)
-    train, held = split(labels, ("a", "b", "c"), DataConfig(subset=0.1), validated=True)
-    assert len(held) == 0
+    train, held = split(np.append(labels, [1, 1]), ("a", "b", "c"), DataConfig(subset=0.1), own=2)
+    assert held.tolist() == [6, 7]
     assert sorted(labels[train]) == [0, 1, 2]  # one of each at least
     with pytest.raises(DataError, match='class "d" has 0 images to train on: must have at least 1'):
-        split(labels, ("a", "b", "c", "d"), DIGITS, validated=True)
+        split(np.append(labels, 3), ("a", "b", "c", "d"), DIGITS, own=1)
 
 
 def test_digits_test_part_is_carved_by_content_and_nothing_moves_it() -> None:
@@ -255,7 +255,7 @@ def test_images_have_the_shape_that_is_known_before_reading(config: DataConfig) 
 def test_reading_imports_no_torch(parsed_once: Path) -> None:
     code = (
         "import sys; from searchfm.config import DataConfig; from searchfm.learn import datasets; "
-        "[datasets.training_parts(DataConfig(name=name)) for name in ('digits', 'fashion-mnist')]; "
+        "[datasets.parsed(DataConfig(name=name), 'train') for name in ('digits', 'fashion-mnist')]; "
         "[datasets.describe(name) for name in ('digits', 'fashion-mnist', 'cifar100')]; "
         "print({'torch', 'torchvision'} & set(sys.modules))"
     )
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_no_half_file(empty_cache: Path) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); "
         "from searchfm.config import DataConfig; from searchfm.learn import datasets; "
-        "datasets.training_parts(DataConfig(name='digits'))"
+        "datasets.parsed(DataConfig(name='digits'), 'train')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -66,7 +66,7 @@ def validation() -> tuple[str, NDArray[np.int64], NDArray[np.int64]]:
     from safetensors.numpy import load_file
 
     config = DataConfig(name="digits")
-    (part,) = datasets.training_parts(config)
+    part = datasets.parsed(config, "train")
     labels = load_file(part.path)["labels"]
     _, held = split(labels, DIGITS, config)
     return part.fingerprint, held, labels[held]
