@@ -4,12 +4,13 @@ The same classes read a study file (where a leaf may be a range, see `search/spa
 payload of a job, so a key has one meaning everywhere. Defaults are here and nowhere else.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from searchfm.errors import ConfigError
 from searchfm.tables import Table, branch, digest, key, table
 
 Shape = tuple[int, int, int]  # channels, height, width
+Pool = Literal["none", "max", "average", "max-same"]
 
 # Image shape and number of classes of the built-in data sets. Reading a folder of images gives its own.
 DATASETS: dict[str, tuple[Shape, int]] = {
@@ -55,7 +56,7 @@ class Cnn(Model, tag="cnn"):
     filters: tuple[int, ...] = key(32, "filters of each stage's convolutions", ge=1, per="stages")
     convs: int = key(1, "convolutions per stage", ge=1, le=8)
     kernel: int = key(3, "side of the convolution kernel in pixels, odd", ge=1, le=15)
-    pool: tuple[Literal["none", "max", "average", "max-same"], ...] = key(
+    pool: tuple[Pool, ...] = key(
         "max", "pooling after each stage: 2x2, which halves the image; max-same: 3x3, same size", per="stages"
     )
     batch_norm: bool = key(False, "batch norm before each ReLU")
@@ -247,10 +248,7 @@ class TrainConfig(Table):
     ema: float = key(0.0, "decay per step of averaged weights, which are then validated; 0 is off", ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on cuda, else float32", fixed=True)
     seed: int | None = key(
-        None,
-        "seed of initialisation, data order and augmentation; default: by search.seed and trial",
-        ge=0,
-        fixed=True,
+        None, "seed of initialisation, data order and augmentation; default: by search.seed and trial", ge=0, fixed=True
     )
 
 
@@ -273,8 +271,8 @@ class Config(Table):
 
     def digest(self) -> str:
         """sha256 of the config without its seed. Twins have equal digests."""
-        values: dict[str, Any] = self.to_table()
-        values["train"] = {name: value for name, value in values["train"].items() if name != "seed"}
+        values = self.to_table()
+        values["train"].pop("seed", None)
         return digest(values)
 
 

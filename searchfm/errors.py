@@ -3,6 +3,9 @@
 Each message is one line: where, what came, what may come.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SearchfmError(Exception):
     """An error shown to the user as one line; `exit_code` is that of the command."""
@@ -53,6 +56,20 @@ class DataError(UserError):
 
 class ModelError(UserError):
     """A model, or its weights, that is unknown, unreachable or of another shape."""
+
+
+@contextmanager
+def model_errors(problem: str) -> Iterator[None]:
+    """ModelError, a line that begins with `problem`, for any error inside: libraries raise many classes for a model."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"{problem}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first 200 characters of an error's text in one line, or its class if it has no text."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class CheckpointError(WorldError):

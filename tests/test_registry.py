@@ -22,7 +22,7 @@ from searchfm.errors import ModelError, StorageError
 from searchfm.format import sentence, times
 from searchfm.home import TRACKING, Home
 from searchfm.learn.checkpoint import load_classifier, save_weights
-from searchfm.learn.models import Served, classifier
+from searchfm.learn.models import classifier, served
 from searchfm.records import (
     EPOCHS,
     WEIGHTS,
@@ -124,7 +124,7 @@ def test_it_loads_with_mlflow_alone_and_answers_what_the_model_does(
     assert loaded.metadata.metadata["classes"] == CLASSES
     example = loaded.input_example
     assert np.array_equal(example, np.load(first[0] / "example.npy"))
-    ours = Served(load_classifier(first[0])[0]).eval()
+    ours = served(load_classifier(first[0])[0])
     for count in (1, 2, 5):
         images = np.random.default_rng(count).integers(0, 256, (count, *SHAPE), np.uint8)
         with torch.no_grad():
@@ -285,7 +285,7 @@ def asked(first: tuple[Path, Final], tmp_path: Path) -> tuple[Path, np.ndarray]:
     images = np.random.default_rng(7).integers(0, 256, (3, *SHAPE), np.uint8)
     np.save(tmp_path / "images.npy", images)
     with torch.no_grad():
-        return tmp_path / "images.npy", Served(load_classifier(first[0])[0]).eval()(torch.from_numpy(images)).numpy()
+        return tmp_path / "images.npy", served(load_classifier(first[0])[0])(torch.from_numpy(images)).numpy()
 
 
 def same(answers: list[list[float]], expected: np.ndarray, record_property: Callable[[str, object], None]) -> None:

@@ -5,7 +5,6 @@ rename puts both in place, and a flipped bit, which safetensors loads without an
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import logging
@@ -19,8 +18,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from searchfm.config import Config, Transfer
-from searchfm.errors import CheckpointError, ModelError
+from searchfm.config import Config
+from searchfm.errors import CheckpointError, ModelError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.learn.models import Classifier, build
 from searchfm.records import Epoch
@@ -82,10 +81,7 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
 
 
 def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:
-    """The checkpoint with the most epochs that is undamaged and the owner's; None if there is none.
-
-    Skipped ones are logged. A folder may be missing.
-    """
+    """The owner's undamaged checkpoint with the most epochs, if any; others are logged. A folder may be missing."""
     for path in _listed(folders):
         try:
             return read(path, owner)
@@ -118,8 +114,7 @@ def _contents(path: Path) -> tuple[str, dict[str, Tensor]]:
 def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> dict[str, str]:
     """Writes `weights.safetensors` (float32, preprocessing inside) and `model.json`; returns their sha256 by name.
 
-    spec: plain values; `config` (a table), `classes` (names) and `shape` (C, H, W) are what `load_classifier` needs.
-    Raises StorageError.
+    spec: plain values, among them `config` (a table), `classes` (names) and `shape` (C, H, W). Raises StorageError.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     described = {"format": _FORMAT, **spec, "mean": model.mean.tolist(), "std": model.std.tolist()}
@@ -158,15 +153,9 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
-    """The classifier of a spec with its weights, on the CPU in evaluation mode. Call it within `refusing`: a bad spec
-    raises many kinds of errors.
-    """
-    config = Config.from_table(spec["config"])
-    kind = config.model.kind
-    if isinstance(kind, Transfer):  # the weights are here: nothing to fetch
-        kind = dataclasses.replace(kind, weights="none")
-    channels, height, width = spec["shape"]
-    net = build(dataclasses.replace(config.model, kind=kind), (channels, height, width), len(spec["classes"]), seed=0)
+    """A spec's classifier, on the CPU in evaluation mode. Call it within `refusing`: a bad spec raises many errors."""
+    config, (channels, height, width) = Config.from_table(spec["config"]), spec["shape"]
+    net = build(config.model, (channels, height, width), len(spec["classes"]), seed=0, pretrained=False)
     model = Classifier(net, tensors["mean"], tensors["std"])
     model.load_state_dict(tensors)
     return model.eval()
@@ -182,4 +171,4 @@ def refusing(where: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
     except Exception as error:  # a foreign file or spec raises anything
-        raise ModelError(f"{where}: not a model of this version: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{where}: not a model of this version: {one_line(error)}") from error

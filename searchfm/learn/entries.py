@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from searchfm.config import Config, DataConfig, Transfer
-from searchfm.errors import DataError, ModelError, Stopped, WorldError
+from searchfm.errors import DataError, ModelError, Stopped, WorldError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
@@ -86,8 +86,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
         result = yield from _trained(job, context, load_full)
     finally:
         torch.set_num_threads(threads)
-    if context.folder is None:
-        return result.to_json()
+    assert context.folder is not None
     config = Config.from_table(job.config).data
     images = _cached_data(config, job.data_dir, context, load_full).train.images[:2]
     content = io.BytesIO()
@@ -102,6 +101,7 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
     payload: a TestJob. Writes the predictions into the context's folder. Returns a TestResult. Raises ModelError if the
     weights are not those that were trained, DataError as `load_test` does.
     """
+    assert context.folder is not None
     job = TestJob.from_json(payload, "test")
     folder = Path(job.model)
     for name, expected in job.files.items():
@@ -126,7 +126,7 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
         per_class=predictions.per_class(spec["classes"]),
         fingerprint=part.fingerprint,
         seconds=time.perf_counter() - began,
-        files={PREDICTIONS: predictions.write(context.folder)} if context.folder else {},
+        files={PREDICTIONS: predictions.write(context.folder)},
     ).to_json()
 
 
@@ -135,9 +135,10 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
     try:
         return (yield from _training(job, context, load))
     except (MemoryError, RuntimeError) as error:
-        reason = _out_of_memory(error)
-        if reason is None:
+        # For a CPU, torch has no class, only a text.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        reason = one_line(error)
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
     gc.collect()
     if context.device.startswith("cuda"):
@@ -146,15 +147,16 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
 
 
 def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
+    assert context.folder is not None
     config = Config.from_table(job.config)
-    data = _cached_data(config.data, job.data_dir, context, load)
+    table, data = config.to_table(), _cached_data(config.data, job.data_dir, context, load)
     if data.fingerprint != job.fingerprint:
         raise DataError(
             f'data.name = "{config.data.name}": the data changed since the study began '
             f"(fingerprint {data.fingerprint[:12]}, was {job.fingerprint[:12]})"
         )
-    owner = {"trial": job.identity, "config": digest(config.to_table()), "data": data.fingerprint}
-    folders = [*([context.folder] if context.folder else []), *context.earlier]
+    owner = {"trial": job.identity, "config": digest(table), "data": data.fingerprint}
+    folders = [context.folder, *context.earlier]
     resume = checkpoint.newest(folders, owner)
     training = Training(config, data, device=context.device, resume=resume, tick=context.tick)
     if resume is not None:
@@ -164,43 +166,48 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     try:
         for epoch in training:
             last = training.checkpoint()  # in memory: the next epoch may be stopped midway
-            if context.folder and time.monotonic() - written >= job.checkpoint_seconds:
+            if time.monotonic() - written >= job.checkpoint_seconds:
                 checkpoint.write(context.folder, last, owner)
                 written = time.monotonic()
             log.info("epoch %d: %s", epoch.index, _line(epoch))
             yield epoch
         validation = training.validation or training.validate()
     except (Stopped, GeneratorExit):  # in the middle of an epoch, or between two
-        if context.folder and last.epochs:
+        if last.epochs:
             checkpoint.write(context.folder, last, owner)
         raise
-    files = {}
-    if context.folder:
-        files = checkpoint.save_weights(context.folder, training.classifier, _spec(training))
-        if validation is not None and data.val is not None:
-            files[PREDICTIONS] = _predictions(data.val, validation).write(context.folder)
-        checkpoint.remove(folders)
-    return _result(training, validation, files)
+    spec = {
+        "config": table,
+        "classes": list(data.classes),
+        "shape": list(training.shape),
+        "fingerprint": data.fingerprint,
+        "versions": _versions(),
+    }
+    files = checkpoint.save_weights(context.folder, training.classifier, spec)
+    if validation is not None and data.val is not None:
+        files[PREDICTIONS] = _predictions(data.val, validation).write(context.folder)
+    checkpoint.remove(folders)
+    return _result(training, files)
 
 
 def _cached_data(config: DataConfig, data_dir: str | None, context: Context, load: Loader) -> Splits:
     """The data, from the worker's cache if an earlier job had the same."""
-    key = ("data", load.__name__, digest(config.to_table()), data_dir, context.device)
+    key = (load.__name__, digest(config.to_table()), data_dir, context.device)
     splits: Splits | None = context.cache.pop(key, None)
     if splits is None:
         splits = load(config, device=context.device, data_dir=Path(data_dir) if data_dir else None)
     context.cache[key] = splits  # the latest used is last
-    for old in [name for name in context.cache if isinstance(name, tuple) and name[:1] == ("data",)][:-_CACHED]:
+    for old in list(context.cache)[:-_CACHED]:
         del context.cache[old]
     return splits
 
 
-def _result(training: Training, validation: Evaluation | None, files: Mapping[str, str]) -> TrainResult:
+def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
     total, trainable = parameters(training.model)
     best = max(training.epochs, key=lambda epoch: (epoch.val_accuracy or 0.0, -epoch.index))
     return TrainResult(
-        value=None if validation is None else training.epochs[-1].val_accuracy,
-        best_epoch=best.index if validation is not None else None,
+        value=training.epochs[-1].val_accuracy,
+        best_epoch=None if best.val_accuracy is None else best.index,
         parameters=total,
         trainable=trainable,
         flops=flops(training.classifier, training.shape),
@@ -210,16 +217,6 @@ def _result(training: Training, validation: Evaluation | None, files: Mapping[st
         versions=_versions(),
         files=files,
     )
-
-
-def _spec(training: Training) -> dict[str, Any]:
-    return {
-        "config": training.config.to_table(),
-        "classes": list(training.data.classes),
-        "shape": list(training.shape),
-        "fingerprint": training.data.fingerprint,
-        "versions": _versions(),
-    }
 
 
 def _predictions(part: Part, evaluation: Evaluation) -> Predictions:
@@ -234,14 +231,6 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
-
-
-def _out_of_memory(error: BaseException) -> str | None:
-    """One line if the error is out-of-memory; None for any other. For a CPU, torch has no class, only a text."""
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return " ".join(text.split())[:200] or type(error).__name__
-    return None
 
 
 def _line(epoch: Epoch) -> str:

@@ -10,11 +10,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, assert_never, get_args
+from typing import Annotated, Any, Literal, TypeAlias, assert_never, get_args
 
+import msgspec
 import numpy as np
 import safetensors.torch
 import torch
@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from searchfm.config import Shape
-from searchfm.errors import DataError, ModelError, SearchfmError, UserError
+from searchfm.errors import DataError, ModelError, UserError, model_errors
 from searchfm.home import write_whole
 from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
 from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
-from searchfm.learn.models import Classifier, Served
+from searchfm.learn.models import Classifier, served
 
 Format = Literal["onnx", "pt2", "safetensors"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Probabilities: TypeAlias = NDArray[np.float32]
 Answer: TypeAlias = Callable[[Pixels], Probabilities]
+Side: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]  # of an image, in pixels
 
 BOUND = 1e-5  # largest difference of a probability that an export may have; 1e-7 is what float32 gives
 LARGEST = 2**31 - 2**20  # bytes of an ONNX file: protobuf, its format, ends at two gigabytes
@@ -40,12 +41,16 @@ _CHECKED = (1, 2, 7, 32)  # batch sizes
 _INPUT, _OUTPUT = "images", "probabilities"  # of an ONNX graph
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """A model that can predict, whatever file it came from."""
+class Interface(msgspec.Struct, frozen=True):
+    """What every model's spec must have; its other keys are not read here."""
 
     classes: tuple[str, ...]
-    shape: Shape  # of one image: channels, height, width
+    shape: tuple[Side, Side, Side]  # of one image: channels, height, width
+
+
+class Predictor(Interface, frozen=True):
+    """A model that can predict, whatever file it came from."""
+
     answer: Answer  # (N, *shape) uint8 -> (N, K), each row adding up to 1
 
 
@@ -92,21 +97,19 @@ def load(path: Path) -> Predictor:
             spec, answer = _read_onnx(path.read_bytes(), runtime)
     else:
         model, spec = load_model(path)
-        answer = _answer(Served(model).eval())
+        answer = _answer(served(model))
     with refusing(path):
-        classes, shape = _about(spec)
-        rows = answer(np.zeros((2, *shape), np.uint8))
-        if rows.shape != (2, len(classes)):
-            raise ValueError(f"returns {rows.shape[1:]} numbers an image, for {len(classes)} classes")
-        return Predictor(classes, shape, answer)
+        interface = msgspec.convert(spec, Interface)
+        rows = answer(np.zeros((2, *interface.shape), np.uint8))
+        if rows.shape != (2, len(interface.classes)):
+            raise ValueError(f"returns {rows.shape[1:]} numbers an image, for {len(interface.classes)} classes")
+        return Predictor(interface.classes, interface.shape, answer)
 
 
 def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     """As `load_classifier`, with the reason for a file of another format."""
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
         return load_classifier(path)
-    with refusing(path):
-        pass  # raises where there is no such file
     if path.suffix == ".onnx":
         raise ModelError(f"{path}: an ONNX file can only predict; export the original model")
     reason = "; a .pt2 would have to be unpickled" if path.suffix == ".pt2" else ""
@@ -120,12 +123,11 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
     Raises UserError for a file that is there, unless forced, and where ONNX is not installed; ModelError where the
     outputs differ by more than BOUND; StorageError. Nothing is left behind then.
     """
-    served, (classes, shape) = Served(model).eval(), _about(spec)
+    module, interface = served(model), msgspec.convert(spec, Interface)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     spec = {**spec, "sha256": tensors_sha256(tensors)}
     metadata = {METADATA: json.dumps(spec, ensure_ascii=False)}
-    beside = {path.with_suffix(".json"): f"{json.dumps(spec, indent=1, ensure_ascii=False)}\n"}
-    beside = beside if kind == "safetensors" else {}
+    beside = [path.with_suffix(".json")] if kind == "safetensors" else []
     if not path.parent.is_dir():
         raise UserError(f"{path}: cannot be written, there is no folder {path.parent}")
     for target in (path, *beside):
@@ -134,37 +136,25 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
     match kind:
         case "onnx":
             runtime = _onnxruntime()
-            with _exporting(path):
-                content = _onnx(served, shape, {**metadata, "classes": json.dumps(classes)})
+            with model_errors(f"{path}: torch cannot write this model as .onnx"):
+                content = _onnx(module, interface.shape, {**metadata, "classes": json.dumps(interface.classes)})
             _, answer = _read_onnx(content, runtime)
         case "pt2":
-            with _exporting(path):
-                content = _pt2(served, shape, metadata)
+            with model_errors(f"{path}: torch cannot write this model as .pt2"):
+                content = _pt2(module, interface.shape, metadata)
             answer = _answer(torch.export.load(io.BytesIO(content)).module())  # our own, so it may be unpickled
         case "safetensors":
             content = safetensors.torch.save(tensors, metadata)
-            answer = _answer(Served(rebuild(spec, safetensors.torch.load(content))).eval())
+            answer = _answer(served(rebuild(spec, safetensors.torch.load(content))))
         case _:
             assert_never(kind)
-    largest = difference(_answer(served), answer, shape)
+    largest = difference(_answer(module), answer, interface.shape)
     if not largest <= BOUND:  # a nan is refused too
         raise ModelError(f"{path}: outputs differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
-    for target, text in beside.items():
-        write_whole(target, text.encode())
+    for target in beside:
+        write_whole(target, f"{json.dumps(spec, indent=1, ensure_ascii=False)}\n".encode())
     write_whole(path, content)
     return Exported(path, kind, len(content), largest)
-
-
-@contextmanager
-def _exporting(path: Path) -> Iterator[None]:
-    """ModelError for any failure of torch's exporters, which raise many classes and do not take every timm model."""
-    try:
-        yield
-    except SearchfmError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ModelError(f"{path}: torch cannot write this model as {path.suffix}: {reason}") from error
 
 
 def difference(first: Answer, second: Answer, shape: Shape) -> float:
@@ -181,22 +171,7 @@ def difference(first: Answer, second: Answer, shape: Shape) -> float:
 
 
 def _answer(module: nn.Module) -> Answer:
-    @torch.inference_mode()
-    def answer(images: Pixels) -> Probabilities:
-        rows: Probabilities = module(torch.from_numpy(images)).numpy()
-        return rows
-
-    return answer
-
-
-def _about(spec: Mapping[str, Any]) -> tuple[tuple[str, ...], Shape]:
-    """The names of the classes and the shape of an image. Raises ValueError, TypeError or KeyError."""
-    classes, (channels, height, width) = spec["classes"], spec["shape"]
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        raise ValueError("classes must be a list of names")
-    if not all(isinstance(side, int) and side > 0 for side in (channels, height, width)):
-        raise ValueError("shape must be three numbers above 0")
-    return tuple(classes), (channels, height, width)
+    return torch.inference_mode()(lambda images: module(torch.from_numpy(images)).numpy())
 
 
 def _example(shape: Shape) -> dict[str, Any]:
@@ -213,18 +188,16 @@ def _pt2(model: nn.Module, shape: Shape, metadata: Mapping[str, str]) -> bytes:
 
 
 def _onnx(model: nn.Module, shape: Shape, metadata: Mapping[str, str]) -> bytes:
-    """Raises ModelError for a model too large for one file."""
+    """Raises ValueError for a model too large for one file."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > LARGEST:
-        raise ModelError(f"{size:,} bytes of weights: one ONNX file holds at most {LARGEST:,}; use pt2 or safetensors")
+        raise ValueError(f"{size:,} bytes of weights: one ONNX file holds at most {LARGEST:,}; use pt2 or safetensors")
     program = torch.onnx.export(
         model, **_example(shape), dynamo=True, input_names=[_INPUT], output_names=[_OUTPUT], verbose=False
     )
     assert program is not None
-    proto = program.model_proto
-    for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value)
-    content: bytes = proto.SerializeToString()
+    program.model.metadata_props.update(metadata)
+    content: bytes = program.model_proto.SerializeToString()
     return content
 
 
@@ -234,12 +207,7 @@ def _read_onnx(content: bytes, runtime: Any) -> tuple[dict[str, Any], Answer]:
     options.log_severity_level = 4  # errors are reported by `refusing`, in one line
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     spec: dict[str, Any] = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
-
-    def answer(images: Pixels) -> Probabilities:
-        rows: Probabilities = session.run([_OUTPUT], {_INPUT: images})[0]
-        return rows
-
-    return spec, answer
+    return spec, lambda images: session.run([_OUTPUT], {_INPUT: images})[0]
 
 
 def _onnxruntime() -> Any:
@@ -266,7 +234,7 @@ def predict(model: Predictor, arguments: Sequence[Path], *, top: int = 1) -> Ite
     with ThreadPoolExecutor() as pool:  # decoders let other threads run
         for start in range(0, len(paths), BATCH):
             batch = paths[start : start + BATCH]
-            images = list(pool.map(lambda path: _read(path, model.shape), batch))
+            images = list(pool.map(lambda path: read(path, model.shape), batch))
             rows = iter(_answers(model, [image for image in images if not isinstance(image, str)]))
             for path, image in zip(batch, images, strict=True):
                 name = os.fsencode(path).decode("utf-8", "replace")  # a file's name may be any bytes
@@ -286,16 +254,12 @@ def check_any(predictions: Sequence[Prediction]) -> None:
         raise DataError(f"no image could be read: {some}{'; ...' if len(errors) > 3 else ''}")
 
 
-def read(path: Path, shape: Shape) -> Pixels:
-    """An image file as training reads it for images of `shape` (C, H, W). Raises ValueError."""
-    return np.ascontiguousarray(in_channels(resized(decode(path), shape[1:]), shape[0]))
-
-
-def _read(path: Path, shape: Shape) -> Pixels | str:
+def read(path: Path, shape: Shape) -> Pixels | str:
+    """An image file as training reads it for images of `shape` (C, H, W), or the reason why it cannot be read."""
     if path.is_dir():
         return f"holds no image; may hold {', '.join(sorted(SUFFIXES))}"
     try:
-        return read(path, shape)
+        return np.ascontiguousarray(in_channels(resized(decode(path), shape[1:]), shape[0]))
     except ValueError as error:
         return str(error)
 

@@ -80,7 +80,7 @@ def save(folder: Path, path: Path, study: StudyRecord) -> None:
     """
     mirror.import_mlflow()
     from searchfm.learn.checkpoint import load_classifier
-    from searchfm.learn.models import Served
+    from searchfm.learn.models import served
 
     classifier, spec = load_classifier(folder)
     with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def save(folder: Path, path: Path, study: StudyRecord) -> None:
         from mlflow.types import Schema, TensorSpec
 
         mlflow.pytorch.save_model(
-            Served(classifier).eval(),
+            served(classifier),
             path,
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *spec["shape"]))]),

@@ -21,7 +21,7 @@ from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier
 from searchfm.learn.data import Splits, load_full, load_test
 from searchfm.learn.entries import fit, prepare, trial
-from searchfm.learn.models import Served
+from searchfm.learn.models import served
 from searchfm.records import Epoch, Prepared, PrepareResult
 from tests.learn.test_transfer_real import lite0_weights
 from tests.learn.toys import config, drain, losses
@@ -218,7 +218,7 @@ payload = json.loads(sys.argv[1])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, resource.RLIM_INFINITY))
 try:
-    list(trial(payload, Context(None, (), "cpu", lambda: None)))
+    list(trial(payload, Context(Path("nowhere"), (), "cpu", lambda: None)))
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -350,6 +350,6 @@ def test_what_is_served_takes_raw_images_and_answers_probabilities(fitted: tuple
     model, spec = load_classifier(fitted[0])
     images = load_full(FINAL.data).train.images[:50]
     with torch.no_grad():
-        answers, logits = Served(model).eval()(images), model(images)
+        answers, logits = served(model)(images), model(images)
     assert answers.shape == (50, len(spec["classes"]))
     assert torch.equal(answers, logits.softmax(1))

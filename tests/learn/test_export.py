@@ -24,7 +24,7 @@ from searchfm.learn import export
 from searchfm.learn.checkpoint import SPEC, WEIGHTS, save_weights
 from searchfm.learn.data import Splits
 from searchfm.learn.export import BOUND, FORMATS
-from searchfm.learn.models import Classifier, Served, build
+from searchfm.learn.models import Classifier, build, served
 from searchfm.learn.train import Training
 from tests.learn.toys import config
 
@@ -65,7 +65,7 @@ def noise(count: int, *shape: int) -> np.ndarray:
 
 def answers(model: Classifier, images: np.ndarray) -> np.ndarray:
     with torch.inference_mode():
-        return Served(model).eval()(torch.from_numpy(images)).numpy()
+        return served(model)(torch.from_numpy(images)).numpy()
 
 
 @pytest.fixture(scope="module")

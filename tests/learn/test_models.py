@@ -17,8 +17,7 @@ from searchfm.config import ModelConfig, Shape
 from searchfm.errors import ConfigError, ModelError
 from searchfm.learn.data import Splits
 from searchfm.learn.models import Classifier, build, classifier, flops, parameters
-from searchfm.learn.models.hub import weights_file
-from searchfm.learn.models.transfer import Pretrained
+from searchfm.learn.models.transfer import Pretrained, weights_file
 from searchfm.learn.train import Training
 from tests.learn.toys import config
 

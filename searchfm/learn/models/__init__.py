@@ -13,10 +13,11 @@ from searchfm.learn.models import cnn, mlp, residual, transfer, vit
 from searchfm.learn.models.transfer import Pretrained
 
 
-def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> nn.Module:
+def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int, pretrained: bool = True) -> nn.Module:
     """The net: (N, *shape) float32, normalised -> (N, classes) float32 logits, on the CPU.
 
-    The weights depend on `seed` alone; torch's global generator is left as it was.
+    The weights depend on `seed` alone; torch's global generator is left as it was. Without `pretrained`, no weights are
+    fetched or read.
     The config's `fit_images(shape)` must hold. Raises ModelError for pretrained models and their weights, ConfigError
     for more tuned stages than there are.
     """
@@ -31,7 +32,7 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> nn.M
             case Vit():
                 return vit.build(kind, shape, classes)
             case Transfer():
-                return transfer.build(kind, shape, classes)
+                return transfer.build(kind if pretrained else replace(kind, weights="none"), shape, classes)
             case Residual():
                 return residual.build(kind, shape, classes)
             case _:
@@ -61,17 +62,9 @@ class Classifier(nn.Module):
         return logits
 
 
-class Served(nn.Module):
-    """A classifier for use: raw images in, probabilities out."""
-
-    def __init__(self, model: Classifier) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (N, C, H, W) uint8 -> (N, K) float32, each row adding up to 1."""
-        logits: Tensor = self.model(images)
-        return logits.float().softmax(1)
+def served(model: Classifier) -> nn.Module:
+    """A classifier for use: (N, C, H, W) uint8 -> probabilities (N, K) float32, each row adding up to 1."""
+    return nn.Sequential(model, nn.Softmax(1)).eval()
 
 
 def classifier(
@@ -82,8 +75,8 @@ def classifier(
     mean, std: (C,) of the data; pretrained weights have their own. Raises as `build` does.
     """
     net = build(config, shape, classes, seed=seed)
-    if isinstance(net, Pretrained) and net.mean is not None and net.std is not None:
-        mean, std = net.mean, net.std
+    if isinstance(net, Pretrained) and net.moments:
+        mean, std = net.moments
     model = Classifier(net, mean.cpu(), std.cpu())
     layout = torch.channels_last if _channels_last(net, device) else torch.preserve_format
     return model.to(device).to(memory_format=layout)
@@ -110,12 +103,9 @@ def costs(configs: Iterable[Config], shape: Shape, classes: int) -> dict[str, tu
     """Minimum and maximum cost over the configs: `parameters`, and `mflop` of one image's forward pass."""
     rows = []
     for config in configs:
-        model = config.model
-        if isinstance(model.kind, Transfer):
-            model = replace(model, kind=replace(model.kind, weights="none"))  # a cost does not depend on the weights
-        blank = torch.zeros(shape[0])
-        net = classifier(model, shape, classes, blank, blank + 1, seed=0, device=torch.device("cpu"))
-        rows.append((parameters(net)[0], flops(net, shape) / 1e6))
+        net = build(config.model, shape, classes, seed=0, pretrained=False)  # a cost does not depend on the weights
+        model = Classifier(net, torch.zeros(shape[0]), torch.ones(shape[0]))
+        rows.append((parameters(model)[0], flops(model, shape) / 1e6))
     sizes, work = zip(*rows, strict=True)
     return {"parameters": (min(sizes), max(sizes)), "mflop": (min(work), max(work))}
 

@@ -1,10 +1,10 @@
 """Plain convolutional nets: stages of convolutions and pooling, then dense layers."""
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 from torch import nn
 
-from searchfm.config import Cnn, Shape
+from searchfm.config import Cnn, Pool, Shape
 from searchfm.learn.models.mlp import dense
 
 
@@ -36,9 +36,7 @@ def build(config: Cnn, shape: Shape, classes: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _conv(
-    channels: int, filters: int, config: Cnn, pool: Literal["none", "max", "average", "max-same"]
-) -> list[nn.Module]:
+def _conv(channels: int, filters: int, config: Cnn, pool: Pool) -> list[nn.Module]:
     """A convolution that keeps the image's size, optional batch norm, ReLU, and the pooling."""
     conv = nn.Conv2d(channels, filters, config.kernel, padding=config.kernel // 2, bias=not config.batch_norm)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")

@@ -1,8 +1,11 @@
-"""Any timm model, with or without pretrained weights, of which the head and the last stages are trained."""
+"""Any timm model, with or without pretrained weights, of which the head and the last stages are trained.
+
+Pretrained weights come from a file, the hub's cache, or the hub itself, with a timeout of seconds.
+"""
 
 import contextlib
+import difflib
 import logging
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from searchfm.config import Shape, Transfer
-from searchfm.errors import ConfigError, ModelError
-from searchfm.learn.models.hub import check_name, weights_file
+from searchfm.errors import ConfigError, ModelError, model_errors
+
+_PROBE_SECONDS = 5.0  # for the hub's first answer; its own client retries for 47 s
+_WAYS_OUT = "use --set model.transfer.weights=FILE (.safetensors or .pth) or --set model.transfer.weights=none"
 
 
 class Pretrained(nn.Module):
     """A timm model with frozen stages: no gradient, no dropout, batch norm's statistics kept.
 
     `stages` are the names of its parameters by stage, the stem first, the head last; only the last `trained` are
-    trained. mean, std: (C,) that the weights were trained with, pixels from 0 to 1; None for random weights.
+    trained.
     """
 
-    def __init__(
-        self,
-        model: Any,  # timm's: nn.Module has too few types
-        stages: list[list[str]],
-        trained: int,
-        layer_decay: float,
-        mean: Tensor | None,
-        std: Tensor | None,
-    ) -> None:
+    moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1
+
+    def __init__(self, model: Any, stages: list[list[str]], trained: int, layer_decay: float) -> None:
         super().__init__()
-        self.model, self.mean, self.std = model, mean, std
-        self._stages, self._layer_decay = stages, layer_decay
+        self.model, self._stages, self._layer_decay = model, stages, layer_decay  # Any: nn.Module has too few types
         frozen = {name for stage in stages[: len(stages) - trained] for name in stage}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        modules = (
-            (module, [parameter.requires_grad for parameter in module.parameters()]) for module in model.modules()
-        )
-        self._frozen = [module for module, trains in modules if trains and not any(trains)]
+        flags = {module: [parameter.requires_grad for parameter in module.parameters()] for module in model.modules()}
+        self._frozen = [module for module, trains in flags.items() if trains and not any(trains)]
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) float32, normalised -> (N, K) logits."""
@@ -67,20 +63,11 @@ def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
     """(N, C, H, W) float32 -> (N, classes) float32 logits; the first convolution, the embeddings of position and the
     head are adapted to the images as timm does it. Raises ModelError, ConfigError.
     """
-    from timm.models import group_parameters  # only studies that need timm pay for its import
-
-    settings = _settings(config, shape, classes)
-    if config.weights == "none":
-        model = _create(config, shape, settings)
-        mean = std = None
-    else:
-        path = weights_file(config.model, config.weights)
-        model = _load(config, shape, settings, path)
-        mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
+    _check_name(config.model)
+    path = None if config.weights == "none" else weights_file(config.model, config.weights)
+    model = _load(config, shape, classes, path) if path else _create(config, shape, classes)
     _try_out(model, config, shape, classes)
-    # The last group is the head, with whatever timm counts to it (a final norm, a last 1x1 convolution).
-    groups = group_parameters(model, model.group_matcher(coarse=True))
-    stages = [groups[i] for i in sorted(groups)]
+    stages = _stages(model)
     below = len(stages) - 1
     if config.tuned_blocks != "all" and config.tuned_blocks > below:
         raise ConfigError(
@@ -88,59 +75,58 @@ def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
             f'= {config.tuned_blocks}: {config.model} has {below} stages below its head; may be 0 to {below}, or "all"',
         )
     trained = len(stages) if config.tuned_blocks == "all" else 1 + int(config.tuned_blocks)
-    return Pretrained(model, stages, trained, config.layer_decay, mean, std)
+    net = Pretrained(model, stages, trained, config.layer_decay)
+    if path:
+        mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
+        net.moments = mean, std
+    return net
 
 
-def _settings(config: Transfer, shape: Shape, classes: int) -> dict[str, Any]:
-    import timm
+def _create(config: Transfer, shape: Shape, classes: int, path: Path | None = None) -> Any:
+    """timm's model with random weights, or with those of a file."""
+    import timm  # only studies that need timm pay for its import
 
-    check_name(config.model)
     settings: dict[str, Any] = {"in_chans": shape[0], "num_classes": classes}
     if config.dropout:
         settings["drop_rate"] = config.dropout
     source = timm.models.get_pretrained_cfg(config.model)
     if source is not None and source.fixed_input_size:
         settings["img_size"] = shape[1:]
-    return settings
+    problem = _does_not_take(config, shape)
+    if path is not None:
+        settings |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "custom_load": False}}
+        problem = f'model.transfer.weights = "{path}": does not load into {config.model}'
+    with model_errors(problem):
+        return timm.create_model(config.model, **settings)
 
 
-def _create(config: Transfer, shape: Shape, settings: Mapping[str, Any]) -> Any:
-    import timm
-
-    with _named(config, shape):
-        return timm.create_model(config.model, pretrained=False, **settings)
-
-
-def _load(config: Transfer, shape: Shape, settings: Mapping[str, Any], path: Path) -> Any:
+def _load(config: Transfer, shape: Shape, classes: int, path: Path) -> Any:
     """The model with the file's weights.
 
     timm loads leniently as soon as the head differs, so a file of another model could leave random weights in place
     without an error. Hence the comparison with a model of the same seed without a file. timm has no better way:
     load_checkpoint returns the missing keys, but adapts neither channels nor head; create_model adapts, and only logs.
     """
-    import timm
-    from timm.models import group_parameters
-
     state = torch.random.get_rng_state()
-    plain = _create(config, shape, settings)
+    plain = _create(config, shape, classes)
     torch.random.set_rng_state(state)
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the head's keys, which it leaves out as intended
-    with _named(config, shape, str(path)):
-        model: Any = timm.create_model(
-            config.model, pretrained=True, pretrained_cfg_overlay={"file": str(path), "custom_load": False}, **settings
-        )
-    groups = group_parameters(model, model.group_matcher(coarse=True))
-    head = set(groups[max(groups)])
+    model = _create(config, shape, classes, path)
+    head = set(_stages(model)[-1])
     before = dict(plain.named_parameters())
-    missing = [
-        name
-        for name, after in model.named_parameters()
+    for name, after in model.named_parameters():
         # Biases and scales may be what they start as: zeros and ones.
-        if name not in head and after.ndim > 1 and torch.equal(after, before[name])
-    ]
-    if missing:
-        raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {missing[0]}')
+        if name not in head and after.ndim > 1 and torch.equal(after, before[name]):
+            raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {name}')
     return model
+
+
+def _stages(model: Any) -> list[list[str]]:
+    """The parameters' names by stage; timm counts to the last, the head, a final norm or a last 1x1 convolution too."""
+    from timm.models import group_parameters
+
+    groups = group_parameters(model, model.group_matcher(coarse=True))
+    return [groups[i] for i in sorted(groups)]
 
 
 def _try_out(model: Any, config: Transfer, shape: Shape, classes: int) -> None:
@@ -150,29 +136,67 @@ def _try_out(model: Any, config: Transfer, shape: Shape, classes: int) -> None:
             f'model.transfer.model = "{config.model}": its patches of {patch[0]}x{patch[1]} pixels do not cover images'
             f" of {shape[1]}x{shape[2]}; set data.size to a multiple of {patch[0]}"
         )
-    with _named(config, shape), torch.no_grad():
+    with model_errors(_does_not_take(config, shape)), torch.no_grad():
         logits = model.eval()(torch.zeros(1, *shape))
     if tuple(logits.shape) != (1, classes):
         raise ModelError(f'model.transfer.model = "{config.model}": gives {tuple(logits.shape)}, not (1, {classes})')
     model.train()
 
 
-@contextlib.contextmanager
-def _named(config: Transfer, shape: Shape, path: str = "") -> Iterator[None]:
-    """Turns what timm and torch raise into one line that names the model or the file."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if path:
-            raise ModelError(
-                f'model.transfer.weights = "{path}": does not load into {config.model}: {reason}'
-            ) from None
-        size = "x".join(map(str, shape))
-        raise ModelError(f'model.transfer.model = "{config.model}": does not take images of {size}: {reason}') from None
+def _does_not_take(config: Transfer, shape: Shape) -> str:
+    return f'model.transfer.model = "{config.model}": does not take images of {"x".join(map(str, shape))}'
 
 
 def _channels(values: tuple[float, ...], channels: int) -> Tensor:
     """Means or deviations; where the images have another number of channels than the weights, their mean for each."""
     own = torch.tensor(values, dtype=torch.float32)
     return own if len(own) == channels else own.mean().expand(channels).clone()
+
+
+def weights_file(model: str, weights: str) -> Path:
+    """The file with a model's weights: `weights` itself, or the hub's, which is kept. Raises ModelError in seconds."""
+    if weights == "hub":
+        return _from_hub(model)
+    path = Path(weights).expanduser()
+    if path.suffix not in (".safetensors", ".pth"):
+        raise ModelError(f'model.transfer.weights = "{weights}": must be "hub", "none", or a .safetensors or .pth file')
+    if not path.is_file():
+        raise ModelError(f'model.transfer.weights = "{weights}": no such file')
+    return path
+
+
+def _check_name(name: str) -> None:
+    """Raises ModelError, with names near it, unless timm has a model of this name."""
+    import timm
+
+    # Names with a scheme ("hf-hub:...") would let a study file name any code that timm can fetch.
+    if ":" not in name and timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=5, cutoff=0.6)
+    hint = f"near: {', '.join(near)}" if near else "any name that timm.list_models() gives"
+    raise ModelError(f'model.transfer.model = "{name}": timm has no such model; {hint}')
+
+
+def _from_hub(model: str) -> Path:
+    """A cached copy is used without a request; the hub has a few seconds for its first answer."""
+    import huggingface_hub as hub
+    import timm
+    from huggingface_hub import constants, errors
+
+    source = timm.models.get_pretrained_cfg(model)
+    if source is None or not source.hf_hub_id:
+        raise ModelError(f"{model} has no weights on the hub; {_WAYS_OUT}")
+    names = [source.hf_hub_filename] if source.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for name in names:
+        cached = hub.try_to_load_from_cache(source.hf_hub_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        hub.get_session().head(constants.ENDPOINT, timeout=_PROBE_SECONDS)
+        for name in names:
+            with contextlib.suppress(errors.EntryNotFoundError):
+                return Path(hub.hf_hub_download(source.hf_hub_id, name, etag_timeout=_PROBE_SECONDS))
+        reason = f"{source.hf_hub_id} has no {' or '.join(names)}"
+    except Exception as error:  # its HTTP client, and thus the errors, differ by version
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}"
+    raise ModelError(f"the weights of {model} cannot be fetched from the hub ({reason}); {_WAYS_OUT}")
