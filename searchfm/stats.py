@@ -18,11 +18,6 @@ class Accuracy:
     correct: int
     n: int  # images, at least 1
 
-    @classmethod
-    def of(cls, fraction: float, n: int) -> "Accuracy":
-        """From a fraction of n, which may be rounded."""
-        return cls(round(fraction * n), n)
-
     @property
     def fraction(self) -> float:
         """Correct, of all: 0 to 1."""

@@ -167,8 +167,9 @@ def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> Non
 
     def terminate(item: Progress, engine: LocalEngine) -> None:
         if item.kind == "epoch" and item.trial == 1 and len(pids) < 3:
-            pids.extend(engine.pids)
-            os.kill(engine.pids[0], signal.SIGTERM)
+            (worker,) = engine._workers
+            pids.append(worker.process.pid or 0)
+            os.kill(pids[-1], signal.SIGTERM)
 
     study = search(home, toy(search={"retries": 0}), trials=3, payload={"seconds": 0.05}, watch=terminate)
     check(study, 3)

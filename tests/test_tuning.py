@@ -77,7 +77,7 @@ def test_a_study_starts_resumes_and_completes(home: Home) -> None:
     again, progress = tune(home, engines=engines)
     assert facts(again) == facts(study)
     assert progress == []
-    assert engines.started[0].pids == []  # no worker was started
+    assert engines.started[0]._workers == []  # no worker was started
 
     more, _ = tune(home, {"search.trials": 3}, file=None)  # a stored study needs no file
     check_trained(more, 3)
@@ -156,7 +156,7 @@ def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) ->
     with Tuning(study, home, first.file, before, "cpu", 1, engine=engines, follow=False) as tuning:
         assert list(tuning.run()) == []
         assert facts(tuning.result()) == facts(other)
-    assert engines.started[0].pids == []
+    assert engines.started[0]._workers == []
     let_go(tuning.storage)
 
 

@@ -111,11 +111,6 @@ class LocalEngine:
         for worker in list(self._workers):
             self._end(worker)
 
-    @property
-    def pids(self) -> list[int]:
-        """The workers' process ids."""
-        return [worker.process.pid or 0 for worker in self._workers]
-
     def _idle_devices(self) -> list[str]:
         idle = list(self._devices)
         for worker in self._workers:

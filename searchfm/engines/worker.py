@@ -70,9 +70,9 @@ def work(pipe: Connection, device: str, warm: str) -> None:
                 continue  # a stop that came after its job's end
             heartbeat.last_heartbeat = 0.0  # the first tick sends one: from then on the job must not hang
             folder = job.folder / f"attempt-{job.attempt}" if job.folder else None
-            earlier = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
-            existing = tuple(path for path in earlier if path.is_dir())
-            pipe.send(_run(job, Context(folder, existing, device, partial(heartbeat.tick, job), cache), pipe))
+            paths = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
+            earlier = tuple(path for path in paths if path.is_dir())
+            pipe.send(_run(job, Context(folder, earlier, device, partial(heartbeat.tick, job), cache), pipe))
         except (EOFError, OSError):
             return
         gc.collect()  # what a trial held (on a GPU above all) must not weigh on the next
@@ -86,16 +86,15 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
     log.propagate = False
     log.handlers = [logging.NullHandler()]
     logging.captureWarnings(True)
-    stream = None
     if context.folder is not None:
         context.folder.mkdir(parents=True, exist_ok=True)
-        stream = (context.folder / "log.txt").open("a")
-        file = logging.StreamHandler(stream)
+        file = logging.FileHandler(context.folder / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.handlers = [file]
+        assert file.stream is not None
         # What libraries print belongs to the job too, and never on the coordinator's terminal.
         for descriptor in (1, 2):
-            os.dup2(stream.fileno(), descriptor)
+            os.dup2(file.stream.fileno(), descriptor)
     logging.getLogger("py.warnings").handlers = log.handlers
     try:
         module, _, function = job.entry.partition(":")
@@ -120,8 +119,8 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
         reason = text if isinstance(error, SearchfmError) else f"{type(error).__name__}: {text}"
         return Failed(job.id, job.attempt, type(error).__name__, reason[:500])
     finally:
-        if stream is not None:
-            log.handlers = [logging.NullHandler()]
-            stream.close()
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for handler in log.handlers:
+            handler.close()
+        log.handlers = logging.getLogger("py.warnings").handlers = [logging.NullHandler()]
+        sys.stdout.flush()
+        sys.stderr.flush()

@@ -48,9 +48,7 @@ def flip(images: Tensor, probability: float, generator: Generator) -> Tensor:
 
 
 def crop(images: Tensor, shift: int, generator: Generator) -> Tensor:
-    """Each image shifted by up to `shift` pixels each way and filled with black: a random crop of the padded image (He
-    et al. 2016, section 4.2).
-    """
+    """Each image shifted by up to `shift` pixels each way, filled with black (He et al. 2016, section 4.2)."""
     count, _, height, width = images.shape
     offsets = torch.randint(2 * shift + 1, (2, count), generator=generator, device=generator.device)
     top, left = offsets.to(images.device, non_blocking=True)
@@ -103,14 +101,12 @@ def cutmix_weights(alpha: float, height: int, width: int, generator: Generator) 
     mask's mean is the fraction of pixels that stay.
     """
     side = (1 - mixup_weight(alpha, generator)).sqrt()
-    centre = _uniform((2,), generator)
-    box = torch.ones((), dtype=torch.bool, device=generator.device)
-    for axis, length in enumerate((height, width)):
+    inside = []
+    for centre, length in zip(_uniform((2,), generator), (height, width), strict=True):
         cut = (side * length).floor()
-        start = (centre[axis] * length).floor() - (cut / 2).floor()
-        inside = _between(length, start, cut)
-        box = box & (inside[:, None] if axis == 0 else inside[None, :])
-    return 1 - box.float()
+        inside.append(_between(length, (centre * length).floor() - (cut / 2).floor(), cut))
+    rows, columns = inside
+    return 1 - (rows[:, None] & columns).float()
 
 
 def _between(length: int, start: Tensor, count: Tensor) -> Tensor:

@@ -29,47 +29,43 @@ from searchfm.learn.models.transfer import Pretrained
 def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of the model's trainable parameters, one fused kernel a step where torch has one.
 
-    Each group carries its own learning rate as `initial_lr`; `set_lr` scales it.
+    Each group has its maximum learning rate as `initial_lr`; `set_lr` scales it.
     """
-    groups = parameter_groups(model, config.weight_decay)
-    kind, lr = config.kind, config.lr
-    built: torch.optim.Optimizer
+    groups, kind = parameter_groups(model, config), config.kind
     match kind:
         case Sgd():
-            built = torch.optim.SGD(groups, lr, momentum=kind.momentum, nesterov=kind.nesterov, fused=True)
+            return torch.optim.SGD(groups, momentum=kind.momentum, nesterov=kind.nesterov, fused=True)
         case Adagrad():  # torch has a fused one on CPUs only
             cpu = model.mean.device.type == "cpu"
-            built = torch.optim.Adagrad(groups, lr, lr_decay=kind.lr_decay, fused=cpu, foreach=not cpu)
+            return torch.optim.Adagrad(groups, lr_decay=kind.lr_decay, fused=cpu, foreach=not cpu)
         case Rmsprop():  # torch has no fused one
-            built = torch.optim.RMSprop(groups, lr, alpha=kind.alpha, momentum=kind.momentum, foreach=True)
+            return torch.optim.RMSprop(groups, alpha=kind.alpha, momentum=kind.momentum, foreach=True)
         case Adam():
-            built = torch.optim.Adam(groups, lr, betas=(kind.beta1, kind.beta2), fused=True)
+            return torch.optim.Adam(groups, betas=(kind.beta1, kind.beta2), fused=True)
         case AdamW():
-            built = torch.optim.AdamW(groups, lr, betas=(kind.beta1, kind.beta2), fused=True)
+            return torch.optim.AdamW(groups, betas=(kind.beta1, kind.beta2), fused=True)
         case _:
             assert_never(kind)
-    for group in built.param_groups:
-        group["initial_lr"] = lr * group["lr_scale"]
-    return built
 
 
-def parameter_groups(model: Classifier, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of equal weight decay and learning-rate scale, in the model's order.
+def parameter_groups(model: Classifier, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Groups of equal weight decay and maximum learning rate, in the model's order.
 
     Parameters of one dimension (biases, scales of norms) and those that the net names (embeddings of position) do not
     decay: a decay there shifts a layer's working point and regularises nothing.
     """
     net = model.net
     scales = net.lr_scales() if isinstance(net, Pretrained) else {}
-    undecayed: set[str] = getattr(
-        net, "no_weight_decay", set
-    )()  # tokens and embeddings of position, as timm lists them
+    undecayed: set[str] = getattr(net, "no_weight_decay", set)()  # tokens, embeddings of position: as timm lists them
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim <= 1 or name in undecayed else weight_decay
-            groups.setdefault((decay, scales.get(name, 1.0)), []).append(parameter)
-    return [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
+            decay = 0.0 if parameter.ndim <= 1 or name in undecayed else config.weight_decay
+            groups.setdefault((decay, config.lr * scales.get(name, 1.0)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr": lr, "initial_lr": lr}
+        for (decay, lr), members in groups.items()
+    ]
 
 
 def set_lr(built: torch.optim.Optimizer, factor: float) -> None:
@@ -152,22 +148,18 @@ class Average:
     def __init__(self, model: Classifier, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
-        # What never changes (frozen stages, mean and std) is equal already.
-        self._pairs = list(zip(_changing(self.model, model), _changing(model, model), strict=True))
-        self._lerped = [(own, other) for own, other in self._pairs if own.is_floating_point()]
+        parameters = zip(self.model.parameters(), model.parameters(), strict=True)
+        # Frozen stages are equal already.
+        pairs: list[tuple[Tensor, Tensor]] = [(own, other) for own, other in parameters if other.requires_grad]
+        pairs += zip(self.model.buffers(), model.buffers(), strict=True)
+        self._averaged = [(own, other) for own, other in pairs if own.is_floating_point()]
+        self._copied = [(own, other) for own, other in pairs if not own.is_floating_point()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Adds the model's weights after a step (from 0). Counters, which have no mean, are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = zip(*self._lerped, strict=True)
+        averages, weights = zip(*self._averaged, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for own, other in self._pairs:
-            if not own.is_floating_point():
-                own.copy_(other)
-
-
-def _changing(model: nn.Module, trained: nn.Module) -> list[Tensor]:
-    """The model's tensors by the names of the trainable parameters and the buffers of `trained`."""
-    names = {name for name, parameter in trained.named_parameters() if parameter.requires_grad}
-    return [p for name, p in model.named_parameters() if name in names] + list(model.buffers())
+        for own, other in self._copied:
+            own.copy_(other)

@@ -23,10 +23,6 @@ from searchfm.records import Epoch
 _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
 
 
-def _idle() -> None:
-    """The default `tick`: never stops."""
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """A model's answers for a part of the data."""
@@ -59,7 +55,7 @@ class Training(Iterator[Epoch]):
         *,
         device: torch.device | str = "cpu",
         resume: Checkpoint | None = None,
-        tick: Callable[[], None] = _idle,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.data, self.device = config, data, torch.device(device)
         self._tick = tick
@@ -167,11 +163,8 @@ class Training(Iterator[Epoch]):
 
 
 @torch.inference_mode()
-def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callable[[], None] = _idle) -> Evaluation:
-    """The model's answers for every image of a part, in batches of the training's size and in its precision.
-
-    Leaves the model in evaluation mode.
-    """
+def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callable[[], None]) -> Evaluation:
+    """The model's answers for a part, in the training's batches and precision. Leaves the model in evaluation mode."""
     device = model.mean.device
     loss_sum = torch.zeros((), device=device)
     rows: list[Tensor] = []
@@ -195,9 +188,7 @@ def _precision(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 def _whole_batches(images: int, config: TrainConfig, model: nn.Module) -> int:
-    """How many images of the training part an epoch uses: all, except a last batch of one image where the model has
-    batch norm, since one image has no variance.
-    """
+    """The images an epoch uses: all but a last batch of one if the model has batch norm: one image has no variance."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
         return images
     if min(images, config.batch_size) == 1:

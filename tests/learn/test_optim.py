@@ -65,7 +65,7 @@ def test_one_kernel_a_step(name: str) -> None:
 
 def test_only_weights_decay() -> None:
     model = classifier_of("vit", {"patch_size": 4, "hidden_dim": 8, "layers": 1, "heads": 2})
-    groups = optim.parameter_groups(model, 0.1)
+    groups = optim.parameter_groups(model, OptimizerConfig(weight_decay=0.1))
     names = {id(p): name for name, p in model.net.named_parameters()}
     decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
     assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= decayed

@@ -136,7 +136,7 @@ def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
     assert digits.val is not None
     model = training.classifier.eval()
     logits = model(digits.val.images)
-    evaluation = evaluate(model, digits.val, config(train={"batch_size": 50}).train)
+    evaluation = evaluate(model, digits.val, config(train={"batch_size": 50}).train, tick=lambda: None)
     assert evaluation.loss == pytest.approx(
         float(torch.nn.functional.cross_entropy(logits, digits.val.labels)), rel=1e-5
     )
@@ -150,10 +150,10 @@ def test_the_average_is_what_is_validated(digits: Splits) -> None:
     assert training.classifier is not training.model
     assert digits.val is not None
     settings = training.config.train
-    evaluation = evaluate(training.classifier, digits.val, settings)
+    evaluation = evaluate(training.classifier, digits.val, settings, tick=lambda: None)
     assert training.validation is not None
     assert evaluation.loss == training.validation.loss
-    assert evaluation.loss != evaluate(training.model, digits.val, settings).loss
+    assert evaluation.loss != evaluate(training.model, digits.val, settings, tick=lambda: None).loss
 
 
 def test_without_a_validation_part_there_is_nothing_to_say(digits: Splits) -> None:
