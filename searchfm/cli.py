@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -247,7 +248,7 @@ def dashboard(
 
     where, console = Home.find(home), _console()
     record = read_study(where, study_name(study)) if study else None
-    serve(where, record, ports=(port, mlflow_port), ready=lambda addresses: terminal.show_addresses(console, addresses))
+    serve(where, record, (port, mlflow_port), partial(terminal.show_addresses, console))
 
 
 @app.command()

@@ -1,9 +1,8 @@
 """`searchfm dashboard`: optuna-dashboard and MLflow's pages on loopback, until Ctrl-C; no process stays behind.
 
-Each server is a process of its own (`python -m searchfm.show.dashboard optuna|mlflow PORT MLFLOW`) in a session of its
-own. It inherits the addresses of the databases from the environment, since every user can read a command line in `ps`.
-Its standard input is a pipe whose other end we hold: when that closes, even because we were killed, it ends its whole
-process group.
+Each server is a process (`python -m searchfm.show.dashboard NAME PORT MLFLOW`) in a session of its own. It inherits the
+addresses of the databases from the environment, since every user can read a command line in `ps`. Its standard input is
+a pipe whose other end this process holds: when that closes, even after a kill, the server ends its whole process group.
 """
 
 import contextlib
@@ -18,10 +17,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -33,57 +31,49 @@ from searchfm.search.storage import load_study, open_storage, study_names
 
 HOST = "127.0.0.1"
 NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a browser
-PORTS = (8080, 5000)  # the usual ones of optuna-dashboard and MLflow
+HEALTH = {"optuna-dashboard": "/api/meta", "MLflow": "/health"}  # paths that answer once a server is up
 TRIED = 20  # ports in a row
 START_SECONDS = 90.0
 LEAVE_SECONDS = 5.0  # for a server to end after SIGTERM
 GROUP_SECONDS = 3.0  # for the rest of its group, once the parent is gone
 
 
-@dataclass(frozen=True)
-class Addresses:
-    """The pages to open: the study in optuna-dashboard, and its table in MLflow."""
-
-    dashboard: str
-    mlflow: str
-
-
-def serve(
-    home: Home,
-    study: StudyRecord | None = None,
-    *,
-    ports: tuple[int, int] = PORTS,
-    ready: Callable[[Addresses], None],
-) -> None:
+def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: Callable[[str, str], None]) -> None:
     """Starts both servers, calls `ready` once both answer, and returns after SIGINT or SIGTERM, once both have ended.
+    `ready` receives the address of the study in optuna-dashboard and that of its table in MLflow.
 
-    `study`: to open at; the latest unless given. `ports`: of optuna-dashboard and of MLflow; the next free one is
-    taken where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError
-    without any study, WorldError if a server does not start or ends by itself.
+    study: to open at; None: the latest. ports: of optuna-dashboard and of MLflow; the next free one is taken
+    where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError without
+    any study, WorldError if a server does not start or ends by itself.
     """
     from searchfm.tracking import make_schema, run_links  # here: the servers import this module, and need neither
 
     study = study or _latest(home)
     stop = threading.Event()
-    with _signals(stop), contextlib.ExitStack() as stack:
-        remote = web_address(home.tracking_uri)
-        first = free_port(ports[0])
-        second = 0 if remote else free_port(ports[1], taken=first)
-        base = remote or f"http://{HOST}:{second}"
+    for number in (signal.SIGINT, signal.SIGTERM):  # for good: the command ends with this function
+        signal.signal(number, lambda *_: stop.set())
+    remote = web_address(home.tracking_uri)
+    first = free_port(ports[0])
+    second = 0 if remote else free_port(ports[1], taken=first)
+    mlflow = remote or f"http://{HOST}:{second}"
+    servers: list[Server] = []
+    try:
+        servers.append(Server(home, "optuna-dashboard", first, mlflow))
         if remote is None:
             make_schema(home)  # two processes that do so at once leave a file that none can open
-        servers = [_start(stack, home, "optuna-dashboard", "optuna", first, "/api/meta", base)]
-        if remote is None:
-            servers.append(_start(stack, home, "MLflow", "mlflow", second, "/health", base))
+            servers.append(Server(home, "MLflow", second, mlflow))
         links = run_links(home, study)
         for server in servers:
             server.wait(stop)
         if not stop.is_set():
-            page = f"http://{HOST}:{first}/dashboard/studies/{study.number}"
-            ready(Addresses(page, base + links.table() if links.experiment else base))
+            table = links.table() if links.experiment else ""
+            ready(f"http://{HOST}:{first}/dashboard/studies/{study.number}", f"{mlflow}{table}")
         while not stop.wait(0.5):
             for server in servers:
                 server.check()
+    finally:
+        for server in servers:
+            server.stop()
 
 
 def free_port(first: int, taken: int = 0) -> int:
@@ -97,19 +87,24 @@ def free_port(first: int, taken: int = 0) -> int:
     raise WorldError(f"ports {first} to {first + TRIED - 1} on {HOST} are all in use; name another with --port")
 
 
-@dataclass
 class Server:
-    """A server in a process group of its own."""
+    """A server in a process group of its own, until `stop`. mlflow: address of MLflow's pages."""
 
-    name: str
-    process: subprocess.Popen[bytes]
-    health: str  # address that answers once the server is up
-    errors: IO[bytes]
+    def __init__(self, home: Home, name: str, port: int, mlflow: str) -> None:
+        self.name, self.health = name, f"http://{HOST}:{port}{HEALTH[name]}"
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "searchfm.show.dashboard", name, str(port), mlflow],
+            env={**os.environ, HOME: str(home.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            start_new_session=True,
+        )
 
     def wait(self, stop: threading.Event) -> None:
         """Until it answers. Raises WorldError if it ends, or does not answer in time."""
-        # Proxies are not for loopback.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # proxies are not for loopback
         end = time.monotonic() + START_SECONDS
         while not stop.wait(0.1):
             self.check()
@@ -141,23 +136,6 @@ class Server:
         return re.sub(r"://[^/@\s]*@", "://", lines[-1].strip()) if lines else "without an error message"
 
 
-def _start(
-    stack: contextlib.ExitStack, home: Home, name: str, kind: str, port: int, health: str, mlflow: str
-) -> Server:
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
-    process = subprocess.Popen(
-        [sys.executable, "-m", "searchfm.show.dashboard", kind, str(port), mlflow],
-        env={**os.environ, HOME: str(home.path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=errors,
-        start_new_session=True,
-    )
-    server = Server(name, process, f"http://{HOST}:{port}{health}", errors)
-    stack.callback(server.stop)
-    return server
-
-
 def _latest(home: Home) -> StudyRecord:
     storage = open_storage(home)
     names = study_names(storage)
@@ -166,43 +144,31 @@ def _latest(home: Home) -> StudyRecord:
     return load_study(storage, home, names[-1])
 
 
-@contextlib.contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set `stop`."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
 # --- in the process of a server ---------------------------------------------------------------------------------------
 
 
-def main(kind: str, port: int, mlflow: str) -> int:
+def main(name: str, port: int, mlflow: str) -> None:
     """One of the servers, until the parent is gone."""
     threading.Thread(target=_follow_parent, daemon=True).start()
-    if kind == "optuna":
-        return serve_optuna(Home.find(), port, mlflow)
-    return serve_mlflow(Home.find(), port)
+    if name == "MLflow":
+        serve_mlflow(Home.find(), port)
+    else:
+        serve_optuna(Home.find(), port, mlflow)
 
 
-def serve_optuna(home: Home, port: int, mlflow: str) -> int:
-    """optuna-dashboard behind a `Guard`: it has no check of its own, and each of its clients may delete studies."""
+def serve_optuna(home: Home, port: int, mlflow: str) -> None:
+    """optuna-dashboard behind `guard`: it has no check of its own, and each of its clients may delete studies."""
     import optuna_dashboard
     from optuna.artifacts import FileSystemArtifactStore
 
     folder = artifact_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
     app = optuna_dashboard.wsgi(open_storage(home), artifact_store=FileSystemArtifactStore(folder))
-    with make_server(HOST, port, Guard(app, port, mlflow), _ThreadedServer, _Handler) as server:
+    with make_server(HOST, port, guard(app, port, mlflow), _ThreadedServer, _Handler) as server:
         server.serve_forever()
-    return 0
 
 
-def serve_mlflow(home: Home, port: int) -> int:
+def serve_mlflow(home: Home, port: int) -> None:
     """MLflow's own server, which has a guard, as a child: two processes, no job runners, no telemetry."""
     settings = {
         "MLFLOW_BACKEND_STORE_URI": home.tracking_uri,
@@ -217,33 +183,32 @@ def serve_mlflow(home: Home, port: int) -> int:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # we outlive it, to return its exit code
-    return process.wait()
+    sys.exit(process.wait())
 
 
-class Guard:
-    """Passes requests of a browser on this machine to our own name, and no others. A foreign page could otherwise
-    make the browser delete studies (a foreign Origin), or read them (a foreign name for our address).
+def guard(app: Any, port: int, mlflow: str) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+    """A WSGI app (PEP 3333) that passes requests of a browser on this machine to our own name, and no others. A foreign
+    page could otherwise make the browser delete studies (a foreign Origin), or read them (a foreign name for our
+    address).
 
     Also redirects `/mlflow/...` to MLflow's pages, whose port is not known when the links in the notes are written.
     """
+    hosts = {f"{name}:{port}" for name in NAMES}
 
-    def __init__(self, app: Any, port: int, mlflow: str) -> None:
-        self.app, self.mlflow = app, mlflow
-        self.hosts = {f"{name}:{port}" for name in NAMES}
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        """WSGI (PEP 3333)."""
+    def guarded(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         origin = environ.get("HTTP_ORIGIN")
-        if environ.get("HTTP_HOST") not in self.hosts or (origin and urlsplit(origin).netloc not in self.hosts):
+        if environ.get("HTTP_HOST") not in hosts or (origin and urlsplit(origin).netloc not in hosts):
             start_response("403 Forbidden", [("Content-Type", "text/plain")])
             return [b"Only from this machine, by its own name.\n"]
         path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
         if path.startswith(f"{HERE}/"):
-            target = f"{self.mlflow}/#{path.removeprefix(HERE)}{'?' if query else ''}{query}"
+            target = f"{mlflow}/#{path.removeprefix(HERE)}{'?' if query else ''}{query}"
             start_response("302 Found", [("Location", target)])
             return [b""]
-        response: Iterable[bytes] = self.app(environ, start_response)
+        response: Iterable[bytes] = app(environ, start_response)
         return response
+
+    return guarded
 
 
 class _ThreadedServer(ThreadingMixIn, WSGIServer):
@@ -266,4 +231,4 @@ def _follow_parent() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from searchfm.jobs import JobSpec
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Exported, Prediction
-    from searchfm.show.dashboard import Addresses
     from searchfm.tracking import Difference
 
 Costs = Mapping[str, tuple[float, float]]  # minimum and maximum of a trial's `parameters` and `mflop`
@@ -339,9 +338,9 @@ def show_comparison(
         console.print(str(file), highlight=False, soft_wrap=True, markup=False)
 
 
-def show_addresses(console: Console, addresses: "Addresses") -> None:
+def show_addresses(console: Console, dashboard: str, mlflow: str) -> None:
     """The addresses of the two user interfaces."""
-    _line(console, f"optuna-dashboard  {addresses.dashboard}\nMLflow            {addresses.mlflow}")
+    _line(console, f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
     console.print("Ctrl-C stops both", style="dim")
 
 

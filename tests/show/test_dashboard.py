@@ -23,7 +23,6 @@ from searchfm.errors import StudyError, WorldError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
-from searchfm.show.dashboard import Guard
 from searchfm.tracking import run_links, sync
 from tests.programs import chromium
 
@@ -48,7 +47,7 @@ def ask(path: str, host: str, origin: str | None = None) -> tuple[str, dict[str,
         start_response("200 OK", [])
         return [b"inside"]
 
-    guard = Guard(inside, 8080, "http://127.0.0.1:5000")
+    guard = dashboard.guard(inside, 8080, "http://127.0.0.1:5000")
     environ = {"HTTP_HOST": host, "PATH_INFO": path, "QUERY_STRING": "a=b&c=d"}
     body = guard(environ | ({"HTTP_ORIGIN": origin} if origin else {}), lambda *start: response.extend(start))
     return response[0], dict(response[1]), b"".join(body)
@@ -99,11 +98,11 @@ def test_no_free_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_home_without_studies_says_so(home: Home) -> None:
     with pytest.raises(StudyError, match="holds no study yet"):
-        dashboard.serve(home, ready=print)
+        dashboard.serve(home, None, (8080, 5000), print)
     assert not home.path.exists()
     open_storage(home, create=True)
     with pytest.raises(StudyError, match="holds no study yet"):
-        dashboard.serve(home, ready=print)
+        dashboard.serve(home, None, (8080, 5000), print)
 
 
 # --- with both servers ------------------------------------------------------------------------------------------------
