@@ -1,7 +1,7 @@
 """The command line: parses, calls, prints. What a command needs is imported in the command, not before.
 
-Exit codes: 0 done; 1 the world failed, the same command resumes; 2 the user's mistake; 130 and 143 interrupted,
-resumable. Anything else is our bug and shows its traceback.
+Exit codes: 0 done; 1 a disk, database or network failed, the same command resumes; 2 the user's mistake; 130 and 143
+interrupted, resumable. Anything else is a bug and shows its traceback.
 """
 
 import errno
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,16 +31,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # in "rich", a bracket in a help text would be taken for a tag
 )
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A study by name (its champion), models:/NAME@ALIAS or models:/NAME/VERSION, "
-        "a file (.onnx, .safetensors), or a trial's folder.",
-        metavar="MODEL",
-    ),
-]
+MODEL = "A study (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, an .onnx, a .safetensors, a trial's folder."
+ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: cores, or GPUs]")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
 
@@ -50,11 +46,12 @@ def main() -> None:
     try:
         app()
     except SearchfmError as error:
-        _fail(str(error), error.exit_code)
+        print(f"searchfm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}; fix this and run the same command again", 1)
+        sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")
 
 
 def _version(requested: bool) -> None:
@@ -75,11 +72,9 @@ def _options(
 @app.command()
 def tune(
     study: StudyArgument,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Trials in total, those of earlier commands included.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: cores, or GPUs]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, earlier ones included.")] = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
     dataset: Annotated[str | None, typer.Option(help="A data set by name, or a folder of images.")] = None,
     subset: Annotated[float | None, typer.Option(help="Fraction of the training part to search on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of a trial.")] = None,
@@ -142,8 +137,8 @@ def retrain(
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the final training.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Retrain from scratch with new seeds.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make the model the champion, better or not.")] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: cores, or GPUs]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")] = "auto",
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
     home: HomeOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
@@ -284,9 +279,7 @@ def compare(
 @app.command()
 def report(
     study: StudyArgument,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write. [default: report.html in the study's folder]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. [default: report.html of the study]")] = None,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
@@ -331,13 +324,9 @@ def sync(
 @app.command()
 def predict(
     model: ModelArgument,
-    images: Annotated[
-        list[Path], typer.Argument(help="Image files of any size and mode, or folders of them.", metavar="IMAGE")
-    ],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE")],
     top: Annotated[int, typer.Option(min=1, help="Number of most probable classes to print.")] = 1,
-    as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print CSV instead of a table; write it to FILE.csv if that follows.")
-    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV; write it to FILE.csv if that follows.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -375,9 +364,7 @@ def export(
     kind: Annotated[
         str | None, typer.Option("--format", help="onnx, pt2 or safetensors. [default: by --output's name, else onnx]")
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="File to write, or the folder for it. [default: NAME.FORMAT, here]")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write, or its folder. [default: NAME.FORMAT]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -412,8 +399,3 @@ def _output(as_json: bool, values: Any, show: Callable[[], object]) -> None:
         typer.echo(json.dumps(values))
     else:
         show()
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"searchfm: {message}", file=sys.stderr)
-    sys.exit(code)
