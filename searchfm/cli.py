@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,9 +35,9 @@ app = typer.Typer(
 MODEL = "A study (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, an .onnx, a .safetensors, a trial's folder."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
-DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: cores, or GPUs]")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
 
@@ -114,15 +115,14 @@ def tune(
     if dry_run:
         terminal.show_plan(console, opened, stored)
         return
-    began = time.monotonic()
+    began, folder = time.monotonic(), data_folder(data_dir)
     with StopRequest(timeout) as stop:
-        folder = data_folder(data_dir)
         with Tuning(opened, where, file, stored, device, workers, folder, retry_failed, stopping=stop) as tuning:
             view = terminal.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
-            view.follow(tuning.run())
+            terminal.follow(view, tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
-        values = {**terminal.describe_study(result, where), "seconds": round(elapsed, 3)}
-        _output(as_json, values, lambda: None)
+        if as_json:
+            typer.echo(json.dumps({**terminal.describe_study(result, where), "seconds": round(elapsed, 3)}))
         exhausted, missing = tuning.coordinator.exhausted, tuning.missing
         terminal.show_end(console, result, trials=tuning.trials, exhausted=exhausted, missing=missing, elapsed=elapsed)
     tuning.check_success(result)
@@ -154,7 +154,7 @@ def retrain(
         Home.find(home), name, top, seeds, trial, epochs, again, promote, device, workers, folder
     )
     with StopRequest() as stop:
-        final = terminal.RetrainView(console, name).follow(retraining.retrain(options, stop))
+        final = terminal.follow(terminal.RetrainView(console, name), retraining.retrain(options, stop))
         _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
 
 
@@ -178,7 +178,7 @@ def status(
     elif records:
         console.print(terminal.study_table(records))
     else:
-        console.print(f"{where.path} holds no study yet; begin with: searchfm tune mlp", highlight=False)
+        console.print(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
 
 
 @app.command()
@@ -265,7 +265,7 @@ def compare(
         raise UserError(f"--picture {picture}: must end in {' or '.join(comparing.SUFFIXES)}")
     where, console = Home.find(home), _console()
     lines = comparing.compare_studies([read_study(where, study_name(study)) for study in studies])
-    page, values = comparing.comparison_page(lines), comparing.describe_lines(lines)
+    page, values = comparing.comparison_page(lines), [asdict(line) for line in lines]
     if html is not None:
         write_whole(html, page.encode())
     if picture is not None:
@@ -378,24 +378,23 @@ def export(
     """
     from searchfm import tracking
     from searchfm.learn import export
-    from searchfm.show import terminal
 
     format_, target = export.target(kind, output)
     with tracking.find_model(Home.find(home), model) as source:
         network, spec = export.load_model(source.path)
     done = export.export(network, spec, format_, target(source.name), force=force)
-    values = {"model": model, **terminal.describe_export(done)}
-    _output(as_json, values, lambda: terminal.show_export(_console(), done))
+    text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
+    _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))
 
 
 def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)  # a line stays whole, for the terminal to wrap
 
 
 def _output(as_json: bool, values: Any, show: Callable[[], object]) -> None:
     if as_json:
-        typer.echo(json.dumps(values))
+        typer.echo(json.dumps(values, default=str))  # paths as text
     else:
         show()

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +27,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from searchfm.format import short, trained
 from searchfm.home import write_whole
 from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial, ranked
 from searchfm.search.space import Choice, Range
+from searchfm.stats import Accuracy
 
+Ticks = list[tuple[float, str]]  # height from 0 to 1, and text
+Bounds = tuple[float, float, float, float]  # of axes: left, bottom, width and height, 0 to 1 of the figure
 DPI = 110
 
 # Each colour has one meaning in all figures.
@@ -57,8 +61,7 @@ class Measured:
     accuracy: float
     low: float
     high: float
-    seconds: float = 0.0
-    tied: bool = False  # not distinguishable from the best
+    seconds: float
 
 
 def _blank(width: float, height: float) -> Figure:
@@ -68,9 +71,10 @@ def _blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _panel(figure: Figure, title: str, *bounds: float) -> Axes:
-    """Plain axes; bounds: left, bottom, width and height, 0 to 1 of the figure."""
-    return _plain(figure.add_axes(bounds), title)  # type: ignore[arg-type]
+def _panel(width: float, height: float, title: str, bounds: Bounds) -> tuple[Figure, Axes]:
+    """A figure, in inches, and its only axes, which are plain."""
+    figure = _blank(width, height)
+    return figure, _plain(figure.add_axes(bounds), title)
 
 
 def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
@@ -144,26 +148,22 @@ def curves(epochs: Sequence[Epoch]) -> Figure:
     loss, accuracy = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
     steps = [epoch.index for epoch in epochs]
-    panels = (
-        (loss, "loss", [e.train_loss for e in epochs], [e.val_loss for e in epochs]),
-        (accuracy, "accuracy", [e.train_accuracy for e in epochs], [e.val_accuracy for e in epochs]),
-    )
-    for axes, title, train, validation in panels:
+    values = np.array([[e.train_loss, e.val_loss, e.train_accuracy, e.val_accuracy] for e in epochs], dtype=np.float64)
+    values[~np.isfinite(values)] = np.nan  # as None is already
+    best = int(np.nanargmax(values[:, 3])) if np.isfinite(values[:, 3]).any() else None
+    for axes, title, train, validation in ((loss, "loss", *values.T[:2]), (accuracy, "accuracy", *values.T[2:])):
         _plain(axes, title)
-        axes.plot(steps, _gaps(train), color=TRAIN, marker="o", markersize=3, label="training")
-        if any(value is not None for value in validation):
-            axes.plot(steps, _gaps(validation), color=VALIDATION, marker="o", markersize=3, label="validation")
+        axes.plot(steps, train, color=TRAIN, marker="o", markersize=3, label="training")
+        if np.isfinite(validation).any():
+            axes.plot(steps, validation, color=VALIDATION, marker="o", markersize=3, label="validation")
+        if best is not None:
+            axes.axvline(steps[best], color=MARK, linewidth=0.8, linestyle=":")
         _count(axes, "epoch", 7)
         axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
     accuracy.yaxis.set_major_formatter(FuncFormatter(_percent))
-    held = [epoch for epoch in epochs if epoch.val_accuracy is not None and np.isfinite(epoch.val_accuracy)]
-    if held:
-        best = max(held, key=lambda epoch: (epoch.val_accuracy, -epoch.index))
-        assert best.val_accuracy is not None
-        for axes in (loss, accuracy):
-            axes.axvline(best.index, color=MARK, linewidth=0.8, linestyle=":")
-        accuracy.plot([best.index], [best.val_accuracy], "o", color=MARK, markersize=6, markerfacecolor="none")
-        _title(accuracy, f"best {best.val_accuracy:.2%} in epoch {best.index}", "right", color=MARK, size=9)
+    if best is not None:
+        accuracy.plot(steps[best], values[best, 3], "o", color=MARK, markersize=6, markerfacecolor="none")
+        _title(accuracy, f"best {values[best, 3]:.2%} in epoch {steps[best]}", "right", color=MARK, size=9)
     loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     return figure
 
@@ -194,8 +194,7 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     axes.set_ylabel("true", fontsize=9, color=INK)
     axes.spines[:].set_color(QUIET)
     correct, total = int(np.trace(counts)), int(counts.sum())
-    title = f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})"
-    _title(axes, title, size=9)
+    _title(axes, f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})", size=9)
     if counted:
         for row, column in np.argwhere(counts):
             colour = "white" if fractions[row, column] > 0.25 else INK
@@ -220,27 +219,21 @@ def draw(trial: Trial, names: Sequence[str]) -> list[Path]:
     return [path for path, _, _ in pictures]
 
 
-def _gaps(values: Sequence[float | None]) -> list[float]:
-    return [value if value is not None and np.isfinite(value) else np.nan for value in values]
-
-
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
-def history(trials: Sequence[Trial], best: int | None = None, band: tuple[float, float] | None = None) -> Figure:
+def history(trials: Sequence[Trial], best: int, band: tuple[float, float]) -> Figure:
     """Every trial's validation accuracy in the order of the search, the best so far as a line.
 
     A pruned trial is drawn at its last report, an accuracy far below the rest at the lower edge. best: number of the
     trial that is marked, and `band` its interval, shaded.
     """
-    figure = _blank(WIDE, 3.2)
-    axes = _panel(figure, "validation accuracy of each trial", 0.062, 0.15, 0.925, 0.76)
+    figure, axes = _panel(WIDE, 3.2, "validation accuracy of each trial", (0.062, 0.15, 0.925, 0.76))
     values = {trial.number: trial.value for trial in trials if trial.value is not None}
     pruned = {row.number: row.accuracy for row in trials if row.state == "pruned" and row.accuracy is not None}
     failed = [trial.number for trial in trials if trial.state == "failed"]
     floor = _limits(axes, [*values.values()], pruned.values())
-    if band is not None:
-        axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
+    axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
     order = sorted(values)
     tops = np.maximum.accumulate([values[number] for number in order])
     axes.step(order, tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
@@ -270,46 +263,39 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     axes = figure.add_axes((0.6 / width, 0.09, 1 - 1.2 / width, 0.79))
     axes.set_axis_off()
     axes.set_xlim(0, len(space))
-    partial = any(key not in trial.params for trial in complete for key in space)
+    partial = {key for key in space if any(key not in trial.params for trial in complete)}
     axes.set_ylim(BELOW - 0.07 if partial else -0.05, 1.04)
-    values = [trial.value or 0.0 for trial in complete]
-    floor, top = _floor(values, values), max(values, default=1.0)
     scales = {key: _scale(leaf) for key, leaf in space.items()}
     for x, (key, (ticks, _)) in enumerate(scales.items()):
         _vertical(axes, x, names[key], ticks)
-        if any(key not in trial.params for trial in complete):
+        if key in partial:
             axes.plot([x - 0.03, x + 0.03], [BELOW, BELOW], color=QUIET, linewidth=2.5, zorder=2)
             axes.text(x, BELOW - 0.025, "no value", fontsize=7, color=QUIET, ha="center", va="top")
-    span = max(top - floor, 1e-9)
-    steps = [tick for tick in MaxNLocator(5).tick_values(floor, top) if floor <= tick <= top]
-    _vertical(axes, len(space), "accuracy", [((tick - floor) / span, _percent(tick)) for tick in steps], side=1)
-    for rank, trial in enumerate(complete):
+    values = [trial.value or 0.0 for trial in complete]
+    floor = _floor(values)
+    ticks, accuracy_height = _scale(Range(floor, max(values, default=1.0), log=False, step=None), _percent)
+    _vertical(axes, len(space), "accuracy", ticks, side=1)
+    for rank, (trial, value) in enumerate(zip(complete, values, strict=True)):
         jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would lie on each other
         heights = [
             height(trial.params[key]) + jitter * isinstance(space[key], Choice) if key in trial.params else BELOW
             for key, (_, height) in scales.items()
         ]
-        heights.append((max(trial.value or 0.0, floor) - floor) / span)
-        last = rank == len(complete) - 1
-        style: dict[str, Any] = {"solid_joinstyle": "round", "zorder": 3 + rank / (len(complete) + 1)}
-        style |= {
-            "color": MARK if last else WORST_TO_BEST(rank / max(len(complete) - 1, 1)),
-            "linewidth": 2.0 if last else 1.1,
-        }
+        heights.append(accuracy_height(value))
+        best = rank == len(complete) - 1
+        color, width = (MARK, 2.0) if best else (WORST_TO_BEST(rank / (len(complete) - 1)), 1.1)
+        style: dict[str, Any] = {"color": color, "linewidth": width, "zorder": 3 + rank / len(complete)}
         axes.plot(range(len(heights)), heights, gid=f"trial-parallel-{trial.number}", **style)
     return figure
 
 
-def factor(
-    trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, figure_name: str, best: int | None
-) -> Figure:
+def factor(trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, figure_name: str, best: int) -> Figure:
     """Validation accuracy over one key of the space: a dot a complete trial, and the median of each of few values.
 
     A line joins the medians where the values are numbers. name: of the key; figure_name: for the dots' ids; best:
     number of the trial that is marked.
     """
-    figure = _blank(3.3, 2.3)
-    axes = _panel(figure, name, 0.165, 0.17, 0.815, 0.72)
+    figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.815, 0.72))
     points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
     floor = _limits(axes, [value for _, _, value in points])
     options = _options(leaf)
@@ -350,11 +336,9 @@ def _medians(axes: Axes, options: Sequence[Any], medians: Mapping[int, float]) -
 
 def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
     """Validation accuracy by epoch: all trials in grey, a pruned one up to its last epoch; `top` in colour."""
-    figure = _blank(5.5, 3.1)
-    axes = _panel(figure, "validation accuracy by epoch", 0.115, 0.155, 0.855, 0.745)
+    figure, axes = _panel(5.5, 3.1, "validation accuracy by epoch", (0.115, 0.155, 0.855, 0.745))
     numbers = [trial.number for trial in top]
-    ends = [max(trial.reported.values()) for trial in trials if trial.reported]
-    floor = _limits(axes, [value for trial in trials for value in trial.reported.values()], ends)
+    floor = _limits(axes, [value for trial in trials for value in trial.reported.values()])
     axes.set_ylim(bottom=floor)
     for trial in trials:
         if trial.reported and trial.number not in numbers and trial.twin is None:
@@ -364,23 +348,21 @@ def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
                 axes.plot(xs[-1:], ys[-1:], "o", color=QUIET, markersize=3, markerfacecolor="white", zorder=3)
     style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.5, "zorder": 4}
     for trial, shade in reversed(list(zip(top, (MARK, VALIDATION, "#3f7cc0", "#6d9fd3", "#8fb3d9"), strict=False))):
-        number = trial.number
-        style |= {"color": shade, "label": f"trial {number}", "gid": f"trial-progress-{number}"}
+        style |= {"color": shade, "label": f"trial {trial.number}", "gid": f"trial-progress-{trial.number}"}
         axes.plot(list(trial.reported), list(trial.reported.values()), **style)
     _count(axes, "epoch")
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=8, labelcolor=INK, loc="best")
+    if top:
+        axes.legend(reverse=True, frameon=False, fontsize=8, labelcolor=INK, loc="best")
     return figure
 
 
 def survival(trials: Sequence[Trial], epochs: int) -> Figure:
     """How many of the trained trials reached each epoch, and (hatched) how many were pruned before it."""
-    figure = _blank(4.2, 3.1)
-    axes = _panel(figure, "trials that trained each epoch", 0.135, 0.155, 0.835, 0.745)
-    trained = [len(trial.epochs) for trial in trials if trial.twin is None and trial.epochs]
+    figure, axes = _panel(4.2, 3.1, "trials that trained each epoch", (0.135, 0.155, 0.835, 0.745))
+    counts = [len(trial.epochs) for trial in trained(trials)]
     steps = range(1, epochs + 1)
-    reached = [sum(count >= epoch for count in trained) for epoch in steps]
-    saved = [len(trained) - count for count in reached]
+    reached = [sum(count >= epoch for count in counts) for epoch in steps]
+    saved = [len(counts) - count for count in reached]
     axes.bar(steps, reached, color=VALIDATION, width=0.82)
     axes.bar(steps, saved, bottom=reached, color="white", edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
     _count(axes, "epoch")
@@ -394,9 +376,8 @@ def importance(fractions: Mapping[str, float]) -> Figure:
     figure = _blank(5.6, height)
     axes = figure.add_axes((0.32, 0.2 / height, 0.6, 1 - 0.3 / height))
     names = list(fractions)
-    axes.barh(range(len(names)), list(fractions.values()), color=VALIDATION, height=0.66)
-    for index, fraction in enumerate(fractions.values()):
-        axes.text(fraction + 0.006, index, f"{fraction:.0%}", va="center", fontsize=8, color=INK)
+    bars = axes.barh(range(len(names)), list(fractions.values()), color=VALIDATION, height=0.66)
+    axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=8, color=INK)
     axes.set_yticks(range(len(names)), names, fontsize=8.5, color=INK, parse_math=False)
     axes.set_xticks([])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -407,18 +388,17 @@ def importance(fractions: Mapping[str, float]) -> Figure:
     return figure
 
 
-def ranking(measured: Sequence[Measured]) -> Figure:
-    """Accuracies with their 95% intervals, the best on top; those not distinguishable from it in colour."""
-    height = 0.45 + 0.26 * len(measured)  # the pitch of a table's rows
+def ranking(accuracies: Mapping[int, Accuracy], tied: Container[int]) -> Figure:
+    """Accuracies by trial with their 95% intervals, the best first and on top; `tied` are those in colour."""
+    height = 0.45 + 0.26 * len(accuracies)  # the pitch of a table's rows
     figure = _blank(4.7, height)
     axes = _plain(figure.add_axes((0.16, 0.33 / height, 0.81, 1 - 0.36 / height)), "", grid="x")
-    for index, item in enumerate(measured):
-        colour = MARK if index == 0 else VALIDATION if item.tied else QUIET
-        number = item.name.rpartition(" ")[2]
-        axes.plot([item.low, item.high], [index, index], color=colour, linewidth=1.6, solid_capstyle="butt")
-        axes.plot([item.accuracy], [index], "o", color=colour, markersize=5, gid=f"trial-ranking-{number}")
-    axes.set_yticks(range(len(measured)), [item.name for item in measured], fontsize=8, color=INK, parse_math=False)
-    axes.set_ylim(len(measured) - 0.4, -0.6)
+    for index, (number, accuracy) in enumerate(accuracies.items()):
+        colour = MARK if index == 0 else VALIDATION if number in tied else QUIET
+        axes.plot(accuracy.interval, [index, index], color=colour, linewidth=1.6, solid_capstyle="butt")
+        axes.plot(accuracy.fraction, index, "o", color=colour, markersize=5, gid=f"trial-ranking-{number}")
+    axes.set_yticks(range(len(accuracies)), [f"trial {number}" for number in accuracies], fontsize=8, color=INK)
+    axes.set_ylim(len(accuracies) - 0.4, -0.6)
     axes.xaxis.set_major_formatter(FuncFormatter(_percent))
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="y", length=0)
@@ -450,33 +430,40 @@ def _dot(axes: Axes, figure: str, trial: int, point: tuple[float, float], floor:
     axes.plot([x], [max(y, floor)], "o" if y >= floor else "v", gid=f"trial-{figure}-{trial}", **style)
 
 
-def _scale(leaf: Choice | Range) -> tuple[list[tuple[float, str]], Callable[[Any], float]]:
-    """Ticks (height from 0 to 1, text) of an axis, and the function from a value to its height."""
+def _text(value: Any) -> str:
+    return _short(_number(value) if isinstance(value, float) else short(value), 16)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _scale(leaf: Choice | Range, text: Callable[[Any], str] = _text) -> tuple[Ticks, Callable[[Any], float]]:
+    """The ticks of an axis, and the function from a value to its height. text: of a tick."""
     if isinstance(leaf, Choice):
         options = _options(leaf)
         step = 1 / max(len(options) - 1, 1)
-        return [(i * step, _text(option)) for i, option in enumerate(options)], lambda v: options.index(v) * step
+        return [(i * step, text(option)) for i, option in enumerate(options)], lambda v: options.index(v) * step
     warp = math.log if leaf.log else float
-    low, high = warp(leaf.low), warp(leaf.high)
+    ends = (warp(leaf.low), warp(leaf.high))
     locator = LogLocator(numticks=6) if leaf.log else MaxNLocator(5, integer=leaf.whole)
     ticks = [tick for tick in locator.tick_values(leaf.low, leaf.high) if leaf.low <= tick <= leaf.high]
 
     def height(value: Any) -> float:
-        return (warp(value) - low) / max(high - low, 1e-12)
+        return float(np.interp(warp(value), ends, (0, 1)))
 
-    return [(height(tick), _number(tick)) for tick in ticks], height
+    return [(height(tick), text(tick)) for tick in ticks], height
 
 
-def _vertical(axes: Axes, x: float, name: str, ticks: Sequence[tuple[float, str]], side: int = -1) -> None:
+def _vertical(axes: Axes, x: float, name: str, ticks: Ticks, side: int = -1) -> None:
     """One axis of many, its texts on the left (side -1) or on the right (1)."""
     axes.plot([x, x], [0, 1], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
     axes.text(x, 1.09, name, fontsize=8.5, color=INK, ha="center", va="bottom", parse_math=False)
-    style: dict[str, Any] = {"fontsize": 7.5, "color": SOFT, "va": "center", "zorder": 5, "parse_math": False}
-    style |= {"ha": "right" if side < 0 else "left"}
-    style |= {"bbox": {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}}
+    box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
     for height, text in ticks:
         axes.plot([x, x + 0.02 * side], [height, height], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
-        axes.text(x + 0.035 * side, height, text, **style)
+        label = axes.text(x + 0.035 * side, height, text, fontsize=7.5, color=SOFT, va="center", zorder=5, bbox=box)
+        label.set(ha="right" if side < 0 else "left", parse_math=False)
 
 
 def _options(leaf: Choice | Range) -> list[Any]:
@@ -493,24 +480,13 @@ def _numbers(values: Iterable[Any]) -> bool:
 
 def _index(options: Sequence[Any], value: Any) -> int:
     """The index of a value among the options; a stepped number may carry rounding noise."""
-    if value in options:
-        return options.index(value)
-    return min(range(len(options)), key=lambda index: abs(options[index] - value))
+    exact = value in options
+    return options.index(value) if exact else min(range(len(options)), key=lambda index: abs(options[index] - value))
 
 
 def _spread(number: int) -> float:
     """A number from 0 to 1 for a trial, far from those of the trials before it (golden ratio), always the same."""
     return number * 0.6180339887 % 1
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return _short(_number(value) if isinstance(value, float) else str(value), 16)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 # --- several studies --------------------------------------------------------------------------------------------------
@@ -524,10 +500,9 @@ def front(panels: Mapping[str, Sequence[Measured]]) -> Figure:
     count = max(len(panels), 1)
     width = max(6.4, 4.6 * count)
     figure = _blank(width, 3.9)
-    part = 1 / count
     for index, (title, measured) in enumerate(panels.items()):
-        margin = 0.62 / width
-        _front(_panel(figure, title, index * part + margin, 0.135, part - margin - 0.15 / width, 0.775), measured)
+        left, right = index / count + 0.62 / width, (index + 1) / count - 0.15 / width
+        _front(_plain(figure.add_axes((left, 0.135, right - left, 0.775)), title), measured)
     return figure
 
 

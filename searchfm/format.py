@@ -1,12 +1,14 @@
-"""Numbers and names as text, for the terminal, pages, notes and MLflow."""
+"""Numbers, names and results as text, for the terminal, pages, notes and MLflow."""
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from searchfm.records import Final, State, StudyRecord, Trial
 
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
+NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
 
 
 def escape(text: str) -> str:
@@ -81,11 +83,76 @@ def states(study: StudyRecord, shown: Iterable[State] = STATES, *, zeros: bool =
     return ", ".join(f"{count} {state}" for count, state in counts if zeros or count)
 
 
-def sentence(final: Final) -> str:
-    """The accuracy of a final model, and what its interval is an interval of."""
-    test = final.test
+def trained(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials that trained to their end or were pruned. Twins, which train nothing, and failed ones are left out."""
+    return [t for t in trials if t.twin is None and t.epochs and t.state in ("complete", "pruned")]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Training that pruning saved."""
+
+    epochs: int  # not trained
+    full: int  # that all trained trials would have had
+    seconds: float  # that those epochs would have taken, at each trial's own pace
+
+    def __str__(self) -> str:
+        fraction = self.epochs / max(self.full, 1)
+        return f"{self.epochs:,} of {self.full:,} epochs ({fraction:.0%}), about {seconds(self.seconds)} of training"
+
+
+def saved_epochs(study: StudyRecord) -> Saved:
+    """Epochs that pruned trials did not train."""
+    trials = trained(study.trials)
+    missing = [trial.planned_epochs - len(trial.epochs) for trial in trials]
+    time = sum(count * trial.seconds_per_epoch for count, trial in zip(missing, trials, strict=True))
+    return Saved(sum(missing), sum(trial.planned_epochs for trial in trials), time)
+
+
+def accuracy_sentence(accuracy: float, n: int, part: str, low: float, high: float) -> str:
+    """An accuracy on a part of the data, and what its interval is an interval of."""
     return (
-        f"{test.accuracy:.2%} of {test.n:,} test images correct; 95% interval {test.low:.2%} to {test.high:.2%} "
-        f"(Wilson), for this one model on images like these. "
-        f"The test part of these data had been read {times(test.reads)} by then, this time included."
+        f"{accuracy:.2%} of {n:,} {part} images correct; 95% interval {low:.2%} to {high:.2%} (Wilson), "
+        "for this one model on images like these."
     )
+
+
+def sentence(final: Final) -> str:
+    """The accuracy of a final model on the test part, and how often that part has been read."""
+    return " ".join(final_sentences(final)["Test"])
+
+
+def final_sentences(final: Final) -> dict[str, list[str]]:
+    """The result of `retrain` by subject; every interval says what it is an interval of."""
+    test, validation, model = final.test, final.validation, final.model
+    tested = [
+        accuracy_sentence(test.accuracy, test.n, "test", test.low, test.high),
+        f"The test part of these data had been read {times(test.reads)} by then, this time included.",
+    ]
+    trained = [
+        f"The final model has the configuration of trial {final.winner}, trained on all training data for "
+        f"{plural(final.epochs, 'epoch')} of {seconds(final.seconds_per_epoch)}; "
+        f"{final.parameters:,} parameters, {megaflop(final.flops)} MFLOP an image."
+    ]
+    if model is not None:
+        trained.append(f"It is registered as {model.uri}{', the champion' if model.champion else NOT_CHAMPION}.")
+    if final.optimism is None:
+        searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
+    else:
+        searched = [
+            f"{validation.accuracy + final.optimism:.2%} of the validation images correct in the search, "
+            f"{validation.accuracy:.2%} with {plural(final.plan.seeds, 'fresh seed')}: "
+            f"an optimism of {100 * final.optimism:+.2f} points."
+        ]
+    if validation.low is not None and validation.high is not None and validation.spread is not None:
+        searched.append(
+            f"A further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction interval, on the "
+            f"search's data and epochs and the same {validation.n:,} images); seeds vary by "
+            f"{100 * validation.spread:.2f} points (standard deviation)."
+        )
+    if final.tie:
+        searched.append(
+            f"Trials {', '.join(map(str, final.tie))} cannot be distinguished with fresh seeds (paired test, Holm): "
+            f"the lowest cost wins, trial {final.winner}."
+        )
+    return {"Test": tested, "Model": trained, "Validation": searched}

@@ -20,6 +20,7 @@ from searchfm import figures
 from searchfm.figures import Measured
 from searchfm.records import EPOCHS, Epoch, Predictions, State, Trial, write_epochs
 from searchfm.search.space import Choice, Range
+from searchfm.stats import Accuracy
 
 LR = Range(1e-4, 1e-1, log=True, step=None)
 LAYERS = Range(1, 3, log=False, step=1)
@@ -127,7 +128,8 @@ def test_history_has_a_mark_for_every_trial_and_rises_with_the_best() -> None:
 
 
 def test_one_diverged_training_does_not_compress_the_others_to_a_line() -> None:
-    figure = figures.history([trial(number, 0.90 + number / 1000) for number in range(10)] + [trial(10, 0.1)])
+    trials = [*(trial(number, 0.90 + number / 1000) for number in range(10)), trial(10, 0.1)]
+    figure = figures.history(trials, 9, (0.90, 0.91))
     low, high = figure.axes[0].get_ylim()
     assert high - low < 0.05
     assert points(figure, "history")[10][0, 1] > low
@@ -162,6 +164,7 @@ def test_a_stepped_number_with_rounding_noise_has_its_step() -> None:
 
 def test_survivors_and_what_was_saved_add_up_to_all() -> None:
     trials = [replace(trial(i, 0.5), epochs=tuple(rows.epochs(i, count))) for i, count in enumerate((3, 3, 1, 2))]
+    trials.append(replace(trials[2], state="failed"))  # not counted: nothing was pruned
     heights = [patch.get_height() for patch in figures.survival(trials, 3).axes[0].patches]
     assert heights == [4, 3, 2, 0, 1, 2]
 
@@ -174,7 +177,7 @@ def test_odd_searches_are_drawn_too(trials: list[Trial]) -> None:
         figures.factor(trials, "lr", LR, "lr", "f", 0),
         figures.progress(trials, [trial for trial in trials if trial.value]),
         figures.survival(trials, 3),
-        figures.ranking([Measured(f"trial {trial.number}", trial.value or 0, 0.0, 1.0) for trial in trials]),
+        figures.ranking({trial.number: Accuracy(round(10 * (trial.value or 0)), 10) for trial in trials}, {0}),
     ]
     assert all(figures.svg(figure, str(i)).startswith("<svg") for i, figure in enumerate(drawn))
 
@@ -218,7 +221,7 @@ def test_an_svg_is_an_element_of_a_page_and_no_more() -> None:
 
 def test_inner_ids_differ_from_figure_to_figure_but_not_from_run_to_run() -> None:
     def drawn(salt: str) -> str:
-        return figures.svg(figures.history([trial(0, 0.5)]), salt)
+        return figures.svg(figures.history([trial(0, 0.5)], 0, (0.4, 0.6)), salt)
 
     def inner(text: str) -> set[str]:
         return {name for name in re.findall(r' id="([^"]*)"', text) if not name.startswith("trial-")}

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.markup import escape
@@ -98,28 +98,27 @@ def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
 
 def _line(study: StudyRecord) -> Line:
     final, best = study.final, study.ranked(twins=False)[0]
+    model = final or best.result
+    assert model is not None
     if final is not None:
         measured: dict[str, Any] = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
-        cost: dict[str, Any] = {
-            key: getattr(final, key) for key in ("parameters", "flops", "epochs", "training_seconds")
-        }
     else:
-        assert best.result is not None
         low, high = accuracy(study, best).interval
         measured = {"accuracy": best.value, "low": low, "high": high, "n": study.data.validation, "reads": None}
-        cost = {"parameters": best.result.parameters, "flops": best.result.flops, "epochs": len(best.epochs)}
-        cost["training_seconds"] = best.seconds
     return Line(
         study=study.name,
         split="test" if final else "validation",
         difference=None,
         p=None,
         seconds_per_epoch=(final or best).seconds_per_epoch,
+        parameters=model.parameters,
+        flops=model.flops,
         trials=len(study.trials),
+        training_seconds=final.training_seconds if final else best.seconds,
+        epochs=final.epochs if final else len(best.epochs),
         search_seconds=sum(trial.seconds for trial in study.trials if trial.twin is None),
         data=str(study.resolved["data"]["name"]),
         **measured,
-        **cost,
     )
 
 
@@ -133,11 +132,6 @@ def _comparable(studies: Sequence[StudyRecord]) -> list[dict[int, Predictions]]:
             part = final.test.fingerprint if final else "validation"
             groups[study.data.fingerprint, part, predictions.indices.tobytes()][index] = predictions
     return [group for group in groups.values() if len(group) > 1]
-
-
-def describe_lines(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """The comparison as plain values, for `--json` and MLflow."""
-    return [asdict(line) for line in lines]
 
 
 def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
@@ -189,7 +183,7 @@ def comparison_page(lines: Sequence[Line]) -> str:
         texts=TEXTS,
         rows=[zip(COLUMNS, row, strict=True) for row in _rows(lines)],
         notes=comparison_notes(lines),
-        front=pages.embed(_front(lines), "front"),
+        front=_front(lines),
     )
 
 

@@ -4,8 +4,7 @@ import csv
 import io
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.format import megaflop, plural, seconds, short, show_params, state, states, times
+from searchfm.format import final_sentences, megaflop, plural, saved_epochs, seconds, short, show_params, state, states
 from searchfm.home import Home
 from searchfm.records import Epoch, Final, State, StudyRecord, Trial
 from searchfm.search.space import Choice, Range, leaves
@@ -28,41 +27,44 @@ if TYPE_CHECKING:
     from searchfm import coordinator, retraining
     from searchfm.jobs import JobSpec
     from searchfm.learn.datasets import Described
-    from searchfm.learn.export import Exported, Prediction
+    from searchfm.learn.export import Prediction
     from searchfm.tracking import Difference
 
 Costs = Mapping[str, tuple[float, float]]  # minimum and maximum of a trial's `parameters` and `mflop`
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
-NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
 LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
 SHOWN = 20  # classes, those with the lowest recall
 
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
+def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
+    """Shows progress to its end, without a terminal only the lines of `update`; returns what a generator returns."""
+    steps = iter(steps)
+    with Live(get_renderable=view.render, console=view.console, refresh_per_second=4, transient=True):
+        while True:
+            try:
+                progress = next(steps)
+            except StopIteration as end:
+                return end.value
+            view.update(progress)
+
+
 class TuneView:
-    """Live progress of a search: trials done, trials running, the best so far and the time left."""
+    """Progress of a search: trials done, trials running, the best so far and the time left."""
 
     def __init__(self, console: Console, study: StudyRecord, trials: int, workers: Sequence[str]) -> None:
-        self.console, self.study, self.trials = console, study, trials
+        self.console, self.trials, self.best = console, trials, study.best
         self.counts: Counter[State] = Counter(trial.state for trial in study.trials if trial.state != "running")
         self.before = self.counts.total()
-        self.best = study.best
         self.running: dict[int, tuple[Trial, list[Epoch]]] = {}
         self.began = time.monotonic()
         devices = ", ".join(f"{n} x {device}" if n > 1 else device for device, n in Counter(workers).items())
-        _line(
-            console,
+        console.print(
             f"[bold]{escape(study.name)}[/]: {trials} trials on {escape(str(study.resolved['data']['name']))}"
             f" ({study.data.train:,} images to train on, {study.data.validation:,} to validate),"
             f" workers: {devices or 'none needed'}",
         )
-
-    def follow(self, steps: "Iterable[coordinator.Progress]") -> None:
-        """Shows the progress until the search ends; without a terminal, only the lines of `update`."""
-        with _live(self.console, self._render):
-            for progress in steps:
-                self.update(progress)
 
     def update(self, progress: "coordinator.Progress") -> None:
         """Updates the table, and prints a line for the end of a trial."""
@@ -70,18 +72,18 @@ class TuneView:
         if progress.kind in ("started", "adopted") and trial is not None:
             self.running[trial.number] = (trial, list(trial.epochs))
             if progress.kind == "adopted":
-                _line(self.console, f"trial {trial.number:>4} resumes after epoch {len(trial.reported)}")
+                self.console.print(f"trial {trial.number:>4} resumes after epoch {len(trial.reported)}")
         elif progress.kind == "epoch" and progress.epoch is not None and progress.trial in self.running:
             self.running[progress.trial][1].append(progress.epoch)
         elif progress.kind == "retried":
-            _line(self.console, f"trial {progress.trial:>4} [red]lost[/]: {escape(progress.text)}")
+            self.console.print(f"trial {progress.trial:>4} [red]lost[/]: {escape(progress.text)}")
         elif progress.kind == "ended" and trial is not None:
             self.running.pop(trial.number, None)
             self.counts[trial.state] += 1
             better = trial.value is not None and (self.best is None or trial.value > (self.best.value or 0.0))
             if better:
                 self.best = trial
-            _line(self.console, self._ended(trial, better))
+            self.console.print(self._ended(trial, better))
 
     def _ended(self, trial: Trial, better: bool) -> str:
         note = f"twin of {trial.twin}" if trial.twin is not None else escape(trial.reason or show_params(trial.params))
@@ -92,13 +94,14 @@ class TuneView:
             f" {seconds(trial.seconds):>7}  {note}{'  [bold green]best so far[/]' * better}"
         )
 
-    def _render(self) -> RenderableType:
+    def render(self) -> RenderableType:
+        """A bar over the trials, the running ones, and the best."""
         done = self.counts.total()
         texts = [f"{n} {state}" for state in ("complete", "pruned", "failed") if (n := self.counts[state])]
-        if done > self.before and done < self.trials:
+        if self.before < done < self.trials:
             pace = (time.monotonic() - self.began) / (done - self.before)
             texts.append(f"about {seconds(pace * (self.trials - done))} left")
-        shown = table("trial", "epoch", "accuracy", "params", live=True)
+        shown = table("trial", "epoch", "accuracy", "params", compact=True)
         for number, (trial, epochs) in sorted(self.running.items()):
             shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(show_params(trial.params)))
         parts: list[RenderableType] = [_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown]
@@ -109,7 +112,7 @@ class TuneView:
 
 
 class RetrainView:
-    """Live progress of `retrain`: jobs done, jobs running with their epochs, and notes in between."""
+    """Progress of `retrain`: jobs done, jobs running with their epochs, and notes in between."""
 
     def __init__(self, console: Console, study: str) -> None:
         self.console, self.study = console, study
@@ -117,21 +120,11 @@ class RetrainView:
         self.running: dict[str, tuple[JobSpec, list[Epoch]]] = {}
         self.trained = 0  # epochs, of jobs that are done
 
-    def follow(self, steps: "Generator[retraining.Progress, None, Final]") -> Final:
-        """Shows the progress; returns the final record."""
-        with _live(self.console, self._render):
-            while True:
-                try:
-                    self.update(next(steps))
-                except StopIteration as end:
-                    final: Final = end.value
-                    return final
-
     def update(self, progress: "retraining.Progress") -> None:
         """Updates the table, and prints a line for the end of a job."""
         job = progress.job
         if job is None:
-            _line(self.console, f"{escape(self.study)}: {escape(progress.text)}")
+            self.console.print(f"{escape(self.study)}: {escape(progress.text)}")
             return
         name = f"{job.label:<24}"
         if progress.kind == "planned":
@@ -142,33 +135,28 @@ class RetrainView:
             epoch = progress.epoch
             self.running[job.label][1].append(epoch)
             if not self.console.is_terminal and epoch.seconds > LONG:
-                _line(self.console, f"{name} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
+                self.console.print(f"{name} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
         elif progress.kind == "retried":
-            text = escape(progress.text)
-            _line(self.console, f"{name} [red]lost[/]: {text}; goes on from its last checkpoint")
+            self.console.print(f"{name} [red]lost[/]: {escape(progress.text)}; goes on from its last checkpoint")
         else:
             _, epochs = self.running.pop(job.label, (job, []))
             self.trained += self.planned.get(job.label, 0)
             value = "      " if progress.value is None else f"{progress.value:.4f}"
             spent = f" {job.epochs} epochs {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
             mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]"}.get(progress.kind, "[red]failed[/]")
-            _line(self.console, f"{name} {mark} {value}{spent}  {escape(progress.text)}".rstrip())
+            self.console.print(f"{name} {mark} {value}{spent}  {escape(progress.text)}".rstrip())
 
-    def _render(self) -> RenderableType:
-        if not self.running:
+    def render(self) -> RenderableType:
+        """A bar over the epochs of all jobs, and the running jobs."""
+        running = list(self.running.values())  # `update` may change it meanwhile: this runs in a thread of `Live`
+        if not running:
             return ""
         total = sum(self.planned.values())
-        done = self.trained + sum(len(epochs) for _, epochs in self.running.values())
-        shown = table("job", "epoch", "accuracy", live=True)
-        for job, epochs in self.running.values():
+        done = self.trained + sum(len(epochs) for _, epochs in running)
+        shown = table("job", "epoch", "accuracy", compact=True)
+        for job, epochs in running:
             shown.add_row(job.label, *_pace(epochs, job.epochs))
         return Group(_bar(self.console, "epochs", min(done, total), total), shown)
-
-
-def _live(console: Console, render: Callable[[], RenderableType]) -> AbstractContextManager[object]:
-    if not console.is_terminal:
-        return nullcontext()
-    return Live(get_renderable=render, console=console, refresh_per_second=4, transient=True)
 
 
 def _bar(console: Console, name: str, done: int, total: int, text: str = "") -> ProgressBar:
@@ -215,19 +203,18 @@ def trial_table(trials: Sequence[Trial], title: str) -> Table:
 def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: Costs | None = None) -> None:
     """What a study would search: its question, its data and space, and the cost of a trial."""
     plan, data = describe_plan(study, cost), study.data
-    _line(console, f"[bold]{escape(study.name)}[/]  {escape(study.question)}")
-    _line(
-        console,
+    console.print(f"[bold]{escape(study.name)}[/]  {escape(study.question)}")
+    console.print(
         f"data: {escape(data['name'])}, subset {data['subset']:g}, validation {data['validation']:g};"
         f" {study.epochs} epochs; {plan['sampler']}, pruner {plan['pruner']}",
     )
     console.print(pair_table("key", "values", plan["space"]) if plan["space"] else "nothing is searched: one config")
     points = "infinite" if plan["points"] is None else f"{plan['points']:,}"
     earlier = f", {len(stored.trials)} of them exist already" if stored else ""
-    _line(console, f"points: {points}; trials: {study.trials}{earlier}")
+    console.print(f"points: {points}; trials: {study.trials}{earlier}")
     if cost is not None:
         parameters, mflop = _span(cost["parameters"]), _span(cost["mflop"])
-        _line(console, f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)")
+        console.print(f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)")
 
 
 def describe_plan(study: Study, cost: Costs | None) -> dict[str, Any]:
@@ -274,13 +261,13 @@ def describe_study(study: StudyRecord, home: Home) -> dict[str, Any]:
 def show_study(console: Console, study: StudyRecord) -> None:
     """One study: its question, the states of its trials, the best of them, and why others failed."""
     if study.question:
-        _line(console, escape(study.question))
+        console.print(escape(study.question))
     console.print(study_table([study]))
     _best(console, study)
     if failed := study.of("failed"):
         reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in failed[:3])
-        console.print(f"[red]failed:[/] {escape(reasons)}", soft_wrap=True)
-    console.print(f"{study.folder}", style="dim", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed:[/] {escape(reasons)}")
+    console.print(f"{study.folder}", style="dim")
 
 
 def show_end(
@@ -288,19 +275,18 @@ def show_end(
 ) -> None:
     """The end of `tune`: the result, and the next commands. missing: trials that MLflow lacks."""
     _best(console, study)
-    own = [trial for trial in study.trials if trial.twin is None]
-    trained, full = sum(len(trial.epochs) for trial in own), sum(trial.planned_epochs for trial in own)
-    saved = f"; pruning saved {1 - trained / full:.0%} of the epochs" if study.of("pruned") and full else ""
-    _line(console, f"{states(study, zeros=False) or 'no trial'} of {trials} in {seconds(elapsed)}{saved}")
+    saved = saved_epochs(study)
+    note = f"; pruning saved {saved}" if saved.epochs else ""
+    console.print(f"{states(study, zeros=False) or 'no trial'} of {trials} in {seconds(elapsed)}{note}")
     if len(study.trials) < trials and exhausted:
-        _line(console, "the space has no further point")
+        console.print("the space has no further point")
     if missing:
-        _line(console, f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
+        console.print(f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
     if study.of("running"):
-        _line(console, "the same command resumes the running trials")
-    _line(console, f"[dim]next[/]  searchfm dashboard {study.name}")
+        console.print("the same command resumes the running trials")
+    console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
     if study.best is not None:
-        _line(console, f"      searchfm retrain {study.name}")
+        console.print(f"      searchfm retrain {study.name}")
 
 
 def _best(console: Console, study: StudyRecord, count: int = 5) -> None:
@@ -315,14 +301,14 @@ def show_differences(
 ) -> None:
     """The differences of `sync` between Optuna and MLflow."""
     if not differences:
-        _line(console, f"{study.name}: MLflow holds all {len(study.trials)} trials as Optuna has them")
+        console.print(f"{study.name}: MLflow holds all {len(study.trials)} trials as Optuna has them")
         return
     shown = table("trial", "in MLflow", "")
     for item in differences:
         shown.add_row("study" if item.trial is None else str(item.trial), item.text, "sent" if applied else "")
     console.print(shown)
     if not applied:
-        _line(console, f"nothing was written; to send it: searchfm sync {study.name} --apply")
+        console.print(f"nothing was written; to send it: searchfm sync {study.name} --apply")
 
 
 def show_comparison(
@@ -333,14 +319,14 @@ def show_comparison(
         console.print(part)
         console.print()
     for note in notes:
-        console.print(escape(note), style="dim", highlight=False, soft_wrap=True)
+        console.print(escape(note), style="dim")
     for file in filter(None, files):
-        console.print(str(file), highlight=False, soft_wrap=True, markup=False)
+        console.print(str(file), markup=False)
 
 
 def show_addresses(console: Console, dashboard: str, mlflow: str) -> None:
     """The addresses of the two user interfaces."""
-    _line(console, f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
+    console.print(f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
     console.print("Ctrl-C stops both", style="dim")
 
 
@@ -349,18 +335,19 @@ def show_addresses(console: Console, dashboard: str, mlflow: str) -> None:
 
 def show_final(console: Console, final: Final) -> None:
     """The end of `retrain`: finalists, winner, its accuracy with the uncertainty, and the next commands."""
-    for part in (finalist_table(final), *final_sentences(final), class_table(final)):
-        if part is not None:
-            console.print(part, highlight=False, soft_wrap=True)
+    if final.finalists:
+        console.print(finalist_table(final))
+    indent = "\n" + 12 * " "
+    for subject, sentences in final_sentences(final).items():
+        console.print(f"[bold]{subject:<12}[/]{escape(indent.join(sentences))}")
+    console.print(class_table(final))
     name = final.study
-    _line(console, f"[dim]next[/]  searchfm predict {name} IMAGE...\n      searchfm export {name}")
-    _line(console, f"      searchfm compare {name} OTHER\n      searchfm report {name}")
+    console.print(f"[dim]next[/]  searchfm predict {name} IMAGE...\n      searchfm export {name}")
+    console.print(f"      searchfm compare {name} OTHER\n      searchfm report {name}")
 
 
-def finalist_table(final: Final) -> Table | None:
+def finalist_table(final: Final) -> Table:
     """A line a finalist: its value in the search, and its accuracy with fresh seeds."""
-    if not final.finalists:
-        return None
     shown = table("trial", "search", "fresh seeds", "mean", "parameters", "MFLOP", title="finalists, on validation")
     for finalist in sorted(final.finalists, key=lambda finalist: -finalist.mean):
         best = finalist.trial == final.winner
@@ -374,43 +361,6 @@ def finalist_table(final: Final) -> Table | None:
             style="green" if best else None,
         )
     return shown
-
-
-def final_sentences(final: Final) -> list[str]:
-    """The result, a line each; every interval says what it is an interval of."""
-    winner, validation, test, model = final.winner, final.validation, final.test, final.model
-    lines = []
-    if final.finalists:
-        tied = (
-            f"Trials {', '.join(map(str, final.tie))} cannot be distinguished (paired test, Holm): the lowest cost wins"
-        )
-        lines.append(f"{tied}, trial {winner}." if final.tie else f"Trial {winner} wins.")
-        value = next(finalist.value for finalist in final.finalists if finalist.trial == winner)
-        lines.append(
-            f"Validation: {value:.2%} in the search, {validation.accuracy:.2%} with "
-            f"{plural(len(final.finalists[0].values), 'fresh seed')}: "
-            f"an optimism of {100 * (final.optimism or 0.0):+.2f} points."
-        )
-        if validation.low is not None and validation.high is not None and validation.spread is not None:
-            lines.append(
-                f"            a further seed would give {validation.low:.2%} to {validation.high:.2%} "
-                f"(95% prediction interval, on the search's budget and the same {validation.n:,} images);"
-                f" seeds vary by {100 * validation.spread:.2f} points (standard deviation)."
-            )
-    else:
-        lines.append(f"Trial {winner}: {validation.accuracy:.2%} in the search, not confirmed with a fresh seed.")
-    lines.append(
-        f"Test:       [bold]{test.accuracy:.2%}[/] of {test.n:,} images correct, 95% interval {test.low:.2%} to "
-        f"{test.high:.2%} (Wilson): of this one model, on images like these; other seeds are not in it."
-    )
-    lines.append(f"            The test part of these data has been read {times(test.reads)}, this time included.")
-    lines.append(
-        f"Model:      {final.parameters:,} parameters, {megaflop(final.flops)} MFLOP an image, "
-        f"{plural(final.epochs, 'epoch')} of {seconds(final.seconds_per_epoch)}"
-    )
-    if model is not None:
-        lines.append(f"            {escape(model.uri)}{', the champion' if model.champion else NOT_CHAMPION}")
-    return lines
 
 
 def class_table(final: Final) -> Table:
@@ -429,14 +379,14 @@ def describe_final(final: Final) -> dict[str, Any]:
     return {key: value for key, value in final.to_json().items() if key in keys}
 
 
-# --- data sets, predictions, files ------------------------------------------------------------------------------------
+# --- data sets, predictions -------------------------------------------------------------------------------------------
 
 
 def describe_data(row: "Described") -> dict[str, Any]:
     """A data set as plain values: what `data --json` prints."""
     values = asdict(row)
-    location = values.pop("location")
-    return {**values, "found": str(location) if location else None}
+    values["found"] = values.pop("location")
+    return values
 
 
 def data_table(rows: "Iterable[Described]") -> Table:
@@ -484,46 +434,30 @@ def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
     return shown
 
 
-def describe_export(done: "Exported") -> dict[str, Any]:
-    """An exported file as plain values: what `export --json` prints, the model's name apart."""
-    return {"format": done.format, "path": str(done.path), "bytes": done.bytes, "difference": done.difference}
-
-
-def show_export(console: Console, done: "Exported") -> None:
-    """The file that `export` wrote, and its largest difference from the model."""
-    difference = f"largest difference of a probability {done.difference:.1e}"
-    _line(console, f"{escape(str(done.path))}: {done.bytes:,} bytes; {difference}")
-
-
 # --- shared -----------------------------------------------------------------------------------------------------------
 
 
-def pair_table(left: str, right: str, rows: Mapping[str, str]) -> Table:
+def pair_table(first: str, second: str, rows: Mapping[str, str]) -> Table:
     """Two columns."""
-    shown = table(left, right)
+    shown = table(first, second)
     for name, text in rows.items():
         shown.add_row(escape(name), escape(text))
     return shown
 
 
-def table(*columns: str, title: str | None = None, live: bool = False, numeric: Container[str] = ()) -> Table:
-    """A table without rows. numeric: columns that are aligned to the right."""
+def table(*columns: str, title: str | None = None, compact: bool = False, numeric: Container[str] = ()) -> Table:
+    """A table without rows. compact: cells are cut, not folded; numeric: columns that are aligned to the right."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    shown.header_style = "dim" if live else "bold"
+    shown.header_style = "dim" if compact else "bold"
     for column in columns:
         shown.add_column(
             column,
             justify="right" if column in numeric else "left",
-            no_wrap=live and column != "params",
-            overflow="ellipsis" if live else "fold",
+            no_wrap=compact and column != "params",
+            overflow="ellipsis" if compact else "fold",
         )
     return shown
 
 
 def _digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _line(console: Console, markup: str) -> None:
-    """Prints a line whole, for a terminal to wrap."""
-    console.print(markup, highlight=False, soft_wrap=True)

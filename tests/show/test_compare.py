@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from searchfm.show.compare import (
     comparison_page,
     comparison_picture,
     comparison_tables,
-    describe_lines,
 )
 from searchfm.stats import Accuracy, holm, mcnemar
 from searchfm.tracking.mirror import connect
@@ -173,7 +173,7 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     figure, side = tmp_path / "deep" / "front.svg", tmp_path / "side.html"
     assert command(monkeypatch, *arguments, "--picture", str(figure), "--html", str(side)) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed == describe_lines(compare_studies(three[:2]))
+    assert printed == [asdict(line) for line in compare_studies(three[:2])]
     assert all(set(KEYS) < set(line) for line in printed)
     assert figure.read_bytes().startswith(b"<svg")
     assert "best" in side.read_text()

@@ -23,6 +23,7 @@ from searched import Ending
 from searchfm import cli
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
+from searchfm.format import saved_epochs
 from searchfm.home import Home
 from searchfm.learn.datasets import training_images
 from searchfm.records import Predictions, StudyRecord
@@ -90,10 +91,10 @@ def test_twins_are_not_ranked(home: Home) -> None:
 def test_pruning_saved_what_pruned_trials_did_not_train(home: Home) -> None:
     pruned = Ending(state=TrialState.PRUNED, epochs=1)
     failed, twin = Ending(state=TrialState.FAIL, epochs=2), Ending(BEST, twin=0)
-    saved = report.saved_epochs(searched.search(home, [Ending(BEST), pruned, failed, twin]))
+    saved = saved_epochs(searched.search(home, [Ending(BEST), pruned, failed, twin]))
     assert (saved.epochs, saved.full) == (3, 8)
     assert saved.seconds == pytest.approx(3 * 3.0)  # trial 1 took 3 s an epoch
-    assert saved.fraction == pytest.approx(3 / 8)
+    assert str(saved) == "3 of 8 epochs (38%), about 9.0 s of training"
 
 
 def test_what_decides_is_the_most_important(home: Home) -> None:
@@ -106,7 +107,7 @@ def test_what_decides_is_the_most_important(home: Home) -> None:
 def test_importance_needs_enough_trials_and_says_so(home: Home) -> None:
     study = searched.search(home, many(9))  # the tenth complete one is a twin
     assert report.importances(study, open_storage(home)) == {}
-    assert "at least 10 complete trials; this study has 9" in report.importance_note(study, available=False)
+    assert "at least 10 complete trials; this study has 9" in report_page(study, open_storage(home), {})
 
 
 def test_the_most_confused_come_first_with_their_most_probable_mistakes() -> None:
@@ -136,9 +137,7 @@ def test_images_are_those_of_the_data_and_of_no_other() -> None:
 
 def test_a_search_alone_is_called_optimistic(home: Home) -> None:
     first, second = report.result_sentences(searched.search(home, [Ending(BEST), Ending(range(30))]))
-    assert first.startswith(
-        "Trial 0 classifies 95.28% of 212 validation images correctly (95% interval 91.54% to 97.42%"
-    )
+    assert first.startswith("Trial 0: 95.28% of 212 validation images correct; 95% interval 91.54% to 97.42% (Wilson)")
     assert "best of 2 complete trials" in second
     assert len(report.result_sentences(searched.search(home, [Ending(BEST)], "one"))) == 1  # nothing was chosen
 
@@ -146,12 +145,13 @@ def test_a_search_alone_is_called_optimistic(home: Home) -> None:
 def test_a_final_model_is_described_by_its_test_and_the_readings_of_that_part(home: Home) -> None:
     study = searched.search(home, [Ending(BEST), Ending(range(30))])
     sentences = report.result_sentences(searched.retrained(home, study, range(30), winner=1, reads=3))
-    assert sentences[0].startswith("The final model classifies 90.00% of 300 test images correctly")
-    assert "configuration of trial 1" in sentences[1]
-    assert "read the test part of these data 3 times" in sentences[1]
-    assert "88.00% to 92.00%" in sentences[2]
-    assert "The search gave 91.00%, 1.00 points too high" in sentences[2]
-    assert "Trials 0, 1 cannot be distinguished" in sentences[3]
+    assert sentences[0].startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
+    assert "test part of these data had been read 3 times" in sentences[1]
+    assert "configuration of trial 1" in sentences[2]
+    assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in sentences[3]
+    assert "optimism of +1.00 points" in sentences[3]
+    assert "A further seed would give 88.00% to 92.00%" in sentences[4]
+    assert "Trials 0, 1 cannot be distinguished" in sentences[5]
 
 
 def test_the_tie_is_named_and_the_fastest_of_it(home: Home) -> None:
@@ -335,7 +335,7 @@ def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: P
     assert (tested["split"], searched_only["split"]) == ("test", "validation")
 
     text = (tmp_path / "mlp.html").read_text("utf-8")
-    assert f"The final model classifies {tested['accuracy']:.2%} of 384 test images correctly" in text
+    assert f"{tested['accuracy']:.2%} of 384 test images correct" in text
     assert "<th>hardware</th>" in text  # what MLflow knows of the search
     assert "<img " in text
     dom, console = searched.browse(tmp_path / "mlp.html", tmp_path)

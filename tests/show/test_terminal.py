@@ -16,11 +16,11 @@ from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
 from searchfm.jobs import JobSpec
 from searchfm.records import Final
-from searchfm.show.terminal import RetrainView, TuneView, describe_final, show_end, show_final
+from searchfm.show.terminal import RetrainView, TuneView, describe_final, follow, show_end, show_final
 
 
 def console(*, terminal: bool = False) -> Console:
-    return Console(file=StringIO(), width=160, force_terminal=terminal, record=True)
+    return Console(file=StringIO(), width=160, force_terminal=terminal, record=True, highlight=False, soft_wrap=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -29,16 +29,15 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
     first, second = study.trials
     shown = console(terminal=terminal)
     view = TuneView(shown, replace(study, trials=()), 2, ["cpu", "cpu"])
-    view.follow(
-        [
-            coordinator.Progress("started", 0, replace(first, state="running", epochs=())),
-            coordinator.Progress("epoch", 0, epoch=first.epochs[0]),
-            coordinator.Progress("retried", 0, text="its worker died"),
-            coordinator.Progress("ended", 0, first),
-            coordinator.Progress("adopted", 1, replace(second, state="running")),
-            coordinator.Progress("ended", 1, second, text=second.reason or ""),
-        ]
-    )
+    steps = [
+        coordinator.Progress("started", 0, replace(first, state="running", epochs=())),
+        coordinator.Progress("epoch", 0, epoch=first.epochs[0]),
+        coordinator.Progress("retried", 0, text="its worker died"),
+        coordinator.Progress("ended", 0, first),
+        coordinator.Progress("adopted", 1, replace(second, state="running")),
+        coordinator.Progress("ended", 1, second, text=second.reason or ""),
+    ]
+    follow(view, steps)
     text = shown.export_text()
     assert "toy: 2 trials on digits (1,201 images to train on, 212 to validate), workers: 2 x cpu" in text
     assert "trial    0 lost: its worker died" in text
@@ -50,11 +49,12 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
 
 
 def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
-    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.PRUNED, epochs=1)])
+    failed = Ending(state=TrialState.FAIL, epochs=1)  # its missing epochs are not pruning's
+    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.PRUNED, epochs=1), failed])
     shown = console()
     show_end(shown, study, trials=5, exhausted=True, missing=1, elapsed=75.0)
     text = shown.export_text()
-    assert "1 complete, 1 pruned of 5 in 1 min 15 s; pruning saved 38% of the epochs" in text
+    assert "1 complete, 1 pruned, 1 failed of 5 in 1 min 15 s; pruning saved 3 of 8 epochs (38%), about 9.0 s" in text
     assert "the space has no further point" in text
     assert "MLflow lacks 1 trial; later: searchfm sync toy --apply" in text
     assert "searchfm retrain toy" in text
@@ -79,7 +79,7 @@ def test_retraining_prints_a_line_for_each_job_and_returns_the_record(home: Home
         return study.final
 
     shown = console(terminal=terminal)
-    assert RetrainView(shown, "toy").follow(steps()) == study.final
+    assert follow(RetrainView(shown, "toy"), steps()) == study.final
     text = shown.export_text()
     assert "toy: workers: 1 x cpu" in text
     assert ("epoch 1/2  11.0 s" in text) is not terminal
@@ -95,8 +95,9 @@ def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
     shown = console()
     show_final(shown, final)
     text = shown.export_text()
-    assert "90.00% of 300 images correct, 95% interval 50.00% to 99.00% (Wilson)" in text
-    assert "has been read twice, this time included" in text
+    assert "Test        90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)" in text
+    assert "had been read twice by then, this time included" in text
+    assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in text
     assert "searchfm export toy" in text
     assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
     keys = ["study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds"]

@@ -9,7 +9,6 @@ import hashlib
 import io
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import jinja2
@@ -20,18 +19,18 @@ from PIL import Image
 
 import searchfm
 from searchfm import figures
-from searchfm.format import p_value, seconds, show_params, state
+from searchfm.format import megaflop, p_value, seconds, show_params, state, states
 
 LARGEST = 96  # side in pixels of an image of the data in a page
 
 
 def render(template: str, tips: Mapping[str, str], **values: Any) -> str:
     """A page from a template of this folder. tips: text by trial number, shown as a tooltip."""
-    script, style = _text("page.js"), _text("page.css")
+    script = _templates().get_template("page.js").render()
     fingerprint = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{fingerprint}'"
-    own = {"policy": policy, "script": Markup(script), "style": Markup(style), "version": searchfm.__version__}
-    return _templates().get_template(template).render(**own, tips=dict(tips), **values)
+    own = {"policy": policy, "script": Markup(script), "version": searchfm.__version__, "tips": dict(tips)}
+    return _templates().get_template(template).render(**own, **values)
 
 
 def embed(figure: Any, name: str) -> Markup:
@@ -61,9 +60,6 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {function.__name__: function for function in (p_value, seconds, show_params, state)}
+    functions = (embed, megaflop, p_value, seconds, show_params, state, states)
+    templates.filters |= {function.__name__: function for function in functions}
     return templates
-
-
-def _text(name: str) -> str:
-    return (files("searchfm.show") / "pages" / name).read_text("utf-8")
