@@ -36,12 +36,17 @@ def tune(home: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def home(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with the study `mlp`: four trials on digits."""
-    path = new_home(tmp_path_factory.mktemp("cli") / "home").path
-    output = tune(path, "mlp", "--trials", "4", *TINY)
-    assert output["trials"]["total"] == 4
-    return path
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A home that `tune` made, with the study `mlp`: four trials on digits; and what the command printed."""
+    path = tmp_path_factory.mktemp("cli") / "home"
+    done = searchfm("tune", "mlp", "--trials", "4", *TINY, "--home", str(path))
+    assert done.returncode == 0, done.stderr
+    return path, done.stdout
+
+
+@pytest.fixture(scope="module")
+def home(begun: tuple[Path, str]) -> Path:
+    return begun[0]
 
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
@@ -53,6 +58,14 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     assert ended.value.code == 2, message
     assert message.count("\n") == 1
     return message
+
+
+def test_without_a_terminal_output_is_plain_lines_with_the_next_commands(begun: tuple[Path, str]) -> None:
+    output = begun[1]
+    assert "4/4 trial" in output
+    assert "best trials" in output
+    assert "searchfm dashboard mlp" in output
+    assert "\x1b" not in output
 
 
 def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
@@ -73,13 +86,19 @@ def test_a_trial_leaves_its_folder(home: Path) -> None:
     assert not list(home.rglob("attempt-*"))
 
 
-def test_the_same_command_trains_nothing_and_more_trials_go_on(home: Path, tmp_path: Path) -> None:
+def test_more_trials_leave_the_earlier_as_they_are(home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
-    assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == 4
-    assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
     assert tune(home, "mlp", "--trials", "6", "--workers", "1")["trials"]["total"] == 6
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}.items()
     row = load_study(open_storage(Home(home)), Home(home), "mlp").trials[5]
     assert row.config["data"]["name"] == "digits", "overrides not given again are taken from the study"
+
+
+@pytest.mark.slow
+def test_the_same_command_trains_nothing(home: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
+    assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == len(before)
+    assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
 
 
 @pytest.mark.parametrize(
@@ -175,10 +194,11 @@ def test_unreachable_data_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
-def test_an_unknown_data_set_is_named_before_anything_is_written(tmp_path: Path) -> None:
-    done = searchfm("tune", "mlp", "--dataset", "nix", "--home", str(tmp_path / "home"))
-    assert done.returncode == 2
-    assert 'data.name = "nix": must be one of fashion-mnist' in done.stderr
+def test_an_unknown_data_set_is_named_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refused(capsys, monkeypatch, "tune", "mlp", "--dataset", "nix", "--home", str(tmp_path / "home"))
+    assert 'data.name = "nix": must be one of fashion-mnist' in line
     assert not (tmp_path / "home").exists()
 
 
@@ -190,6 +210,7 @@ def test_a_study_held_by_another_is_refused_by_pid(
     assert f"held by process {os.getpid()}" in line
 
 
+@pytest.mark.slow
 def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home], home: Path, tmp_path: Path) -> None:
     row = load_study(open_storage(Home(home)), Home(home), "mlp").best
     assert row is not None
@@ -203,15 +224,6 @@ def test_a_dry_run_shows_the_space_and_writes_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "model.cnn.filters.1" in done.stdout
     assert not (tmp_path / "home").exists()
-
-
-def test_without_a_terminal_output_is_plain_lines_with_the_next_commands(tmp_path: Path) -> None:
-    done = searchfm("tune", "mlp", "--trials", "2", *TINY, "--home", str(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr
-    assert "2/2 trial" in done.stdout
-    assert "best trials" in done.stdout
-    assert "searchfm dashboard mlp" in done.stdout
-    assert "\x1b" not in done.stdout
 
 
 def test_module_and_command_are_one() -> None:

@@ -136,15 +136,15 @@ def test_a_retrained_study_is_not_trained_again(older: OlderHome) -> None:
     assert older.final_weights("wide") == weights
 
 
+@pytest.mark.slow
 def test_the_champion_answers_as_it_did(older: OlderHome) -> None:
     check_answers(older, "wide")
 
 
 @pytest.mark.slow
 def test_it_is_aligned_with_mlflow_compared_and_reported(older: OlderHome) -> None:
-    (difference,) = older.json("sync", "wide")
+    (difference,) = older.json("sync", "wide", "--apply")
     assert difference["problem"] == "study: tags differ: mlflow.note.content", "this version words its note otherwise"
-    older.searchfm("sync", "wide", "--apply")
     assert older.json("sync", "wide") == []
     check_answers(older, "models:/searchfm-wide/1")
     wide, mixed = older.json("compare", "wide", "mixed")

@@ -90,25 +90,24 @@ def begun(home: Path) -> set[Path]:
     return {*finalists, *study.glob("final-*"), *study.glob("final*/test.json")}
 
 
-def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int, before: frozenset[Path] = frozenset()) -> None:
-    """Returns once `jobs` jobs have begun since `before`, or the process has ended."""
-    while process.poll() is None and len(begun(home) - before) < jobs:
+def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
+    """Returns once `jobs` jobs have begun, or the process has ended."""
+    while process.poll() is None and len(begun(home)) < jobs:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("moment", [0, 2, 5, 6])
-def test_after_a_kill_at_any_moment_the_same_command_completes_it(
-    moment: int, tuned: Path, unbroken: dict[str, Any]
-) -> None:
-    home, chance = copy(tuned, f"killed-{moment}"), random.Random(moment)
-    process = start(home, *RETRAIN)
-    wait_for(process, home, moment)
-    time.sleep(chance.uniform(0, 0.5))
-    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=30)
-    assert not alive, "workers leave when their coordinator is gone"
+def test_after_kills_the_same_command_completes_it(tuned: Path, unbroken: dict[str, Any]) -> None:
+    """Killed before any job, among the finalists, in the final training and in the test."""
+    home, chance = copy(tuned, "killed"), random.Random(0)
+    for jobs in (0, 2, 5, 6):
+        process = start(home, *RETRAIN)
+        wait_for(process, home, jobs)
+        time.sleep(chance.uniform(0, 0.3))
+        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        _, alive = psutil.wait_procs(children, timeout=30)
+        assert not alive, "workers stop when their coordinator is gone"
     finish(home, *RETRAIN)
     check(home, unbroken)
 
@@ -125,29 +124,21 @@ def test_a_killed_worker_is_replaced(tuned: Path, unbroken: dict[str, Any]) -> N
     check(home, unbroken)
 
 
-def test_sigterm_ends_it_with_143_and_the_same_command_resumes(tuned: Path, unbroken: dict[str, Any]) -> None:
+def test_it_holds_its_lock_and_resumes_after_a_sigterm(tuned: Path, unbroken: dict[str, Any]) -> None:
     home = copy(tuned, "stopped")
-    for _ in range(2):
-        before = frozenset(begun(home))
-        process = start(home, *RETRAIN)
-        wait_for(process, home, 1, before)
-        process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        process.communicate(timeout=60)
-        assert time.monotonic() < began + 25
-        assert process.returncode == 143
-    finish(home, *RETRAIN)
-    check(home, unbroken)
-
-
-def test_a_second_retrain_at_the_same_time_is_refused(tuned: Path) -> None:
-    home = copy(tuned, "two")
     first = start(home, *RETRAIN)
-    wait_for(first, home, 1)
+    while first.poll() is None and not psutil.Process(first.pid).children():
+        time.sleep(0.02)  # it has its lock before it starts workers
     second = start(home, *RETRAIN)
     _, err = second.communicate(timeout=60)
-    first.kill()
-    first.communicate()
     assert second.returncode == 2
     assert f"is held by process {first.pid}" in err
     assert err.count("\n") == 1
+    wait_for(first, home, 1)
+    first.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    first.communicate(timeout=60)
+    assert time.monotonic() < began + 25
+    assert first.returncode == 143
+    finish(home, *RETRAIN)
+    check(home, unbroken)

@@ -142,10 +142,11 @@ def like_a_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_trial_trains(name: str) -> None:
-    """One short trial on 121 digits of what the study asks for."""
+    """One short trial on 41 digits of what the study asks for."""
     overrides: dict[str, Any] = {
         "data.name": "digits",
-        "data.subset": 0.1,
+        "data.subset": 0.03,
+        "data.validation": 0.03,
         "train.epochs": 1,
         "train.batch_size": 64,
     }
@@ -227,7 +228,7 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     if weights:
         path = resnet18_weights(tmp_path / "resnet18.safetensors")
         options = ["--set", f"model.transfer.weights={path}"]
-    options += ["--subset", "0.05", "--epochs", "1"]
+    options += ["--subset", "0.05", "--set", "data.validation=0.02", "--epochs", "1"]
     result = tune(new_home(tmp_path / "home").path, study, "--trials", "4", *options)
     assert result["study"] == study
     assert (result["trials"]["total"], result["trials"]["failed"]) == (4, 0)

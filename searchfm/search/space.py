@@ -248,7 +248,7 @@ def points(tree: Tree, most: int = MAX_POINTS) -> list[dict[str, Any]] | None:
     None for an infinite space, or one of more than `most` points.
     """
     free = dict(leaves(tree))
-    if any(leaf.options is None for leaf in free.values()):
+    if any(leaf.options is None or len(leaf.options) > most for leaf in free.values()):
         return None
     tables = enumerate_tables(tree, lambda _, leaf: leaf.options or ())
     points = [{name: values[name] for name in values if name in free} for _, values in islice(tables, most + 1)]

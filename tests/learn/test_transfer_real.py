@@ -51,21 +51,21 @@ def test_real_weights_load_for_grey_images(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_pretrained_features_beat_random_ones(tmp_path: Path) -> None:
     """A frozen backbone with ImageNet weights against the same one with random weights, both with a trained head, on
-    Fashion-MNIST: three seeds each, better by more than the 95% intervals (Wilson) of the two mean accuracies.
+    Fashion-MNIST: two seeds each, better by more than the 95% intervals (Wilson) of the two mean accuracies.
     """
     path = lite0_weights(tmp_path / "lite0.safetensors")
     data = load(probe("none", 0).data)
     assert data.val is not None
     accuracies: dict[str, list[float]] = {"pretrained": [], "random": []}
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         for name, weights in (("pretrained", str(path)), ("random", "none")):
             *_, last = Training(probe(weights, seed), data)
             assert last.val_accuracy is not None
             accuracies[name].append(last.val_accuracy)
     print(accuracies, file=sys.stderr)
     n = len(data.val)
-    low, _ = wilson(sum(accuracies["pretrained"]) / 3, n)
-    _, high = wilson(sum(accuracies["random"]) / 3, n)
+    low, _ = wilson(sum(accuracies["pretrained"]) / 2, n)
+    _, high = wilson(sum(accuracies["random"]) / 2, n)
     assert low > high, accuracies
 
 

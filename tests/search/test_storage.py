@@ -182,6 +182,7 @@ print([os.wait()[1] for i in range(8)])
 """
 
 
+@pytest.mark.slow
 def test_many_processes_begin_in_a_fresh_home_at_once(any_home: Home) -> None:
     with python(FIRST, any_home.path, json.dumps(HEADER.to_json())) as process:
         assert process.communicate(timeout=120) == (f"{[0] * 8}\n", "")
