@@ -151,7 +151,7 @@ def test_the_shape_of_built_in_images(name: str) -> None:
     assert image_shape(DataConfig(name="some/folder")) is None
 
 
-def test_keys_that_belong_to_the_whole_study_take_no_range() -> None:
+def test_keys_of_the_whole_study_cannot_be_ranges() -> None:
     def ranges(cls: type[Table]) -> set[str]:
         return {name for name, item in cls.schema.items() if isinstance(item, LeafKey) and not item.fixed}
 

@@ -155,7 +155,7 @@ def test_numbers_to_choose_from_are_sorted_and_names_are_not() -> None:
         assert [round(float(marks[number][0, 0])) for number in (0, 1)] == order
 
 
-def test_a_stepped_number_with_rounding_noise_has_its_step() -> None:
+def test_a_number_with_rounding_noise_has_its_step() -> None:
     dropout = Range(0.0, 0.5, log=False, step=0.05)
     trials = [trial(0, 0.8, dropout=0.30000000000000004), trial(1, 0.9, dropout=0.35000000000000003)]
     marks = points(figures.factor(trials, "dropout", dropout, "dropout", "f", best=1), "f")

@@ -140,7 +140,7 @@ def test_a_job_whose_worker_died_goes_on_from_its_last_epoch(engine: LocalEngine
     assert [epoch.index for epoch in read_epochs(one.folder / "epochs.csv")] == [1, 2, 3]
 
 
-def test_a_job_that_kills_every_worker_is_given_up_and_the_others_go_on(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_job_that_kills_every_worker_fails_and_the_others_go_on(engine: LocalEngine, tmp_path: Path) -> None:
     kinds, results, failures = run(engine, [task(tmp_path, 0, kill={"0": 9}), task(tmp_path, 1)], retries=1)
     assert kinds.count("failed") == 1
     assert failures == {"job 0": "its worker died (signal SIGKILL), 2 times"}
@@ -154,7 +154,7 @@ def test_a_job_that_raises_fails_with_its_reason(engine: LocalEngine, tmp_path: 
     assert task(tmp_path, 0).result() is None
 
 
-def test_after_a_stop_request_all_jobs_leave_and_the_same_tasks_resume(engine: LocalEngine, tmp_path: Path) -> None:
+def test_after_a_stop_request_all_jobs_stop_and_the_same_tasks_resume(engine: LocalEngine, tmp_path: Path) -> None:
     tasks = [task(tmp_path, number, epochs=4, ticks=20, seconds=0.005) for number in range(3)]
     seen: list[Progress] = []
     stopping: Callable[[], bool] = lambda: any(item.epoch and item.epoch.index == 2 for item in seen)  # noqa: E731

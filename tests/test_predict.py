@@ -1,4 +1,4 @@
-"""`searchfm predict` and `searchfm export` as a person meets them: real images, a model that was really trained."""
+"""`searchfm predict` and `searchfm export` as a user runs them: real images, a model that was really trained."""
 
 import csv
 import io
@@ -78,8 +78,8 @@ def searchfm(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("COLUMNS", "300")
 
-    def run(*words: str | Path) -> Output:
-        monkeypatch.setattr(sys, "argv", ["searchfm", *map(str, words)])
+    def run(*arguments: str | Path) -> Output:
+        monkeypatch.setattr(sys, "argv", ["searchfm", *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
             cli.main()
         out, err = capsys.readouterr()
@@ -99,7 +99,9 @@ def refused(output: Output, text: str) -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def test_fashion_mnists_own_images_are_named_right(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
+def test_fashion_mnists_own_images_are_classified_correctly(
+    searchfm: Callable[..., Output], model: Path, images: Path
+) -> None:
     code, out, _ = searchfm("predict", model, images, "--json")
     assert code == 0
     rows = json.loads(out)
@@ -160,21 +162,21 @@ def varied(root: Path) -> Path:
     colours = random.randint(0, 256, (14, 9, 3)).astype(np.uint8)
     for part in ("train", "val"):
         for label in ("cat", "dog"):
-            place = root / part / label
-            place.mkdir(parents=True)
+            folder = root / part / label
+            folder.mkdir(parents=True)
             image = Image.fromarray(colours)
             for mode in ("RGB", "L", "1", "P", "RGBA", "LA"):
-                image.convert(mode).save(place / f"{mode}.png")
-            image.convert("CMYK").save(place / "CMYK.tif")
-            Image.fromarray(random.randint(0, 65536, (30, 7)).astype(np.uint16)).save(place / "deep.png")
+                image.convert(mode).save(folder / f"{mode}.png")
+            image.convert("CMYK").save(folder / "CMYK.tif")
+            Image.fromarray(random.randint(0, 65536, (30, 7)).astype(np.uint16)).save(folder / "deep.png")
             for turn in range(2, 9):
                 exif = Image.Exif()
                 exif[0x0112] = turn
-                image.resize((20, 31)).save(place / f"turned{turn}.jpg", exif=exif)
+                image.resize((20, 31)).save(folder / f"turned{turn}.jpg", exif=exif)
             clear = image.convert("RGBA")
             clear.putalpha(Image.fromarray(random.randint(0, 256, (14, 9)).astype(np.uint8)))
-            clear.save(place / "clear.webp", lossless=True)
-            image.save(place / "still.gif")
+            clear.save(folder / "clear.webp", lossless=True)
+            image.save(folder / "still.gif")
     return root
 
 
@@ -219,11 +221,11 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(
     cut.write_bytes(good[0].read_bytes()[:200])
     Image.fromarray(np.zeros((5, 5), np.float32)).save(deep)
     (tmp_path / "empty").mkdir()
-    words = [good[0], text, cut, deep, tmp_path / "nix.png", tmp_path / "empty", good[1]]
-    code, out, err = searchfm("predict", model, *words, "--json")
+    paths = [good[0], text, cut, deep, tmp_path / "nix.png", tmp_path / "empty", good[1]]
+    code, out, err = searchfm("predict", model, *paths, "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out)
-    assert [row["image"] for row in rows] == [str(word) for word in words]
+    assert [row["image"] for row in rows] == [str(path) for path in paths]
     assert ["error" in row for row in rows] == [False, True, True, True, True, True, False]
     assert all(set(row) == {"image", "error"} for row in rows[1:6])
     assert [row["error"] for row in rows[3:5]] == [
@@ -231,7 +233,7 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(
         "No such file or directory",
     ]
     assert rows[5]["error"].startswith("holds no image; may hold .bmp, ")
-    code, out, _ = searchfm("predict", model, *words)
+    code, out, _ = searchfm("predict", model, *paths)
     assert code == 0
     assert len(out.splitlines()) == 8
     assert f"{text}" in out
@@ -287,9 +289,9 @@ def test_a_name_of_any_bytes_is_shown(
 def test_csv_goes_to_stdout_or_into_a_file(
     searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
 ) -> None:
-    words = [*sorted(images.rglob("*.png"))[:3], tmp_path / "nix,.png"]
-    expected = json.loads(searchfm("predict", model, *words, "--top", "2", "--json")[1])
-    code, out, _ = searchfm("predict", model, *words, "--top", "2", "--csv")
+    paths = [*sorted(images.rglob("*.png"))[:3], tmp_path / "nix,.png"]
+    expected = json.loads(searchfm("predict", model, *paths, "--top", "2", "--json")[1])
+    code, out, _ = searchfm("predict", model, *paths, "--top", "2", "--csv")
     assert code == 0
     rows = list(csv.DictReader(io.StringIO(out)))
     assert list(rows[0]) == ["image", "class", "probability", "class_2", "probability_2", "error"]
@@ -299,15 +301,15 @@ def test_csv_goes_to_stdout_or_into_a_file(
         assert row["class_2"] == one["top"][1]["class"]
     assert rows[3] == {
         **dict.fromkeys(rows[0], ""),
-        "image": str(words[3]),
+        "image": str(paths[3]),
         "error": "No such file or directory",
     }
-    for order in (["--csv", *words, "out.csv"], [*words, "--csv", "out.csv"]):
+    for order in (["--csv", *paths, "out.csv"], [*paths, "--csv", "out.csv"]):
         assert searchfm("predict", model, "--top", "2", *order) == (0, "", "")
         assert Path("out.csv").read_text() == out
         Path("out.csv").unlink()
-    refused(searchfm("predict", model, words[0], "--csv", "--json"), "--csv: must be without --json")
-    refused(searchfm("predict", model, words[0], "--csv", "a.csv", "b.csv"), "with one file at most (came 2)")
+    refused(searchfm("predict", model, paths[0], "--csv", "--json"), "--csv: must be without --json")
+    refused(searchfm("predict", model, paths[0], "--csv", "a.csv", "b.csv"), "with one file at most (came 2)")
 
 
 def test_tables_show_the_next_classes(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
@@ -355,15 +357,15 @@ def test_a_model_that_is_none_is_one_line(
         assert not empty.exists()
 
 
-def test_export_writes_where_it_is_told(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
+def test_export_writes_to_the_output_option(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
     plain = json.loads(searchfm("predict", model, images, "--json")[1])
     Path("out").mkdir()
-    for words, path in {
+    for arguments, path in {
         ("--format", "safetensors"): "mlp-0007.safetensors",
         ("--output", "my.safetensors"): "my.safetensors",
         ("--output", "out", "--format", "onnx"): "out/mlp-0007.onnx",
     }.items():
-        code, out, err = searchfm("export", model, *words, "--json")
+        code, out, err = searchfm("export", model, *arguments, "--json")
         assert (code, err) == (0, "")
         answer = json.loads(out)
         assert list(answer) == ["model", "format", "path", "bytes", "difference"]
@@ -382,7 +384,7 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Output], model: 
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (("--format", "h5"), "format 'h5': must be one of onnx, pt2, safetensors"),
         (("--output", "m.h5"), "format 'h5': must be one of"),
@@ -392,9 +394,9 @@ def test_export_writes_where_it_is_told(searchfm: Callable[..., Output], model: 
     ],
 )
 def test_an_export_that_cannot_be_is_one_line(
-    words: tuple[str, ...], message: str, searchfm: Callable[..., Output], model: Path
+    arguments: tuple[str, ...], message: str, searchfm: Callable[..., Output], model: Path
 ) -> None:
-    refused(searchfm("export", model, *words), message)
+    refused(searchfm("export", model, *arguments), message)
     assert not list(Path().iterdir())
 
 
@@ -407,9 +409,9 @@ def test_help_shows_its_brackets(searchfm: Callable[..., Output]) -> None:
 # --- from a study to its answers --------------------------------------------------------------------------------------
 
 
-def command(home: Path, *words: str) -> Any:
+def command(home: Path, *arguments: str) -> Any:
     """What a command in a process of its own prints as JSON: what starts workers, and MLflow beside torch."""
-    command = [sys.executable, "-m", "searchfm", *words, "--home", str(home), "--json"]
+    command = [sys.executable, "-m", "searchfm", *arguments, "--home", str(home), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

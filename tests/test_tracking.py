@@ -116,7 +116,7 @@ def test_a_search_is_written_as_it_goes(home: Home) -> None:
     assert sync(home, rows.study(home)) == []
 
 
-def test_what_a_person_finds_in_a_run(synced: Home) -> None:
+def test_the_content_of_a_run(synced: Home) -> None:
     study = rows.study(synced)
     active = runs(synced, study)
     assert {name: run.info.status for name, run in active.items()} == {
@@ -128,7 +128,7 @@ def test_what_a_person_finds_in_a_run(synced: Home) -> None:
     }
     run, row = active["toy-0003"], study.trials[3]
     assert float(run.data.params["optimizer.lr"]) == pytest.approx(row.params["optimizer.lr"])
-    assert len(run.data.params["optimizer.lr"]) < 14  # digits that a person reads
+    assert len(run.data.params["optimizer.lr"]) < 14  # rounded for reading
     assert run.data.params["model.mlp.width"] == "[200" + ", 200" * (row.params["model.mlp.layers"] - 1) + "]"
     assert run.data.metrics["value"] == row.value
     assert run.data.metrics["total_seconds"] == 3.5
@@ -703,7 +703,7 @@ def test_trials_have_notes_and_pictures_in_the_dashboard(synced: Home) -> None:
         assert content.startswith(b"\x89PNG")
 
 
-def test_notes_that_a_person_edited_are_left_alone(home: Home) -> None:
+def test_notes_that_a_user_edited_stay(home: Home) -> None:
     study = rows.four(home)
     follow(home, study)
     storage = open_storage(home)

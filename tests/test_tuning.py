@@ -125,7 +125,7 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
         ({"model.name": "transfer", "model.transfer.model": "resnet0"}, {}, UserError, "resnet0"),
     ],
 )
-def test_a_mistake_is_found_before_anything_is_written(
+def test_a_mistake_is_refused_before_anything_is_written(
     home: Home, overrides: dict[str, Any], plan: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:

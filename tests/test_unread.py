@@ -35,7 +35,7 @@ def digits(folder_path: Path, _: Path) -> tuple[str, ...]:
 
 
 def folder(folder_path: Path, _: Path | None = None) -> tuple[str, ...]:
-    """A person's own images; those for testing cannot be read."""
+    """User images; those for testing cannot be read."""
     images, labels = load_digits(return_X_y=True)
     for number, (image, label) in enumerate(zip(images[:400], labels[:400], strict=True)):
         path = folder_path / "train" / str(label) / f"{number}.png"
@@ -59,7 +59,7 @@ def searchfm(cache: Path, *options: str) -> "subprocess.CompletedProcess[str]":
 
 
 def parts(cache: Path) -> set[str]:
-    """The parts of data sets that somebody has read."""
+    """The parts of data sets that have been read."""
     return {path.name.partition("-")[0] for path in cache.rglob("*.safetensors")}
 
 

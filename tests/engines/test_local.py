@@ -167,7 +167,7 @@ class EngineContract:
         engine.submit(job("2"))
         assert result(end(engine))["pid"] != pid
 
-    def test_a_worker_told_to_go_leaves_its_job_and_another_does_the_next(self, engine: Any, tmp_path: Path) -> None:
+    def test_a_stopped_worker_hands_its_job_back_and_another_does_the_next(self, engine: Any, tmp_path: Path) -> None:
         engine.resize(["cpu"])
         engine.submit(job("0"))
         pid = result(end(engine))["pid"]
@@ -249,7 +249,7 @@ def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_
     engine.close()
 
 
-def test_a_worker_that_ticks_is_given_its_time() -> None:
+def test_a_worker_that_ticks_is_not_stopped() -> None:
     engine = LocalEngine(["cpu"], warm="tests.toys", timeout=8.0)  # heartbeats come every second
     engine.submit(job(ticks_for=2.5))
     engine._timeout = 2.0
@@ -272,13 +272,13 @@ if __name__ == "__main__":
 """
 
 
-def script(tmp_path: Path, body: str, *words: str) -> list[str]:
+def script(tmp_path: Path, body: str, *arguments: str) -> list[str]:
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(body=body.strip().replace("\n", "\n    ")))
-    return [sys.executable, str(path), *words]
+    return [sys.executable, str(path), *arguments]
 
 
-def test_workers_leave_when_their_coordinator_is_killed(tmp_path: Path) -> None:
+def test_workers_stop_when_their_coordinator_is_killed(tmp_path: Path) -> None:
     body = """
 engine.submit(Job("1", 1, Path(sys.argv[2], "1"), "tests.toys:work", {"ticks_for": 600}))
 engine.submit(Job("2", 1, Path(sys.argv[2], "2"), "tests.toys:work", {"sleeps": 1}))
@@ -318,7 +318,7 @@ for attempt in range(1, 9):
     event = None
     while event is None:
         event = engine.next_event(0.2)
-    if not isinstance(event, Left):  # the worker that had been told to go took it with it
+    if not isinstance(event, Left):  # the stopped worker had taken it
         break
 print(type(event).__name__, flush=True)
 engine.close()

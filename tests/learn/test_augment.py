@@ -88,7 +88,7 @@ def test_erased_rectangles_reach_every_corner_and_the_noise_every_value() -> Non
     assert (erased > 0).float().mean(0).min() > 0.02
 
 
-def test_mixing_with_a_share_of_one_is_the_identity() -> None:
+def test_mixing_with_a_fraction_of_one_is_the_identity() -> None:
     images, targets = pictures(), F.one_hot(torch.arange(64) % 5, 5).float()
     mixed, soft = augmentation.mix(images, targets, torch.ones(()))
     assert torch.equal(mixed, images.float())
@@ -178,7 +178,7 @@ def test_soft_targets_sum_to_one(config: AugmentConfig) -> None:
         torch.testing.assert_close(soft.sum(1), torch.ones(64))
 
 
-def test_mix_is_the_share_of_batches_mixed_and_each_kind_gets_half() -> None:
+def test_mix_is_the_fraction_of_batches_mixed_half_of_each_kind() -> None:
     images, labels, draws = pictures(4), torch.arange(4), generator()
     config = AugmentConfig(mixup=1.0, cutmix=1.0, mix=0.6)
     kinds = {"none": 0, "mixup": 0, "cutmix": 0}
@@ -215,7 +215,7 @@ def test_bytes_and_floats_are_treated_alike() -> None:
         assert torch.equal(as_bytes.float(), as_floats)
 
 
-def test_the_batch_given_is_not_written_to() -> None:
+def test_the_input_batch_is_not_written_to() -> None:
     images, labels = pictures(), torch.arange(64) % 5
     kept = images.clone()
     augment(images, labels, 5, ALL, generator())

@@ -64,7 +64,7 @@ def test_training_goes_on_bitwise_from_disk(tmp_path: Path, digits: Splits) -> N
     assert losses(resumed.epochs) == losses(list(Training(settings, digits)))
 
 
-def test_two_are_kept_and_the_newest_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
+def test_two_are_kept_and_the_newest_is_read(tmp_path: Path, kept: list[Checkpoint]) -> None:
     for each in kept:
         checkpoint.write(tmp_path, each, OWNER)
     assert sorted(path.name.split("-")[1] for path in tmp_path.iterdir()) == ["0002", "0003"]
@@ -73,7 +73,7 @@ def test_two_are_kept_and_the_newest_is_found(tmp_path: Path, kept: list[Checkpo
     assert newest.epochs == kept[2].epochs
 
 
-def test_the_newest_of_several_attempts_is_found(tmp_path: Path, kept: list[Checkpoint]) -> None:
+def test_the_newest_of_several_attempts_is_read(tmp_path: Path, kept: list[Checkpoint]) -> None:
     checkpoint.write(tmp_path / "attempt-2", kept[0], OWNER)
     checkpoint.write(tmp_path / "attempt-1", kept[1], OWNER)
     newest = checkpoint.newest([tmp_path / "attempt-2", tmp_path / "attempt-1"], OWNER)

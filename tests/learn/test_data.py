@@ -70,7 +70,7 @@ def test_fashion_mnist_is_what_its_makers_published(fashion_mnist: Path) -> None
     assert full.std.tolist() == pytest.approx([0.3530], abs=1e-4)
 
 
-def test_validation_is_the_same_share_of_every_class_and_apart_from_training() -> None:
+def test_validation_is_the_same_fraction_of_every_class_and_apart_from_training() -> None:
     splits, full = load(FASHION), load_full(FASHION)
     assert splits.val is not None
     assert splits.val.labels.bincount().tolist() == [900] * 10
@@ -318,7 +318,7 @@ def test_a_full_disk_leaves_no_half_file(empty_cache: Path) -> None:
     assert not list(empty_cache.rglob("*safetensors*"))
 
 
-def test_descriptions_say_what_will_be_found(fashion_mnist: Path) -> None:
+def test_descriptions_agree_with_what_is_read(fashion_mnist: Path) -> None:
     for name, (shape, classes) in DATASETS.items():
         described = datasets.describe(name)
         assert (described.name, described.shape, described.classes) == (name, shape, classes)

@@ -347,7 +347,7 @@ def test_a_mirror_of_ones_own_stands_in_for_theirs(
         load_full(CIFAR)
 
 
-def test_nowhere_to_be_had_names_every_place(
+def test_data_that_are_nowhere_name_every_source(
     mnist: dict[str, bytes], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = closed()

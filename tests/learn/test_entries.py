@@ -224,7 +224,7 @@ except Exception as error:
 """
 
 
-def test_want_of_memory_is_said_first(digits: Splits) -> None:
+def test_the_error_begins_with_out_of_memory(digits: Splits) -> None:
     """In a process of its own, which the kernel grants 300 MB more: the second layer alone wants 4 GB."""
     large = config(settings={"layers": 2, "width": 32_000}, train={"epochs": 1})
     text = json.dumps(payload(large, digits))
@@ -232,7 +232,7 @@ def test_want_of_memory_is_said_first(digits: Splits) -> None:
     assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
 
 
-def test_warm_has_imported_what_a_first_step_costs() -> None:
+def test_warm_has_imported_what_a_first_step_imports() -> None:
     """torch's first optimizer imports torch._dynamo; a forked worker must find that done, with one thread."""
     program = (
         "import sys, searchfm.learn.warm, torch; "

@@ -206,7 +206,7 @@ def test_photographs_stand_upright(tmp_path: Path) -> None:
     assert upright[:, 0].tolist() == list(range(0, 240, 40))
 
 
-def test_sizes_must_agree_or_be_given(tmp_path: Path) -> None:
+def test_sizes_must_agree_or_be_set(tmp_path: Path) -> None:
     root = small(tmp_path, parts=("train", "test"))
     write(root / "train" / "dog" / "wide.jpg", noise(0, 11, 30))
     with pytest.raises(DataError, match=r"images differ in size \(.*0.png 5x5, .*wide.jpg 11x30\): set data.size"):

@@ -386,7 +386,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None
     return at
 
 
-def test_a_hub_out_of_reach_is_said_within_seconds(hub: Callable[[str], None]) -> None:
+def test_an_unreachable_hub_is_an_error_within_seconds(hub: Callable[[str], None]) -> None:
     hub("http://127.0.0.1:9")  # nobody listens there
     started = time.monotonic()
     with pytest.raises(ModelError) as caught:

@@ -111,7 +111,7 @@ def test_every_epoch_has_an_order_of_its_own(digits: Splits) -> None:
     assert first_epoch.train_loss != second_epoch.train_loss
 
 
-def test_records_say_what_happened(digits: Splits) -> None:
+def test_epochs_hold_what_happened(digits: Splits) -> None:
     ticks = 0
 
     def tick() -> None:
@@ -156,7 +156,7 @@ def test_the_average_is_what_is_validated(digits: Splits) -> None:
     assert evaluation.loss != evaluate(training.model, digits.val, settings, tick=lambda: None).loss
 
 
-def test_without_a_validation_part_there_is_nothing_to_say(digits: Splits) -> None:
+def test_without_a_validation_part_there_is_no_validation_accuracy(digits: Splits) -> None:
     epochs = list(Training(config(train={"epochs": 1}), replace(digits, val=None)))
     assert (epochs[0].val_loss, epochs[0].val_accuracy) == (None, None)
 

@@ -154,7 +154,7 @@ def test_hostile_names_find_nothing(name: str) -> None:
         ("model.mlp.width.2=[1, 2]", "model.mlp.width.2", [1, 2]),
     ],
 )
-def test_an_override_is_a_toml_value_or_a_word(text: str, key: str, value: Any) -> None:
+def test_an_override_is_a_toml_value_or_a_bare_string(text: str, key: str, value: Any) -> None:
     assert parse_override(text) == (key, value)
 
 

@@ -338,7 +338,7 @@ def broken(text: str) -> str:
         ),
     ],
 )
-def test_an_impossible_combination_is_found_before_anything_starts(text: str, message: str) -> None:
+def test_an_impossible_combination_is_refused_before_anything_starts(text: str, message: str) -> None:
     assert message in broken(text)
 
 
@@ -415,7 +415,7 @@ def test_an_invalid_range_is_named_with_its_value_and_the_valid_ones(text: str, 
     assert "\n" not in str(caught.value)
 
 
-def test_lists_with_too_few_entries_for_the_longest_trial_are_found_in_the_edge_cases() -> None:
+def test_lists_with_too_few_entries_for_the_longest_trial_are_refused_by_the_edge_cases() -> None:
     text = "model.name = 'cnn'\nmodel.cnn = { stages = { low = 1, high = 3 }, filters = [8, 8] }"
     assert "model.cnn.filters = [8, 8]: must have at least stages = 3 entries" in broken(text)
 

@@ -85,7 +85,7 @@ def test_another_connection_reads_a_recorded_result(any_home: Home, storage: Bas
     assert (row.state, row.value, row.reported, row.params) == ("complete", 0.75, {1: 0.5}, trial.params)
 
 
-def test_an_unknown_study_is_refused_naming_the_known_ones(any_home: Home, storage: BaseStorage) -> None:
+def test_an_unknown_study_is_refused_naming_the_existing_ones(any_home: Home, storage: BaseStorage) -> None:
     with pytest.raises(StudyError, match=r"study 'toy' is not in .*; there is none yet"):
         load_study(storage, any_home, "toy")
     create_study(storage, "one", HEADER)

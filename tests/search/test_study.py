@@ -282,7 +282,7 @@ def test_a_study_that_cannot_be_is_refused_in_one_line_that_names_its_file(text:
     assert "\n" not in str(caught.value)
 
 
-def test_images_of_a_folder_are_checked_once_they_are_known() -> None:
+def test_images_of_a_folder_are_checked_once_their_size_is_read() -> None:
     model = {"name": {"choice": ["mlp", "vit"]}, "vit": {"patch_size": {"choice": [4, 7]}}}
     study = toy(data={"name": "some/folder"}, model=model)
     study.check_images((3, 28, 28))

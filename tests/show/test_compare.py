@@ -153,8 +153,8 @@ def test_pictures_are_what_their_suffix_says(three: list[StudyRecord]) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["searchfm", *words])
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["searchfm", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.main()
     return int(left.value.code or 0)

@@ -248,8 +248,8 @@ def test_a_trial_is_seen_in_optuna_dashboard_with_its_pictures(served: Served, t
 @pytest.mark.slow
 def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Path) -> None:
     page, _ = look(served.mlflow, tmp_path, "mlflow-table")
-    places = [page.index(name) for name in ("toy-0000", "toy-0003")]
-    assert places == sorted(places)  # the better one first
+    indices = [page.index(name) for name in ("toy-0000", "toy-0003")]
+    assert indices == sorted(indices)  # the better one first
     assert "toy-0001 (pruned)" in page
     assert "toy-0002 (failed)" in page
     columns = re.findall(r'col-id="([^"]*)"[^>]*style="[^"]*left: (\d+)px', page)

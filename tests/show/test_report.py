@@ -302,9 +302,9 @@ def test_an_unknown_study_is_one_line(
     assert printed.err == f"searchfm: study 'nobody' is not in {home.path}; there are toy\n"
 
 
-def searchfm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def searchfm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "searchfm", *words],
+        [sys.executable, "-m", "searchfm", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "160", **environment},
