@@ -63,9 +63,7 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
     pass
 
@@ -178,7 +176,7 @@ def status(
     elif records:
         console.print(terminal.study_table(records))
     else:
-        console.print(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
+        typer.echo(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
 
 
 @app.command()
@@ -271,7 +269,8 @@ def compare(
     if picture is not None:
         write_whole(picture, comparing.comparison_picture(lines, picture.suffix))
     tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
-    _output(as_json, values, lambda: terminal.show_comparison(console, tables, notes, [html, picture]))
+    written = [path for path in (html, picture) if path is not None]
+    _output(as_json, values, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
     tracking.log_comparison(where, values, comparing.comparison_markdown(lines), files)
 

@@ -1,8 +1,8 @@
 """Records to figures, without pyplot's global state: curves, confusion matrices, pictures of searches.
 
-Each function takes records or arrays and returns a `Figure`; `png` makes a file's bytes of it, `svg` an element of a
-page. A mark that stands for one trial carries the gid `trial-FIGURE-NUMBER`, which `svg` keeps as an element's id: a
-page finds the same trial in all its figures by it.
+Each function takes records or arrays and returns a `Figure`; `png` encodes it as a file, `svg` as an element of a page.
+The mark of a trial has the gid `trial-FIGURE-NUMBER`, which `svg` keeps as an element's id: by it the script of a page
+finds the same trial in all figures.
 
 Every trial is drawn, so time counts: figures are laid out by hand, since `tight_layout`, `constrained_layout` and
 titles that compute their own height (`y=None`) each cost as much as drawing.
@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from searchfm.format import short, trained
@@ -78,7 +78,7 @@ def _panel(width: float, height: float, title: str, bounds: Bounds) -> tuple[Fig
 
 
 def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
-    """Axes without ornaments, the title at the upper left."""
+    """Axes with two spines and a grid, the title at the upper left."""
     _title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
@@ -88,9 +88,7 @@ def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
     return axes
 
 
-def _title(
-    axes: Axes, text: str, loc: Literal["left", "right"] = "left", *, color: str = INK, size: float = 10
-) -> None:
+def _title(axes: Axes, text: str, loc: Literal["left", "right"] = "left", color: str = INK, size: float = 10) -> None:
     axes.set_title(text, loc=loc, y=1.0, pad=4, color=color, fontsize=size, parse_math=False)
 
 
@@ -101,7 +99,7 @@ def _count(axes: Axes, name: str, most: int = 10) -> None:
 
 
 def _short(name: str, most: int = 24) -> str:
-    """A name, whatever is in it, on one line of at most `most` characters."""
+    """Any name on one line of at most `most` characters."""
     name = "".join(letter if letter.isprintable() else " " for letter in name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
@@ -126,10 +124,10 @@ def svg(figure: Figure, salt: str) -> str:
     Of the ids that artists were given (`gid`), those that begin with `trial-` stay.
     """
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none of them
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser has other fonts
-        figure.savefig(buffer, format="svg", metadata=nothing)
+        figure.savefig(buffer, format="svg", metadata=metadata)
     text = buffer.getvalue()
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
     # Groups are numbered from 1 in every figure, and nothing refers to them.
@@ -160,7 +158,7 @@ def curves(epochs: Sequence[Epoch]) -> Figure:
             axes.axvline(steps[best], color=MARK, linewidth=0.8, linestyle=":")
         _count(axes, "epoch", 7)
         axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
-    accuracy.yaxis.set_major_formatter(FuncFormatter(_percent))
+    accuracy.yaxis.set_major_formatter(_percent)
     if best is not None:
         accuracy.plot(steps[best], values[best, 3], "o", color=MARK, markersize=6, markerfacecolor="none")
         _title(accuracy, f"best {values[best, 3]:.2%} in epoch {steps[best]}", "right", color=MARK, size=9)
@@ -178,8 +176,8 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     counted = classes <= COUNTED
     shown = [_short(name) for name in names]
 
-    side = max(3.2, 0.44 * classes) if counted else max(8.0, 0.115 * classes)  # inches of the matrix itself
-    size = 8.0 if counted else 6.0
+    # Inches of the matrix itself, and points of the names.
+    side, size = (max(3.2, 0.44 * classes), 8.0) if counted else (max(8.0, 0.115 * classes), 6.0)
     margin = 0.5 + size / 72 * 0.62 * max(map(len, shown), default=1)
     width, height = side + margin + 0.25, side + margin + 0.45
     figure = _blank(width, height)
@@ -234,13 +232,12 @@ def history(trials: Sequence[Trial], best: int, band: tuple[float, float]) -> Fi
     failed = [trial.number for trial in trials if trial.state == "failed"]
     floor = _limits(axes, [*values.values()], pruned.values())
     axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
-    order = sorted(values)
-    tops = np.maximum.accumulate([values[number] for number in order])
-    axes.step(order, tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
+    tops = np.maximum.accumulate(list(values.values()))
+    axes.step(list(values), tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
     for number, value in pruned.items():
         _dot(axes, "history", number, (number, value), floor, color="white", markeredgecolor=QUIET, markeredgewidth=0.9)
-    for number in order:
-        _dot(axes, "history", number, (number, values[number]), floor, color=MARK if number == best else VALIDATION)
+    for number, value in values.items():
+        _dot(axes, "history", number, (number, value), floor, color=MARK if number == best else VALIDATION)
     for number in failed:
         axes.plot([number], [floor], "x", color=INK, markersize=5, gid=f"trial-history-{number}")
     _count(axes, "trial")
@@ -253,7 +250,7 @@ def history(trials: Sequence[Trial], best: int, band: tuple[float, float]) -> Fi
 
 
 def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names: Mapping[str, str]) -> Figure:
-    """Parallel coordinates (Inselberg 1985): a line a complete trial, an axis for each key of `space`, accuracy last.
+    """Parallel coordinates (Inselberg 1985): a line per complete trial, an axis per key of `space`, accuracy last.
 
     names: of the axes. The line of a trial without a key passes below that axis.
     """
@@ -262,9 +259,8 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     figure = _blank(width, 3.7)
     axes = figure.add_axes((0.6 / width, 0.09, 1 - 1.2 / width, 0.79))
     axes.set_axis_off()
-    axes.set_xlim(0, len(space))
     partial = {key for key in space if any(key not in trial.params for trial in complete)}
-    axes.set_ylim(BELOW - 0.07 if partial else -0.05, 1.04)
+    axes.set(xlim=(0, len(space)), ylim=(BELOW - 0.07 if partial else -0.05, 1.04))
     scales = {key: _scale(leaf) for key, leaf in space.items()}
     for x, (key, (ticks, _)) in enumerate(scales.items()):
         _vertical(axes, x, names[key], ticks)
@@ -276,7 +272,7 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     ticks, accuracy_height = _scale(Range(floor, max(values, default=1.0), log=False, step=None), _percent)
     _vertical(axes, len(space), "accuracy", ticks, side=1)
     for rank, (trial, value) in enumerate(zip(complete, values, strict=True)):
-        jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would lie on each other
+        jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would overlap
         heights = [
             height(trial.params[key]) + jitter * isinstance(space[key], Choice) if key in trial.params else BELOW
             for key, (_, height) in scales.items()
@@ -290,7 +286,7 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
 
 
 def factor(trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, figure_name: str, best: int) -> Figure:
-    """Validation accuracy over one key of the space: a dot a complete trial, and the median of each of few values.
+    """Validation accuracy over one key of the space: a dot per complete trial, and the median of each of few values.
 
     A line joins the medians where the values are numbers. name: of the key; figure_name: for the dots' ids; best:
     number of the trial that is marked.
@@ -310,10 +306,9 @@ def factor(trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, f
     if isinstance(leaf, Choice) or options:
         _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in sorted(by_option)})
     elif leaf.log:
-        axes.set_xscale("log")
-        axes.set_xlim(leaf.low / 1.2, leaf.high * 1.2)
+        axes.set(xscale="log", xlim=(leaf.low / 1.2, leaf.high * 1.2))
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if leaf.high / leaf.low > 30 else (1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+        axes.xaxis.set_major_formatter(lambda value, _: _number(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=leaf.whole))
@@ -337,11 +332,10 @@ def _medians(axes: Axes, options: Sequence[Any], medians: Mapping[int, float]) -
 def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
     """Validation accuracy by epoch: all trials in grey, a pruned one up to its last epoch; `top` in colour."""
     figure, axes = _panel(5.5, 3.1, "validation accuracy by epoch", (0.115, 0.155, 0.855, 0.745))
-    numbers = [trial.number for trial in top]
     floor = _limits(axes, [value for trial in trials for value in trial.reported.values()])
     axes.set_ylim(bottom=floor)
     for trial in trials:
-        if trial.reported and trial.number not in numbers and trial.twin is None:
+        if trial.reported and trial not in top and trial.twin is None:
             xs, ys = list(trial.reported), list(trial.reported.values())
             axes.plot(xs, ys, color="#cbd2d9", linewidth=0.9, zorder=2, gid=f"trial-progress-{trial.number}")
             if trial.state == "pruned":
@@ -379,9 +373,7 @@ def importance(fractions: Mapping[str, float]) -> Figure:
     bars = axes.barh(range(len(names)), list(fractions.values()), color=VALIDATION, height=0.66)
     axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=8, color=INK)
     axes.set_yticks(range(len(names)), names, fontsize=8.5, color=INK, parse_math=False)
-    axes.set_xticks([])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1.12 * max(fractions.values(), default=1.0))
+    axes.set(xticks=[], xlim=(0, 1.12 * max(fractions.values())), ylim=(len(names) - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(QUIET)
@@ -399,7 +391,7 @@ def ranking(accuracies: Mapping[int, Accuracy], tied: Container[int]) -> Figure:
         axes.plot(accuracy.fraction, index, "o", color=colour, markersize=5, gid=f"trial-ranking-{number}")
     axes.set_yticks(range(len(accuracies)), [f"trial {number}" for number in accuracies], fontsize=8, color=INK)
     axes.set_ylim(len(accuracies) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_formatter(_percent)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="y", length=0)
     return figure
@@ -419,7 +411,7 @@ def _limits(axes: Axes, values: Sequence[float], more: Iterable[float] = ()) -> 
     floor, top = _floor(values, more), max((*values, *more), default=1.0)
     margin = max(0.06 * (top - floor), 1e-3)
     axes.set_ylim(floor - margin, top + margin)
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(_percent)
     return floor
 
 
@@ -524,8 +516,8 @@ def _front(axes: Axes, measured: Sequence[Measured]) -> None:
     axes.margins(y=0.12)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 8 * low else (1, 2, 5), numticks=10))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g} s"))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g} s")
+    axes.yaxis.set_major_formatter(_percent)
     axes.set_xlabel("training time", color=INK, fontsize=9)
     _name(axes, measured)
 

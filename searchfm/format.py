@@ -12,7 +12,7 @@ NOT_CHAMPION = ", not better than the champion on the same test part, which stay
 
 
 def escape(text: str) -> str:
-    """The text as Markdown shows it, on one line, whatever is in it."""
+    """The text on one line, escaped for Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&])", r"\\\1", " ".join(text.split()))
 
 
@@ -52,7 +52,7 @@ def short(value: Any) -> str:
 
 
 def show_params(params: Mapping[str, Any]) -> str:
-    """What a search chose, on one line, keys by their shortest endings: `lr=0.01 optimizer=sgd`."""
+    """Params on one line, keys by their shortest endings: `lr=0.01 optimizer=sgd`."""
     return " ".join(f"{name}={short(params[key])}" for key, name in short_names(params).items())
 
 
@@ -62,13 +62,9 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for key in keys:
         parts = key.removesuffix(".name").split(".")
-        for count in range(1, len(parts) + 1):
-            ending = ".".join(parts[-count:])
-            if not parts[-count].isdigit() and not any(k != key and f".{k}".endswith(f".{ending}") for k in keys):
-                names[key] = ending
-                break
-        else:
-            names[key] = key
+        endings = (".".join(parts[-count:]) for count in range(1, len(parts) + 1) if not parts[-count].isdigit())
+        others = [f".{other}" for other in keys if other != key]
+        names[key] = next((e for e in endings if not any(other.endswith(f".{e}") for other in others)), key)
     return names
 
 

@@ -26,7 +26,7 @@ WIDE = 132  # characters of a terminal that holds all columns side by side
 
 @dataclass(frozen=True)
 class Line:
-    """A study in a comparison. Seconds, parameters and FLOPs are those of the model whose accuracy it is."""
+    """A study in a comparison. Seconds, parameters and FLOPs are of the model with that accuracy."""
 
     study: str
     accuracy: float
@@ -177,7 +177,6 @@ def comparison_page(lines: Sequence[Line]) -> str:
     """The comparison as a self-contained page."""
     return pages.render(
         "compare.html.jinja",
-        {},
         names=[line.study for line in lines],
         columns=list(COLUMNS),
         texts=TEXTS,

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -30,7 +29,7 @@ from searchfm.search.notes import HERE, artifact_folder, web_address
 from searchfm.search.storage import load_study, open_storage, study_names
 
 HOST = "127.0.0.1"
-NAMES = ("127.0.0.1", "localhost", "[::1]")  # of this machine, in a browser
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # host names of this machine in a URL
 HEALTH = {"optuna-dashboard": "/api/meta", "MLflow": "/health"}  # paths that answer once a server is up
 TRIED = 20  # ports in a row
 START_SECONDS = 90.0
@@ -60,7 +59,7 @@ def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: 
     try:
         servers.append(Server(home, "optuna-dashboard", first, mlflow))
         if remote is None:
-            make_schema(home)  # two processes that do so at once leave a file that none can open
+            make_schema(home)  # first: two processes that create it at once leave an unreadable file
             servers.append(Server(home, "MLflow", second, mlflow))
         links = run_links(home, study)
         for server in servers:
@@ -103,12 +102,12 @@ class Server:
         )
 
     def wait(self, stop: threading.Event) -> None:
-        """Until it answers. Raises WorldError if it ends, or does not answer in time."""
+        """Waits until it answers. Raises WorldError if it ends, or does not answer in time."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # proxies are not for loopback
         end = time.monotonic() + START_SECONDS
         while not stop.wait(0.1):
             self.check()
-            with contextlib.suppress(urllib.error.URLError, OSError), opener.open(self.health, timeout=5):
+            with contextlib.suppress(OSError), opener.open(self.health, timeout=5):
                 return
             if time.monotonic() > end:
                 raise WorldError(f"{self.name} did not answer within {START_SECONDS:.0f} s")
@@ -148,7 +147,7 @@ def _latest(home: Home) -> StudyRecord:
 
 
 def main(name: str, port: int, mlflow: str) -> None:
-    """One of the servers, until the parent is gone."""
+    """Runs one of the servers until the parent ends."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     if name == "MLflow":
         serve_mlflow(Home.find(), port)
@@ -182,14 +181,13 @@ def serve_mlflow(home: Home, port: int) -> None:
     environment = {key: value for key, value in os.environ.items() if key != TRACKING} | settings
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # we outlive it, to return its exit code
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # this process ends after it, with its exit code
     sys.exit(process.wait())
 
 
 def guard(app: Any, port: int, mlflow: str) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
-    """A WSGI app (PEP 3333) that passes requests of a browser on this machine to our own name, and no others. A foreign
-    page could otherwise make the browser delete studies (a foreign Origin), or read them (a foreign name for our
-    address).
+    """A WSGI app (PEP 3333) that answers 403 unless Host, and Origin if there is one, name this server. A foreign page
+    could otherwise make the browser delete studies (foreign Origin), or read them (foreign Host, by DNS rebinding).
 
     Also redirects `/mlflow/...` to MLflow's pages, whose port is not known when the links in the notes are written.
     """
@@ -212,7 +210,7 @@ def guard(app: Any, port: int, mlflow: str) -> Callable[[dict[str, Any], Any], I
 
 
 class _ThreadedServer(ThreadingMixIn, WSGIServer):
-    """Answers requests side by side: a plot may take seconds, and a page needs several."""
+    """Answers requests in parallel: a plot may take seconds, and a page needs several."""
 
     daemon_threads = True
 

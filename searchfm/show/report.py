@@ -30,9 +30,7 @@ KEYS = 10  # axes of the parallel coordinates
 TOP = 5  # trials whose curves are in colour
 
 
-def report_page(
-    study: StudyRecord, storage: BaseStorage, environment: Mapping[str, str], data_dir: Path | None = None
-) -> str:
+def report_page(study: StudyRecord, storage: BaseStorage, environment: Mapping[str, str], data_dir: Path | None) -> str:
     """The whole page. environment: hardware and versions of the search, as far as known; data_dir: searched first for
     images. Raises StudyError for a study without a complete trial.
     """
@@ -41,10 +39,9 @@ def report_page(
         raise StudyError(f"study {study.name!r} has no complete trial to report on: {counts}")
     final, best = study.final, study.ranked(twins=False)[0]
     chosen = next(trial for trial in study.trials if trial.number == final.winner) if final else best
-    tips = {str(trial.number): _tip(trial) for trial in study.trials}
     return pages.render(
         "report.html.jinja",
-        tips,
+        tips={str(trial.number): _tip(trial) for trial in study.trials},
         study=study,
         chosen=chosen,
         best=best,
@@ -114,8 +111,8 @@ def ranks(study: StudyRecord) -> list[Rank]:
 
 
 def importances(study: StudyRecord, storage: BaseStorage) -> dict[str, float]:
-    """How much of the difference between good trials and others each key explains, 0 to 1, the most first (PED-ANOVA:
-    Watanabe, Bansal & Hutter 2023, arXiv 2304.10255), from complete trials that were trained themselves.
+    """Fraction of the difference between good trials and others that each key explains, in descending order (PED-ANOVA:
+    Watanabe, Bansal & Hutter 2023, arXiv 2304.10255), from complete trials that are no twins.
 
     Empty where those are fewer than 10, or all of one value.
     """
@@ -207,11 +204,11 @@ def _space(study: StudyRecord, storage: BaseStorage) -> dict[str, Any]:
     keys = sorted(space, key=lambda key: -importance.get(key, 0.0))
     fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
     axes = {key: leaf for key, leaf in space.items() if key in keys[:KEYS]}
-    shown = f"{'the' if fractions else 'the first'} {len(axes)}{' most important' if fractions else ''}"
     return {
         "importance": figures.importance(fractions) if fractions else None,
         "parallel": figures.parallel(trials, axes, names) if len(axes) > 1 else None,
-        "parallel_note": f"Shown are {shown} of {len(space)} keys." if len(axes) < len(space) else "",
+        "axes": len(axes),
+        "keys": len(space),
         "factors": [
             figures.factor(trials, key, space[key], names[key], f"f{i}", trials[0].number) for i, key in enumerate(keys)
         ],
@@ -220,12 +217,11 @@ def _space(study: StudyRecord, storage: BaseStorage) -> dict[str, Any]:
 
 
 def _curves(study: StudyRecord, chosen: Trial) -> dict[str, Any]:
-    epochs = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
-    subject = "the final model, trained on all training data" if epochs else f"trial {chosen.number}"
-    epochs, saved = epochs or chosen.epochs, saved_epochs(study)
+    fitted = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
+    epochs, saved = fitted or chosen.epochs, saved_epochs(study)
     return {
         "curves": figures.curves(epochs) if epochs else None,
-        "curves_subject": subject,
+        "fitted": fitted,
         "progress": figures.progress(study.trials, study.ranked(twins=False)[:TOP]),
         "survival": figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if saved.epochs else None,
         "saved": saved,

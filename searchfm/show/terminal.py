@@ -1,4 +1,4 @@
-"""The terminal: live progress, plain lines where there is no terminal, and tables."""
+"""The terminal: live progress, or plain lines where the output is no terminal, and tables."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -39,7 +39,7 @@ SHOWN = 20  # classes, those with the lowest recall
 
 
 def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
-    """Shows progress to its end, without a terminal only the lines of `update`; returns what a generator returns."""
+    """Shows progress until it ends, without a terminal only the lines of `update`. Returns what a generator returns."""
     steps = iter(steps)
     with Live(get_renderable=view.render, console=view.console, refresh_per_second=4, transient=True):
         while True:
@@ -104,11 +104,11 @@ class TuneView:
         shown = table("trial", "epoch", "accuracy", "params", compact=True)
         for number, (trial, epochs) in sorted(self.running.items()):
             shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(show_params(trial.params)))
-        parts: list[RenderableType] = [_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown]
+        best = "no complete trial yet"
         if self.best is not None:
             best = f"best: trial {self.best.number} with {self.best.value:.4f}, {show_params(self.best.params)}"
-            parts.append(Text(best, "green"))
-        return Group(*parts)
+        line = Text(best, "green", overflow="fold", no_wrap=False)  # in full, on several lines if need be
+        return Group(_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown, line)
 
 
 class RetrainView:
@@ -175,7 +175,7 @@ def _pace(epochs: Sequence[Epoch], planned: int) -> tuple[str, str]:
 
 
 def study_table(studies: Iterable[StudyRecord]) -> Table:
-    """A line a study: the number of trials in each state, and the best value."""
+    """A row per study: the number of trials in each state, and the best value."""
     shown = table("study", "trials", *STYLES, "best", "data")
     for study in studies:
         counts = [f"{len(study.trials)}/{study.planned}", *(str(len(study.of(state))) for state in STYLES)]
@@ -185,7 +185,7 @@ def study_table(studies: Iterable[StudyRecord]) -> Table:
 
 
 def trial_table(trials: Sequence[Trial], title: str) -> Table:
-    """A line a trial, with what the search chose for it."""
+    """A row per trial, with its params."""
     shown = table("trial", "state", "value", "epochs", "s/epoch", "parameters", "params", title=title)
     for trial in trials:
         shown.add_row(
@@ -311,16 +311,14 @@ def show_differences(
         console.print(f"nothing was written; to send it: searchfm sync {study.name} --apply")
 
 
-def show_comparison(
-    console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path | None]
-) -> None:
+def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path]) -> None:
     """Studies side by side, how to read the tables, and the files that were written."""
     for part in tables:
         console.print(part)
         console.print()
     for note in notes:
         console.print(escape(note), style="dim")
-    for file in filter(None, files):
+    for file in files:
         console.print(str(file), markup=False)
 
 
@@ -347,7 +345,7 @@ def show_final(console: Console, final: Final) -> None:
 
 
 def finalist_table(final: Final) -> Table:
-    """A line a finalist: its value in the search, and its accuracy with fresh seeds."""
+    """A row per finalist: its value in the search, and its accuracy with fresh seeds."""
     shown = table("trial", "search", "fresh seeds", "mean", "parameters", "MFLOP", title="finalists, on validation")
     for finalist in sorted(final.finalists, key=lambda finalist: -finalist.mean):
         best = finalist.trial == final.winner
@@ -390,7 +388,7 @@ def describe_data(row: "Described") -> dict[str, Any]:
 
 
 def data_table(rows: "Iterable[Described]") -> Table:
-    """A line a data set: its size, its location here, and its origin."""
+    """A row per data set: its size, its location here, and its origin."""
     shown = table("data set", "images", "classes", "training", "test", "here", "origin")
     for row in rows:
         size = "x".join(str(side) for side in row.shape) if row.shape else "-"
@@ -409,7 +407,7 @@ def describe_prediction(row: "Prediction", top: int) -> dict[str, Any]:
 
 
 def prediction_csv(rows: "Sequence[Prediction]", top: int) -> str:
-    """A line an image: the most probable classes, each with its probability, or why there are none."""
+    """A line per image: the most probable classes, each with its probability, or the error."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{rank}" for rank in range(2, top + 1))]
@@ -422,7 +420,7 @@ def prediction_csv(rows: "Sequence[Prediction]", top: int) -> str:
 
 
 def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
-    """A line an image: its class and the probability, then the next classes."""
+    """A row per image: its class and the probability, then the next classes."""
     shown = table("image", "class", "probability", *(["then"] if top > 1 else []))
     for row in rows:
         if row.error:
@@ -449,13 +447,10 @@ def table(*columns: str, title: str | None = None, compact: bool = False, numeri
     """A table without rows. compact: cells are cut, not folded; numeric: columns that are aligned to the right."""
     shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     shown.header_style = "dim" if compact else "bold"
+    overflow: Literal["ellipsis", "fold"] = "ellipsis" if compact else "fold"
     for column in columns:
-        shown.add_column(
-            column,
-            justify="right" if column in numeric else "left",
-            no_wrap=compact and column != "params",
-            overflow="ellipsis" if compact else "fold",
-        )
+        cut = compact and column != "params"
+        shown.add_column(column, justify="right" if column in numeric else "left", no_wrap=cut, overflow=overflow)
     return shown
 
 

@@ -107,7 +107,7 @@ def test_what_decides_is_the_most_important(home: Home) -> None:
 def test_importance_needs_enough_trials_and_says_so(home: Home) -> None:
     study = searched.search(home, many(9))  # the tenth complete one is a twin
     assert report.importances(study, open_storage(home)) == {}
-    assert "at least 10 complete trials; this study has 9" in report_page(study, open_storage(home), {})
+    assert "at least 10 complete trials; this study has 9" in report_page(study, open_storage(home), {}, None)
 
 
 def test_the_most_confused_come_first_with_their_most_probable_mistakes() -> None:
@@ -180,7 +180,7 @@ class Elements(HTMLParser):
 
 
 def rendered(home: Home, study: StudyRecord, folder: Path) -> tuple[str, Path]:
-    text = report_page(study, open_storage(home), {"hardware": "2 x something"})
+    text = report_page(study, open_storage(home), {"hardware": "2 x something"}, None)
     path = folder / "report.html"
     path.write_text(text, "utf-8")
     return text, path
@@ -229,7 +229,7 @@ def test_a_trial_under_the_pointer_is_highlighted_everywhere(home: Home, tmp_pat
 
 def test_a_final_models_errors_are_counted_on_the_test_part_but_shown_from_validation(home: Home) -> None:
     study = searched.retrained(home, searched.search(home, many()), range(30))
-    text = report_page(study, open_storage(home), {})
+    text = report_page(study, open_storage(home), {}, None)
     assert "270 of 300 correct (90.00%)" in text
     assert "Predictions of the final model on the test part" in text
     assert "No test image is ever shown" in text
@@ -244,9 +244,9 @@ def held(study: StudyRecord) -> list[report.Confused]:
 
 def test_a_report_does_without_what_is_gone(home: Home) -> None:
     study = searched.search(home, [Ending(BEST, kept=False)], fingerprint="another")
-    assert "no longer in its folder" in report_page(study, open_storage(home), {})
+    assert "no longer in its folder" in report_page(study, open_storage(home), {}, None)
     study = searched.search(home, [Ending(BEST)], "changed", fingerprint="another")
-    text = report_page(study, open_storage(home), {})
+    text = report_page(study, open_storage(home), {}, None)
     assert "cannot be shown: data.name = &#34;digits&#34;: the data have changed" in text
     assert "predicted as" in text  # the pairs are listed all the same
     assert "<img" not in text
@@ -259,7 +259,7 @@ def test_a_sweep_of_one_key_is_named_as_one(home: Home) -> None:
         "search": {"sampler": {"name": "grid"}, "pruner": {"name": "none"}},
     }
     endings = [Ending(range(10 * i), params={"model.mlp.layers": i}) for i in (1, 2, 3)]
-    text = report_page(searched.search(home, endings, tables=tables), open_storage(home), {})
+    text = report_page(searched.search(home, endings, tables=tables), open_storage(home), {}, None)
     assert "Nothing else was searched" in text
     assert "All choices at once" not in text  # one axis is no picture
     assert "trial-f0-2" in text
@@ -268,7 +268,7 @@ def test_a_sweep_of_one_key_is_named_as_one(home: Home) -> None:
 
 def test_the_files_it_shows_are_the_study_and_the_trial_again(home: Home, tmp_path: Path) -> None:
     study = searched.search(home, [Ending(BEST), Ending(range(30))])
-    text = report_page(study, open_storage(home), {})
+    text = report_page(study, open_storage(home), {}, None)
     for index, summary in enumerate(("config.toml of trial 0", "study.toml, with overrides and defaults")):
         shown = text.partition(f"<summary>{summary}</summary>\n<pre>")[2].partition("</pre>")[0]
         path = tmp_path / f"{index}.toml"
@@ -283,7 +283,7 @@ def test_the_files_it_shows_are_the_study_and_the_trial_again(home: Home, tmp_pa
 def test_no_complete_trial_is_refused(home: Home) -> None:
     study = searched.search(home, [Ending(state=TrialState.PRUNED), Ending(state=TrialState.FAIL)])
     with pytest.raises(StudyError, match="'toy' has no complete trial to report on: 1 pruned, 1 failed, 0 running"):
-        report_page(study, open_storage(home), {})
+        report_page(study, open_storage(home), {}, None)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

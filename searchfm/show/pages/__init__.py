@@ -7,7 +7,6 @@ policy runs no script but ours, and fetches nothing.
 import base64
 import hashlib
 import io
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -24,12 +23,12 @@ from searchfm.format import megaflop, p_value, seconds, show_params, state, stat
 LARGEST = 96  # side in pixels of an image of the data in a page
 
 
-def render(template: str, tips: Mapping[str, str], **values: Any) -> str:
-    """A page from a template of this folder. tips: text by trial number, shown as a tooltip."""
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this folder. Of the values, `tips` are texts by trial number, shown as tooltips."""
     script = _templates().get_template("page.js").render()
     fingerprint = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{fingerprint}'"
-    own = {"policy": policy, "script": Markup(script), "version": searchfm.__version__, "tips": dict(tips)}
+    own = {"policy": policy, "script": Markup(script), "version": searchfm.__version__}
     return _templates().get_template(template).render(**own, **values)
 
 
