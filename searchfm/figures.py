@@ -34,7 +34,6 @@ from searchfm.search.space import Choice, Range
 from searchfm.stats import Accuracy
 
 Ticks = list[tuple[float, str]]  # height from 0 to 1, and text
-Bounds = tuple[float, float, float, float]  # of axes: left, bottom, width and height, 0 to 1 of the figure
 DPI = 110
 
 # Each colour has one meaning in all figures.
@@ -71,8 +70,8 @@ def _blank(width: float, height: float) -> Figure:
     return figure
 
 
-def _panel(width: float, height: float, title: str, bounds: Bounds) -> tuple[Figure, Axes]:
-    """A figure, in inches, and its only axes, which are plain."""
+def _panel(width: float, height: float, title: str, bounds: tuple[float, float, float, float]) -> tuple[Figure, Axes]:
+    """A figure, in inches, with plain axes; bounds: their left, bottom, width and height, 0 to 1 of the figure."""
     figure = _blank(width, height)
     return figure, _plain(figure.add_axes(bounds), title)
 
@@ -472,8 +471,7 @@ def _numbers(values: Iterable[Any]) -> bool:
 
 def _index(options: Sequence[Any], value: Any) -> int:
     """The index of a value among the options; a stepped number may carry rounding noise."""
-    exact = value in options
-    return options.index(value) if exact else min(range(len(options)), key=lambda index: abs(options[index] - value))
+    return options.index(value) if value in options else min(range(len(options)), key=lambda i: abs(options[i] - value))
 
 
 def _spread(number: int) -> float:

@@ -125,13 +125,13 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
         accuracy_sentence(test.accuracy, test.n, "test", test.low, test.high),
         f"The test part of these data had been read {times(test.reads)} by then, this time included.",
     ]
-    trained = [
+    fitted = [
         f"The final model has the configuration of trial {final.winner}, trained on all training data for "
         f"{plural(final.epochs, 'epoch')} of {seconds(final.seconds_per_epoch)}; "
         f"{final.parameters:,} parameters, {megaflop(final.flops)} MFLOP an image."
     ]
     if model is not None:
-        trained.append(f"It is registered as {model.uri}{', the champion' if model.champion else NOT_CHAMPION}.")
+        fitted.append(f"It is registered as {model.uri}{', the champion' if model.champion else NOT_CHAMPION}.")
     if final.optimism is None:
         searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
     else:
@@ -151,4 +151,4 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
             f"Trials {', '.join(map(str, final.tie))} cannot be distinguished with fresh seeds (paired test, Holm): "
             f"the lowest cost wins, trial {final.winner}."
         )
-    return {"Test": tested, "Model": trained, "Validation": searched}
+    return {"Test": tested, "Model": fitted, "Validation": searched}

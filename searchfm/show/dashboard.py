@@ -146,15 +146,6 @@ def _latest(home: Home) -> StudyRecord:
 # --- in the process of a server ---------------------------------------------------------------------------------------
 
 
-def main(name: str, port: int, mlflow: str) -> None:
-    """Runs one of the servers until the parent ends."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
-    if name == "MLflow":
-        serve_mlflow(Home.find(), port)
-    else:
-        serve_optuna(Home.find(), port, mlflow)
-
-
 def serve_optuna(home: Home, port: int, mlflow: str) -> None:
     """optuna-dashboard behind `guard`: it has no check of its own, and each of its clients may delete studies."""
     import optuna_dashboard
@@ -221,6 +212,7 @@ class _Handler(WSGIRequestHandler):
 
 
 def _follow_parent() -> None:
+    """Ends the process group once the parent is gone, and with it the other end of the pipe."""
     while os.read(0, 1):
         pass
     os.killpg(0, signal.SIGTERM)
@@ -229,4 +221,9 @@ def _follow_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    _, name, port, mlflow = sys.argv
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    if name == "MLflow":
+        serve_mlflow(Home.find(), int(port))
+    else:
+        serve_optuna(Home.find(), int(port), mlflow)

@@ -267,7 +267,7 @@ def show_study(console: Console, study: StudyRecord) -> None:
     if failed := study.of("failed"):
         reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in failed[:3])
         console.print(f"[red]failed:[/] {escape(reasons)}")
-    console.print(f"{study.folder}", style="dim")
+    console.print(str(study.folder), style="dim", markup=False)
 
 
 def show_end(

@@ -16,8 +16,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-import searchfm
-from searchfm import figures
+from searchfm import __version__, figures
 from searchfm.format import megaflop, p_value, seconds, show_params, state, states
 
 LARGEST = 96  # side in pixels of an image of the data in a page
@@ -28,8 +27,8 @@ def render(template: str, **values: Any) -> str:
     script = _templates().get_template("page.js").render()
     fingerprint = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{fingerprint}'"
-    own = {"policy": policy, "script": Markup(script), "version": searchfm.__version__}
-    return _templates().get_template(template).render(**own, **values)
+    page = _templates().get_template(template)
+    return page.render(policy=policy, script=Markup(script), version=__version__, **values)
 
 
 def embed(figure: Any, name: str) -> Markup:
