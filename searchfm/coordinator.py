@@ -18,15 +18,14 @@ from optuna.trial import TrialState
 
 from searchfm.config import Config
 from searchfm.errors import WorldError
-from searchfm.jobs import EpochDone, Event, Failed, Finished, JobSpec, Result, Retried, StoppedEarly
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Result, Retried
 from searchfm.pool import WorkerPool, gather
-from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, kept, write_epochs
+from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
 from searchfm.search.storage import read_trial
 from searchfm.search.study import Study, fixed_sampler
 
 TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
-Payload = Callable[[Mapping[str, Any], str], Mapping[str, Any]]  # (config table, identity) -> plain values
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,21 @@ class Progress:
 class LiveTrial:
     """A trial that has not ended."""
 
+    number: int  # Optuna's
     trial: optuna.Trial
     config: Config
     digest: str
     folder: Path
-    attempts: int = 0  # made by earlier coordinators
-    lost: int = 0  # of these, the attempts whose worker died
+    job: Job
     epochs: list[Epoch] = field(default_factory=list)
-    reported: int = 0  # the last epoch that Optuna holds
     pruned: str = ""  # by what and when, once that is decided
-
-    @property
-    def number(self) -> int:
-        """Optuna's number of the trial."""
-        return self.trial.number
 
 
 class Coordinator:
     """The one process of a study that asks, prunes and tells.
 
-    `entry` and `payload` say what a trial is: training, or the toy objective of a test.
+    `entry` and `payload` say what a trial is: training, or the toy objective of a test. payload: makes the job's from
+    a config's table and the trial's identity.
     """
 
     def __init__(
@@ -74,7 +68,7 @@ class Coordinator:
         pool: WorkerPool,
         *,
         trials: int,
-        payload: Payload,
+        payload: Callable[[Mapping[str, Any], str], Mapping[str, Any]],
         entry: str = TRIAL,
         retry_failed: bool = False,
     ) -> None:
@@ -124,11 +118,10 @@ class Coordinator:
             self.optuna.sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
             live = self._open(optuna.Trial(self.optuna, frozen._trial_id))
             live.pruned = frozen.user_attrs.get("pruned", "")
-            live.attempts = frozen.user_attrs.get("attempt", 1)
-            live.lost = frozen.user_attrs.get("lost", 0)
-            live.reported = max(frozen.intermediate_values, default=0)
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
             live.epochs = list(self._record(live.number).epochs)
+            attempt, lost = frozen.user_attrs.get("attempt", 1), frozen.user_attrs.get("lost", 0)
+            live.job = replace(live.job, attempt=attempt, lost=lost, received=len(live.epochs))
             yield from self._begin(live, adopted=True)
 
     def _ask(self) -> Iterator[Progress]:
@@ -155,7 +148,7 @@ class Coordinator:
         match event:
             case EpochDone(epoch=epoch):
                 yield from self._judge(live, epoch)
-            case StoppedEarly():
+            case Left():
                 yield from self._end(live, TrialState.PRUNED, reason=live.pruned)
             case Finished(result=result):
                 yield from self._finish(live, result)
@@ -174,12 +167,15 @@ class Coordinator:
         config = self.study.sample(trial)
         if config.train.seed is None:
             config = replace(config, train=replace(config.train, seed=self.study.seed(trial.number)))
-        live = LiveTrial(trial, config, config.digest(), self.stored.folder / f"{trial.number:04d}")
+        number, table = trial.number, config.to_table()
+        folder = self.stored.folder / f"{number:04d}"
+        job = Job(str(number), folder, self.entry, self.payload(table, f"{self.stored.uuid}/{number}"))
+        live = LiveTrial(number, trial, config, config.digest(), folder, job)
         if "digest" not in trial.user_attrs:
-            trial.set_user_attr("config", config.to_table())
+            trial.set_user_attr("config", table)
             trial.set_user_attr("digest", live.digest)
-        live.folder.mkdir(parents=True, exist_ok=True)
-        (live.folder / "config.toml").write_text(self.study.replay(trial.number, config.to_table()))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(self.study.replay(number, table))
         return live
 
     def _begin(self, live: LiveTrial, adopted: bool = False) -> Iterator[Progress]:
@@ -197,18 +193,7 @@ class Coordinator:
             yield from self._end(live, TrialState.PRUNED, reason=live.pruned)
         else:
             self.live[number] = live
-            config = live.config.to_table()
-            attempt = self.pool.submit(
-                JobSpec(
-                    str(number),
-                    live.folder,
-                    self.entry,
-                    self.payload(config, f"{self.stored.uuid}/{number}"),
-                    attempts=live.attempts,
-                    lost=live.lost,
-                    received=len(live.epochs),
-                )
-            )
+            attempt = self.pool.submit(live.job)
             if attempt > 1:
                 live.trial.set_user_attr("attempt", attempt)
             yield Progress("adopted" if adopted else "started", number, self._record(number))
@@ -219,7 +204,6 @@ class Coordinator:
         write_epochs(live.folder / EPOCHS, live.epochs)
         if epoch.val_accuracy is not None:
             live.trial.report(round(epoch.val_accuracy, 6), epoch.index)
-            live.reported = epoch.index
             # Not after the last epoch: a trial that is trained has its value. And once an epoch: successive halving
             # marks its rung before it answers, so an epoch judged twice would be answered differently.
             if epoch.index < live.config.train.epochs and live.trial.should_prune():
@@ -235,46 +219,36 @@ class Coordinator:
             drop_weights(live.folder)
             yield from self._end(live, TrialState.FAIL, reason=f"its value is {value}, not a finite number")
         else:
-            yield from self._end(live, TrialState.COMPLETE, value=round(value, 6), result=result)
+            yield from self._end(live, TrialState.COMPLETE, round(value, 6), result=result)
 
-    def _end(
-        self,
-        live: LiveTrial,
-        state: TrialState,
-        *,
-        value: float | None = None,
-        reason: str | None = None,
-        result: Result | None = None,
-        twin: int | None = None,
-    ) -> Iterator[Progress]:
-        """Attributes, then `tell`: the trial has ended."""
+    def _end(self, live: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any) -> Iterator[Progress]:
+        """Attributes (reason, result, twin), then `tell`: the trial has ended."""
         number = live.number
-        for name, attr in (("reason", reason), ("result", result), ("twin", twin)):
+        for name, attr in attrs.items():
             if attr is not None:
                 live.trial.set_user_attr(name, attr)
         self.optuna.tell(live.trial, value, state)
         self.live.pop(number, None)
         record = self._record(number)
         if state is TrialState.FAIL:
-            self.failures.append(reason or "")
+            self.failures.append(record.reason or "")
             del self.trained[live.digest]
         self._count(record)
-        yield Progress("ended", number, record, text=reason or "")
-        if twin is None:
+        yield Progress("ended", number, record, text=record.reason or "")
+        if record.twin is None:
             for follower in [other for other in self.waiting.values() if other.digest == live.digest]:
                 del self.waiting[follower.number]
                 yield from self._begin(follower)
 
     def _follow(self, live: LiveTrial, first: int) -> Iterator[Progress]:
         """Ends a trial as its twin ended: the same value, or the same reports and state, without training."""
-        twin = self._record(first)
-        for index, value in twin.reported.items():
-            if index > live.reported:
-                live.trial.report(value, index)
+        twin, reported = self._record(first), self._record(live.number).reported
+        for index in sorted(twin.reported.keys() - reported.keys()):
+            live.trial.report(twin.reported[index], index)
         write_epochs(live.folder / EPOCHS, twin.epochs)
         state = TrialState.COMPLETE if twin.state == "complete" else TrialState.PRUNED
         result = None if twin.result is None else replace(twin.result, files={}).to_json()
-        yield from self._end(live, state, value=twin.value, reason=twin.reason, result=result, twin=first)
+        yield from self._end(live, state, twin.value, reason=twin.reason, result=result, twin=first)
 
     # --- what is known of the study -----------------------------------------------------------------------------------
 
@@ -286,7 +260,7 @@ class Coordinator:
         """Counts a trial that ended, and drops the weights that are not among the best any more."""
         self.useful += trial.state in ("complete", "pruned")
         candidates = [*self.kept, trial]
-        self.kept = kept(candidates, self.study.search.keep)
+        self.kept = ranked(candidates, twins=False)[: self.study.search.keep]
         for other in candidates:
             if other.state == "complete" and other not in self.kept:
                 drop_weights(other.folder)

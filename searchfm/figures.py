@@ -460,7 +460,7 @@ def _vertical(axes: Axes, x: float, name: str, ticks: Ticks, side: int = -1) -> 
 def _options(leaf: Choice | Range) -> list[Any]:
     """The values that are drawn one by one, numbers by size; none for a leaf that is drawn as a scale."""
     if isinstance(leaf, Choice):
-        return sorted(leaf.values) if _numbers(leaf.values) else list(leaf.values)
+        return sorted(leaf.options) if _numbers(leaf.options) else list(leaf.options)
     options = leaf.options
     return list(options) if options is not None and len(options) <= FEW and not leaf.log else []
 

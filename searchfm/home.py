@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from searchfm.errors import StorageError, UserError
 
@@ -43,11 +45,6 @@ class Home:
     def optuna_url(self) -> str:
         """Optuna's database: SEARCHFM_STORAGE, or a SQLite file of the home."""
         return os.environ.get(STORAGE) or self._own("optuna.db")
-
-    @property
-    def begun(self) -> bool:
-        """Whether there is a database to read, as far as can be told without connecting."""
-        return bool(os.environ.get(STORAGE)) or (self.path / "optuna.db").is_file()
 
     @property
     def tracking_uri(self) -> str:
@@ -103,9 +100,8 @@ def write_whole(path: Path, content: bytes) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        finally:
+            partial.unlink(missing_ok=True)  # there is none once it is renamed
         folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
         try:
             os.fsync(folder)
@@ -114,6 +110,11 @@ def write_whole(path: Path, content: bytes) -> str:
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
     return hashlib.sha256(content).hexdigest()
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes plain values as JSON, whole or not at all. Raises StorageError."""
+    write_whole(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_sha256(path: Path) -> str:

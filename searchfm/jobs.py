@@ -16,29 +16,18 @@ Entry: TypeAlias = Callable[[Mapping[str, Any], "Context"], Generator[Epoch, Non
 
 
 @dataclass(frozen=True)
-class JobSpec:
-    """Work for a pool, which makes as many attempts (`Job`s) of it as it takes."""
+class Job:
+    """Work for a worker. A pool makes as many attempts as it takes: an engine receives the job with its `attempt`."""
 
-    id: str
-    folder: Path | None  # attempts write below it; None for a job that writes nothing
+    id: str  # comes back with every event, as `attempt` does
+    folder: Path | None  # an attempt writes to FOLDER/attempt-N; None for a job that writes nothing
     entry: str  # "module:function"
     payload: Mapping[str, Any]  # plain values
     label: str = ""  # name shown to users: "trial 7, seed 2 of 3"
     epochs: int = 0  # that it trains
-    attempts: int = 0  # made by earlier processes
-    lost: int = 0  # of these, the attempts whose worker died
-    received: int = 0  # epochs that earlier processes received; they are not delivered again
-
-
-@dataclass(frozen=True)
-class Job:
-    """One attempt, as a worker receives it. `id` and `attempt` come back with every event."""
-
-    id: str
-    attempt: int  # from 1; each attempt writes under its own number
-    folder: Path | None  # of the job; this attempt writes to FOLDER/attempt-N
-    entry: str  # "module:function"
-    payload: Mapping[str, Any]  # plain values
+    attempt: int = 0  # the latest, counted from 1; each writes under its own number
+    lost: int = 0  # attempts whose worker died
+    received: int = 0  # epochs that were received; they are not delivered again
 
 
 @dataclass(frozen=True)
@@ -82,17 +71,16 @@ class Failed(Event):
     reason: str
 
 
-# Events of engines alone.
-
-
 @dataclass(frozen=True)
 class Left(Event):
-    """The job left at a tick because it, or its worker, was stopped."""
+    """The job left at a tick because it, or its worker, was stopped. From a pool: the end of a job after
+    `WorkerPool.stop`, in whatever way.
+    """
 
 
 @dataclass(frozen=True)
 class Lost(Event):
-    """The worker died under the job."""
+    """The worker died under the job. An event of engines alone."""
 
     reason: str
 
@@ -111,8 +99,3 @@ class Retried(Event):
 
     reason: str  # empty where its worker was stopped, which is not charged
     lost: int
-
-
-@dataclass(frozen=True)
-class StoppedEarly(Event):
-    """The job ended after `WorkerPool.stop`, in whatever way."""

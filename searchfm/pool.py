@@ -10,27 +10,14 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import DataError, ModelError, SearchfmError, StorageError, WorldError
-from searchfm.jobs import (
-    EpochDone,
-    Event,
-    Failed,
-    Finished,
-    Job,
-    JobSpec,
-    Left,
-    Lost,
-    Result,
-    Retried,
-    Started,
-    StoppedEarly,
-)
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Lost, Result, Retried, Started
 
 LEAVE_SECONDS = 25.0  # for jobs to leave their batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
@@ -39,15 +26,6 @@ RETRIES = 2  # further attempts of a job whose worker died, unless the study say
 
 # Errors that every other job would meet too.
 _FATAL: Mapping[str, type[SearchfmError]] = {"DataError": DataError, "StorageError": StorageError}
-
-
-@dataclass
-class _PoolJob:
-    spec: JobSpec
-    attempt: int
-    lost: int
-    received: int
-    stopping: bool = False
 
 
 class WorkerPool:
@@ -69,8 +47,9 @@ class WorkerPool:
         self.engine, self.retries = engine, retries
         self.check_lock = check_lock
         self._stopping, self._clock = stopping, clock
-        self._waiting: deque[_PoolJob] = deque()
-        self._running: dict[str, _PoolJob] = {}  # on a worker
+        self._waiting: deque[Job] = deque()
+        self._running: dict[str, Job] = {}  # on a worker
+        self._stopped: set[str] = set()  # of these, the jobs that `stop` was called for
         self._started: deque[Started] = deque()  # not yielded yet
         self._stop_requested_at: float | None = None
         self._lock_checked_at = clock()
@@ -86,20 +65,16 @@ class WorkerPool:
         stop = self._stop_requested_at
         return stop is not None and (not self.engine.busy or self._clock() > stop + LEAVE_SECONDS)
 
-    def resize(self, devices: Sequence[str]) -> None:
-        """One worker for each device named."""
-        self.engine.resize(devices)
-
-    def submit(self, spec: JobSpec) -> int:
+    def submit(self, job: Job) -> int:
         """Gives a job to a free worker, or queues it; returns the number of its attempt."""
-        pooled = _PoolJob(spec, _next_attempt(spec.folder, spec.attempts), spec.lost, spec.received)
-        self._waiting.append(pooled)
+        job = _next_attempt(job)
+        self._waiting.append(job)
         self._start_waiting()
-        return pooled.attempt
+        return job.attempt
 
     def stop(self, job: str) -> None:
-        """Asks a job to leave; its one further event is `StoppedEarly`."""
-        self._running[job].stopping = True
+        """Asks a job to leave; its one further event is `Left`."""
+        self._stopped.add(job)
         self.engine.stop(job)
 
     def events(self, timeout: float = EVENT_SECONDS) -> Iterator[Event]:
@@ -121,14 +96,14 @@ class WorkerPool:
         if event is not None and event.job in self._running and self._running[event.job].attempt == event.attempt:
             yield from self._on(self._running[event.job], event)  # any other is of an attempt that was given up
 
-    def run_all(self, specs: Iterable[JobSpec]) -> Iterator[Event]:
+    def run_all(self, jobs: Iterable[Job]) -> Iterator[Event]:
         """Brings jobs to their ends. Raises KeyboardInterrupt once all have left, if the pool is to stop; DataError,
         ModelError or StorageError where a job meets one, since all others would meet it too.
         """
         open_jobs = set()
-        for spec in specs:
-            self.submit(spec)
-            open_jobs.add(spec.id)
+        for job in jobs:
+            self.submit(job)
+            open_jobs.add(job.id)
         while open_jobs:
             for event in self.events():
                 match event:
@@ -140,68 +115,64 @@ class WorkerPool:
             if self.stopped:
                 raise KeyboardInterrupt
 
-    def run_one(self, spec: JobSpec) -> Result:
+    def run_one(self, job: Job) -> Result:
         """The result of one job. Raises the job's own DataError, ModelError or StorageError, WorldError for any other
         failure, KeyboardInterrupt if the pool is to stop.
         """
-        for event in self.run_all([spec]):
+        for event in self.run_all([job]):
             match event:
                 case Finished(result=result):
                     return result
                 case Failed(reason=reason):
-                    raise WorldError(f"{spec.label}: {reason}")
-        raise AssertionError(spec)
-
-    def close(self) -> None:
-        """Ends all workers, at once and whatever they do."""
-        self.engine.close()
+                    raise WorldError(f"{job.label}: {reason}")
+        raise AssertionError(job)
 
     def _start_waiting(self) -> None:
         while self._waiting and not self._stopping() and self.engine.free > 0:
-            pooled = self._waiting.popleft()
-            spec = pooled.spec
-            self._running[spec.id] = pooled
-            self.engine.submit(Job(spec.id, pooled.attempt, spec.folder, spec.entry, spec.payload))
-            self._started.append(Started(spec.id, pooled.attempt))
+            job = self._waiting.popleft()
+            self._running[job.id] = job
+            self.engine.submit(job)
+            self._started.append(Started(job.id, job.attempt))
 
-    def _on(self, pooled: _PoolJob, event: Event) -> Iterator[Event]:
+    def _on(self, job: Job, event: Event) -> Iterator[Event]:
         if isinstance(event, EpochDone):
             # Not after `stop`, and not an epoch that a checkpoint replays or an attempt trains again.
-            if not pooled.stopping and event.epoch.index > pooled.received:
-                assert event.epoch.index == pooled.received + 1, f"{event.job}: epoch {event.epoch.index} is early"
-                pooled.received += 1
+            if job.id not in self._stopped and event.epoch.index > job.received:
+                assert event.epoch.index == job.received + 1, f"{job.id}: epoch {event.epoch.index} is early"
+                self._running[job.id] = replace(job, received=event.epoch.index)
                 yield event
             return
-        del self._running[event.job]
-        if pooled.stopping:
-            gather(pooled.spec.folder, keep=False)
-            yield StoppedEarly(event.job, event.attempt)
+        del self._running[job.id]
+        if job.id in self._stopped:
+            self._stopped.remove(job.id)
+            gather(job.folder, keep=False)
+            yield Left(job.id, job.attempt)
             return
         match event:
             case Finished():
-                gather(pooled.spec.folder, keep=True)
+                gather(job.folder, keep=True)
                 yield event
             case Failed(kind=kind, reason=reason):
                 if kind in _FATAL:
                     raise _FATAL[kind](reason)
-                gather(pooled.spec.folder, keep=False)
+                gather(job.folder, keep=False)
                 yield event
             case Left():
-                yield self._retry(pooled, "")
+                yield self._retry(job, "")
             case Lost(reason=reason):
-                pooled.lost += 1
-                if pooled.lost > self.retries:
-                    gather(pooled.spec.folder, keep=False)
-                    yield Failed(event.job, event.attempt, "WorldError", f"{reason}, {pooled.lost} times")
+                job = replace(job, lost=job.lost + 1)
+                if job.lost > self.retries:
+                    gather(job.folder, keep=False)
+                    yield Failed(event.job, event.attempt, "WorldError", f"{reason}, {job.lost} times")
                 else:
-                    yield self._retry(pooled, reason)
+                    yield self._retry(job, reason)
             case _:
                 raise AssertionError(event)
 
-    def _retry(self, pooled: _PoolJob, reason: str) -> Retried:
-        pooled.attempt = _next_attempt(pooled.spec.folder, pooled.attempt)
-        self._waiting.append(pooled)
-        return Retried(pooled.spec.id, pooled.attempt, reason, pooled.lost)
+    def _retry(self, job: Job, reason: str) -> Retried:
+        job = _next_attempt(job)
+        self._waiting.append(job)
+        return Retried(job.id, job.attempt, reason, job.lost)
 
 
 class StopRequest:
@@ -213,15 +184,13 @@ class StopRequest:
     def __init__(self, timeout: float | None = None) -> None:
         self.signal = 0
         self._deadline = time.monotonic() + timeout if timeout is not None else None
-        self._handlers: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Whether the command is to stop."""
         return bool(self.signal) or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -242,7 +211,7 @@ def gather(folder: Path | None, *, keep: bool) -> None:
     """Moves what the attempts wrote up into the job's folder: all logs, and the files of the last attempt if `keep`."""
     if folder is None:
         return
-    attempts = _attempts(folder)
+    attempts = sorted(folder.glob("attempt-*"), key=_number)
     with (folder / "log.txt").open("a") as log:
         for attempt in attempts:
             if (attempt / "log.txt").is_file():
@@ -254,21 +223,16 @@ def gather(folder: Path | None, *, keep: bool) -> None:
         shutil.rmtree(attempt, ignore_errors=True)
 
 
-def _attempts(folder: Path) -> list[Path]:
-    """The folders of a job's attempts, in order."""
-    return sorted(folder.glob("attempt-*"), key=_number)
-
-
 def _number(attempt: Path) -> int:
     return int(attempt.name.removeprefix("attempt-"))
 
 
-def _next_attempt(folder: Path | None, attempts: int) -> int:
-    """A number that no attempt had, by whichever process: its folder takes it, before a worker knows it. The worker of
-    a dead coordinator may still be writing under the one before.
+def _next_attempt(job: Job) -> Job:
+    """The job with a number that no attempt had, by whichever process: its folder takes it, before a worker knows it.
+    The worker of a dead coordinator may still be writing under the one before.
     """
-    if folder is None:
-        return attempts + 1
-    number = max([attempts, *map(_number, folder.glob("attempt-*"))]) + 1
-    (folder / f"attempt-{number}").mkdir(parents=True)
-    return number
+    if job.folder is None:
+        return replace(job, attempt=job.attempt + 1)
+    number = max([job.attempt, *map(_number, job.folder.glob("attempt-*"))]) + 1
+    (job.folder / f"attempt-{number}").mkdir(parents=True)
+    return replace(job, attempt=number)

@@ -283,19 +283,14 @@ class StudyRecord(StudyHeader):
 
     @property
     def kept(self) -> list[Trial]:
-        """The trials whose weights are kept, the best first."""
-        return kept(self.trials, int(self.resolved["search"]["keep"]))
+        """The trials whose weights are kept, the best first: a twin has none, and does not count."""
+        return self.ranked(twins=False)[: self.resolved["search"]["keep"]]
 
 
 def ranked(trials: Iterable[Trial], *, twins: bool = True) -> list[Trial]:
     """Complete trials, the best first, the earlier of equal ones; without twins only those that were trained."""
     complete = [trial for trial in trials if trial.state == "complete" and (twins or trial.twin is None)]
     return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
-
-
-def kept(trials: Iterable[Trial], count: int) -> list[Trial]:
-    """The trials whose weights are kept: a twin has none, and does not count."""
-    return ranked(trials, twins=False)[:count]
 
 
 # --- the final model --------------------------------------------------------------------------------------------------
@@ -311,11 +306,6 @@ class FinalPlan(Record):
     trial: int | None  # named by --trial
     epochs: int | None  # of the final training; None: the trial's own
     round: int  # how many times `--again` was asked
-
-    @property
-    def contested(self) -> bool:
-        """Whether finalists are trained at all."""
-        return self.trial is None and (self.top, self.seeds) != (1, 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Every job's folder records when it is done, so that the same command after a cra
 study's `final`, in HOME/studies/NAME/final/, and in MLflow's registry.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -26,8 +25,9 @@ from searchfm.coordinator import TRIAL, drop_weights
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
-from searchfm.home import Home, write_whole
-from searchfm.jobs import EpochDone, Failed, Finished, JobSpec, Result, Retried, Started
+from searchfm.format import state
+from searchfm.home import Home, write_json, write_whole
+from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import (
     EPOCHS,
@@ -45,13 +45,12 @@ from searchfm.records import (
     TestReads,
     TestResult,
     TrainResult,
-    Trial,
     Validation,
     read_epochs,
     write_epochs,
 )
 from searchfm.search.files import reopen
-from searchfm.search.storage import locked_study, open_storage, write_final
+from searchfm.search.storage import locked_study, open_storage, write_record
 from searchfm.search.study import Study
 from searchfm.tracking import publish
 from searchfm.tuning import prepare, train_payload
@@ -84,13 +83,10 @@ class Progress:
     """A progress event for the terminal."""
 
     kind: Literal["planned", "started", "epoch", "finished", "found", "failed", "retried", "note"]
-    job: JobSpec | None = None
+    job: Job | None = None
     epoch: Epoch | None = None
     value: float | None = None  # accuracy of a job that finished, or had finished before
     text: str = ""
-
-
-Steps = Generator[Progress, None, Any]
 
 
 def retrain(
@@ -111,14 +107,13 @@ def retrain(
             if final is not None and exists:
                 yield Progress("note", text=_why_again(final, plan))
             search = reopen(None, study, {})
-            pool = WorkerPool(engine(["cpu"]), retries=search.search.retries, stopping=stopping, check_lock=check_lock)
-            with closing(pool):
+            with closing(engine(["cpu"])) as workers:
+                pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=check_lock)
                 _, devices = prepare(search, pool, options.data_dir, options.device, options.workers, study.data)
-                pool.resize(devices)
+                workers.resize(devices)
                 yield Progress("note", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
-                selection = (yield from work.finalists()) if plan.contested else None
-                final = yield from work.final(selection)
+                final = yield from work.final((yield from work.select()))
             final = replace(final, seconds=round(time.monotonic() - began, 3))
             _keep(home, study, final)
         if final.model is None or (options.promote and not final.model.champion):
@@ -146,7 +141,8 @@ def make_plan(study: StudyRecord, options: RetrainOptions) -> FinalPlan:
     if trial is not None:
         complete = sorted(each.number for each in ranked)
         if trial not in complete:
-            raise StudyError(f"study {study.name!r}: trial {trial} is {_state(study, trial)}; may be {_some(complete)}")
+            actual = {each.number: state(each) for each in study.trials}.get(trial, "unknown")
+            raise StudyError(f"study {study.name!r}: trial {trial} is {actual}; may be {_some(complete)}")
         trials: tuple[int, ...] = (trial,)
     elif running := study.of("running"):
         raise StudyError(
@@ -169,13 +165,6 @@ def _why_again(final: Final, plan: FinalPlan) -> str:
     return f"trial {final.winner} won under other settings; what they change is trained again"
 
 
-def _state(study: StudyRecord, number: int) -> str:
-    for trial in study.trials:
-        if trial.number == number:
-            return f"a twin of trial {trial.twin}" if trial.twin is not None else trial.state
-    return "unknown"
-
-
 def _some(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:12])) + (" ..." if len(numbers) > 12 else "")
 
@@ -183,71 +172,39 @@ def _some(numbers: Sequence[int]) -> str:
 # --- which finalist wins ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Finalist:
-    """A trial of the search, trained again with fresh seeds on the search's own data and epochs."""
-
-    trial: int
-    value: float  # as searched
-    seeds: tuple[int, ...]
-    correct: NDArray[np.bool_]  # (S, N): whether each seed is correct on each image of the validation part
-    parameters: int
-    flops: int  # of one image's forward pass
-    seconds: float  # of a training, on average
-
-    @property
-    def mean(self) -> float:
-        """The mean accuracy over the seeds."""
-        return float(self.correct.mean())
-
-    @property
-    def figures(self) -> FinalistFigures:
-        """What is kept of it."""
-        values = tuple(float(value) for value in self.correct.mean(axis=1))
-        return FinalistFigures(
-            self.trial, self.value, values, self.mean, self.seconds, self.seeds, self.parameters, self.flops
-        )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The winner, and how certain that is."""
+    """The winner, and how certain that is: fields of `Final`, with their defaults where no finalist is trained."""
 
-    finalists: tuple[Finalist, ...]
-    winner: Finalist
-    tie: tuple[int, ...]  # trials that cannot be distinguished from the best mean, it included; empty if all can
+    winner: int
     validation: Validation
-
-    @property
-    def optimism(self) -> float:
-        """The winner's value as searched, less its mean over fresh seeds."""
-        return self.winner.value - self.winner.mean
+    finalists: tuple[FinalistFigures, ...] = ()
+    tie: tuple[int, ...] = ()
+    optimism: float | None = None
 
 
-def choose(finalists: Sequence[Finalist]) -> Selection:
+def choose(finalists: Sequence[FinalistFigures], correct: Mapping[int, NDArray[np.bool_]]) -> Selection:
     """The best mean wins; where others cannot be distinguished from it, the one of minimum cost.
 
-    Distinguished by `stats.paired` on the validation part's images, each against the best mean, corrected for their
-    number (Holm). Cost means FLOPs, then parameters.
+    correct: (S, N) by trial: whether each seed is correct on each image of the validation part.
+    Distinguished by `stats.paired` on these images, each against the best mean, corrected for their number (Holm). Cost
+    means FLOPs, then parameters.
     """
     best = min(finalists, key=lambda one: (-one.mean, one.flops, one.parameters, one.trial))
     others = [one for one in finalists if one is not best]
-    dispersion = stats.dispersion([one.correct for one in finalists])
-    chances = stats.holm([stats.paired(best.correct, one.correct, dispersion) for one in others])
+    dispersion = stats.dispersion([correct[one.trial] for one in finalists])
+    chances = stats.holm([stats.paired(correct[best.trial], correct[one.trial], dispersion) for one in others])
     equal = [best, *(one for one, p in zip(others, chances, strict=True) if p > 1 - stats.LEVEL)]
     winner = min(equal, key=lambda one: (one.flops, one.parameters, -one.mean, one.trial))
-    low, high = stats.further_seed(winner.correct, dispersion) if dispersion else (None, None)
+    mine = correct[winner.trial]
+    low, high = stats.further_seed(mine, dispersion) if dispersion else (None, None)
+    spread = math.sqrt(dispersion.factor * stats.flips(mine)) if dispersion else None
     return Selection(
+        winner=winner.trial,
+        validation=Validation(winner.mean, low, high, spread, mine.shape[1]),
         finalists=tuple(finalists),
-        winner=winner,
         tie=tuple(sorted(one.trial for one in equal)) if len(equal) > 1 else (),
-        validation=Validation(
-            accuracy=winner.mean,
-            low=low,
-            high=high,
-            spread=math.sqrt(dispersion.factor * stats.flips(winner.correct)) if dispersion else None,
-            n=winner.correct.shape[1],
-        ),
+        optimism=winner.value - winner.mean,
     )
 
 
@@ -258,15 +215,15 @@ def choose(finalists: Sequence[Finalist]) -> Selection:
 class Task:
     """A job of `retrain`, and where its result is kept."""
 
-    spec: JobSpec
+    job: Job
     identity: str  # equal identities are the same work
     record: str  # name of a file in the job's folder
 
     @property
     def folder(self) -> Path:
         """The job's folder."""
-        assert self.spec.folder is not None
-        return self.spec.folder
+        assert self.job.folder is not None
+        return self.job.folder
 
     def result(self) -> Result | None:
         """What the job returned, if it was done before."""
@@ -276,10 +233,6 @@ class Task:
         except (OSError, ValueError):
             return None
         return record.result if record.identity == self.identity else None
-
-    def finish(self, result: Result) -> None:
-        """Keeps the result."""
-        write_json(self.folder / self.record, JobRecord(self.identity, result).to_json())
 
 
 def run_tasks(
@@ -292,29 +245,29 @@ def run_tasks(
     for task in tasks:
         result = task.result()
         if result is None:
-            waiting[task.spec.id] = task
+            waiting[task.job.id] = task
         else:
-            results[task.spec.id] = result
-        yield Progress("planned" if result is None else "found", task.spec, value=_accuracy(result))
+            results[task.job.id] = result
+        yield Progress("planned" if result is None else "found", task.job, value=_accuracy(result))
     epochs: dict[str, list[Epoch]] = {job: [] for job in waiting}
-    for event in pool.run_all([task.spec for task in waiting.values()]):
+    for event in pool.run_all([task.job for task in waiting.values()]):
         task = waiting[event.job]
         match event:
             case Started():
-                yield Progress("started", task.spec)
+                yield Progress("started", task.job)
             case EpochDone(epoch=epoch):
                 epochs[event.job].append(epoch)
                 write_epochs(task.folder / EPOCHS, epochs[event.job])
-                yield Progress("epoch", task.spec, epoch)
+                yield Progress("epoch", task.job, epoch)
             case Retried(reason=reason) if reason:
-                yield Progress("retried", task.spec, text=reason)
+                yield Progress("retried", task.job, text=reason)
             case Failed(reason=reason):
                 failures[event.job] = reason
-                yield Progress("failed", task.spec, text=reason)
+                yield Progress("failed", task.job, text=reason)
             case Finished(result=result):
-                task.finish(result)
+                write_json(task.folder / task.record, JobRecord(task.identity, result).to_json())
                 results[event.job] = result
-                yield Progress("finished", task.spec, value=_accuracy(result))
+                yield Progress("finished", task.job, value=_accuracy(result))
     return results, failures
 
 
@@ -328,89 +281,88 @@ class _Retraining:
     workers: int
     data_dir: Path | None
 
-    def finalists(self) -> Generator[Progress, None, Selection]:
-        """Trains every finalist with every fresh seed, and chooses the winner."""
-        count = self.plan.seeds
-        seeds = {number: [self._seed(number, k) for k in range(1, count + 1)] for number in self.plan.trials}
+    def select(self) -> Generator[Progress, None, Selection]:
+        """Trains every finalist with every fresh seed, and chooses the winner. A single one with a single seed, or a
+        trial named by --trial, is not trained again before the final training.
+        """
+        plan = self.plan
+        if plan.trial is not None or (plan.top, plan.seeds) == (1, 1):
+            trial = self.study.trials[plan.trials[0]]
+            searched = Validation(trial.value or 0.0, None, None, None, self.study.data.validation)
+            return Selection(winner=trial.number, validation=searched)
+        seeds = {number: [self._seed(number, k) for k in range(1, plan.seeds + 1)] for number in plan.trials}
         tasks = {
-            number: [self._finalist(number, seed, f"seed {k} of {count}") for k, seed in enumerate(mine, 1)]
+            number: [self._finalist(number, seed, f"seed {k} of {plan.seeds}") for k, seed in enumerate(mine, 1)]
             for number, mine in seeds.items()
         }
         results, failures = yield from run_tasks(self.pool, [task for mine in tasks.values() for task in mine])
-        finalists, reason = [], ""
+        finalists, answers, reason = [], {}, ""
         for number, mine in tasks.items():
             for task in mine:
                 drop_weights(task.folder)  # the predictions are all that is needed
-            failed = [failures[task.spec.id] for task in mine if task.spec.id in failures]
+            failed = [failures[task.job.id] for task in mine if task.job.id in failures]
             if failed:
                 reason = failed[0]
                 yield Progress("note", text=f"trial {number} is no finalist: with a fresh seed, {reason}")
                 continue
-            trained = [TrainResult.from_json(results[task.spec.id], str(task.folder)) for task in mine]
+            trained = [TrainResult.from_json(results[task.job.id], str(task.folder)) for task in mine]
             predictions = [Predictions.read(task.folder) for task in mine]
+            answers[number] = np.stack([each.correct for each in predictions if each is not None])
             finalists.append(
-                Finalist(
+                FinalistFigures(
                     trial=number,
-                    value=self._trial(number).value or 0.0,
+                    value=self.study.trials[number].value or 0.0,
+                    values=tuple(answers[number].mean(axis=1).tolist()),
+                    mean=float(answers[number].mean()),
+                    seconds=float(np.mean([result.seconds for result in trained])),
                     seeds=tuple(seeds[number]),
-                    correct=np.stack([each.correct for each in predictions if each is not None]),
                     parameters=trained[0].parameters,
                     flops=trained[0].flops,
-                    seconds=float(np.mean([result.seconds for result in trained])),
                 )
             )
         if not finalists:
             raise WorldError(f"study {self.study.name!r}: every finalist failed, the last with: {reason}")
-        return choose(finalists)
+        return choose(finalists, answers)
 
-    def final(self, selection: Selection | None) -> Generator[Progress, None, Final]:
+    def final(self, selection: Selection) -> Generator[Progress, None, Final]:
         """Trains the winner on all training data, then reads the test part with it, and writes everything down."""
-        number = self.plan.trials[0] if selection is None else selection.winner.trial
-        trial, seed = self._trial(number), self._seed(number, 0)
-        config = _with_seed(trial.config, seed, self.plan.epochs)
+        number, seed = selection.winner, self._seed(selection.winner, 0)
+        config = _with_seed(self.study.trials[number].config, seed, self.plan.epochs)
         done, partial = self.study.folder / FOLDER, self.study.folder / f"{FOLDER}-{number:04d}-{seed}"
         identity = f"{self.study.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
         fit = self._task("final training", identity, done, FIT, config, FITTED)
         if fit.result() is None:
             fit = self._task("final training", identity, partial, FIT, config, FITTED)
             partial.mkdir(parents=True, exist_ok=True)
-            (partial / "config.toml").write_text(_header(self.study, number) + tomli_w.dumps(config))
+            (partial / "config.toml").write_text(
+                f"# The final training of study {self.study.name}, after its trial {number}: on all training and "
+                f"validation data,\n# whatever `subset` and `validation` say here.\n{tomli_w.dumps(config)}"
+            )
         fitted = TrainResult.from_json((yield from self._one(fit)), str(fit.folder / FITTED))
         payload = TestJob(str(fit.folder), fitted.files, str(self.data_dir) if self.data_dir else None)
-        test = Task(
-            JobSpec("test", fit.folder, TEST, payload.to_json(), label="test"),
-            f"{identity}/{fitted.files[WEIGHTS]}",
-            TESTED,
-        )
+        job = Job("test", fit.folder, TEST, payload.to_json(), label="test")
+        test = Task(job, f"{identity}/{fitted.files[WEIGHTS]}", TESTED)
         reads = count_read(self.home, self.study, number, test.identity)
         tested = TestResult.from_json((yield from self._one(test)), str(fit.folder / TESTED))
-        epochs = read_epochs(fit.folder / EPOCHS)
-        _draw(fit.folder, epochs, self.study.data.classes)
+        epochs, predictions = read_epochs(fit.folder / EPOCHS), Predictions.read(fit.folder)
+        assert predictions is not None
+        confusion = figures.confusion(predictions, self.study.data.classes)
+        write_whole(fit.folder / "curves.png", figures.png(figures.curves(epochs)))
+        write_whole(fit.folder / "confusion.png", figures.png(confusion))
         if fit.folder == partial:
             _install(partial, done)
-        return self._record(trial, selection, epochs, fitted, tested, reads)
+        return self._record(selection, epochs, fitted, tested, reads)
 
     def _record(
-        self,
-        trial: Trial,
-        selection: Selection | None,
-        epochs: Sequence[Epoch],
-        fitted: TrainResult,
-        tested: TestResult,
-        reads: int,
+        self, selection: Selection, epochs: Sequence[Epoch], fitted: TrainResult, tested: TestResult, reads: int
     ) -> Final:
         """What is kept of the final training; `model` and `seconds` are still to come."""
         low, high = stats.Accuracy(tested.correct, tested.n).interval
-        searched = Validation(trial.value or 0.0, None, None, None, self.study.data.validation)
         seconds = sum(epoch.seconds for epoch in epochs)
         return Final(
+            **vars(selection),
             study=self.study.name,
             plan=self.plan,
-            finalists=tuple(one.figures for one in selection.finalists) if selection else (),
-            tie=selection.tie if selection else (),
-            winner=trial.number,
-            optimism=selection.optimism if selection else None,
-            validation=selection.validation if selection else searched,
             test=TestFigures(tested.accuracy, low, high, tested.n, reads, tested.fingerprint),
             per_class=tested.per_class,
             model=None,
@@ -422,18 +374,18 @@ class _Retraining:
             epochs=len(epochs),
             fingerprint=self.study.data.fingerprint,
             time=time.time(),
-            params=dict(trial.params),
+            params=dict(self.study.trials[selection.winner].params),
             weights=fitted.files[WEIGHTS],
         )
 
     def _one(self, task: Task) -> Generator[Progress, None, Result]:
         results, failures = yield from run_tasks(self.pool, [task])
         if failures:
-            raise WorldError(f"study {self.study.name!r}: {task.spec.label}: {failures[task.spec.id]}")
-        return results[task.spec.id]
+            raise WorldError(f"study {self.study.name!r}: {task.job.label}: {failures[task.job.id]}")
+        return results[task.job.id]
 
     def _finalist(self, number: int, seed: int, which: str) -> Task:
-        config = _with_seed(self._trial(number).config, seed)
+        config = _with_seed(self.study.trials[number].config, seed)
         folder = self.study.folder / "finalists" / f"{number:04d}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.search.replay(number, config))
@@ -444,16 +396,12 @@ class _Retraining:
         self, label: str, identity: str, folder: Path, entry: str, config: Mapping[str, Any], record: str
     ) -> Task:
         threads = self.workers if entry == FIT else None  # the final training runs alone
-        payload = train_payload(self.study.data.fingerprint, self.search, self.data_dir, threads)(config, identity)
-        return Task(JobSpec(label, folder, entry, payload, label, config["train"]["epochs"]), identity, record)
-
-    def _trial(self, number: int) -> Trial:
-        return next(trial for trial in self.study.trials if trial.number == number)
+        payload = train_payload(self.search, self.study.data, self.data_dir, config, identity, threads)
+        return Task(Job(label, folder, entry, payload, label, config["train"]["epochs"]), identity, record)
 
     def _seed(self, number: int, k: int) -> int:
         """A 31-bit seed that the search did not use: fresh seed k of a finalist, from 1, or (0) of the final model."""
-        words = hashlib.sha256(f"{self.search.search.seed}/{number}/fresh/{self.plan.round}/{k}".encode()).digest()
-        return int.from_bytes(words[:4], "big") >> 1
+        return self.search.seed(f"{number}/fresh/{self.plan.round}/{k}")
 
 
 def _accuracy(result: Result | None) -> float | None:
@@ -464,13 +412,6 @@ def _with_seed(config: Mapping[str, Any], seed: int, epochs: int | None = None) 
     """A trial's config with another seed, and other epochs if there are some."""
     train = {**config["train"], "seed": seed}
     return {**config, "train": train | ({} if epochs is None else {"epochs": epochs})}
-
-
-def _header(study: StudyRecord, number: int) -> str:
-    return (
-        f"# The final training of study {study.name}, after its trial {number}: on all training and validation data,\n"
-        "# whatever `subset` and `validation` say here.\n"
-    )
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
@@ -493,14 +434,6 @@ def count_read(home: Home, study: StudyRecord, winner: int, model: str) -> int:
         return len(mine)
 
 
-def _draw(folder: Path, epochs: Sequence[Epoch], names: Sequence[str]) -> None:
-    """Draws the final model's curves, and its confusion matrix on the test part, into its folder."""
-    predictions = Predictions.read(folder)
-    assert predictions is not None
-    write_whole(folder / "curves.png", figures.png(figures.curves(epochs)))
-    write_whole(folder / "confusion.png", figures.png(figures.confusion(predictions, names)))
-
-
 def _install(partial: Path, target: Path) -> None:
     """Puts a finished model in place of an earlier one, and removes what other plans began and left beside it."""
     old = target.with_name(f"{FOLDER}-old")
@@ -516,9 +449,4 @@ def _install(partial: Path, target: Path) -> None:
 def _keep(home: Home, study: StudyRecord, final: Final) -> None:
     """Writes the record into the model's folder, then into the study, where it counts."""
     write_json(study.folder / FOLDER / "final.json", final.to_json())
-    write_final(open_storage(home), study.number, final)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Writes plain values as JSON, whole or not at all. Raises StorageError."""
-    write_whole(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+    write_record(open_storage(home), study.number, final)

@@ -2,8 +2,9 @@
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,11 +14,10 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import DataError, StudyError, UserError, WorldError
 from searchfm.home import Home
-from searchfm.jobs import JobSpec
+from searchfm.jobs import Job
 from searchfm.pool import WorkerPool
 from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
 from searchfm.search import files
-from searchfm.search.files import StudyFile
 from searchfm.search.storage import (
     create_study,
     failures,
@@ -26,7 +26,7 @@ from searchfm.search.storage import (
     open_storage,
     read_study,
     study_lock,
-    write_header,
+    write_record,
 )
 from searchfm.search.study import Study, check_name
 from searchfm.tracking import Tracking
@@ -59,7 +59,7 @@ class Tuning:
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Self:
-        with self._failures(), ExitStack() as stack:
+        with failures(f"study {self.study.name!r}"), ExitStack() as stack:
             self._open(stack)
             self._stack = stack.pop_all()
         return self
@@ -69,7 +69,7 @@ class Tuning:
 
     def run(self) -> Iterator[Progress]:
         """The search itself. Raises WorldError."""
-        with self._failures():
+        with failures(f"study {self.study.name!r}"):
             yield from self.coordinator.run()
 
     def result(self) -> StudyRecord:
@@ -96,8 +96,8 @@ class Tuning:
         stored = self.stored
         data = stored.data if stored else None
         work = stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
-        pool = WorkerPool(self.engine(["cpu"] if work else []), retries=study.search.retries, stopping=self.stopping)
-        stack.enter_context(closing(pool))
+        engine = stack.enter_context(closing(self.engine(["cpu"] if work else [])))
+        pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
         if work:
             data, self.devices = prepare(study, pool, self.data_dir, self.device, self.workers, data)
             study.check_images(data.shape)
@@ -107,7 +107,7 @@ class Tuning:
         pool.check_lock = check_lock
         self.storage = open_storage(home, create=True)
         self._write_down(data)
-        pool.resize(self.devices)
+        engine.resize(self.devices)
         if self.follow:
             tracking = Tracking(home, study.name)
             tracking.start()
@@ -118,7 +118,7 @@ class Tuning:
             self.storage,
             pool,
             trials=self.trials,
-            payload=train_payload(data.fingerprint, study, self.data_dir),
+            payload=partial(train_payload, study, data, self.data_dir, threads=None),
             retry_failed=self.retry_failed,
         )
 
@@ -138,48 +138,35 @@ class Tuning:
         if stored is None:
             create_study(self.storage, study.name, header)
         else:
-            write_header(self.storage, stored.number, header)
+            write_record(self.storage, stored.number, header)
 
     def _close(self, tracking: Tracking) -> None:
         self.missing = tracking.close(TRACKING_SECONDS)
-
-    def _failures(self) -> AbstractContextManager[None]:
-        return failures(f"study {self.study.name!r}")
 
 
 def find_study(
     argument: str, name: str | None, overrides: Mapping[str, Any], home: Home
 ) -> tuple[Study, StudyRecord | None, Mapping[str, Any]]:
-    """The study that a command line means, what is stored of it, and its resolved file without overrides.
+    """The study to tune, as its file says or as it was begun earlier; what is stored of it; and its resolved file
+    without overrides.
 
-    argument: a study file by name or path, or the name of a study of the home. Raises UserError. Writes nothing.
+    argument: a study file by name or path, or the name of a study of the home. name: of the study, which may differ
+    from the file's. Raises UserError. Writes nothing.
     """
     path = files.find(argument)
     if path is None and argument.endswith(".toml"):
         raise StudyError(f"{argument}: no such file")
     file = files.read(path) if path else None
-    chosen = name or (file.name if file else files.study_name(argument))
-    study, stored = open_study(home, file, chosen, overrides)
-    return study, stored, file.study(name=chosen).resolved if file else stored.file if stored else {}
-
-
-def open_study(
-    home: Home, file: StudyFile | None, name: str, overrides: Mapping[str, Any]
-) -> tuple[Study, StudyRecord | None]:
-    """The study to tune: as the file says, or as it was begun earlier. Raises UserError. Writes nothing.
-
-    name: of the study, which may differ from the file's.
-    """
-    check_name(name)
+    chosen = check_name(name or (file.name if file else files.study_name(argument)))
     try:
-        stored = read_study(home, name)
+        stored = read_study(home, chosen)
     except StudyError:
         stored = None
     if stored is not None:
-        return files.reopen(file, stored, overrides), stored
+        return files.reopen(file, stored, overrides), stored, file.study(name=chosen).resolved if file else stored.file
     if file is None:
-        raise StudyError(f"study {name!r}: no such study file, and no study of that name in {home.path}")
-    return file.study(overrides, name=name), None
+        raise StudyError(f"study {chosen!r}: no such study file, and no study of that name in {home.path}")
+    return file.study(overrides, name=chosen), None, file.study(name=chosen).resolved
 
 
 def prepare(
@@ -192,7 +179,7 @@ def prepare(
     WorldError, KeyboardInterrupt.
     """
     payload = PrepareJob(study.data, tuple(study.transfers()), str(data_dir) if data_dir else None)
-    job = JobSpec("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
+    job = Job("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
     result = PrepareResult.from_json(pool.run_one(job), "prepare")
     if before is not None and before.fingerprint != result.data.fingerprint:
         raise DataError(
@@ -203,15 +190,11 @@ def prepare(
 
 
 def train_payload(
-    fingerprint: str, study: Study, data_dir: Path | None, threads: int | None = None
-) -> Callable[[Mapping[str, Any], str], dict[str, Any]]:
-    """Makes the payload of a training job from (config table, identity)."""
-    folder, seconds = str(data_dir) if data_dir else None, study.search.checkpoint_seconds
-
-    def payload(config: Mapping[str, Any], identity: str) -> dict[str, Any]:
-        return TrainJob(config, identity, folder, fingerprint, seconds, threads).to_json()
-
-    return payload
+    study: Study, data: Prepared, data_dir: Path | None, config: Mapping[str, Any], identity: str, threads: int | None
+) -> dict[str, Any]:
+    """The payload of a training job."""
+    folder = str(data_dir) if data_dir else None
+    return TrainJob(config, identity, folder, data.fingerprint, study.search.checkpoint_seconds, threads).to_json()
 
 
 def choose_devices(device: str, workers: int | None, accelerators: Mapping[str, int]) -> list[str]:

@@ -77,7 +77,7 @@ def search(
                 stopping = bool(watch(progress, engine)) or stopping
             return load_study(storage, home, study.name)
         finally:
-            pool.close()
+            engine.close()
             let_go(storage)
 
 

@@ -13,7 +13,8 @@ from searchfm.config import Config
 from searchfm.learn.data import Part, Splits, moments
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.train import Training, evaluate
-from searchfm.retraining import TOP, Finalist, Selection, choose
+from searchfm.records import FinalistFigures
+from searchfm.retraining import TOP, Selection, choose
 from searchfm.stats import Accuracy
 
 TRAIN, VALIDATION, TEST = 600, 200, 100  # images of 1,797; all others are held out of searches and trainings
@@ -64,8 +65,9 @@ def study(seed: int) -> Outcome:
     configs = [_config(rng) for _ in range(TRIALS)]
     values = [float(_train(config, splits, 1000 * seed + i).mean()) for i, config in enumerate(configs)]
     top = sorted(range(TRIALS), key=lambda i: (-values[i], i))[:TOP]
-    selection = choose([_finalist(i, configs[i], values[i], splits, seed) for i in top])
-    winner = configs[selection.winner.trial]
+    answers = {i: np.stack([_train(configs[i], splits, each) for each in _fresh(seed, i)]) for i in top}
+    selection = choose([_finalist(i, configs[i], values[i], splits, seed, answers[i]) for i in top], answers)
+    winner = configs[selection.winner]
     further = _train(winner, splits, 10**8 + seed).mean()
 
     final = Training(_seeded(winner, 10**9 + seed), _splits(_both(parts["train"], parts["validation"]), None))
@@ -80,11 +82,12 @@ def _outcome(selection: Selection, best: float, further: float, correct: Answers
     low, high = selection.validation.low, selection.validation.high
     assert low is not None
     assert high is not None
+    assert selection.optimism is not None
     draws = [correct[rng.permutation(len(correct))] for _ in range(DRAWS)]
     intervals = [(Accuracy(int(draw[:TEST].sum()), TEST).interval, float(draw[TEST:].mean())) for draw in draws]
     return Outcome(
         best=best,
-        mean=selection.winner.mean,
+        mean=selection.validation.accuracy,
         optimism=selection.optimism,
         low=low,
         high=high,
@@ -147,11 +150,16 @@ def _correct(probabilities: torch.Tensor, part: Part) -> Answers:
     return correct
 
 
-def _finalist(number: int, config: Config, value: float, splits: Splits, seed: int) -> Finalist:
-    seeds = tuple(10**7 + 10000 * seed + 100 * number + k for k in range(SEEDS))
-    correct = np.stack([_train(config, splits, each) for each in seeds])
-    model = Training(config, splits).classifier
-    return Finalist(number, value, seeds, correct, parameters(model)[0], flops(model, (1, 8, 8)), 1.0)
+def _fresh(seed: int, number: int) -> tuple[int, ...]:
+    return tuple(10**7 + 10000 * seed + 100 * number + k for k in range(SEEDS))
+
+
+def _finalist(
+    number: int, config: Config, value: float, splits: Splits, seed: int, correct: Answers
+) -> FinalistFigures:
+    model, values = Training(config, splits).classifier, tuple(correct.mean(axis=1).tolist())
+    cost = parameters(model)[0], flops(model, (1, 8, 8))
+    return FinalistFigures(number, value, values, float(correct.mean()), 1.0, _fresh(seed, number), *cost)
 
 
 def studies(count: int, workers: int = 2) -> list[Outcome]:

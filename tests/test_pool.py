@@ -9,7 +9,7 @@ import pytest
 
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, ModelError, StorageError, WorldError
-from searchfm.jobs import EpochDone, Failed, Finished, JobSpec, StoppedEarly
+from searchfm.jobs import EpochDone, Failed, Finished, Job, Left
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
 from searchfm.retraining import Progress, Task, run_tasks
@@ -34,9 +34,9 @@ def config(number: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def job(folder: Path, number: int, *, epochs: int = 3, **more: Any) -> JobSpec:
+def job(folder: Path, number: int, *, epochs: int = 3, **more: Any) -> Job:
     payload = {"config": config(number, epochs), "identity": f"u/{number}", **more}
-    return JobSpec(f"job {number}", folder / str(number), "tests.toys:trial", payload, f"job {number}")
+    return Job(f"job {number}", folder / str(number), "tests.toys:trial", payload, f"job {number}")
 
 
 def task(folder: Path, number: int, *, identity: str = "", **more: Any) -> Task:
@@ -72,13 +72,13 @@ def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: Lo
     spec = job(tmp_path, 0, epochs=50, ticks=5, seconds=0.005)
     assert pool.submit(spec) == 1
     events: list[Any] = []
-    while not any(isinstance(event, StoppedEarly | Finished | Failed) for event in events):
+    while not any(isinstance(event, Left | Finished | Failed) for event in events):
         for event in pool.events():
             events.append(event)
             if isinstance(event, EpochDone) and event.epoch.index == 2:
                 pool.stop(spec.id)
     assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [1, 2]
-    assert isinstance(events[-1], StoppedEarly)
+    assert isinstance(events[-1], Left)
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["log.txt"]
 
 
@@ -116,9 +116,9 @@ def test_all_tasks_end_and_leave_their_records(engine: LocalEngine, tmp_path: Pa
     assert sorted(kinds) == ["finished"] * 5 + ["planned"] * 5 + ["started"] * 5
     assert not failures
     for number, each in enumerate(tasks):
-        assert results[each.spec.id]["value"] == curve(config(number, 3), 3)
+        assert results[each.job.id]["value"] == curve(config(number, 3), 3)
         assert [epoch.index for epoch in read_epochs(each.folder / "epochs.csv")] == [1, 2, 3]
-        assert each.result() == results[each.spec.id]
+        assert each.result() == results[each.job.id]
     assert not list(tmp_path.rglob("attempt-*"))
     assert left(tmp_path / "0") == {"done", "epochs.csv", "log.txt", "model.json", "result.json", "weights.safetensors"}
 

@@ -34,7 +34,7 @@ from searchfm.records import (
     Validation,
     write_epochs,
 )
-from searchfm.search.storage import open_storage, write_final
+from searchfm.search.storage import open_storage, write_record
 from searchfm.tracking import registry
 from searchfm.tracking.mirror import Mirror, final_content
 from tests import rows
@@ -192,7 +192,7 @@ def test_a_champion_trained_on_other_data_does_not_answer_by_the_studys_name(
     monkeypatch.setenv(TRACKING, home.tracking_uri)
     other = Home(tmp_path / "other")
     mine = rows.begin(other, data="0" * 64)
-    write_final(open_storage(other), mine.number, replace(model(tmp_path / "mine", 6), weights="0" * 64))
+    write_record(open_storage(other), mine.number, replace(model(tmp_path / "mine", 6), weights="0" * 64))
     expected = (
         r"@champion: version \d was trained on other data than study 'toy' here; may be .*final, models:/searchfm"
     )

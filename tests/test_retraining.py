@@ -17,7 +17,7 @@ from searchfm.errors import DataError, StorageError, StudyError, UserError
 from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import Final, Predictions, RegisteredModel, StudyRecord
 from searchfm.retraining import Progress, RetrainOptions, make_plan, retrain
-from searchfm.search.storage import load_study, open_storage, write_header
+from searchfm.search.storage import load_study, open_storage, write_record
 from searchfm.search.study import Study
 from searchfm.stats import Accuracy
 from searchfm.tracking import registry
@@ -347,7 +347,7 @@ def test_data_that_changed_are_refused_before_anything_is_trained(tuned: Home, t
     shutil.copytree(tuned.path, home.path)
     storage, study = open_storage(home), row(home)
     data = dataclasses.replace(study.data, fingerprint="0" * 64)
-    write_header(storage, study.number, dataclasses.replace(study.header, data=data))
+    write_record(storage, study.number, dataclasses.replace(study.header, data=data))
     with pytest.raises(DataError, match="the data have changed since study 'digits' was begun"):
         finish(home)
     assert not (home.study("digits") / "finalists").exists()

@@ -2,20 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+import tomli_w
 
 from searchfm.coordinator import Progress
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.home import Home
 from searchfm.records import StudyRecord
-from searchfm.search.files import StudyFile
-from searchfm.search.storage import open_storage, study_lock, write_header
-from searchfm.tuning import Tuning, choose_devices, open_study
+from searchfm.search.storage import open_storage, study_lock, write_record
+from searchfm.tuning import Tuning, choose_devices, find_study
 from tests.driving import facts, let_go, stored
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")
@@ -27,7 +26,6 @@ TABLE: dict[str, Any] = {
     "optimizer": {"lr": {"low": 1e-3, "high": 1e-1, "log": True}},
     "train": {"epochs": 2},
 }
-FILE = StudyFile(Path("toy.toml"), "toy", "which width?", TABLE)
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +44,23 @@ class Engines:
         return self.started[-1]
 
 
+def file_of(home: Home) -> str:
+    """The study file, beside the home."""
+    path = home.path.with_name("toy.toml")
+    path.write_text(f"# Question: which width?\n{tomli_w.dumps(TABLE)}")
+    return str(path)
+
+
 def tune(
     home: Home,
     overrides: Mapping[str, Any] | None = None,
     *,
-    file: StudyFile | None = FILE,
+    file: bool = True,
     engines: Engines | None = None,
     stopping: Any = lambda: False,
     **plan: Any,
 ) -> tuple[StudyRecord, list[Progress]]:
-    study, before = open_study(home, file, "toy", overrides or {})
-    plain = file.study().resolved if file else before.file if before else {}
+    study, before, plain = find_study(file_of(home) if file else "toy", None, overrides or {}, home)
     options = {"device": "cpu", "workers": 1, "stopping": stopping, "engine": engines or Engines(), **plan}
     with Tuning(study, home, plain, before, follow=False, **options) as tuning:
         progress = list(tuning.run())
@@ -79,7 +83,7 @@ def test_a_study_starts_resumes_and_completes(home: Home) -> None:
     assert progress == []
     assert engines.started[0]._workers == []  # no worker was started
 
-    more, _ = tune(home, {"search.trials": 3}, file=None)  # a stored study needs no file
+    more, _ = tune(home, {"search.trials": 3}, file=False)  # a stored study needs no file
     check_trained(more, 3)
     assert facts(more)[:2] == facts(study)
     assert (more.uuid, more.planned, more.resolved["train"]["epochs"]) == (study.uuid, 3, 1)
@@ -109,7 +113,7 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
     before, _ = tune(home)
     storage = open_storage(home)
     data = dataclasses.replace(before.data, fingerprint="another")
-    write_header(storage, before.number, dataclasses.replace(before.header, data=data))
+    write_record(storage, before.number, dataclasses.replace(before.header, data=data))
     let_go(storage)
     with pytest.raises(DataError, match="digits: the data have changed since study 'toy' was begun; put them back"):
         tune(home, {"search.trials": 5})
@@ -150,7 +154,7 @@ def test_a_held_study_is_refused_before_any_worker_is_started(home: Home) -> Non
 
 def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) -> None:
     first, _ = tune(home)
-    study, before = open_study(home, FILE, "toy", {"search.trials": 3})
+    study, before, _ = find_study(file_of(home), None, {"search.trials": 3}, home)
     other, _ = tune(home, {"search.trials": 4})
     engines = Engines()
     with Tuning(study, home, first.file, before, "cpu", 1, engine=engines, follow=False) as tuning:
@@ -161,19 +165,21 @@ def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) ->
 
 
 def test_opening_a_study_writes_nothing_and_refuses_unknown_and_invalid_names(home: Home) -> None:
-    assert open_study(home, FILE, "toy", {})[1] is None
+    assert find_study(file_of(home), None, {}, home)[1] is None
     with pytest.raises(StudyError, match="study 'nothing': no such study file, and no study of that name in "):
-        open_study(home, None, "nothing", {})
-    for name in ("../../x", "a\0b", "<b>", "x" * 600, ""):
+        find_study("nothing", None, {}, home)
+    for name in ("../../x", "a\0b", "<b>", "x" * 600):
         with pytest.raises(StudyError, match="must be letters"):
-            open_study(home, FILE, name, {})
+            find_study(file_of(home), name, {}, home)
+    with pytest.raises(StudyError, match="must be letters"):
+        find_study("", None, {}, home)
     with pytest.raises(ConfigError, match=r"train.epochs = 0"):
-        open_study(home, FILE, "toy", {"train.epochs": 0})
+        find_study(file_of(home), None, {"train.epochs": 0}, home)
     assert not home.path.exists()
 
 
 def test_another_name_makes_another_study(home: Home) -> None:
-    study, before = open_study(home, FILE, "other", {})
+    study, before, _ = find_study(file_of(home), "other", {}, home)
     assert (study.name, before) == ("other", None)
 
 

@@ -25,7 +25,7 @@ MAX_POINTS = 100_000  # of a grid, and of combinations that must agree
 class Choice:
     """A leaf that is one of several values; one value alone is the same in every trial."""
 
-    values: tuple[Any, ...]
+    options: tuple[Any, ...]
 
     @classmethod
     def read(cls, item: LeafKey, raw: Mapping[str, Any], error: "Error") -> "Choice":
@@ -43,22 +43,17 @@ class Choice:
         return cls(tuple(values))
 
     @property
-    def options(self) -> Sequence[Any] | None:
-        """All values of the leaf; None if they are infinite."""
-        return self.values
-
-    @property
     def ends(self) -> tuple[Any, ...]:
         """The values to check: if they are valid, all others are. More than one if the leaf varies."""
-        return self.values
+        return self.options
 
     def suggest(self, trial: BaseTrial, name: str) -> Any:
         """One of the values; the trial suggests it if there are several."""
-        return trial.suggest_categorical(name, self.values) if len(self.values) > 1 else self.values[0]
+        return trial.suggest_categorical(name, self.options) if len(self.options) > 1 else self.options[0]
 
     def to_toml(self) -> Any:
         """The leaf in a study file."""
-        return {"choice": list(self.values)} if len(self.values) > 1 else self.values[0]
+        return {"choice": list(self.options)} if len(self.options) > 1 else self.options[0]
 
 
 @dataclass(frozen=True)

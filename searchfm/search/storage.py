@@ -1,7 +1,6 @@
 """Optuna's storage of a home, the records in it, and the lock of a study."""
 
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -19,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
-from searchfm.home import STORAGE, Home, unwritable, write_whole
+from searchfm.home import STORAGE, Home, unwritable, write_json
 from searchfm.records import EPOCHS, FORMAT, Final, State, StudyHeader, StudyRecord, TrainResult, Trial, read_epochs
 
 STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
@@ -118,9 +117,10 @@ def read_study(home: Home, name: str) -> StudyRecord:
 
 def read_studies(home: Home) -> list[StudyRecord]:
     """All studies of a home, by age; none where there is no database yet."""
-    if not home.begun:
+    try:
+        storage = open_storage(home)
+    except StudyError:
         return []
-    storage = open_storage(home)
     return [load_study(storage, home, name) for name in study_names(storage)]
 
 
@@ -184,17 +184,12 @@ def create_study(storage: BaseStorage, name: str, header: StudyHeader) -> None:
             raise StudyError(f"study {name!r} is in this database already; try again, or use --name") from None
         # Another coordinator died between the two writes below; this one begins its study.
     storage.set_study_system_attr(number, "study:metric_names", ["validation accuracy"])
-    write_header(storage, number, header)  # last: without it, the study does not exist
+    write_record(storage, number, header)  # last: without it, the study does not exist
 
 
-def write_header(storage: BaseStorage, number: int, header: StudyHeader) -> None:
-    """Writes what identifies a study, in place of an earlier header."""
-    storage.set_study_user_attr(number, STUDY, header.to_json())
-
-
-def write_final(storage: BaseStorage, number: int, final: Final) -> None:
-    """Writes the final model of a study, in place of an earlier one."""
-    storage.set_study_user_attr(number, FINAL, final.to_json())
+def write_record(storage: BaseStorage, number: int, record: StudyHeader | Final) -> None:
+    """Writes the header or the final model of a study, in place of an earlier one."""
+    storage.set_study_user_attr(number, FINAL if isinstance(record, Final) else STUDY, record.to_json())
 
 
 @contextmanager
@@ -212,9 +207,8 @@ def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[
         for key, record in ((STUDY, study.header), (FINAL, study.final)):
             number = attrs.get(key, {}).get("format", 1)
             if record is not None and number < FORMAT:
-                copy = study.folder / f"{key}-format-{number}.json"
-                write_whole(copy, json.dumps(attrs[key], indent=1, ensure_ascii=False).encode())
-                storage.set_study_user_attr(study.number, key, record.to_json())
+                write_json(study.folder / f"{key}-format-{number}.json", attrs[key])
+                write_record(storage, study.number, record)
         yield study, check
 
 

@@ -263,9 +263,9 @@ class Study:
             case _ as never:
                 assert_never(never)
 
-    def seed(self, number: int) -> int:
-        """The 31-bit seed of trial `number`, for its proposal and its training."""
-        sha256 = hashlib.sha256(f"{self.search.seed}/{number}".encode()).digest()
+    def seed(self, name: int | str) -> int:
+        """The 31-bit seed of a trial's proposal and training, by its number; of a fresh training, by another name."""
+        sha256 = hashlib.sha256(f"{self.search.seed}/{name}".encode()).digest()
         return int.from_bytes(sha256[:4], "big") >> 1
 
     def replay(self, number: int, config: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from searchfm.search.study import Study
 
 if TYPE_CHECKING:
     from searchfm import coordinator, retraining
-    from searchfm.jobs import JobSpec
+    from searchfm.jobs import Job
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
     from searchfm.tracking import Difference
@@ -117,7 +117,7 @@ class RetrainView:
     def __init__(self, console: Console, study: str) -> None:
         self.console, self.study = console, study
         self.planned: dict[str, int] = {}  # epochs by job
-        self.running: dict[str, tuple[JobSpec, list[Epoch]]] = {}
+        self.running: dict[str, tuple[Job, list[Epoch]]] = {}
         self.trained = 0  # epochs, of jobs that are done
 
     def update(self, progress: "retraining.Progress") -> None:
@@ -235,7 +235,7 @@ def describe_plan(study: Study, cost: Costs | None) -> dict[str, Any]:
 
 def _leaf(leaf: Choice | Range) -> str:
     if isinstance(leaf, Choice):
-        return ", ".join(short(value) for value in leaf.values)
+        return ", ".join(short(value) for value in leaf.options)
     scale = " (log)" if leaf.log else f" by {leaf.step:g}" if leaf.step not in (None, 1) else ""
     return f"{short(leaf.low)} to {short(leaf.high)}{scale}"
 

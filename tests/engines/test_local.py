@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("cold_forkserver")
 
 
 def job(name: str = "1", folder: Path | None = None, attempt: int = 1, **payload: Any) -> Job:
-    return Job(name, attempt, folder, "tests.toys:work", payload)
+    return Job(name, folder, "tests.toys:work", payload, attempt=attempt)
 
 
 def events(engine: Engine, count: int, seconds: float = 30.0) -> list[Event]:
@@ -280,8 +280,8 @@ def script(tmp_path: Path, body: str, *arguments: str) -> list[str]:
 
 def test_workers_stop_when_their_coordinator_is_killed(tmp_path: Path) -> None:
     body = """
-engine.submit(Job("1", 1, Path(sys.argv[2], "1"), "tests.toys:work", {"ticks_for": 600}))
-engine.submit(Job("2", 1, Path(sys.argv[2], "2"), "tests.toys:work", {"sleeps": 1}))
+engine.submit(Job("1", Path(sys.argv[2], "1"), "tests.toys:work", {"ticks_for": 600}, attempt=1))
+engine.submit(Job("2", Path(sys.argv[2], "2"), "tests.toys:work", {"sleeps": 1}, attempt=1))
 while not Path(sys.argv[2], "1", "attempt-1", "tick").exists():
     time.sleep(0.01)
 print("ready", flush=True)
@@ -303,7 +303,7 @@ def test_a_signal_to_the_whole_group_leaves_the_coordinator_to_decide(tmp_path: 
     body = """
 signal.signal(signal.SIGINT, lambda *_: None)
 signal.signal(signal.SIGTERM, lambda *_: None)
-engine.submit(Job("1", 1, Path(sys.argv[2]), "tests.toys:work", {"ticks_for": 600}))
+engine.submit(Job("1", Path(sys.argv[2]), "tests.toys:work", {"ticks_for": 600}, attempt=1))
 while not Path(sys.argv[2], "attempt-1", "tick").exists():
     time.sleep(0.01)
 print("ready", flush=True)
@@ -314,7 +314,7 @@ while event is None:
     event = engine.next_event(0.2)
 print(event, flush=True)
 for attempt in range(1, 9):
-    engine.submit(Job("2", attempt, None, "tests.toys:work", {}))
+    engine.submit(Job("2", None, "tests.toys:work", {}, attempt=attempt))
     event = None
     while event is None:
         event = engine.next_event(0.2)
@@ -337,7 +337,7 @@ def test_ten_jobs_cost_one_import(tmp_path: Path) -> None:
     body = """
 found, pids, busy = [], set(), 0
 for number in range(10):
-    engine.submit(Job(str(number), 1, None, "tests.toys:imports", {}))
+    engine.submit(Job(str(number), None, "tests.toys:imports", {}, attempt=1))
     event = None
     while event is None:
         event = engine.next_event(1.0)

@@ -30,7 +30,7 @@ def result(request: pytest.FixtureRequest) -> Result:
     engine = LocalEngine(["cpu"])
     engine._context = multiprocessing.get_context(request.param)
     try:
-        engine.submit(Job("settings", 1, None, "tests.learn.test_warm:settings", {}))
+        engine.submit(Job("settings", None, "tests.learn.test_warm:settings", {}, attempt=1))
         event = None
         while event is None:
             event = engine.next_event(timeout=10)

@@ -31,7 +31,7 @@ from searchfm.search.storage import (
     open_storage,
     study_lock,
     study_names,
-    write_header,
+    write_record,
 )
 from tests import rows
 from tests.driving import let_go, stored
@@ -68,7 +68,7 @@ def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorag
     assert (study.name, study.uuid, study.question, study.digest) == ("toy", "u", "why?", "d" * 64)
     assert study.header == HEADER
     assert (study.trials, study.best, study.folder) == ((), None, any_home.path / "studies" / "toy")
-    write_header(storage, study.number, dataclasses.replace(HEADER, planned=5))
+    write_record(storage, study.number, dataclasses.replace(HEADER, planned=5))
     assert load_study(storage, any_home, "toy").planned == 5
     assert study_names(storage) == ["toy"]
 

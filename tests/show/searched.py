@@ -30,7 +30,7 @@ from searchfm.records import (
     Validation,
     write_epochs,
 )
-from searchfm.search.storage import create_study, load_study, open_storage, write_final
+from searchfm.search.storage import create_study, load_study, open_storage, write_record
 from searchfm.search.study import Study
 from tests.programs import chromium
 
@@ -186,7 +186,7 @@ def retrained(home: Home, study: StudyRecord, wrong: Sequence[int], *, winner: i
         weights="0" * 64,
     )
     storage = open_storage(home)
-    write_final(storage, study.number, final)
+    write_record(storage, study.number, final)
     return load_study(storage, home, study.name)
 
 

@@ -14,7 +14,7 @@ from searched import Ending
 from searchfm import coordinator, retraining
 from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
-from searchfm.jobs import JobSpec
+from searchfm.jobs import Job
 from searchfm.records import Final
 from searchfm.show.terminal import RetrainView, TuneView, describe_final, follow, show_end, show_final
 
@@ -63,7 +63,7 @@ def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
 @pytest.mark.parametrize("terminal", [False, True])
 def test_retraining_prints_a_line_for_each_job_and_returns_the_record(home: Home, terminal: bool) -> None:
     study = searched.retrained(home, searched.search(home, [Ending(range(30))]), range(30))
-    jobs = [JobSpec(f"job-{i}", None, "none", {}, label=f"trial 0, seed {i} of 3", epochs=2) for i in range(3)]
+    jobs = [Job(f"job-{i}", None, "none", {}, label=f"trial 0, seed {i} of 3", epochs=2) for i in range(3)]
     epoch = replace(rows.epochs(0, 1)[0], seconds=11.0)
 
     def steps() -> Generator[retraining.Progress, None, Final]:
