@@ -342,8 +342,8 @@ def predict(
     files = [path for path in images if as_csv and path.suffix == ".csv"]
     if (as_csv and as_json) or len(files) > 1:
         raise UserError(f"--csv: must be without --json, and with one file at most (came {len(files)})")
-    with tracking.find_model(Home.find(home), model) as source:
-        predictor = export.load(source.path)
+    with tracking.find_model(Home.find(home), model) as (_, source):
+        predictor = export.load(source)
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
@@ -379,9 +379,9 @@ def export(
     from searchfm.learn import export
 
     format_, target = export.target(kind, output)
-    with tracking.find_model(Home.find(home), model) as source:
-        network, spec = export.load_model(source.path)
-    done = export.export(network, spec, format_, target(source.name), force=force)
+    with tracking.find_model(Home.find(home), model) as (name, source):
+        network, spec = export.load_model(source)
+    done = export.export(network, spec, format_, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
     _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))
 

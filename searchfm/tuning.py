@@ -109,9 +109,7 @@ class Tuning:
         self._write_down(data)
         engine.resize(self.devices)
         if self.follow:
-            tracking = Tracking(home, study.name)
-            tracking.start()
-            stack.callback(self._close, tracking)
+            stack.callback(self._close, Tracking(home, study.name))
         self.coordinator = Coordinator(
             study,
             self.result(),

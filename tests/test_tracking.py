@@ -27,9 +27,9 @@ from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyRecord
 from searchfm.search.notes import Notes, artifact_folder, web_address
 from searchfm.search.storage import open_storage
-from searchfm.tracking import Tracking, make_schema, mirror, run_links, shown, sync
+from searchfm.tracking import Tracking, make_schema, mirror, run_links, sync
 from searchfm.tracking.follow import Follower, Passes
-from searchfm.tracking.mirror import Mirror
+from searchfm.tracking.mirror import Mirror, shown
 from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
@@ -93,7 +93,6 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_a_search_is_written_as_it_goes(home: Home) -> None:
     rows.begin(home)
     tracking = Tracking(home, "toy")
-    tracking.start()
     trial, trained = rows.ask(home), rows.epochs(0, 4)
     rows.record(home, trial, trained[:2])
     until(lambda: bool(run_links(home, rows.study(home)).runs))
@@ -138,7 +137,10 @@ def test_the_content_of_a_run(synced: Home) -> None:
     assert tags["study"] == "toy"
     assert (tags["study_uuid"], tags["trial"], tags["state"]) == (study.uuid, "3", "complete")
     assert (tags["config_digest"], tags["mlflow.parentRunId"]) == (row.digest, active["toy"].info.run_id)
-    assert tags["mlflow.source.git.commit"] == mirror.git_commit(Path(__file__).parents[1])
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert tags["mlflow.source.git.commit"] == head.stdout.strip()
     assert {"hardware", "python", "torch", "optuna", "mlflow", "searchfm"} <= set(tags)
     assert active["toy-0002 (failed)"].data.tags["reason"] == "loss is nan in epoch 2"
     (data,) = run.inputs.dataset_inputs
@@ -457,9 +459,8 @@ def test_without_mlflow_a_search_does_not_block_and_one_line_says_so(
     monkeypatch.setenv(TRACKING, "http://anna:secret@127.0.0.1:9")
     rows.four(home)
     with caplog.at_level(logging.INFO):
-        tracking = Tracking(home, "toy")
         began = time.perf_counter()
-        tracking.start()
+        tracking = Tracking(home, "toy")
         assert time.perf_counter() - began < 0.5
         until(lambda: bool(caplog.records))
         assert tracking.close(3.0) == 4
@@ -513,24 +514,18 @@ def test_a_process_that_cannot_start_or_dies_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(home.path / "missing"))
         tracking = Tracking(home, "toy")
-        tracking.start()
         assert tracking.close(5) == 4
     assert [entry.getMessage() for entry in caplog.records] == [
         "MLflow is not followed (No such file or directory); later: searchfm sync toy --apply"
     ]
     caplog.clear()
     tracking = Tracking(home, "toy")
-    tracking.start()
     assert tracking._process is not None
     tracking._process.kill()
     assert tracking.close(5) == 4
     assert [entry.getMessage() for entry in caplog.records] == [
         "the process that follows into MLflow has died; later: searchfm sync toy --apply"
     ]
-
-
-def test_what_was_never_started_is_closed_at_once(home: Home) -> None:
-    assert Tracking(home, "toy").close(5) == 0
 
 
 def test_sync_says_in_one_line_that_mlflow_is_away(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,10 +541,8 @@ def test_sync_says_in_one_line_that_mlflow_is_away(home: Home, monkeypatch: pyte
 def test_there_is_never_a_second_writer(home: Home) -> None:
     """A process that is left over blocks the next one, until its coordinator's end ends it."""
     study = rows.four(home)
-    first, second = Tracking(home, "toy"), Tracking(home, "toy")
     with mirror.writer(home, "toy"):
-        first.start()
-        second.start()
+        first, second = Tracking(home, "toy"), Tracking(home, "toy")
         time.sleep(6)  # both are under way
         assert not run_links(home, study).experiment
         assert second.close(1) == 4
@@ -563,7 +556,7 @@ def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); import rows; from pathlib import Path\n"
         "from searchfm.home import Home; from searchfm.tracking import Tracking\n"
-        "home = Home(Path(sys.argv[1])); Tracking(home, 'toy').start(); print(flush=True); time.sleep(60)"
+        "home = Home(Path(sys.argv[1])); tracking = Tracking(home, 'toy'); print(flush=True); time.sleep(60)"
     )
     coordinator = subprocess.Popen(
         [sys.executable, "-c", code, str(home.path), str(Path(__file__).parent)], stdout=subprocess.PIPE
@@ -662,8 +655,9 @@ def test_killed_while_mlflows_tables_are_made_the_next_makes_them(tmp_path: Path
     assert not list(home.path.glob("*.new*"))
 
 
-def test_an_installed_package_has_no_commit(tmp_path: Path) -> None:
-    assert mirror.git_commit(tmp_path) is None
+def test_an_installed_package_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("searchfm.__file__", str(tmp_path / "searchfm" / "__init__.py"))
+    assert mirror.COMMIT not in mirror.environment.__wrapped__()
 
 
 def test_hostile_texts_stay_texts(home: Home) -> None:
@@ -748,7 +742,6 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(
     monkeypatch.setenv(TRACKING, f"http://127.0.0.1:{server.port}")
     study = rows.begin(home)
     tracking = Tracking(home, "toy")
-    tracking.start()
     with caplog.at_level(logging.INFO):
         for number in range(6):
             trial = rows.ask(home)

@@ -3,14 +3,12 @@
 `Tracking` starts the process that follows a search; `sync` aligns MLflow afterwards.
 """
 
-from searchfm.search.notes import Links
 from searchfm.tracking.follow import Tracking, sync
-from searchfm.tracking.mirror import Difference, make_schema, run_links, shown
+from searchfm.tracking.mirror import Difference, make_schema, run_links
 from searchfm.tracking.registry import find_model, log_comparison, log_report, publish, study_environment
 
 __all__ = [
     "Difference",
-    "Links",
     "Tracking",
     "find_model",
     "log_comparison",
@@ -18,7 +16,6 @@ __all__ = [
     "make_schema",
     "publish",
     "run_links",
-    "shown",
     "study_environment",
     "sync",
 ]

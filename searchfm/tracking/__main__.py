@@ -63,8 +63,7 @@ def finish(follower: Follower) -> None:
 def send(value: Any) -> None:
     """Sends one value to the coordinator."""
     with _lock, contextlib.suppress(BrokenPipeError):
-        _stdout.write(json.dumps(value) + "\n")
-        _stdout.flush()
+        print(json.dumps(value), file=_stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy
@@ -38,7 +39,7 @@ UNREACHABLE = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED",
 
 
 class Tracking:
-    """The coordinator's handle of the tracking process. Use it for one search, from one thread.
+    """The tracking process, as the coordinator sees it: starts with this object. For one search and one thread.
 
     A process, since the same work in a thread, some 300 ms of Python a trial, would hold the interpreter's lock when
     the coordinator decides: measured, its decisions took four times as long. It runs at low priority, since
@@ -48,22 +49,18 @@ class Tracking:
     def __init__(self, home: Home, name: str) -> None:
         self._home, self._name = home, name
         self._process: subprocess.Popen[bytes] | None = None
-        self._left: int | None = 0  # trials that are not aligned; None: unknown
-
-    def start(self) -> None:
-        """Starts the process, once there is a study to follow."""
-        self._left = None
+        self._left: int | None = None  # trials that are not aligned; None: unknown
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "searchfm.tracking", self._name],
-                env={**os.environ, HOME: str(self._home.path)},
+                [sys.executable, "-m", "searchfm.tracking", name],
+                env={**os.environ, HOME: str(home.path)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the coordinator, which then closes the process in order
             )
         except OSError as error:
-            log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, self._name)
+            log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, name)
             return
         self._relay = threading.Thread(target=self._relay_log, args=(self._process,), name="tracking", daemon=True)
         self._relay.start()
@@ -107,7 +104,6 @@ class Passes:
         self._study = study
         self._mirror, self._notes = Mirror(home, study, send=send, deep=deep), Notes(home, study)
         self._aligned: dict[int, Trial] = {}
-        self._kept: list[int] | None = None  # the trials whose weights are in MLflow
         self._states: tuple[Any, ...] = ()  # of the study and its trials when the study's own run was aligned
         self._study_due = 0.0  # monotonic seconds
         self._failures: Counter[int] = Counter()
@@ -137,14 +133,11 @@ class Passes:
             for trial in sorted(self._due(), key=lambda trial: self._failures[trial.number]):
                 if self._refusals[trial.number] < REFUSALS:
                     differences += self._align_trial(trial)
-            kept = [trial.number for trial in study.kept]
-            if self._kept != kept:
-                differences += self._mirror.align_weights(study.kept)
-                self._kept = kept
+            differences += self._mirror.align_weights(study.kept)
             states = (status, [trial.state for trial in study.trials])
             if self._states != states and (last or time.monotonic() >= self._study_due):
                 differences += self._mirror.align(study_content(study, status))
-                self._note(None)
+                self._note(lambda: self._notes.study(study, self._mirror.links()))
                 self._states, self._study_due = states, time.monotonic() + STUDY_SECONDS
         except Exception:
             self._mirror.forget()
@@ -173,18 +166,14 @@ class Passes:
             return []
         self._aligned[trial.number] = trial
         if trial.state != "running":
-            self._note(trial, changed=bool(differences))
+            self._note(lambda: self._notes.trial(trial, self._mirror.links(), again=bool(differences)))
         return differences
 
-    def _note(self, trial: Trial | None, *, changed: bool = True) -> None:
+    def _note(self, write: Callable[[], None]) -> None:
         """Writes a note of optuna-dashboard. Notes come last: without them everything else goes on."""
-        if not self._mirror.send:
-            return
         try:
-            if trial is None:
-                self._notes.study(self._study, self._mirror.links())
-            else:
-                self._notes.trial(trial, self._mirror.links(), again=changed)
+            if self._mirror.send:
+                write()
         except Exception as error:
             if not self._notes_failed:
                 log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)
@@ -208,7 +197,7 @@ class Follower:
         self.closing = threading.Event()
         self._home, self._name = home, name
         self._storage: BaseStorage | None = None
-        self._study: StudyRecord | None = None
+        self._ended: dict[int, Trial] = {}
         self._passes: Passes | None = None
         self._unreachable = ""  # the database or server that does not answer
 
@@ -259,15 +248,14 @@ class Follower:
 
     def _read(self) -> StudyRecord:
         """The study as it is now; trials that were read after their end are not read again."""
-        trials = self._study.trials if self._study is not None else ()
-        ended = {trial.number: trial for trial in trials if trial.state != "running"}
         try:
             self._storage = self._storage or open_storage(self._home)
-            self._study = load_study(self._storage, self._home, self._name, ended)
+            study = load_study(self._storage, self._home, self._name, self._ended)
         except Exception:
             self._storage = None  # a connection that was dropped inside a transaction is no longer usable
             raise
-        return self._study
+        self._ended = {trial.number: trial for trial in study.trials if trial.state != "running"}
+        return study
 
 
 def _is_unreachable(error: Exception) -> bool:

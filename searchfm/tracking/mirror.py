@@ -16,10 +16,9 @@ import os
 import platform
 import re
 import sqlite3
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,6 @@ REPLACED = "replaced"  # the role of runs that we deleted ourselves; they stay d
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat traces
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 PAGE = 1000  # runs a page
-PARAMS, METRICS = 99, 700  # at most this many in one call
 
 # --- the client -------------------------------------------------------------------------------------------------------
 
@@ -93,14 +91,12 @@ def reaching(home: Home) -> Iterator[None]:
         raise StorageError(f"MLflow at {shown(home.tracking_uri)}: {text}") from error
 
 
-@contextmanager
-def writer(home: Home, study: str) -> Iterator[None]:
-    """Blocks until no other process writes this study into MLflow: a coordinator that was killed may have left its
-    tracking process in the middle of a call.
+def writer(home: Home, study: str) -> FileLock:
+    """The lock of the process that writes this study into MLflow; it blocks while another does: a coordinator that was
+    killed may have left its tracking process in the middle of a call.
     """
     home.study(study).mkdir(parents=True, exist_ok=True)
-    with FileLock(home.study(study) / ".tracking.lock"):
-        yield
+    return FileLock(home.study(study) / ".tracking.lock")
 
 
 def import_mlflow() -> None:
@@ -183,12 +179,12 @@ class Content:
 
     trial: Trial | None = None  # of a trial's run
     tags: Mapping[str, str]
-    params: Mapping[str, str]
+    params: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Point]
     files: Mapping[str, str | Path]  # artifacts by name: a text, or a file that may yet have to be drawn
     status: str | None  # MLflow's; None: as it is
     started: float | None  # seconds since 1970
-    ended: float | None
+    ended: float | None = None
 
 
 def run_key(tags: Mapping[str, str]) -> int | str | None:
@@ -246,7 +242,6 @@ def study_content(study: StudyRecord, status: str | None) -> Content:
             "mlflow.note.content": "\n\n".join(line for line in lines if line),
             "study_digest": study.digest,
         },
-        params={},
         points=study_points(study.trials),
         files={
             "study.toml": tomli_w.dumps(dict(study.resolved)),
@@ -281,7 +276,6 @@ def final_content(study: StudyRecord, final: Final, folder: Path, parent: str) -
         files=folder_files(folder),
         status="FINISHED",
         started=final.time,
-        ended=None,
     )
 
 
@@ -403,6 +397,8 @@ def dataset(study: StudyRecord) -> Any:
 @functools.cache
 def environment() -> dict[str, str]:
     """User, versions and hardware: tags of a run when it is made, never compared later."""
+    from mlflow.utils.git_utils import get_git_commit
+
     # MLflow's own tags name the commit of the repository that a script is in, and no hardware.
     processor = next(iter(_lines(Path("/proc/cpuinfo"), "model name")), platform.processor() or platform.machine())
     # NVIDIA's devices as the kernel's driver names them: asking torch would import it.
@@ -421,8 +417,11 @@ def environment() -> dict[str, str]:
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             tags[name] = searchfm.__version__ if name == "searchfm" else version(name)
-    commit = git_commit(Path(searchfm.__file__).parents[1])
-    return tags | ({COMMIT: commit} if commit else {})
+    checkout = Path(searchfm.__file__).parents[1]
+    # Not of an installed package, whatever repository it was installed into.
+    if (checkout / ".git").exists() and (commit := get_git_commit(str(checkout))):
+        tags[COMMIT] = commit
+    return tags
 
 
 def _lines(path: Path, name: str) -> list[str]:
@@ -431,14 +430,6 @@ def _lines(path: Path, name: str) -> list[str]:
         lines = (line.partition(":") for line in path.read_text().splitlines())
         return [value.strip() for key, _, value in lines if key.strip() == name]
     return []
-
-
-def git_commit(checkout: Path) -> str | None:
-    """The commit of our own code; None for an installed package, whatever repository it was installed into."""
-    from mlflow.utils.git_utils import get_git_commit
-
-    commit: str | None = get_git_commit(str(checkout)) if (checkout / ".git").exists() else None
-    return commit
 
 
 def flatten(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -472,21 +463,21 @@ class Difference:
         return f"{'study' if self.trial is None else f'trial {self.trial}'}: {self.text}"
 
 
-@dataclass
 class Run:
-    """A run as MLflow has it."""
+    """A run as MLflow has it: as it was read, and what was written since."""
 
-    id: str
-    status: str
-    deleted: bool
-    started: int
-    tags: dict[str, str]
-    params: dict[str, str]
-    metrics: dict[str, float]  # the latest of each key
-    data: bool  # it names its data set
-    artifacts: str  # the address of its folder
-    created: bool = False  # by this process
-    points: set[Point] | None = None  # the points that we know it holds; None: unknown
+    def __init__(self, run: Any, *, created: bool = False) -> None:
+        self.id: str = run.info.run_id
+        self.status: str = run.info.status
+        self.deleted: bool = run.info.lifecycle_stage == "deleted"
+        self.started: int = run.info.start_time or 0
+        self.artifacts: str = run.info.artifact_uri  # the address of its folder
+        self.tags: dict[str, str] = run.data.tags
+        self.params: dict[str, str] = run.data.params
+        self.metrics: dict[str, float] = run.data.metrics  # the latest of each key
+        self.data = bool(run.inputs and run.inputs.dataset_inputs)  # it names its data set
+        self.created = created  # by this process
+        self.points: set[Point] | None = None  # the points that we know it holds; None: unknown
 
 
 class Mirror:
@@ -502,14 +493,13 @@ class Mirror:
         self.experiment = ""
         self.parent = ""  # the id of the study's own run
         self.client: Any = None
-        self._opened = False
-        self.runs: dict[int | str | None, list[Run]] = {}  # by `run_key`, the best first
+        self.runs: dict[int | str | None, list[Run]] = {}  # by `run_key`, the best first; empty until `open`
 
     def open(self) -> list[Difference]:
         """Reads which runs there are; aligns the experiment and, but for its status, the study's own run, since trials
         have it as their parent.
         """
-        if self._opened:
+        if self.runs:
             return []
         from mlflow.entities import ViewType
 
@@ -540,12 +530,10 @@ class Mirror:
                     self._remove(run)
         differences += self.align(study_content(study, None))
         self.client.set_experiment_tag(self.experiment, VIEW_TAG, study_view(study, self.parent))
-        self._opened = True
         return differences
 
     def forget(self) -> None:
         """After an error: read again before anything is written."""
-        self._opened = False
         self.runs.clear()
 
     def active(self, key: int | str | None) -> Run | None:
@@ -621,19 +609,15 @@ class Mirror:
         """The points that a run lacks, and the metrics with points that it must not have."""
         if run.points is not None:
             return [point for point in content.points if point not in run.points], []
-        expected: defaultdict[str, set[Point]] = defaultdict(set)
-        for point in content.points:
-            expected[point.key].add(point)
-        latest = {point.key: point.value for point in content.points}
+        expected, latest = set(content.points), {point.key: point.value for point in content.points}
         differing = {key for key, value in latest.items() if run.metrics.get(key) != value}
-        held = {key: points for key, points in expected.items() if key not in differing}
-        if self.deep and MARKER in held:
-            held[MARKER] = self._history(run, MARKER)
-            if held[MARKER] != expected[MARKER]:
-                differing = set(latest)
-        held |= {key: self._history(run, key) if key in run.metrics else set() for key in differing}
-        foreign = [key for key, points in expected.items() if held[key] - points and content.trial is not None]
-        return [point for point in content.points if point not in held[point.key]], foreign
+        if self.deep and MARKER in latest.keys() - differing:
+            marks = {point for point in expected if point.key == MARKER}
+            differing = differing if self._history(run, MARKER) == marks else set(latest)
+        held = {point for point in expected if point.key not in differing}
+        held = held.union(*(self._history(run, key) for key in differing & run.metrics.keys()))
+        foreign = {point.key for point in held - expected} if content.trial is not None else set()
+        return [point for point in content.points if point not in held], [key for key in latest if key in foreign]
 
     def _history(self, run: Run, key: str) -> set[Point]:
         history = self.client.get_metric_history(run.id, key)
@@ -651,8 +635,7 @@ class Mirror:
     def _create(self, content: Content) -> Run:
         tags = {"mlflow.source.name": f"searchfm tune {self.study.name}", **environment(), **content.tags}
         start = None if content.started is None else round(content.started * 1000)
-        run = self.client.create_run(self.experiment, start, tags, tags["mlflow.runName"])
-        return replace(_read(run), created=True)
+        return Run(self.client.create_run(self.experiment, start, tags, tags["mlflow.runName"]), created=True)
 
     def _write(self, run: Run, content: Content, points: list[Point], files: list[str]) -> None:
         tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
@@ -730,7 +713,7 @@ class Mirror:
         while page is None or page.token:
             token = page and page.token
             page = self.client.search_runs([self.experiment], text, ViewType.ALL, PAGE, page_token=token)
-            for run in map(_read, page):
+            for run in map(Run, page):
                 self.runs.setdefault(run_key(run.tags), []).append(run)
         for runs in self.runs.values():  # what is not deleted, then what holds most, then the oldest
             runs.sort(key=lambda run: (run.deleted, -len(run.metrics), run.started, run.id))
@@ -758,28 +741,14 @@ def create_experiment(client: Any, home: Home, name: str, folder: str, tags: Map
 def log_batch(
     client: Any, run: str, tags: Mapping[str, str], params: Mapping[str, str], points: Sequence[Point]
 ) -> None:
-    """Logs to a run in as many calls as MLflow's limits ask for."""
+    """Logs to a run; MLflow's client makes as many calls as its limits ask for."""
     from mlflow.entities import Metric, Param, RunTag
 
-    labels = [RunTag(key, value) for key, value in tags.items()]
-    values = [Param(key, value) for key, value in params.items()]
-    metrics = [Metric(point.key, point.value, point.time, point.step) for point in points]
-    while values or labels or metrics:
-        client.log_batch(run, params=values[:PARAMS], tags=labels[:PARAMS], metrics=metrics[:METRICS])
-        values, labels, metrics = values[PARAMS:], labels[PARAMS:], metrics[METRICS:]
-
-
-def _read(run: Any) -> Run:
-    return Run(
-        id=run.info.run_id,
-        status=run.info.status,
-        deleted=run.info.lifecycle_stage == "deleted",
-        started=run.info.start_time or 0,
-        tags=dict(run.data.tags),
-        params=dict(run.data.params),
-        metrics=dict(run.data.metrics),
-        data=bool(run.inputs and run.inputs.dataset_inputs),
-        artifacts=run.info.artifact_uri,
+    client.log_batch(
+        run,
+        metrics=[Metric(point.key, point.value, point.time, point.step) for point in points],
+        params=[Param(key, value) for key, value in params.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
     )
 
 

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -157,17 +157,10 @@ def _promote(client: Any, name: str, candidate: Any, promote: bool) -> bool:
 # --- from the name of a model to its files ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ModelFiles:
-    """A model's files."""
-
-    name: str  # of files made of it, without suffix
-    path: Path  # an exported file, or a folder with weights.safetensors and model.json
-
-
 @contextmanager
-def find_model(home: Home, model: str) -> Iterator[ModelFiles]:
-    """The files of a model while the body runs; its weights are those that were registered, by their hash.
+def find_model(home: Home, model: str) -> Iterator[tuple[str, Path]]:
+    """A name for files made of a model, without suffix, and its own files while the body runs: an exported file, or a
+    folder with weights.safetensors and model.json. Its weights are those that were registered, by their hash.
 
     model: the name of a study (its champion), `models:/NAME@ALIAS`, `models:/NAME/VERSION`, an exported file, or a
     folder with weights.safetensors and model.json, as trials leave them.
@@ -175,24 +168,22 @@ def find_model(home: Home, model: str) -> Iterator[ModelFiles]:
     StorageError where MLflow cannot be reached.
     """
     path = Path(model)
-    if model.startswith("models:"):
-        registered = _version(home, model)
-        with _fetched(home, registered, model) as folder:
-            yield ModelFiles(registered.name, folder)
-    elif path.suffix in SUFFIXES or path.is_file():
-        yield ModelFiles(path.stem, path)
-    elif (path / SPEC).is_file():
-        folder = path.absolute()
-        name = folder.parent.name
-        yield ModelFiles(name if folder.name == "final" else f"{name}-{folder.name}", path)
-    else:
-        study = read_study(home, path.name)
-        with _champion(home, study) as folder:
-            yield ModelFiles(study.name, folder)
+    with tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+        if model.startswith("models:"):
+            registered = _version(home, model)
+            yield registered.name, _fetch(home, registered, model, Path(temporary))
+        elif path.suffix in SUFFIXES or path.is_file():
+            yield path.stem, path
+        elif (path / SPEC).is_file():
+            folder = path.absolute()
+            name = folder.parent.name
+            yield name if folder.name == "final" else f"{name}-{folder.name}", path
+        else:
+            study = read_study(home, path.name)
+            yield study.name, _champion(home, study, Path(temporary))
 
 
-@contextmanager
-def _champion(home: Home, study: StudyRecord) -> Iterator[Path]:
+def _champion(home: Home, study: StudyRecord, temporary: Path) -> Path:
     """The version with the alias, which may be older than the final model; the final model where MLflow has none."""
     if study.final is None:
         raise StudyError(
@@ -207,16 +198,14 @@ def _champion(home: Home, study: StudyRecord) -> Iterator[Path]:
         registered = None
     if registered is None or registered.tags.get("weights") == ours:
         _check(folder, ours)
-        yield folder
-    elif registered.tags.get("fingerprint") != study.data.fingerprint:
+        return folder
+    if registered.tags.get("fingerprint") != study.data.fingerprint:
         # Homes that share a server of MLflow share its names too.
         raise ModelError(
             f"{uri}: version {registered.version} was trained on other data than study {study.name!r} here; may be "
             f"{folder}, models:/searchfm-{study.name}/VERSION, or first: searchfm retrain {study.name} --promote"
         )
-    else:
-        with _fetched(home, registered, uri) as fetched:
-            yield fetched
+    return _fetch(home, registered, uri, temporary)
 
 
 def _version(home: Home, uri: str) -> Any:
@@ -238,25 +227,21 @@ def _version(home: Home, uri: str) -> Any:
             raise
 
 
-@contextmanager
-def _fetched(home: Home, registered: Any, uri: str) -> Iterator[Path]:
+def _fetch(home: Home, registered: Any, uri: str, temporary: Path) -> Path:
     """A folder with the files of a version, copied from wherever MLflow keeps them."""
     from mlflow.artifacts import download_artifacts, list_artifacts
 
-    with tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
-        with reaching(home):
-            source = f"{connect(home).get_model_version_download_uri(registered.name, registered.version)}/{FILES}"
-            names = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
-            if names.issuperset((WEIGHTS, SPEC)):
-                download_artifacts(source, dst_path=temporary, tracking_uri=home.tracking_uri)
+    with reaching(home):
+        source = f"{connect(home).get_model_version_download_uri(registered.name, registered.version)}/{FILES}"
+        names = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
         if not names.issuperset((WEIGHTS, SPEC)):
             raise ModelError(
                 f"{uri}: version {registered.version} carries no {WEIGHTS} and {SPEC}; "
                 "must be one that `searchfm retrain` registered"
             )
-        folder = Path(temporary) / FILES
-        _check(folder, registered.tags.get("weights"))
-        yield folder
+        download_artifacts(source, dst_path=str(temporary), tracking_uri=home.tracking_uri)
+    _check(temporary / FILES, registered.tags.get("weights"))
+    return temporary / FILES
 
 
 def _check(folder: Path, expected: str | None) -> None:
