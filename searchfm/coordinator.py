@@ -136,8 +136,7 @@ class Coordinator:
                     f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
                     f"the last with: {self.failures[-1]}"
                 )
-            again = fixed_sampler(self.again.popleft()) if self.again else None
-            self.optuna.sampler = again or self.study.sampler(self.asked)
+            self.optuna.sampler = fixed_sampler(self.again.popleft()) if self.again else self.study.sampler(self.asked)
             trial = self.optuna.ask()
             assert trial.number == self.asked, "another process asks in this study"
             self.asked += 1

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -96,14 +96,13 @@ class WorkerPool:
         if event is not None and event.job in self._running and self._running[event.job].attempt == event.attempt:
             yield from self._on(self._running[event.job], event)  # any other is of an attempt that was given up
 
-    def run_all(self, jobs: Iterable[Job]) -> Iterator[Event]:
+    def run_all(self, jobs: Collection[Job]) -> Iterator[Event]:
         """Brings jobs to their ends. Raises KeyboardInterrupt once all have left, if the pool is to stop; DataError,
         ModelError or StorageError where a job meets one, since all others would meet it too.
         """
-        open_jobs = set()
         for job in jobs:
             self.submit(job)
-            open_jobs.add(job.id)
+        open_jobs = {job.id for job in jobs}
         while open_jobs:
             for event in self.events():
                 match event:

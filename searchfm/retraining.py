@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,19 +236,15 @@ class Task:
 
 
 def run_tasks(
-    pool: WorkerPool, tasks: Iterable[Task]
+    pool: WorkerPool, tasks: Collection[Task]
 ) -> Generator[Progress, None, tuple[dict[str, Result], dict[str, str]]]:
     """Brings tasks to their ends; those that are done are known again. Returns results and reasons of failures."""
-    results: dict[str, Result] = {}
+    results = {task.job.id: result for task in tasks if (result := task.result()) is not None}
     failures: dict[str, str] = {}
-    waiting: dict[str, Task] = {}
     for task in tasks:
-        result = task.result()
-        if result is None:
-            waiting[task.job.id] = task
-        else:
-            results[task.job.id] = result
+        result = results.get(task.job.id)
         yield Progress("planned" if result is None else "found", task.job, value=_accuracy(result))
+    waiting = {task.job.id: task for task in tasks if task.job.id not in results}
     epochs: dict[str, list[Epoch]] = {job: [] for job in waiting}
     for event in pool.run_all([task.job for task in waiting.values()]):
         task = waiting[event.job]
@@ -290,11 +286,7 @@ class _Retraining:
             trial = self.study.trials[plan.trials[0]]
             searched = Validation(trial.value or 0.0, None, None, None, self.study.data.validation)
             return Selection(winner=trial.number, validation=searched)
-        seeds = {number: [self._seed(number, k) for k in range(1, plan.seeds + 1)] for number in plan.trials}
-        tasks = {
-            number: [self._finalist(number, seed, f"seed {k} of {plan.seeds}") for k, seed in enumerate(mine, 1)]
-            for number, mine in seeds.items()
-        }
+        tasks = {number: [self._finalist(number, k) for k in range(1, plan.seeds + 1)] for number in plan.trials}
         results, failures = yield from run_tasks(self.pool, [task for mine in tasks.values() for task in mine])
         finalists, answers, reason = [], {}, ""
         for number, mine in tasks.items():
@@ -315,7 +307,7 @@ class _Retraining:
                     values=tuple(answers[number].mean(axis=1).tolist()),
                     mean=float(answers[number].mean()),
                     seconds=float(np.mean([result.seconds for result in trained])),
-                    seeds=tuple(seeds[number]),
+                    seeds=tuple(self._seed(number, k) for k in range(1, plan.seeds + 1)),
                     parameters=trained[0].parameters,
                     flops=trained[0].flops,
                 )
@@ -384,13 +376,14 @@ class _Retraining:
             raise WorldError(f"study {self.study.name!r}: {task.job.label}: {failures[task.job.id]}")
         return results[task.job.id]
 
-    def _finalist(self, number: int, seed: int, which: str) -> Task:
+    def _finalist(self, number: int, k: int) -> Task:
+        seed = self._seed(number, k)
         config = _with_seed(self.study.trials[number].config, seed)
         folder = self.study.folder / "finalists" / f"{number:04d}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.search.replay(number, config))
-        identity = f"{self.study.uuid}/{number}/{seed}"
-        return self._task(f"trial {number}, {which}", identity, folder, TRIAL, config, TRAINED)
+        label, identity = f"trial {number}, seed {k} of {self.plan.seeds}", f"{self.study.uuid}/{number}/{seed}"
+        return self._task(label, identity, folder, TRIAL, config, TRAINED)
 
     def _task(
         self, label: str, identity: str, folder: Path, entry: str, config: Mapping[str, Any], record: str

@@ -483,7 +483,7 @@ def test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer(
     began = time.monotonic()
     follower.run()
     assert 2 <= time.monotonic() - began < 15
-    assert follower.left == 4
+    assert follower.passes.left == 4
 
 
 def test_a_run_that_mlflow_refuses_is_left_to_sync(home: Home, caplog: pytest.LogCaptureFixture) -> None:
@@ -497,7 +497,7 @@ def test_a_run_that_mlflow_refuses_is_left_to_sync(home: Home, caplog: pytest.Lo
     follower = Follower(home, "toy")
     follower.closing.set()
     follower.run()
-    assert follower.left == 1
+    assert follower.passes.left == 1
     assert [entry.getMessage() for entry in caplog.records if entry.name == "searchfm"] == [
         "trial 0: MLflow refuses its run (MlflowException); see searchfm sync"
     ]
@@ -773,7 +773,7 @@ def test_a_database_locked_for_a_while_is_waited_for(home: Home) -> None:
         assert thread.is_alive()
         holder.execute("ROLLBACK")
         thread.join()
-    assert follower.left == 0
+    assert follower.passes.left == 0
     assert sync(home, study) == []
 
 

@@ -9,12 +9,9 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-
-from optuna.storages import BaseStorage
 
 from searchfm.format import escape, plural, states
 from searchfm.home import Home, write_whole
@@ -47,11 +44,13 @@ class Links:
 
 
 class Notes:
-    """Writes a study's notes through a storage of its own, opened at the first note. For one thread."""
+    """Writes a study's notes through a storage of its own. For one thread."""
 
     def __init__(self, home: Home, study: StudyRecord) -> None:
         self._home, self._uuid, self._number = home, study.uuid, study.number
         self._base = web_address(home.tracking_uri) or HERE
+        self._storage = open_storage(home)
+        self._written = dict(self._storage.get_study_system_attrs(study.number))  # as last seen or written
 
     def trial(self, trial: Trial, links: Links, *, again: bool = True) -> None:
         """The note and the pictures of a trial that has ended; `again`: also if it has its note. Raises what the
@@ -79,15 +78,6 @@ class Notes:
         self._written |= self._storage.get_study_system_attrs(self._number)
         link = f"[All trials in MLflow]({self._link(links.table())})" if links.experiment else ""
         self._note("", "\n\n".join([*study_lines(study), link]))
-
-    @cached_property
-    def _storage(self) -> BaseStorage:
-        return open_storage(self._home)
-
-    @cached_property
-    def _written(self) -> dict[str, Any]:
-        """The study's attributes as last seen or written."""
-        return dict(self._storage.get_study_system_attrs(self._number))
 
     def _note(self, prefix: str, body: str) -> None:
         """Version 1 is ours; a person who edits a note in the dashboard makes version 2, which we leave alone."""

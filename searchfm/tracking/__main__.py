@@ -55,8 +55,8 @@ def receive(follower: Follower) -> None:
 
 def finish(follower: Follower) -> None:
     """Reports how many trials are not aligned, and ends the process."""
-    if follower.left is not None:
-        send(follower.left)
+    if follower.passes is not None:
+        send(follower.passes.left)
     os._exit(0)
 
 

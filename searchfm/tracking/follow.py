@@ -198,13 +198,8 @@ class Follower:
         self._home, self._name = home, name
         self._storage: BaseStorage | None = None
         self._ended: dict[int, Trial] = {}
-        self._passes: Passes | None = None
+        self.passes: Passes | None = None  # None until the study is read
         self._unreachable = ""  # the database or server that does not answer
-
-    @property
-    def left(self) -> int | None:
-        """How many trials are not aligned; None while the study was not read."""
-        return None if self._passes is None else self._passes.left
 
     def run(self) -> None:
         """Returns after `closing`, once everything is aligned or MLflow does not answer."""
@@ -218,7 +213,7 @@ class Follower:
             failed = None if done else failed or now
             if closed and failed and now - max(closed, failed) >= GIVE_UP_SECONDS:
                 return
-            if closed and done and self._passes is not None and self._passes.settled:
+            if closed and done and self.passes is not None and self.passes.settled:
                 return
             pause, delay = (PASS_SECONDS, FIRST_DELAY) if done else (delay, min(2 * delay, MAX_DELAY))
             if closing:
@@ -233,8 +228,8 @@ class Follower:
             study = self._read()
             subject = f"MLflow at {shown(self._home.tracking_uri)}"
             status = "RUNNING" if not closing else "KILLED" if study.of("running") else "FINISHED"
-            self._passes = self._passes or Passes(self._home, study)
-            self._passes.run(study, status, last=closing)
+            self.passes = self.passes or Passes(self._home, study)
+            self.passes.run(study, status, last=closing)
         except Exception as error:
             if self._unreachable != subject:
                 text = "%s does not answer (%s); trials go on, and their runs follow when it does"

@@ -266,8 +266,7 @@ def final_content(study: StudyRecord, final: Final, folder: Path, parent: str) -
     epochs = read_epochs(folder / EPOCHS)
     # No `value`: that is validation accuracy.
     values = {f"test/{key}": getattr(final.test, key) for key in ("accuracy", "low", "high", "reads")}
-    for key in ("parameters", "flops", "training_seconds", "epochs", "optimism"):
-        values[key] = getattr(final, key)
+    values |= {key: getattr(final, key) for key in ("parameters", "flops", "training_seconds", "epochs", "optimism")}
     return Content(
         tags=tags,
         params={key: str(value)[:6000] for key, value in final.params.items()},
@@ -505,8 +504,7 @@ class Mirror:
 
         study = self.study
         self.client = self.client or connect(self.home)
-        text = f"tags.study_uuid = '{study.uuid}'"
-        experiments = self.client.search_experiments(view_type=ViewType.ALL, filter_string=text)
+        experiments = self.client.search_experiments(ViewType.ALL, filter_string=f"tags.study_uuid = '{study.uuid}'")
         experiment = min(experiments, key=lambda each: int(each.experiment_id), default=None)
         differences = []
         if experiment is not None:
