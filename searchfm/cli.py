@@ -253,11 +253,11 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare studies: accuracy with its interval, paired tests, time and size. Also logged to MLflow."""
-    from searchfm import tracking
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import compare as comparing
     from searchfm.show import terminal
+    from searchfm.tracking import registry
 
     if picture is not None and picture.suffix not in comparing.SUFFIXES:
         raise UserError(f"--picture {picture}: must end in {' or '.join(comparing.SUFFIXES)}")
@@ -272,7 +272,7 @@ def compare(
     written = [path for path in (html, picture) if path is not None]
     _output(as_json, values, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
-    tracking.log_comparison(where, values, comparing.comparison_markdown(lines), files)
+    registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
 
 
 @app.command()
@@ -283,21 +283,21 @@ def report(
     data_dir: DataDirOption = None,
 ) -> None:
     """Write a report on one page: question, result, uncertainty, search space, errors. Also logged to MLflow."""
-    from searchfm import tracking
     from searchfm.search.files import study_name
     from searchfm.search.storage import open_storage, read_study
     from searchfm.show.report import report_page
+    from searchfm.tracking import registry
 
     where = Home.find(home)
     record = read_study(where, study_name(study))
     path = output or record.folder / "report.html"
     try:
-        environment = tracking.study_environment(where, record)
+        environment = registry.study_environment(where, record)
     except StorageError:  # the page then has what the trials know; `log_report` raises the error again
         environment = {}
     write_whole(path, report_page(record, open_storage(where), environment, data_folder(data_dir)).encode())
     typer.echo(path)
-    tracking.log_report(where, record, path)
+    registry.log_report(where, record, path)
 
 
 @app.command()
@@ -308,14 +308,14 @@ def sync(
     as_json: JsonOption = False,
 ) -> None:
     """Align MLflow with Optuna: list what is missing, doubled or different, and send it with --apply."""
-    from searchfm import tracking
     from searchfm.search.files import study_name
     from searchfm.search.storage import locked_study, read_study
     from searchfm.show import terminal
+    from searchfm.tracking import follow
 
     where, name = Home.find(home), study_name(study)
     with locked_study(where, name) if apply else nullcontext((read_study(where, name), None)) as (record, _):
-        differences = tracking.sync(where, record, apply=apply)
+        differences = follow.sync(where, record, apply=apply)
     values = [{"trial": item.trial, "problem": str(item), "mended": apply} for item in differences]
     _output(as_json, values, lambda: terminal.show_differences(_console(), record, differences, applied=apply))
 
@@ -335,14 +335,14 @@ def predict(
     white clothes on black, so invert a photograph on white paper first. Unreadable files are reported and skipped. No
     code in a model's file is run.
     """
-    from searchfm import tracking
     from searchfm.learn import export
     from searchfm.show import terminal
+    from searchfm.tracking import registry
 
     files = [path for path in images if as_csv and path.suffix == ".csv"]
     if (as_csv and as_json) or len(files) > 1:
         raise UserError(f"--csv: must be without --json, and with one file at most (came {len(files)})")
-    with tracking.find_model(Home.find(home), model) as (_, source):
+    with registry.find_model(Home.find(home), model) as (_, source):
         predictor = export.load(source)
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
@@ -375,11 +375,11 @@ def export(
     others' only if you trust them; safetensors is weights alone, with how to build the model as JSON in it and beside
     it. `searchfm predict` reads onnx and safetensors.
     """
-    from searchfm import tracking
     from searchfm.learn import export
+    from searchfm.tracking import registry
 
     format_, target = export.target(kind, output)
-    with tracking.find_model(Home.find(home), model) as (name, source):
+    with registry.find_model(Home.find(home), model) as (name, source):
         network, spec = export.load_model(source)
     done = export.export(network, spec, format_, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"

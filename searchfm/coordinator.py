@@ -21,6 +21,7 @@ from searchfm.errors import WorldError
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
+from searchfm.search import space
 from searchfm.search.storage import read_trial
 from searchfm.search.study import Study, fixed_sampler
 
@@ -74,7 +75,7 @@ class Coordinator:
     ) -> None:
         self.study, self.stored, self.storage, self.pool = study, stored, storage, pool
         self.payload, self.entry = payload, entry
-        self.trials, self.size = trials, study.size(most=trials)
+        self.trials, self.points = trials, space.points(study.tree, most=trials)  # None: more points than trials
         self.optuna = optuna.load_study(study_name=study.name, storage=storage, pruner=study.pruner())
         self.live: dict[int, LiveTrial] = {}  # in the pool
         self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is live
@@ -267,7 +268,7 @@ class Coordinator:
     @property
     def exhausted(self) -> bool:
         """Whether every point of a finite space was asked for."""
-        return self.size is not None and len(self.seen) >= self.size
+        return self.points is not None and len(self.seen) >= len(self.points)
 
 
 def drop_weights(folder: Path) -> None:

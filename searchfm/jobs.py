@@ -38,7 +38,7 @@ class Context:
     earlier: tuple[Path, ...]  # the folders of earlier attempts, the latest first
     device: str  # "cpu", "cuda:0", "mps"
     tick: Callable[[], None]  # call it every batch: the heartbeat; raises Stopped when the job must leave
-    cache: dict[Any, Any] = field(default_factory=dict)  # outlives the job: data now, frozen features later
+    cache: dict[Any, Any] = field(default_factory=dict)  # outlives the job
 
 
 @dataclass(frozen=True)

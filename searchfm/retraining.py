@@ -52,7 +52,7 @@ from searchfm.records import (
 from searchfm.search.files import reopen
 from searchfm.search.storage import locked_study, open_storage, write_record
 from searchfm.search.study import Study
-from searchfm.tracking import publish
+from searchfm.tracking.registry import publish
 from searchfm.tuning import prepare, train_payload
 
 FIT, TEST = "searchfm.learn.entries:fit", "searchfm.learn.entries:test"

@@ -29,7 +29,7 @@ from searchfm.search.storage import (
     write_record,
 )
 from searchfm.search.study import Study, check_name
-from searchfm.tracking import Tracking
+from searchfm.tracking.follow import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
 TRACKING_SECONDS = 60.0  # for MLflow to catch up at the end

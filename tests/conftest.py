@@ -55,7 +55,7 @@ import sys
 from pathlib import Path
 from searchfm.home import Home
 from searchfm.search.storage import open_storage
-from searchfm.tracking import make_schema
+from searchfm.tracking.mirror import make_schema
 home = Home(Path(sys.argv[1]))
 open_storage(home, create=True)
 make_schema(home)

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 from searchfm.home import Home
 from searchfm.records import EPOCHS, write_epochs
-from searchfm.tracking import Tracking
+from searchfm.tracking.follow import Tracking
 
 LENGTH = 3  # epochs
 

@@ -27,9 +27,9 @@ from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyRecord
 from searchfm.search.notes import Notes, artifact_folder, web_address
 from searchfm.search.storage import open_storage
-from searchfm.tracking import Tracking, make_schema, mirror, run_links, sync
-from searchfm.tracking.follow import Follower, Passes
-from searchfm.tracking.mirror import Mirror, shown
+from searchfm.tracking import mirror
+from searchfm.tracking.follow import Follower, Passes, Tracking, sync
+from searchfm.tracking.mirror import Mirror, make_schema, run_links, shown
 from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
@@ -555,7 +555,7 @@ def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     rows.begin(home)
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); import rows; from pathlib import Path\n"
-        "from searchfm.home import Home; from searchfm.tracking import Tracking\n"
+        "from searchfm.home import Home; from searchfm.tracking.follow import Tracking\n"
         "home = Home(Path(sys.argv[1])); tracking = Tracking(home, 'toy'); print(flush=True); time.sleep(60)"
     )
     coordinator = subprocess.Popen(
@@ -628,7 +628,7 @@ import os, signal, sys
 import sqlalchemy
 from pathlib import Path
 from searchfm.home import Home
-from searchfm.tracking import make_schema
+from searchfm.tracking.mirror import make_schema
 left = int(sys.argv[2])
 def statement(*_):
     global left
@@ -814,7 +814,7 @@ def test_many_may_open_a_fresh_home_at_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv(TRACKING, raising=False)
     code = (
         "import sys; from pathlib import Path; from searchfm.home import Home\n"
-        "from searchfm.tracking import make_schema; make_schema(Home(Path(sys.argv[1])))"
+        "from searchfm.tracking.mirror import make_schema; make_schema(Home(Path(sys.argv[1])))"
     )
     starters = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "home")]) for _ in range(3)]
     assert [starter.wait() for starter in starters] == [0] * 3

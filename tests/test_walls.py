@@ -209,7 +209,7 @@ except SystemExit as end:
 
 
 def test_the_coordinator_starts_without_torch_and_mlflow() -> None:
-    code = "import searchfm.cli, searchfm.tuning, searchfm.engines.local, searchfm.tracking, searchfm.show.terminal"
+    code = "import searchfm.cli, searchfm.tuning, searchfm.tracking.registry, searchfm.show.terminal"
     packages = loaded(code)
     assert "optuna" in packages
     assert not {"torch", "torchvision", "timm", "mlflow", "matplotlib"} & packages

@@ -169,11 +169,6 @@ class Study:
         """Every point of the space; None for an infinite one, or more than `space.MAX_POINTS`."""
         return space.points(self.tree)
 
-    def size(self, most: int) -> int | None:
-        """The number of points of the space; None if it is more than `most`."""
-        points = space.points(self.tree, most)
-        return None if points is None else len(points)
-
     @property
     def trials(self) -> int:
         """The number of trials."""

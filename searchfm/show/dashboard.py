@@ -45,7 +45,7 @@ def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: 
     where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError without
     any study, WorldError if a server does not start or ends by itself.
     """
-    from searchfm.tracking import make_schema, run_links  # here: the servers import this module, and need neither
+    from searchfm.tracking.mirror import make_schema, run_links  # here: the servers import this module without them
 
     study = study or _latest(home)
     stop = threading.Event()

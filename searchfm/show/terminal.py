@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from searchfm.jobs import Job
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
-    from searchfm.tracking import Difference
+    from searchfm.tracking.mirror import Difference
 
 Costs = Mapping[str, tuple[float, float]]  # minimum and maximum of a trial's `parameters` and `mflop`
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}

@@ -23,7 +23,8 @@ from searchfm.errors import StudyError, WorldError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
-from searchfm.tracking import run_links, sync
+from searchfm.tracking.follow import sync
+from searchfm.tracking.mirror import run_links
 from tests.programs import chromium
 
 BLUE = (31, 95, 168)  # of validation curves, in our own pictures alone

@@ -31,8 +31,7 @@ from searchfm.search import files
 from searchfm.search.storage import load_study, open_storage
 from searchfm.show import report
 from searchfm.show.report import report_page
-from searchfm.tracking import run_links
-from searchfm.tracking.mirror import connect
+from searchfm.tracking.mirror import connect, run_links
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">"]
 BEST = range(10)  # indices that the best trial gets wrong
