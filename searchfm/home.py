@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,11 @@ def data_folder(option: Path | None = None) -> Path | None:
     """Where data sets are looked for first: `--data-dir`, else SEARCHFM_DATA, else nowhere."""
     folder = option or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
     return folder.expanduser().absolute() if folder else None
+
+
+def shown(uri: str) -> str:
+    """The address of a database or server without user, password and query, for messages."""
+    return re.sub("//[^/]*@", "//", uri).partition("?")[0]
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

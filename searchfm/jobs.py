@@ -4,7 +4,7 @@ A job names an entry function `entry(payload, context) -> Generator[Epoch, None,
 ends, and returns a result. Trials, finalists, the final training and a test's toy objective are jobs.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 from searchfm.records import Epoch
 
 Result: TypeAlias = Mapping[str, Any]  # plain values (what JSON can hold)
-Entry: TypeAlias = Callable[[Mapping[str, Any], "Context"], Generator[Epoch, None, Result]]
 
 
 @dataclass(frozen=True)

@@ -10,22 +10,18 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from searchfm.engines import Engine
-from searchfm.errors import DataError, ModelError, SearchfmError, StorageError, WorldError
+from searchfm.errors import DataError, ModelError, StorageError, WorldError
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Lost, Result, Retried, Started
 
-LEAVE_SECONDS = 25.0  # for jobs to leave their batch after a stop; then their workers are killed
+STOP_SECONDS = 25.0  # for jobs to leave their batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
-RETRIES = 2  # further attempts of a job whose worker died, unless the study says otherwise
-
-# Errors that every other job would meet too.
-_FATAL: Mapping[str, type[SearchfmError]] = {"DataError": DataError, "StorageError": StorageError}
 
 
 class WorkerPool:
@@ -39,7 +35,7 @@ class WorkerPool:
         self,
         engine: Engine,
         *,
-        retries: int = RETRIES,
+        retries: int = 2,
         stopping: Callable[[], bool] = lambda: False,
         check_lock: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -63,7 +59,7 @@ class WorkerPool:
     def stopped(self) -> bool:
         """Whether the pool was asked to stop, and every job has left or the time for it is over."""
         stop = self._stop_requested_at
-        return stop is not None and (not self.engine.busy or self._clock() > stop + LEAVE_SECONDS)
+        return stop is not None and (not self.engine.busy or self._clock() > stop + STOP_SECONDS)
 
     def submit(self, job: Job) -> int:
         """Gives a job to a free worker, or queues it; returns the number of its attempt."""
@@ -151,9 +147,11 @@ class WorkerPool:
             case Finished():
                 gather(job.folder, keep=True)
                 yield event
-            case Failed(kind=kind, reason=reason):
-                if kind in _FATAL:
-                    raise _FATAL[kind](reason)
+            case Failed(kind="DataError", reason=reason):  # every other job would meet it too
+                raise DataError(reason)
+            case Failed(kind="StorageError", reason=reason):
+                raise StorageError(reason)
+            case Failed():
                 gather(job.folder, keep=False)
                 yield event
             case Left():

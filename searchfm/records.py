@@ -256,11 +256,6 @@ class StudyRecord(StudyHeader):
     trials: tuple[Trial, ...]
     final: "Final | None" = None  # None before `retrain`
 
-    @property
-    def header(self) -> StudyHeader:
-        """What is written down of it."""
-        return StudyHeader(**{item.name: getattr(self, item.name) for item in fields(StudyHeader)})
-
     def of(self, state: State) -> list[Trial]:
         """The trials in one state, by number."""
         return [trial for trial in self.trials if trial.state == state]

@@ -29,6 +29,7 @@ from searchfm.search.storage import (
     write_record,
 )
 from searchfm.search.study import Study, check_name
+from searchfm.tables import digest
 from searchfm.tracking.follow import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
@@ -128,7 +129,7 @@ class Tuning:
             resolved=study.resolved,
             file=self.file,
             question=study.question,
-            digest=study.digest,
+            digest=digest(study.resolved),
             planned=study.trials,
             data=data,
             version=searchfm.__version__,

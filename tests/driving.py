@@ -15,6 +15,7 @@ from searchfm.pool import WorkerPool
 from searchfm.records import StudyRecord
 from searchfm.search.storage import create_study, load_study, open_storage, study_lock
 from searchfm.search.study import Study
+from searchfm.tables import digest
 from tests import rows
 
 LIGHT = "tests.toys"  # what the forkserver imports instead of torch
@@ -56,7 +57,7 @@ def search(
             stored = load_study(storage, home, study.name)
         except StudyError:
             header = rows.header(
-                study.resolved, uuid_="u", digest=study.digest, planned=study.trials, fingerprint="toy"
+                study.resolved, uuid_="u", digest=digest(study.resolved), planned=study.trials, fingerprint="toy"
             )
             create_study(storage, study.name, header)
             stored = load_study(storage, home, study.name)

@@ -23,7 +23,7 @@ from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, WorldError
 from searchfm.home import Home
 from searchfm.jobs import EpochDone, Event, Finished, Lost
-from searchfm.pool import LEAVE_SECONDS
+from searchfm.pool import STOP_SECONDS
 from searchfm.records import StudyRecord, Trial
 from searchfm.search import files
 from tests import driving, toys
@@ -386,7 +386,7 @@ def test_twins_that_wait_when_a_search_stops_are_adopted_by_the_next(home: Home)
         payload={"seconds": 0.5, "ticks": 1, "fail": [0]},
         watch=lambda item, _: item.kind == "started" and item.trial == 2,
     )
-    assert time.monotonic() - began < LEAVE_SECONDS / 2
+    assert time.monotonic() - began < STOP_SECONDS / 2
     assert [row.state for row in stopped.trials] == ["failed", "running", "running"]
     study = search(home, study, workers=2)
     check(study, 3)

@@ -274,7 +274,7 @@ def test_readers_leave_an_old_record_alone_and_the_lock_holder_upgrades_it_with_
     assert storage.get_study_user_attrs(number) == {"searchfm": through_json(STUDY_1), "final": through_json(FINAL_1)}
     with locked_study(home, "toy") as (study, _):
         attrs = storage.get_study_user_attrs(number)
-        assert attrs["searchfm"] == through_json(study.header.to_json())
+        assert attrs["searchfm"] == through_json(StudyHeader.from_json(STUDY_1).to_json())
         assert study.final is not None
         assert attrs["final"] == through_json(study.final.to_json())
     for key, old in (("searchfm", STUDY_1), ("final", FINAL_1)):

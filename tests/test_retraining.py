@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from searchfm import cli
 from searchfm.errors import DataError, StorageError, StudyError, UserError
 from searchfm.home import STORAGE, TRACKING, Home
-from searchfm.records import Final, Predictions, RegisteredModel, StudyRecord
+from searchfm.records import Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
 from searchfm.retraining import Progress, RetrainOptions, make_plan, retrain
 from searchfm.search.storage import load_study, open_storage, write_record
 from searchfm.search.study import Study
@@ -347,7 +347,8 @@ def test_data_that_changed_are_refused_before_anything_is_trained(tuned: Home, t
     shutil.copytree(tuned.path, home.path)
     storage, study = open_storage(home), row(home)
     data = dataclasses.replace(study.data, fingerprint="0" * 64)
-    write_record(storage, study.number, dataclasses.replace(study.header, data=data))
+    header = StudyHeader.from_json(storage.get_study_user_attrs(study.number)["searchfm"])
+    write_record(storage, study.number, dataclasses.replace(header, data=data))
     with pytest.raises(DataError, match="the data have changed since study 'digits' was begun"):
         finish(home)
     assert not (home.study("digits") / "finalists").exists()

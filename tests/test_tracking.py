@@ -23,13 +23,13 @@ from optuna.trial import TrialState
 
 from searchfm.errors import StorageError
 from searchfm.format import escape
-from searchfm.home import STORAGE, TRACKING, Home
+from searchfm.home import STORAGE, TRACKING, Home, shown
 from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyRecord
 from searchfm.search.notes import Notes, artifact_folder, web_address
 from searchfm.search.storage import open_storage
 from searchfm.tracking import mirror
 from searchfm.tracking.follow import Follower, Passes, Tracking, sync
-from searchfm.tracking.mirror import Mirror, make_schema, run_links, shown
+from searchfm.tracking.mirror import Mirror, make_schema, run_links
 from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.

@@ -12,7 +12,7 @@ from searchfm.coordinator import Progress
 from searchfm.engines.local import LocalEngine, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.home import Home
-from searchfm.records import StudyRecord
+from searchfm.records import StudyHeader, StudyRecord
 from searchfm.search.storage import open_storage, study_lock, write_record
 from searchfm.tuning import Tuning, choose_devices, find_study
 from tests.driving import facts, let_go, stored
@@ -113,7 +113,8 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
     before, _ = tune(home)
     storage = open_storage(home)
     data = dataclasses.replace(before.data, fingerprint="another")
-    write_record(storage, before.number, dataclasses.replace(before.header, data=data))
+    header = StudyHeader.from_json(storage.get_study_user_attrs(before.number)["searchfm"])
+    write_record(storage, before.number, dataclasses.replace(header, data=data))
     let_go(storage)
     with pytest.raises(DataError, match="digits: the data have changed since study 'toy' was begun; put them back"):
         tune(home, {"search.trials": 5})

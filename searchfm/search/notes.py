@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from searchfm.format import escape, plural, states
-from searchfm.home import Home, write_whole
+from searchfm.home import Home, shown, write_whole
 from searchfm.records import StudyRecord, Trial
 from searchfm.search.storage import open_storage
 
@@ -62,15 +61,15 @@ class Notes:
         if not again and f"dashboard:{trial_id}:note_ver" in self._written:
             return
         pictures = [trial.folder / name for name in PICTURES if (trial.folder / name).is_file()]
-        shown = []
+        images = []
         for path in pictures:
             artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self._uuid}/{trial.number}/{path.name}"))
             write_whole(artifact_folder(self._home) / artifact, path.read_bytes())
             meta = {"artifact_id": artifact, "filename": path.name, "mimetype": "image/png", "encoding": None}
             self._set(f"dashboard:artifacts:{trial_id}:{artifact}", json.dumps(meta))
-            shown.append(f"![{path.stem}](/artifacts/{self._number}/{trial_id}/{artifact})")
+            images.append(f"![{path.stem}](/artifacts/{self._number}/{trial_id}/{artifact})")
         link = f"[This trial in MLflow]({self._link(links.run(trial.number))})" if trial.number in links.runs else ""
-        self._note(f"{trial_id}:", "\n\n".join([*trial_lines(trial), link, *shown]))
+        self._note(f"{trial_id}:", "\n\n".join([*trial_lines(trial), link, *images]))
 
     def study(self, study: StudyRecord, links: Links) -> None:
         """The study's note: its question, its data, its state. Raises what the storage raises."""
@@ -140,6 +139,4 @@ def artifact_folder(home: Home) -> Path:
 
 def web_address(uri: str) -> str | None:
     """The address of MLflow's pages if `uri` is that of a server, without user and password; None for a database."""
-    parts = urlsplit(uri)
-    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/"), query="", fragment="")
-    return bare.geturl() if parts.scheme in ("http", "https") else None
+    return shown(uri).rstrip("/") if uri.startswith(("http://", "https://")) else None

@@ -204,11 +204,11 @@ def locked_study(home: Home, name: str) -> Iterator[tuple[StudyRecord, Callable[
     with failures(f"study {name!r}"), study_lock(home, name) as check:
         study = load_study(storage, home, name)
         attrs = storage.get_study_user_attrs(study.number)
-        for key, record in ((STUDY, study.header), (FINAL, study.final)):
+        for key, kind in ((STUDY, StudyHeader), (FINAL, Final)):
             number = attrs.get(key, {}).get("format", 1)
-            if record is not None and number < FORMAT:
+            if key in attrs and number < FORMAT:
                 write_json(study.folder / f"{key}-format-{number}.json", attrs[key])
-                write_record(storage, study.number, record)
+                write_record(storage, study.number, kind.from_json(attrs[key]))
         yield study, check
 
 

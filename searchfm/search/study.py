@@ -18,7 +18,7 @@ from optuna.trial import BaseTrial, FixedTrial
 from searchfm.config import Config, Shape, Transfer, image_shape
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search import space
-from searchfm.tables import Table, branch, digest, key, read_within
+from searchfm.tables import Table, branch, key, read_within
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -153,11 +153,6 @@ class Study:
     def resolved(self) -> dict[str, Any]:
         """File, overrides and defaults as one table, to store, compare and display."""
         return {"search": self.search.to_table(), **space.to_toml(self.tree)}
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the resolved study."""
-        return digest(self.resolved)
 
     @property
     def epochs(self) -> int:

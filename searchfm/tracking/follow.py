@@ -20,11 +20,11 @@ from typing import Any
 import sqlalchemy
 from optuna.storages import BaseStorage
 
-from searchfm.home import HOME, Home
+from searchfm.home import HOME, Home, shown
 from searchfm.records import StudyRecord, Trial
 from searchfm.search.notes import Notes
 from searchfm.search.storage import load_study, open_storage, read_study
-from searchfm.tracking.mirror import Difference, Mirror, reaching, shown, study_content, trial_content, writer
+from searchfm.tracking.mirror import Difference, Mirror, reaching, study_content, trial_content, writer
 
 log = logging.getLogger("searchfm")
 

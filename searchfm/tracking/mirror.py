@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import sqlalchemy
@@ -32,7 +32,7 @@ import searchfm
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import sentence
-from searchfm.home import Home
+from searchfm.home import Home, shown
 from searchfm.records import (
     EPOCHS,
     PREDICTIONS,
@@ -155,17 +155,11 @@ def database(home: Home) -> Path | None:
     return Path(sqlalchemy.make_url(uri).database or "") if uri.startswith("sqlite:") else None
 
 
-def shown(uri: str) -> str:
-    """The address of a database or server without user, password and query, for messages."""
-    return re.sub("//[^/]*@", "//", uri).partition("?")[0]
-
-
 # --- what a run holds -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Point:
-    """One value of a metric."""
+class Point(NamedTuple):
+    """One value of a metric: the arguments of MLflow's `Metric`."""
 
     key: str
     value: float
@@ -636,13 +630,20 @@ class Mirror:
         return Run(self.client.create_run(self.experiment, start, tags, tags["mlflow.runName"]), created=True)
 
     def _write(self, run: Run, content: Content, points: list[Point], files: list[str]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
         tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
         if run.deleted:
             self.client.restore_run(run.id)
             run.deleted = False
         if run_key(content.tags) is None:
             self.parent = run.id
-        log_batch(self.client, run.id, tags, params, points)
+        self.client.log_batch(  # in as many calls as MLflow's limits ask for
+            run.id,
+            metrics=[Metric(*point) for point in points],
+            params=[Param(*param) for param in params.items()],
+            tags=[RunTag(*tag) for tag in tags.items()],
+        )
         run.tags |= tags
         run.params |= params
         run.metrics |= {point.key: point.value for point in points}
@@ -734,20 +735,6 @@ def create_experiment(client: Any, home: Home, name: str, folder: str, tags: Map
     """A new experiment; its artifacts are in that folder of the home unless a server keeps them."""
     location = None if web_address(home.tracking_uri) else (home.artifacts / folder).as_uri()
     return str(client.create_experiment(name, artifact_location=location, tags=KIND | dict(tags)))
-
-
-def log_batch(
-    client: Any, run: str, tags: Mapping[str, str], params: Mapping[str, str], points: Sequence[Point]
-) -> None:
-    """Logs to a run; MLflow's client makes as many calls as its limits ask for."""
-    from mlflow.entities import Metric, Param, RunTag
-
-    client.log_batch(
-        run,
-        metrics=[Metric(point.key, point.value, point.time, point.step) for point in points],
-        params=[Param(key, value) for key, value in params.items()],
-        tags=[RunTag(key, value) for key, value in tags.items()],
-    )
 
 
 def _changed(held: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, str]:

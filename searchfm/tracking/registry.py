@@ -20,12 +20,12 @@ import numpy as np
 
 from searchfm.errors import ModelError, StorageError, StudyError
 from searchfm.format import sentence
-from searchfm.home import Home, file_sha256
+from searchfm.home import Home, file_sha256, shown
 from searchfm.records import SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.storage import read_study
 from searchfm.tables import digest
 from searchfm.tracking import mirror
-from searchfm.tracking.mirror import COMMIT, PACKAGES, Mirror, connect, database, reaching, shown, writer
+from searchfm.tracking.mirror import COMMIT, PACKAGES, Mirror, connect, database, reaching, writer
 
 log = logging.getLogger("searchfm")
 
@@ -281,6 +281,8 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
     """
     with reaching(home):
         client = connect(home)
+        from mlflow.entities import Metric  # not before `connect`, which sets MLflow's environment
+
         experiment = _comparisons(client, home)
         lines_digest = digest({"lines": [dict(line) for line in lines]})
         if client.search_runs([experiment], f"tags.digest = '{lines_digest}'", max_results=1):
@@ -293,7 +295,7 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
             texts = {key: value for key, value in line.items() if isinstance(value, str)}
             tags = common | texts | {"role": "compared", "mlflow.parentRunId": run}
             child = client.create_run(experiment, run_name=line["study"], tags=tags).info.run_id
-            mirror.log_batch(client, child, {}, {}, mirror.make_points(line, now, 0))
+            client.log_batch(child, metrics=[Metric(*point) for point in mirror.make_points(line, now, 0)])
             client.set_terminated(child, "FINISHED")
         client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
         with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:

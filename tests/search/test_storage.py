@@ -24,6 +24,7 @@ from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import HOME, STORAGE, Home
+from searchfm.records import StudyHeader
 from searchfm.search.storage import (
     create_study,
     failures,
@@ -66,7 +67,7 @@ def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorag
     create_study(storage, "toy", HEADER)
     study = load_study(storage, any_home, "toy")
     assert (study.name, study.uuid, study.question, study.digest) == ("toy", "u", "why?", "d" * 64)
-    assert study.header == HEADER
+    assert StudyHeader.from_json(storage.get_study_user_attrs(study.number)["searchfm"]) == HEADER
     assert (study.trials, study.best, study.folder) == ((), None, any_home.path / "studies" / "toy")
     write_record(storage, study.number, dataclasses.replace(HEADER, planned=5))
     assert load_study(storage, any_home, "toy").planned == 5

@@ -164,8 +164,7 @@ def test_the_resolved_study_is_the_same_study() -> None:
     study = toy(**OPEN)
     again = Study(study.name, study.resolved)
     assert again.resolved == study.resolved
-    assert again.digest == study.digest
-    assert toy(search={"seed": 1}, **OPEN).digest != study.digest
+    assert toy(search={"seed": 1}, **OPEN).resolved != study.resolved
     assert set(study.resolved) == {"search", *Config.schema}
     assert study.resolved["train"]["batch_size"] == 128  # defaults and all
 
