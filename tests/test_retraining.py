@@ -195,10 +195,10 @@ def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
     assert json.loads(outputs[("--json",)]) == {key: json.loads(json.dumps(final.to_json()))[key] for key in promised}
     text = " ".join(outputs[()].split())
     test, validation = final.test, final.validation
-    assert f"a further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text
-    assert f"{test.accuracy:.2%} of 384 images correct, 95% interval {test.low:.2%} to {test.high:.2%}" in text
-    assert "of this one model, on images like these" in text
-    assert "has been read once" in text
+    assert f"A further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text
+    assert f"{test.accuracy:.2%} of 384 test images correct; 95% interval {test.low:.2%} to {test.high:.2%}" in text
+    assert "for this one model on images like these" in text
+    assert "had been read once by then" in text
     assert "models:/searchfm-digits/1, the champion" in text
 
 

@@ -32,6 +32,7 @@ from searchfm.records import (
 )
 from searchfm.search.storage import create_study, load_study, open_storage, write_record
 from searchfm.search.study import Study
+from searchfm.tables import digest
 from tests.programs import chromium
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -100,7 +101,7 @@ def search(
         study.resolved,
         uuid_=f"uuid-{name}",
         question=question,
-        digest=study.digest,
+        digest=digest(study.resolved),
         planned=len(trials),
         fingerprint=fingerprint or own,
         shape=(1, 8, 8),

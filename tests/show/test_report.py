@@ -274,7 +274,7 @@ def test_the_files_it_shows_are_the_study_and_the_trial_again(home: Home, tmp_pa
         path.write_text(unescape(shown))
         again = files.read(path).study()
         if index:
-            assert (again.name, again.digest) == (study.name, study.digest)
+            assert (again.name, again.resolved) == (study.name, study.resolved)
         else:
             assert again.first.to_table() == study.trials[0].config
 
