@@ -25,7 +25,7 @@ EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked a
 
 
 class WorkerPool:
-    """Runs jobs on an engine's workers.
+    """Runs jobs on the workers of an engine, which is closed by its owner.
 
     retries: attempts that a job may lose to dying workers before it fails. stopping: whether the command was asked to
     stop; then every job is asked to leave. check_lock: raises once the study's lock is gone.

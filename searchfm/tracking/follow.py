@@ -102,7 +102,8 @@ class Passes:
 
     def __init__(self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True) -> None:
         self._study = study
-        self._mirror, self._notes = Mirror(home, study, send=send, deep=deep), Notes(home, study)
+        self._mirror = Mirror(home, study, send=send, deep=deep)
+        self._notes: Notes | None = None  # opened at the first note, and again after an error
         self._aligned: dict[int, Trial] = {}
         self._states: tuple[Any, ...] = ()  # of the study and its trials when the study's own run was aligned
         self._study_due = 0.0  # monotonic seconds
@@ -137,7 +138,7 @@ class Passes:
             states = (status, [trial.state for trial in study.trials])
             if self._states != states and (last or time.monotonic() >= self._study_due):
                 differences += self._mirror.align(study_content(study, status))
-                self._note(lambda: self._notes.study(study, self._mirror.links()))
+                self._note(lambda notes: notes.study(study, self._mirror.links()))
                 self._states, self._study_due = states, time.monotonic() + STUDY_SECONDS
         except Exception:
             self._mirror.forget()
@@ -166,15 +167,17 @@ class Passes:
             return []
         self._aligned[trial.number] = trial
         if trial.state != "running":
-            self._note(lambda: self._notes.trial(trial, self._mirror.links(), again=bool(differences)))
+            self._note(lambda notes: notes.trial(trial, self._mirror.links(), again=bool(differences)))
         return differences
 
-    def _note(self, write: Callable[[], None]) -> None:
+    def _note(self, write: Callable[[Notes], None]) -> None:
         """Writes a note of optuna-dashboard. Notes come last: without them everything else goes on."""
         try:
             if self._mirror.send:
-                write()
+                self._notes = self._notes or Notes(self._mirror.home, self._study)
+                write(self._notes)
         except Exception as error:
+            self._notes = None
             if not self._notes_failed:
                 log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)
             self._notes_failed = True
