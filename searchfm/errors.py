@@ -85,4 +85,4 @@ class DivergedError(WorldError):
 
 
 class Stopped(BaseException):  # not an error: it must pass every `except Exception` on its way out
-    """Raised by `tick()` when a worker has been asked to leave its job; the job checkpoints and goes."""
+    """Raised by `tick()` when the job must stop; the job writes a checkpoint and ends."""

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 from scipy.stats import binom, binomtest, norm, t
 
 LEVEL = 0.95  # of every interval we show
+Correct = NDArray[np.bool_]  # whether a model is correct about each image
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,15 @@ class Accuracy:
         return float(interval.low), float(interval.high)
 
 
-def mcnemar(first: ArrayLike, second: ArrayLike) -> float:
+def mcnemar(first: Correct, second: Correct) -> float:
     """Two-sided mid-p of McNemar's test that two models are correct equally often, from the same images in one order.
 
     first, second: (N,) bool, whether the model is correct. Only images that one of the two gets wrong count; 1.0 where
     there are none. Mid-p keeps the level better than the exact test, which is conservative, and holds it where the
     asymptotic ones do not (Fagerland, Lydersen & Laake 2013, BMC Medical Research Methodology 13:91).
     """
-    one, other = np.asarray(first, dtype=np.bool_), np.asarray(second, dtype=np.bool_)
-    assert one.shape == other.shape
-    gains, losses = int((one & ~other).sum()), int((~one & other).sum())
+    assert first.shape == second.shape
+    gains, losses = int((first & ~second).sum()), int((~first & second).sum())
     fewer, total = min(gains, losses), gains + losses
     if gains == losses:
         return 1.0
@@ -67,7 +67,7 @@ class Dispersion:
     freedom: int  # degrees of freedom of the estimate
 
 
-def dispersion(models: Sequence[ArrayLike]) -> Dispersion | None:
+def dispersion(models: Sequence[Correct]) -> Dispersion | None:
     """The dispersion over seeds, pooled over models; None where no model was trained with two seeds or more.
 
     models: for each an array (S, N) bool, whether each of S seeds is correct about each of N images. Seeds differ in
@@ -78,8 +78,7 @@ def dispersion(models: Sequence[ArrayLike]) -> Dispersion | None:
     """
     ratios = []
     freedom = 0
-    for model in models:
-        correct = np.asarray(model, dtype=np.float64)
+    for correct in models:
         if len(correct) > 1:
             chance, own = flips(correct), len(correct) - 1
             freedom += own
@@ -87,28 +86,26 @@ def dispersion(models: Sequence[ArrayLike]) -> Dispersion | None:
     return Dispersion(max(sum(ratios) / freedom, 1.0), freedom) if freedom else None
 
 
-def flips(correct: ArrayLike) -> float:
+def flips(correct: Correct) -> float:
     """The variance that a training's accuracy would have if its predictions were independent, each image correct as
     often as in the other trainings. correct: (S, N) bool, S at least 2.
     """
-    predictions = np.asarray(correct, dtype=np.float64)
-    return float(predictions.var(axis=0, ddof=1).sum() / predictions.shape[1] ** 2)
+    return float(correct.var(axis=0, ddof=1).sum() / correct.shape[1] ** 2)
 
 
-def further_seed(correct: ArrayLike, pooled: Dispersion) -> tuple[float, float]:
+def further_seed(correct: Correct, pooled: Dispersion) -> tuple[float, float]:
     """The 95% prediction interval (low, high) for the accuracy of one further training, with a seed of its own, on the
     same images: mean +- t s sqrt(1 + 1/S) (Hahn & Meeker 1991, Statistical Intervals, section 4.7), cut to 0..1.
 
     correct: (S, N) bool, whether each of S seeds is correct about each image, S at least 2. All trainings see the same
     images, so the sampling of images is not in it: other images are what the test part is for.
     """
-    predictions = np.asarray(correct, dtype=np.float64)
-    mean, variance = float(predictions.mean()), pooled.factor * flips(predictions)
-    half = float(t.ppf((1 + LEVEL) / 2, pooled.freedom)) * math.sqrt(variance * (1 + 1 / len(predictions)))
+    mean, variance = float(correct.mean()), pooled.factor * flips(correct)
+    half = float(t.ppf((1 + LEVEL) / 2, pooled.freedom)) * math.sqrt(variance * (1 + 1 / len(correct)))
     return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
-def paired(first: ArrayLike, second: ArrayLike, pooled: Dispersion | None) -> float:
+def paired(first: Correct, second: Correct, pooled: Dispersion | None) -> float:
     """Two-sided p-value of the hypothesis that fresh trainings of two models are correct equally often, from the same
     images in one order.
 
@@ -118,12 +115,11 @@ def paired(first: ArrayLike, second: ArrayLike, pooled: Dispersion | None) -> fl
     are compared, not further ones). The two variances add up, as in two-way clustering (Cameron, Gelbach & Miller 2011,
     Journal of Business & Economic Statistics 29:238).
     """
-    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    assert one.shape[1:] == other.shape[1:]
-    differences = one.mean(axis=0) - other.mean(axis=0)
+    assert first.shape[1:] == second.shape[1:]
+    differences = first.mean(axis=0) - second.mean(axis=0)
     variance = float((differences**2).sum()) / differences.size**2
     if pooled is not None:
-        variance += (pooled.factor - 1) * (flips(one) / len(one) + flips(other) / len(other))
+        variance += (pooled.factor - 1) * (flips(first) / len(first) + flips(second) / len(second))
     if variance == 0.0:
         return 1.0
     return float(2 * norm.sf(abs(differences.mean()) / math.sqrt(variance)))

@@ -39,8 +39,8 @@ def test_mcnemar_gives_fagerlands_example() -> None:
 def test_models_that_agree_or_are_even_cannot_be_distinguished() -> None:
     correct = np.array([True, False, True, True])
     assert mcnemar(correct, correct) == 1.0
-    assert mcnemar([True, False, True, False], [False, True, True, False]) == 1.0
-    assert mcnemar([], []) == 1.0
+    assert mcnemar(np.array([True, False, True, False]), np.array([False, True, True, False])) == 1.0
+    assert mcnemar(correct[:0], correct[:0]) == 1.0
 
 
 def test_mcnemar_is_wrong_about_equals_as_seldom_as_it_says() -> None:

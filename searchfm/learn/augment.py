@@ -90,8 +90,7 @@ def mixup_weight(alpha: float, generator: Generator) -> Tensor:
     # torch.distributions draws the same, but from the global generator; so do torchvision's MixUp and CutMix.
     # Smaller alphas underflow to 0 / 0 even in float64, and give 1/2; at 0.01 lambda is almost always 0 or 1.
     both = torch.full((2,), max(alpha, 0.01), dtype=torch.float64, device=generator.device)
-    weight: Tensor = torch._sample_dirichlet(both, generator=generator)[0]
-    return weight.float()
+    return torch._sample_dirichlet(both, generator=generator)[0].float()
 
 
 def cutmix_weights(alpha: float, height: int, width: int, generator: Generator) -> Tensor:

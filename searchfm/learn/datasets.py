@@ -129,9 +129,7 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
     return folder_of(name) or _obtain(name, data_dir, lambda location: location)
 
 
-def training_images(
-    config: DataConfig, indices: Sequence[int], fingerprint: str, data_dir: Path | None = None
-) -> Pixels:
+def training_images(config: DataConfig, indices: Sequence[int], fingerprint: str, data_dir: Path | None) -> Pixels:
     """Training and validation images (N, C, H, W) by `data.Part.indices`; never test images.
 
     fingerprint: of the data of the indices. Raises DataError for data that have changed since, or cannot be read.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +38,7 @@ class Arrays:
     validation: int = 0  # of the images, the last ones, that are the data's own validation part
 
     @classmethod
-    def of(
-        cls, images: Pixels, labels: Labels, classes: Sequence[str], hashes: Sequence[bytes] | None = None
-    ) -> "Arrays":
+    def of(cls, images: Pixels, labels: Labels, classes: Sequence[str], hashes: Sequence[bytes] | None = None) -> Self:
         """Arrays with their fingerprint; `hashes` are those of the images where they are known already."""
         digest = hashlib.sha256(b"".join(map(image_hash, images) if hashes is None else hashes))
         digest.update(labels.astype("<i8").tobytes() + "\0".join(classes).encode())

@@ -124,11 +124,11 @@ def test_images_are_those_of_the_data_and_of_no_other() -> None:
     fingerprint, indices, labels = searched.validation()
     config = DataConfig(name="digits")
     zero, one = (int(indices[np.flatnonzero(labels == digit)[0]]) for digit in (0, 1))
-    shown = training_images(config, [one, zero], fingerprint)
+    shown = training_images(config, [one, zero], fingerprint, None)
     assert shown.shape == (2, 1, 8, 8)
     assert shown[0, 0, :, 3:5].sum() > shown[1, 0, :, 3:5].sum()  # a one is a stroke, a zero has a hole
     with pytest.raises(DataError, match="the data have changed since"):
-        training_images(config, [one], "another")
+        training_images(config, [one], "another", None)
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
