@@ -74,8 +74,8 @@ def study(seed: int) -> Outcome:
     for _ in final:
         pass
     unseen = _both(parts["test"], parts["held"])
-    correct = _correct(evaluate(final.classifier, unseen, winner.train).probabilities, unseen)
-    return _outcome(selection, max(values), float(further), correct, rng)
+    _, predictions = evaluate(final.classifier, unseen, winner.train, lambda: None)
+    return _outcome(selection, max(values), float(further), predictions.correct, rng)
 
 
 def _outcome(selection: Selection, best: float, further: float, correct: Answers, rng: np.random.Generator) -> Outcome:
@@ -141,13 +141,7 @@ def _train(config: Config, splits: Splits, seed: int) -> Answers:
     for _ in training:
         pass
     assert training.validation is not None
-    assert splits.val is not None
-    return _correct(training.validation.probabilities, splits.val)
-
-
-def _correct(probabilities: torch.Tensor, part: Part) -> Answers:
-    correct: Answers = (probabilities.argmax(1) == part.labels).numpy()
-    return correct
+    return training.validation[1].correct
 
 
 def _fresh(seed: int, number: int) -> tuple[int, ...]:

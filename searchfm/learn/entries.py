@@ -22,14 +22,13 @@ from searchfm.errors import DataError, ModelError, Stopped, WorldError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
-from searchfm.learn.data import Part, Splits, load, load_full, load_test
+from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.models import flops, parameters
 from searchfm.learn.models.transfer import build as build_transfer
-from searchfm.learn.train import Evaluation, Training, evaluate
+from searchfm.learn.train import Training, evaluate
 from searchfm.records import (
     PREDICTIONS,
     Epoch,
-    Predictions,
     Prepared,
     PrepareJob,
     PrepareResult,
@@ -116,11 +115,10 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
     part = load_test(config.data, device=context.device, data_dir=Path(job.data_dir) if job.data_dir else None)
     yield from ()  # an entry is a generator, even one without epochs
     began = time.perf_counter()
-    evaluation = evaluate(model.to(context.device), part, config.train, tick=context.tick)
-    predictions = _predictions(part, evaluation)
+    loss, predictions = evaluate(model.to(context.device), part, config.train, context.tick)
     return TestResult(
-        accuracy=evaluation.accuracy,
-        loss=evaluation.loss,
+        accuracy=float(predictions.correct.mean()),
+        loss=loss,
         correct=int(predictions.correct.sum()),
         n=len(part),
         per_class=predictions.per_class(spec["classes"]),
@@ -184,8 +182,8 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
         "versions": _versions(),
     }
     files = checkpoint.save_weights(context.folder, training.classifier, spec)
-    if validation is not None and data.val is not None:
-        files[PREDICTIONS] = _predictions(data.val, validation).write(context.folder)
+    if validation is not None:
+        files[PREDICTIONS] = validation[1].write(context.folder)
     checkpoint.remove(folders)
     return _result(training, files)
 
@@ -217,10 +215,6 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         versions=_versions(),
         files=files,
     )
-
-
-def _predictions(part: Part, evaluation: Evaluation) -> Predictions:
-    return Predictions(part.indices.numpy(), part.labels.cpu().numpy(), evaluation.probabilities.cpu().numpy())
 
 
 def _versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ A folder of user images is FOLDER/train/CLASS/*.png, with val/ and test/ beside 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,7 @@ class Listing:
     part: PartName
     carved: bool  # train and test are the two sides of one folder
     classes: tuple[str, ...]  # of the training part, sorted
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
+    files: Mapping[Path, int]  # with their labels
     val: "Listing | None"  # of the training part: the folder's own validation part
 
     def key(self) -> str:
@@ -142,7 +141,7 @@ def listing(root: Path, part: PartName) -> Listing:
             )
         files |= dict.fromkeys(paths, classes.index(folder.name))
     val = listing(root, "val") if part == "train" and split and (root / "val").is_dir() else None
-    return Listing(base, part, carved, classes, tuple(files), tuple(files.values()), val)
+    return Listing(base, part, carved, classes, files, val)
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -182,8 +181,8 @@ def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arr
     if broken:
         more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
         raise DataError(f"{len(broken)} files cannot be read as images: {'; '.join(broken[:NAMED])}{more}")
-    rows = zip(listing.files, listing.labels, decoded, strict=True)
-    kept = [(path, label, *item) for path, label, item in rows if isinstance(item, tuple)]
+    rows = zip(listing.files.items(), decoded, strict=True)
+    kept = [(path, label, *item) for (path, label), item in rows if isinstance(item, tuple)]
     if not kept:
         raise DataError(
             f"{listing.base}: has too few images, none of {len(decoded)} falls into the {listing.part} part"

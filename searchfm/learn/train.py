@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +16,10 @@ from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
-from searchfm.records import Epoch
+from searchfm.records import Epoch, Predictions
 
 # The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
 _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A model's answers for a part of the data."""
-
-    loss: float  # mean cross-entropy, no smoothing
-    accuracy: float  # fraction of correct answers
-    probabilities: Tensor  # (N, K) float32, on the model's device, in the part's order
 
 
 class Training(Iterator[Epoch]):
@@ -67,7 +57,7 @@ class Training(Iterator[Epoch]):
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
         self._optimizer = optim.optimizer(self.model, config.optimizer)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
-        self.validation: Evaluation | None = None
+        self.validation: tuple[float, Predictions] | None = None
         self.epochs: list[Epoch] = []
         if resume is not None:
             self._restore(resume)
@@ -85,15 +75,18 @@ class Training(Iterator[Epoch]):
         loss, accuracy, lr = self._pass(index)
         trained = time.perf_counter()
         _finite("train_loss", loss, index)
-        self.validation = validation = self.validate()
-        if validation is not None:
-            _finite("val_loss", validation.loss, index)
+        self.validation = self.validate()
+        val_loss = val_accuracy = None
+        if self.validation is not None:
+            val_loss, predictions = self.validation
+            val_accuracy = float(predictions.correct.mean())
+            _finite("val_loss", val_loss, index)
         epoch = Epoch(
             index=index,
             train_loss=loss,
             train_accuracy=accuracy,
-            val_loss=None if validation is None else validation.loss,
-            val_accuracy=None if validation is None else validation.accuracy,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
             lr=lr,
             seconds=time.perf_counter() - started,
             samples_per_second=self._count / (trained - started),
@@ -137,11 +130,11 @@ class Training(Iterator[Epoch]):
                     correct += (logits.argmax(1) == expected).sum()
         return loss_sum.item() / self._count, correct.item() / self._count, config.optimizer.lr * factor
 
-    def validate(self) -> Evaluation | None:
+    def validate(self) -> tuple[float, Predictions] | None:
         """Evaluates on the validation part; None where nothing is held out."""
         if self.data.val is None:
             return None
-        return evaluate(self.classifier, self.data.val, self.config.train, tick=self._tick)
+        return evaluate(self.classifier, self.data.val, self.config.train, self._tick)
 
     def checkpoint(self) -> Checkpoint:
         """All that resuming from here needs, copied: later epochs do not change it."""
@@ -163,8 +156,11 @@ class Training(Iterator[Epoch]):
 
 
 @torch.inference_mode()
-def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callable[[], None]) -> Evaluation:
-    """The model's answers for a part, in the training's batches and precision. Leaves the model in evaluation mode."""
+def evaluate(model: Classifier, part: Part, config: TrainConfig, tick: Callable[[], None]) -> tuple[float, Predictions]:
+    """The mean cross-entropy (no smoothing) on a part, and the predictions; in the training's batches and precision.
+
+    Leaves the model in evaluation mode.
+    """
     device = model.mean.device
     loss_sum = torch.zeros((), device=device)
     rows: list[Tensor] = []
@@ -175,10 +171,8 @@ def evaluate(model: Classifier, part: Part, config: TrainConfig, *, tick: Callab
             logits = model(images).float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         rows.append(logits)
-    probabilities = torch.cat(rows).softmax(1)
-    correct = int((probabilities.argmax(1).cpu() == part.labels.cpu()).sum())
-    count = len(part.labels)
-    return Evaluation(loss_sum.item() / count, correct / count, probabilities)
+    probabilities = torch.cat(rows).softmax(1).cpu().numpy()
+    return loss_sum.item() / len(part), Predictions(part.indices.numpy(), part.labels.cpu().numpy(), probabilities)
 
 
 def _precision(config: TrainConfig, device: torch.device) -> torch.autocast:

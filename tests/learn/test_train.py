@@ -125,9 +125,10 @@ def test_epochs_hold_what_happened(digits: Splits) -> None:
     assert ticks == 2 * batches
     assert all(0 < epoch.seconds < 60 and epoch.samples_per_second > 0 for epoch in epochs)
     assert training.validation is not None
-    assert training.validation.probabilities.shape == (212, 10)
-    torch.testing.assert_close(training.validation.probabilities.sum(1), torch.ones(212))
-    assert epochs[-1].val_accuracy == training.validation.accuracy
+    loss, predictions = training.validation
+    assert predictions.probabilities.shape == (212, 10)
+    assert predictions.probabilities.sum(1) == pytest.approx(1.0, abs=1e-5)
+    assert (epochs[-1].val_loss, epochs[-1].val_accuracy) == (loss, predictions.correct.mean())
 
 
 def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
@@ -136,12 +137,10 @@ def test_evaluation_is_plain_arithmetic(digits: Splits) -> None:
     assert digits.val is not None
     model = training.classifier.eval()
     logits = model(digits.val.images)
-    evaluation = evaluate(model, digits.val, config(train={"batch_size": 50}).train, tick=lambda: None)
-    assert evaluation.loss == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, digits.val.labels)), rel=1e-5
-    )
-    assert evaluation.accuracy == pytest.approx(float((logits.argmax(1) == digits.val.labels).float().mean()))
-    torch.testing.assert_close(evaluation.probabilities, logits.softmax(1).detach())
+    loss, predictions = evaluate(model, digits.val, config(train={"batch_size": 50}).train, lambda: None)
+    assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, digits.val.labels)), rel=1e-5)
+    assert predictions.correct.tolist() == (logits.argmax(1) == digits.val.labels).tolist()
+    torch.testing.assert_close(torch.from_numpy(predictions.probabilities), logits.softmax(1).detach())
 
 
 def test_the_average_is_what_is_validated(digits: Splits) -> None:
@@ -150,10 +149,10 @@ def test_the_average_is_what_is_validated(digits: Splits) -> None:
     assert training.classifier is not training.model
     assert digits.val is not None
     settings = training.config.train
-    evaluation = evaluate(training.classifier, digits.val, settings, tick=lambda: None)
+    loss, _ = evaluate(training.classifier, digits.val, settings, lambda: None)
     assert training.validation is not None
-    assert evaluation.loss == training.validation.loss
-    assert evaluation.loss != evaluate(training.model, digits.val, settings, tick=lambda: None).loss
+    assert loss == training.validation[0]
+    assert loss != evaluate(training.model, digits.val, settings, lambda: None)[0]
 
 
 def test_without_a_validation_part_there_is_no_validation_accuracy(digits: Splits) -> None:
