@@ -5,7 +5,7 @@ ends, and returns a result. Trials, finalists, the final training and a test's t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,7 +37,6 @@ class Context:
     earlier: tuple[Path, ...]  # the folders of earlier attempts, the latest first
     device: str  # "cpu", "cuda:0", "mps"
     tick: Callable[[], None]  # call it every batch: the heartbeat; raises Stopped when the job must leave
-    cache: dict[Any, Any] = field(default_factory=dict)  # outlives the job
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Job entries that take milliseconds where training takes minutes. Workers import them by name: keep imports light."""
 
+import itertools
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 from searchfm import errors
 from searchfm.jobs import Context, Result
 from searchfm.records import Epoch
+
+JOBS = itertools.count(1)  # of this process
 
 
 def curve(config: Mapping[str, Any], index: int) -> float:
@@ -86,8 +89,12 @@ def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
         context.tick()
         time.sleep(0.005)
     time.sleep(payload.get("sleeps", 0.0))
-    seen = context.cache["jobs"] = context.cache.get("jobs", 0) + 1
-    return {"pid": os.getpid(), "device": context.device, "jobs": seen, "earlier": [p.name for p in context.earlier]}
+    return {
+        "pid": os.getpid(),
+        "device": context.device,
+        "jobs": next(JOBS),
+        "earlier": [p.name for p in context.earlier],
+    }
 
 
 def imports(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:

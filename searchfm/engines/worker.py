@@ -15,7 +15,6 @@ import traceback
 from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 from searchfm.errors import SearchfmError, Stopped
 from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Job, Left
@@ -59,7 +58,6 @@ def work(pipe: Connection, device: str, warm: str) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see LocalEngine._start
     with suppress(ImportError):  # the entry's own import says what is missing
         importlib.import_module(warm)  # done already in a fork; a spawned worker needs its settings too
-    cache: dict[Any, Any] = {}
     while not heartbeat.terminated:
         try:
             # The handler cannot end a wait, and an exception from it could lose a job or the event of its end.
@@ -72,7 +70,7 @@ def work(pipe: Connection, device: str, warm: str) -> None:
             folder = job.folder / f"attempt-{job.attempt}" if job.folder else None
             paths = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
             earlier = tuple(path for path in paths if path.is_dir())
-            pipe.send(_run(job, Context(folder, earlier, device, partial(heartbeat.tick, job), cache), pipe))
+            pipe.send(_run(job, Context(folder, earlier, device, partial(heartbeat.tick, job)), pipe))
         except (EOFError, OSError):
             return
         gc.collect()  # what a trial held (on a GPU above all) must not weigh on the next

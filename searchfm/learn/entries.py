@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,7 +44,6 @@ log = logging.getLogger("searchfm")
 
 EXAMPLE = "example.npy"
 Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final training
-_CACHED = 2  # data sets a worker keeps: the study's, and one of the study before
 
 
 def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -52,7 +52,7 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError.
     """
     job = PrepareJob.from_json(payload, "prepare")
-    splits = _cached_data(DataConfig.from_table(job.data), job.data_dir, context, load)
+    splits = _data(load, DataConfig.from_table(job.data), job.data_dir, context.device)
     images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held)
@@ -87,7 +87,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
         torch.set_num_threads(threads)
     assert context.folder is not None
     config = Config.from_table(job.config).data
-    images = _cached_data(config, job.data_dir, context, load_full).train.images[:2]
+    images = _data(load_full, config, job.data_dir, context.device).train.images[:2]
     content = io.BytesIO()
     np.save(content, images.cpu().numpy())
     sha256 = write_whole(context.folder / EXAMPLE, content.getvalue())
@@ -147,7 +147,7 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
 def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
     assert context.folder is not None
     config = Config.from_table(job.config)
-    table, data = config.to_table(), _cached_data(config.data, job.data_dir, context, load)
+    table, data = config.to_table(), _data(load, config.data, job.data_dir, context.device)
     if data.fingerprint != job.fingerprint:
         raise DataError(
             f'data.name = "{config.data.name}": the data changed since the study began '
@@ -188,16 +188,9 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     return _result(training, files)
 
 
-def _cached_data(config: DataConfig, data_dir: str | None, context: Context, load: Loader) -> Splits:
-    """The data, from the worker's cache if an earlier job had the same."""
-    key = (load.__name__, digest(config.to_table()), data_dir, context.device)
-    splits: Splits | None = context.cache.pop(key, None)
-    if splits is None:
-        splits = load(config, device=context.device, data_dir=Path(data_dir) if data_dir else None)
-    context.cache[key] = splits  # the latest used is last
-    for old in list(context.cache)[:-_CACHED]:
-        del context.cache[old]
-    return splits
+@lru_cache(maxsize=2)  # data sets a worker keeps: the study's, and one of the study before
+def _data(load: Loader, config: DataConfig, data_dir: str | None, device: str) -> Splits:
+    return load(config, device=device, data_dir=Path(data_dir) if data_dir else None)
 
 
 def _result(training: Training, files: Mapping[str, str]) -> TrainResult:

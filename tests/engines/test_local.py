@@ -91,7 +91,7 @@ class EngineContract:
         assert (engine.free, engine.busy) == (2, False)
         assert engine.next_event(0.0) is None
 
-    def test_one_worker_does_many_jobs_and_keeps_its_cache(self, engine: Any) -> None:
+    def test_one_worker_does_many_jobs_and_keeps_what_it_has_loaded(self, engine: Any) -> None:
         engine.resize(["cpu"])
         answers = []
         for _ in range(4):

@@ -192,17 +192,15 @@ def test_divergence_ends_a_trial_with_its_reason(digits: Splits, tmp_path: Path)
 
 
 def test_a_worker_loads_its_data_once_and_keeps_few(digits: Splits, tmp_path: Path) -> None:
-    one = context(tmp_path)
-    settings = config(train={"epochs": 1})
-    drain(trial(payload(settings, digits), one))
-    (held,) = map(id, one.cache.values())
-    drain(trial(payload(settings, digits), one))
-    assert [id(data) for data in one.cache.values()] == [held]
-    for size in (4, 6, 10):
-        table = settings.to_table()
+    entries._data.cache_clear()
+    table = config(train={"epochs": 1}).to_table()
+    loads = []
+    for size in (0, 0, 4, 6, 10, 6, 10, 4):
         table["data"]["size"] = size
-        drain(trial(payload(Config.from_table(table), digits), one))
-    assert [data.train.images.shape[-1] for data in one.cache.values()] == [6, 10]
+        drain(trial(payload(Config.from_table(table), digits), context(tmp_path)))
+        loads.append(entries._data.cache_info().misses)
+    assert loads == [1, 1, 2, 3, 4, 4, 4, 5]
+    assert entries._data.cache_info().currsize == 2
 
 
 HUNGRY = """
