@@ -378,10 +378,10 @@ def export(
     from searchfm.learn import export
     from searchfm.tracking import registry
 
-    format_, target = export.target(kind, output)
+    target = export.target(kind, output)
     with registry.find_model(Home.find(home), model) as (name, source):
         network, spec = export.load_model(source)
-    done = export.export(network, spec, format_, target(name), force=force)
+    done = export.export(network, spec, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
     _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, assert_never, get_args
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,8 +28,7 @@ from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, 
 from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, served
 
-Format = Literal["onnx", "pt2", "safetensors"]
-FORMATS: tuple[Format, ...] = get_args(Format)
+FORMATS = ("onnx", "pt2", "safetensors")
 Probabilities: TypeAlias = NDArray[np.float32]
 Answer: TypeAlias = Callable[[Pixels], Probabilities]
 Side: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]  # of an image, in pixels
@@ -68,22 +67,21 @@ class Exported:
     """A file that was checked and written."""
 
     path: Path
-    format: Format
+    format: str
     bytes: int
     difference: float  # the largest of any probability to the model's own, over random images
 
 
-def target(kind: str | None, output: Path | None) -> tuple[Format, Callable[[str], Path]]:
-    """The format that `--format` and `--output` ask for, and the file for a model of a name. Raises UserError."""
+def target(kind: str | None, output: Path | None) -> Callable[[str], Path]:
+    """The file for a model of a name, in the format that `--format` and `--output` name. Raises UserError."""
     path = output or Path()
     folder = path.is_dir()
-    name = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
-    format_ = next((each for each in FORMATS if each == name), None)
-    if format_ is None:
-        raise UserError(f"format {name!r}: must be one of {', '.join(FORMATS)}")
-    if not folder and path.suffix != f".{format_}":
-        raise UserError(f"--output {path}: must be a folder, or end in .{format_}")
-    return format_, lambda name: path / f"{name}.{format_}" if folder else path
+    kind = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
+    if kind not in FORMATS:
+        raise UserError(f"format {kind!r}: must be one of {', '.join(FORMATS)}")
+    if not folder and path.suffix != f".{kind}":
+        raise UserError(f"--output {path}: must be a folder, or end in .{kind}")
+    return lambda name: path / f"{name}.{kind}" if folder else path
 
 
 def load(path: Path) -> Predictor:
@@ -116,9 +114,10 @@ def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
     raise ModelError(f"{path}: must be .onnx, .safetensors, or a folder with {WEIGHTS} and {SPEC}{reason}")
 
 
-def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path, *, force: bool = False) -> Exported:
-    """Writes a model (on the CPU, in evaluation mode, with the spec it was loaded with) as one file, once its answers
-    were compared with those of the model, at several batch sizes. A .safetensors gets its spec beside it too.
+def export(model: Classifier, spec: Mapping[str, Any], path: Path, *, force: bool = False) -> Exported:
+    """Writes a model (on the CPU, in evaluation mode, with the spec it was loaded with) as one file of the format that
+    the suffix names, once its answers were compared with those of the model, at several batch sizes. A .safetensors
+    gets its spec beside it too.
 
     Raises UserError for a file that is there, unless forced, and where ONNX is not installed; ModelError where the
     outputs differ by more than BOUND; StorageError. Nothing is left behind then.
@@ -127,34 +126,32 @@ def export(model: Classifier, spec: Mapping[str, Any], kind: Format, path: Path,
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     spec = {**spec, "sha256": tensors_sha256(tensors)}
     metadata = {METADATA: json.dumps(spec, ensure_ascii=False)}
-    beside = [path.with_suffix(".json")] if kind == "safetensors" else []
+    beside = [path.with_suffix(".json")] if path.suffix == ".safetensors" else []
     if not path.parent.is_dir():
         raise UserError(f"{path}: cannot be written, there is no folder {path.parent}")
     for target in (path, *beside):
         if target.exists() and not force:
             raise UserError(f"{target}: already exists; --force overwrites it")
-    match kind:
-        case "onnx":
+    match path.suffix:
+        case ".onnx":
             runtime = _onnxruntime()
             with model_errors(f"{path}: torch cannot write this model as .onnx"):
                 content = _onnx(module, interface.shape, {**metadata, "classes": json.dumps(interface.classes)})
             _, answer = _read_onnx(content, runtime)
-        case "pt2":
+        case ".pt2":
             with model_errors(f"{path}: torch cannot write this model as .pt2"):
                 content = _pt2(module, interface.shape, metadata)
             answer = _answer(torch.export.load(io.BytesIO(content)).module())  # our own, so it may be unpickled
-        case "safetensors":
+        case _:
             content = safetensors.torch.save(tensors, metadata)
             answer = _answer(served(rebuild(spec, safetensors.torch.load(content))))
-        case _:
-            assert_never(kind)
     largest = difference(_answer(module), answer, interface.shape)
     if not largest <= BOUND:  # a nan is refused too
         raise ModelError(f"{path}: outputs differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
     for target in beside:
         write_whole(target, f"{json.dumps(spec, indent=1, ensure_ascii=False)}\n".encode())
     write_whole(path, content)
-    return Exported(path, kind, len(content), largest)
+    return Exported(path, path.suffix.removeprefix("."), len(content), largest)
 
 
 def difference(first: Answer, second: Answer, shape: Shape) -> float:
