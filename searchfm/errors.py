@@ -72,10 +72,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-class CheckpointError(WorldError):
-    """A checkpoint that is damaged or belongs to another trial."""
-
-
 class StorageError(WorldError):
     """The database or the home folder failed."""
 

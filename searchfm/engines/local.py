@@ -42,8 +42,7 @@ class _Worker:
 class LocalEngine:
     """An `Engine` of worker processes on this machine, one for each device name ("cpu", "cuda:0" ...).
 
-    A worker starts with its first job. A job that has ticked, and then does not for `timeout` seconds, hangs: its
-    worker is killed, and the job is lost.
+    A worker starts with its first job. A job that stops ticking for `timeout` seconds is lost, its worker killed.
     """
 
     def __init__(self, devices: Sequence[str], warm: str = WARM, timeout: float = 600.0) -> None:

@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from searchfm.config import Config
-from searchfm.errors import CheckpointError, ModelError, one_line
+from searchfm.errors import ModelError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.learn.models import Classifier, build
 from searchfm.records import Epoch
@@ -28,6 +28,7 @@ log = logging.getLogger("searchfm")
 
 _FORMAT = 1
 _KEPT = 2  # the newest, and a fallback
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
 METADATA = "searchfm"  # key of our JSON in the metadata of every format
 _NAME = re.compile(r"checkpoint-(\d{4,})-([0-9a-f]{64})\.safetensors")
 
@@ -59,25 +60,21 @@ def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Pat
 
 
 def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint in a file. Raises CheckpointError if it is damaged, unreadable, or another owner's."""
+    """The checkpoint in a file. Raises one of UNREADABLE if it is damaged, unreadable, or another owner's."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path}: not the name of a checkpoint")
-    try:
-        sha = file_sha256(path)
-        if sha != match[2]:
-            raise CheckpointError(f"{path}: damaged, its sha256 is {sha[:12]}..., not {match[2][:12]}...")
-        text, tensors = _contents(path)
-        about = json.loads(text)
-        if about["format"] != _FORMAT:
-            raise CheckpointError(f"{path}: of format {about['format']}, this version reads {_FORMAT}")
-        epochs = tuple(Epoch(**record) for record in about["epochs"])
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+        raise ValueError("not the name of a checkpoint")
+    sha = file_sha256(path)
+    if sha != match[2]:
+        raise ValueError(f"damaged, its sha256 is {sha[:12]}..., not {match[2][:12]}...")
+    text, tensors = _contents(path)
+    about = json.loads(text)
+    if about["format"] != _FORMAT:
+        raise ValueError(f"of format {about['format']}, this version reads {_FORMAT}")
     for key, expected in owner.items():
         if about["owner"].get(key) != expected:
-            raise CheckpointError(f"{path}: belongs to {key} {about['owner'].get(key)}, not {expected}")
-    return Checkpoint(epochs, tensors)
+            raise ValueError(f"belongs to {key} {about['owner'].get(key)}, not {expected}")
+    return Checkpoint(tuple(Epoch(**record) for record in about["epochs"]), tensors)
 
 
 def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:
@@ -85,8 +82,8 @@ def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | No
     for path in _listed(folders):
         try:
             return read(path, owner)
-        except CheckpointError as error:
-            log.warning("skipped: %s", error)
+        except UNREADABLE as error:
+            log.warning("skipped: %s: %s", path, error)
     return None
 
 

@@ -78,8 +78,7 @@ def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: Schedul
     """The learning rate at a step (from 0) over its maximum: a pure function, so that no state needs saving.
 
     A warm-up rises in equal steps; the schedule covers the rest of training. Equal to torch's StepLR, ExponentialLR,
-    CosineAnnealingLR and OneCycleLR stepped every batch, except that one-cycle does not change momentum: a search has
-    a key for that.
+    CosineAnnealingLR and OneCycleLR stepped every batch, but one-cycle leaves momentum, which has a key of its own.
     """
     warmup = round(config.warmup * steps_per_epoch)
     if step < warmup:

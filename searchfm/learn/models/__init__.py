@@ -16,10 +16,9 @@ from searchfm.learn.models.transfer import Pretrained
 def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int, pretrained: bool = True) -> nn.Module:
     """The net: (N, *shape) float32, normalised -> (N, classes) float32 logits, on the CPU.
 
-    The weights depend on `seed` alone; torch's global generator is left as it was. Without `pretrained`, no weights are
-    fetched or read.
-    The config's `fit_images(shape)` must hold. Raises ModelError for pretrained models and their weights, ConfigError
-    for more tuned stages than there are.
+    The weights depend on `seed` alone; torch's global generator is left as it was. Unless `pretrained`, no weights are
+    read. The config's `fit_images(shape)` must hold. Raises ModelError for pretrained models and their weights,
+    ConfigError for more tuned stages than there are.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
