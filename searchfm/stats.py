@@ -106,8 +106,7 @@ def further_seed(correct: Correct, pooled: Dispersion) -> tuple[float, float]:
 
 
 def paired(first: Correct, second: Correct, pooled: Dispersion | None) -> float:
-    """Two-sided p-value of the hypothesis that fresh trainings of two models are correct equally often, from the same
-    images in one order.
+    """Two-sided p-value that fresh trainings of two models are equally often correct on the same images, in one order.
 
     first, second: (S, N) bool, whether each seed is correct about each image. The difference of two accuracies varies
     with the images, as McNemar's test has it for one seed and Durkalski et al. (2003, Statistics in Medicine 22:2417)

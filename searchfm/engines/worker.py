@@ -8,6 +8,7 @@ import gc
 import importlib
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -82,21 +83,19 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
     log = logging.getLogger("searchfm")
     log.setLevel(logging.INFO)
     log.propagate = False
-    log.handlers = [logging.NullHandler()]
+    handler: logging.Handler = logging.NullHandler()
     logging.captureWarnings(True)
     if context.folder is not None:
         context.folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(context.folder / "log.txt")
+        handler = file = logging.FileHandler(context.folder / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.handlers = [file]
         assert file.stream is not None
         # What libraries print belongs to the job too, and never on the coordinator's terminal.
         for descriptor in (1, 2):
             os.dup2(file.stream.fileno(), descriptor)
-    logging.getLogger("py.warnings").handlers = log.handlers
+    log.handlers = logging.getLogger("py.warnings").handlers = [handler]
     try:
-        module, _, function = job.entry.partition(":")
-        entry = getattr(importlib.import_module(module), function)
+        entry = pkgutil.resolve_name(job.entry)
         with closing(entry(job.payload, context)) as epochs:  # closed, it writes its checkpoint
             while True:
                 try:
@@ -117,8 +116,7 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
         reason = text if isinstance(error, SearchfmError) else f"{type(error).__name__}: {text}"
         return Failed(job.id, job.attempt, type(error).__name__, reason[:500])
     finally:
-        for handler in log.handlers:
-            handler.close()
+        handler.close()
         log.handlers = logging.getLogger("py.warnings").handlers = [logging.NullHandler()]
         sys.stdout.flush()
         sys.stderr.flush()

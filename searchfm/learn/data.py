@@ -75,8 +75,7 @@ def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
     Raises DataError as `load` does, and for a test part without images.
     """
-    (part,) = _to_device([_open(datasets.parsed(config, "test", data_dir))], torch.device(device))
-    return part
+    return _to_device([_open(datasets.parsed(config, "test", data_dir))], torch.device(device))[0]
 
 
 def split(labels: Labels, classes: Sequence[str], config: DataConfig, *, own: int = 0) -> tuple[Labels, Labels]:

@@ -1,5 +1,4 @@
-"""Data sets: located, downloaded, read into arrays and kept parsed in the cache. No torch, unless torchvision must give
-mirrors and checksums.
+"""Data sets: located, downloaded, read and kept parsed in the cache. No torch, but for torchvision's list of mirrors.
 
 A data set by name is searched in this order: the folder that the user names (`data_dir`, or SEARCHFM_DATA), our cache
 (SEARCHFM_CACHE, or the user's own), Debian's folder, the data set's mirrors (or SEARCHFM_MIRROR/NAME/ instead), a

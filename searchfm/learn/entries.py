@@ -139,8 +139,7 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
         reason = one_line(error)
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
     gc.collect()
-    if context.device.startswith("cuda"):
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     raise WorldError(f"out of memory on {context.device}: {reason}")
 
 

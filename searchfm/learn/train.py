@@ -157,10 +157,7 @@ class Training(Iterator[Epoch]):
 
 @torch.inference_mode()
 def evaluate(model: Classifier, part: Part, config: TrainConfig, tick: Callable[[], None]) -> tuple[float, Predictions]:
-    """The mean cross-entropy (no smoothing) on a part, and the predictions; in the training's batches and precision.
-
-    Leaves the model in evaluation mode.
-    """
+    """Mean cross-entropy (no smoothing) and predictions, in the training's precision. The model stays in eval mode."""
     device = model.mean.device
     loss_sum = torch.zeros((), device=device)
     rows: list[Tensor] = []

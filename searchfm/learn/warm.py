@@ -1,5 +1,4 @@
-"""Slow imports, done once by the forkserver, so that every forked worker starts warm. A spawned worker imports this at
-its start.
+"""Slow imports, done once by the forkserver, so that forked workers start warm. A spawned worker imports this too.
 
 torch's first optimizer step imports half of torch._dynamo. One thread, because threads do not survive a fork; no CUDA,
 because a forked CUDA context is broken.
