@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ def synced(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFa
         patch.delenv(STORAGE, raising=False)
         patch.delenv(TRACKING, raising=False)
         study = rows.four(home)
-        with pytest.warns() as _:  # MLflow's, of SQLAlchemy: see test_tracking.py
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SQLAlchemy warns of MLflow, but once a process: see test_tracking.py
             sync(home, study, apply=True)
     return home
 
