@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from searchfm.config import Config
 from searchfm.errors import WorldError
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Result, Retried
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
 from searchfm.search import space
@@ -77,8 +77,8 @@ class Coordinator:
         self.payload, self.entry = payload, entry
         self.trials, self.points = trials, space.points(study.tree, most=trials)  # None: more points than trials
         self.optuna = optuna.load_study(study_name=study.name, storage=storage, pruner=study.pruner())
-        self.live: dict[int, LiveTrial] = {}  # in the pool
-        self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is live
+        self.running: dict[int, LiveTrial] = {}  # in the pool
+        self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is running
         self.trained: dict[str, int] = {}  # digest -> the trial that was, or is being, trained for it
         self.seen: set[str] = set()  # digests
         self.asked = 0
@@ -104,8 +104,8 @@ class Coordinator:
         yield from self._adopt()
         while True:
             yield from self._ask()
-            if not self.live or self.pool.stopped:
-                return  # live trials stay RUNNING, for the next coordinator to adopt
+            if not self.running or self.pool.stopped:
+                return  # running trials stay RUNNING, for the next coordinator to adopt
             for event in self.pool.events():
                 yield from self._on(event)
 
@@ -117,13 +117,13 @@ class Coordinator:
             # A trial with its config has all its parameters, and some samplers count how often they are asked.
             complete = "config" in frozen.user_attrs
             self.optuna.sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
-            live = self._open(optuna.Trial(self.optuna, frozen._trial_id))
-            live.pruned = frozen.user_attrs.get("pruned", "")
+            current = self._open(optuna.Trial(self.optuna, frozen._trial_id))
+            current.pruned = frozen.user_attrs.get("pruned", "")
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
-            live.epochs = list(self._record(live.number).epochs)
+            current.epochs = list(self._record(current.number).epochs)
             attempt, lost = frozen.user_attrs.get("attempt", 1), frozen.user_attrs.get("lost", 0)
-            live.job = replace(live.job, attempt=attempt, lost=lost, received=len(live.epochs))
-            yield from self._begin(live, adopted=True)
+            current.job = replace(current.job, attempt=attempt, lost=lost, received=len(current.epochs))
+            yield from self._begin(current, adopted=True)
 
     def _ask(self) -> Iterator[Progress]:
         """Asks for a trial for each free worker, while the study is not full."""
@@ -131,7 +131,7 @@ class Coordinator:
             if self.asked >= self.trials or (self.exhausted and not self.again):
                 return
             if self.useful == 0 and len(self.failures) >= HOPELESS:
-                if self.live:
+                if self.running:
                     return  # one of them may still succeed
                 raise WorldError(
                     f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
@@ -144,21 +144,21 @@ class Coordinator:
             yield from self._begin(self._open(trial))
 
     def _on(self, event: Event) -> Iterator[Progress]:
-        live = self.live[int(event.job)]
+        current = self.running[int(event.job)]
         match event:
             case EpochDone(epoch=epoch):
-                yield from self._judge(live, epoch)
-            case Left():
-                yield from self._end(live, TrialState.PRUNED, reason=live.pruned)
+                yield from self._judge(current, epoch)
+            case Interrupted():
+                yield from self._end(current, TrialState.PRUNED, reason=current.pruned)
             case Finished(result=result):
-                yield from self._finish(live, result)
+                yield from self._finish(current, result)
             case Failed(reason=reason):
-                yield from self._end(live, TrialState.FAIL, reason=reason)
+                yield from self._end(current, TrialState.FAIL, reason=reason)
             case Retried(attempt=attempt, reason=reason, lost=lost):
-                live.trial.set_user_attr("attempt", attempt)
+                current.trial.set_user_attr("attempt", attempt)
                 if reason:  # else its worker was stopped, which is no fault of the trial
-                    live.trial.set_user_attr("lost", lost)
-                    yield Progress("retried", live.number, text=f"{reason}; goes on from its last checkpoint")
+                    current.trial.set_user_attr("lost", lost)
+                    yield Progress("retried", current.number, text=f"{reason}; goes on from its last checkpoint")
 
     # --- one trial ----------------------------------------------------------------------------------------------------
 
@@ -170,85 +170,87 @@ class Coordinator:
         number, table = trial.number, config.to_table()
         folder = self.stored.folder / f"{number:04d}"
         job = Job(str(number), folder, self.entry, self.payload(table, f"{self.stored.uuid}/{number}"))
-        live = LiveTrial(number, trial, config, config.digest(), folder, job)
+        current = LiveTrial(number, trial, config, config.digest(), folder, job)
         if "digest" not in trial.user_attrs:
             trial.set_user_attr("config", table)
-            trial.set_user_attr("digest", live.digest)
+            trial.set_user_attr("digest", current.digest)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.study.replay(number, table))
-        return live
+        return current
 
-    def _begin(self, live: LiveTrial, adopted: bool = False) -> Iterator[Progress]:
+    def _begin(self, current: LiveTrial, adopted: bool = False) -> Iterator[Progress]:
         """Submits the trial, unless an equal one makes that needless."""
-        number = live.number
-        self.seen.add(live.digest)
-        first = self.trained.setdefault(live.digest, number)
+        number = current.number
+        self.seen.add(current.digest)
+        first = self.trained.setdefault(current.digest, number)
         if first != number:
-            if first in self.live:
-                self.waiting[number] = live
+            if first in self.running:
+                self.waiting[number] = current
             else:
-                yield from self._follow(live, first)
-        elif live.pruned:
-            gather(live.folder, keep=False)
-            yield from self._end(live, TrialState.PRUNED, reason=live.pruned)
+                yield from self._follow(current, first)
+        elif current.pruned:
+            gather(current.folder, keep=False)
+            yield from self._end(current, TrialState.PRUNED, reason=current.pruned)
         else:
-            self.live[number] = live
-            attempt = self.pool.submit(live.job)
+            self.running[number] = current
+            attempt = self.pool.submit(current.job)
             if attempt > 1:
-                live.trial.set_user_attr("attempt", attempt)
+                current.trial.set_user_attr("attempt", attempt)
             yield Progress("adopted" if adopted else "started", number, self._record(number))
 
-    def _judge(self, live: LiveTrial, epoch: Epoch) -> Iterator[Progress]:
+    def _judge(self, current: LiveTrial, epoch: Epoch) -> Iterator[Progress]:
         """Takes an epoch down, and asks the pruner about it once."""
-        live.epochs.append(epoch)
-        write_epochs(live.folder / EPOCHS, live.epochs)
+        current.epochs.append(epoch)
+        write_epochs(current.folder / EPOCHS, current.epochs)
         if epoch.val_accuracy is not None:
-            live.trial.report(round(epoch.val_accuracy, 6), epoch.index)
+            current.trial.report(round(epoch.val_accuracy, 6), epoch.index)
             # Not after the last epoch: a trial that is trained has its value. And once an epoch: successive halving
             # marks its rung before it answers, so an epoch judged twice would be answered differently.
-            if epoch.index < live.config.train.epochs and live.trial.should_prune():
-                live.pruned = f"pruned by {self.study.search.pruner.tag} after epoch {epoch.index}"
-                live.trial.set_user_attr("pruned", live.pruned)  # its worker may take a while to leave
-        yield Progress("epoch", live.number, epoch=epoch)
-        if live.pruned:
-            self.pool.stop(str(live.number))
+            if epoch.index < current.config.train.epochs and current.trial.should_prune():
+                current.pruned = f"pruned by {self.study.search.pruner.tag} after epoch {epoch.index}"
+                current.trial.set_user_attr("pruned", current.pruned)  # its worker may take a while to stop
+        yield Progress("epoch", current.number, epoch=epoch)
+        if current.pruned:
+            self.pool.stop(str(current.number))
 
-    def _finish(self, live: LiveTrial, result: Result) -> Iterator[Progress]:
+    def _finish(self, current: LiveTrial, result: Result) -> Iterator[Progress]:
         value = result.get("value")
         if not isinstance(value, float) or not math.isfinite(value):
-            drop_weights(live.folder)
-            yield from self._end(live, TrialState.FAIL, reason=f"its value is {value}, not a finite number")
+            drop_weights(current.folder)
+            yield from self._end(current, TrialState.FAIL, reason=f"its value is {value}, not a finite number")
         else:
-            yield from self._end(live, TrialState.COMPLETE, round(value, 6), result=result)
+            yield from self._end(current, TrialState.COMPLETE, round(value, 6), result=result)
 
-    def _end(self, live: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any) -> Iterator[Progress]:
+    def _end(
+        self, current: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any
+    ) -> Iterator[Progress]:
         """Attributes (reason, result, twin), then `tell`: the trial has ended."""
-        number = live.number
+        number = current.number
         for name, attr in attrs.items():
             if attr is not None:
-                live.trial.set_user_attr(name, attr)
-        self.optuna.tell(live.trial, value, state)
-        self.live.pop(number, None)
+                current.trial.set_user_attr(name, attr)
+        self.optuna.tell(current.trial, value, state)
+        self.running.pop(number, None)
         record = self._record(number)
         if state is TrialState.FAIL:
             self.failures.append(record.reason or "")
-            del self.trained[live.digest]
+            del self.trained[current.digest]
         self._count(record)
         yield Progress("ended", number, record, text=record.reason or "")
         if record.twin is None:
-            for follower in [other for other in self.waiting.values() if other.digest == live.digest]:
+            for follower in [other for other in self.waiting.values() if other.digest == current.digest]:
                 del self.waiting[follower.number]
                 yield from self._begin(follower)
 
-    def _follow(self, live: LiveTrial, first: int) -> Iterator[Progress]:
+    def _follow(self, current: LiveTrial, first: int) -> Iterator[Progress]:
         """Ends a trial as its twin ended: the same value, or the same reports and state, without training."""
-        twin, reported = self._record(first), self._record(live.number).reported
+        twin, reported = self._record(first), self._record(current.number).reported
         for index in sorted(twin.reported.keys() - reported.keys()):
-            live.trial.report(twin.reported[index], index)
-        write_epochs(live.folder / EPOCHS, twin.epochs)
+            current.trial.report(twin.reported[index], index)
+        write_epochs(current.folder / EPOCHS, twin.epochs)
         state = TrialState.COMPLETE if twin.state == "complete" else TrialState.PRUNED
         result = None if twin.result is None else replace(twin.result, files={}).to_json()
-        yield from self._end(live, state, twin.value, reason=twin.reason, result=result, twin=first)
+        yield from self._end(current, state, twin.value, reason=twin.reason, result=result, twin=first)
 
     # --- what is known of the study -----------------------------------------------------------------------------------
 

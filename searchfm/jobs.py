@@ -36,7 +36,7 @@ class Context:
     folder: Path | None  # where this attempt writes: FOLDER/attempt-2
     earlier: tuple[Path, ...]  # the folders of earlier attempts, the latest first
     device: str  # "cpu", "cuda:0", "mps"
-    tick: Callable[[], None]  # call it every batch: the heartbeat; raises Stopped when the job must leave
+    tick: Callable[[], None]  # call it every batch: the heartbeat; raises Stopped when the job must stop
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Failed(Event):
 
 
 @dataclass(frozen=True)
-class Left(Event):
-    """The job left at a tick because it, or its worker, was stopped. From a pool: the end of a job after
+class Interrupted(Event):
+    """The job ended at a tick because it, or its worker, was stopped. From a pool: the end of a job after
     `WorkerPool.stop`, in whatever way.
     """
 

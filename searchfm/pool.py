@@ -17,9 +17,9 @@ from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import DataError, ModelError, StorageError, WorldError
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Lost, Result, Retried, Started
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Result, Retried, Started
 
-STOP_SECONDS = 25.0  # for jobs to leave their batch after a stop; then their workers are killed
+STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
 
@@ -28,7 +28,7 @@ class WorkerPool:
     """Runs jobs on the workers of an engine, which is closed by its owner.
 
     retries: attempts that a job may lose to dying workers before it fails. stopping: whether the command was asked to
-    stop; then every job is asked to leave. check_lock: raises once the study's lock is gone.
+    stop; then every job is asked to stop. check_lock: raises once the study's lock is gone.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class WorkerPool:
         return job.attempt
 
     def stop(self, job: str) -> None:
-        """Asks a job to leave; its one further event is `Left`."""
+        """Asks a job to stop; its one further event is `Interrupted`."""
         self._stopped.add(job)
         self.engine.stop(job)
 
@@ -141,7 +141,7 @@ class WorkerPool:
         if job.id in self._stopped:
             self._stopped.remove(job.id)
             gather(job.folder, keep=False)
-            yield Left(job.id, job.attempt)
+            yield Interrupted(job.id, job.attempt)
             return
         match event:
             case Finished():
@@ -154,7 +154,7 @@ class WorkerPool:
             case Failed():
                 gather(job.folder, keep=False)
                 yield event
-            case Left():
+            case Interrupted():
                 yield self._retry(job, "")
             case Lost(reason=reason):
                 job = replace(job, lost=job.lost + 1)
@@ -173,7 +173,7 @@ class WorkerPool:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM and --timeout: the first asks all jobs to leave, a second signal ends the process at once.
+    """Ctrl-C, SIGTERM and --timeout: the first asks all jobs to stop, a second signal ends the process at once.
 
     timeout: seconds, or None.
     """

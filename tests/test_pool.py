@@ -9,7 +9,7 @@ import pytest
 
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, ModelError, StorageError, WorldError
-from searchfm.jobs import EpochDone, Failed, Finished, Job, Left
+from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
 from searchfm.retraining import Progress, Task, run_tasks
@@ -72,13 +72,13 @@ def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: Lo
     spec = job(tmp_path, 0, epochs=50, ticks=5, seconds=0.005)
     assert pool.submit(spec) == 1
     events: list[Any] = []
-    while not any(isinstance(event, Left | Finished | Failed) for event in events):
+    while not any(isinstance(event, Interrupted | Finished | Failed) for event in events):
         for event in pool.events():
             events.append(event)
             if isinstance(event, EpochDone) and event.epoch.index == 2:
                 pool.stop(spec.id)
     assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [1, 2]
-    assert isinstance(events[-1], Left)
+    assert isinstance(events[-1], Interrupted)
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["log.txt"]
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from searchfm.engines.worker import LEFT, STOP, work
-from searchfm.jobs import EpochDone, Event, Job, Left, Lost
+from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
 WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
@@ -131,11 +131,11 @@ class LocalEngine:
         if message is None or isinstance(message, EpochDone):
             return message
         worker.job = None
-        if isinstance(message, Left) and not worker.stopping:
+        if isinstance(message, Interrupted) and not worker.stopping:
             self._end(worker)  # another process stopped it (SIGTERM); it runs no further job
         return message
 
-    def _reap(self, worker: _Worker, how: str | None = None) -> Left | Lost | None:
+    def _reap(self, worker: _Worker, how: str | None = None) -> Interrupted | Lost | None:
         """Ends a dead worker, whose job is lost. The next job starts another."""
         worker.process.join(5)
         code = worker.process.exitcode
@@ -143,7 +143,7 @@ class LocalEngine:
         if worker.job is None:
             return None
         if code == LEFT:
-            return Left(worker.job.id, worker.job.attempt)
+            return Interrupted(worker.job.id, worker.job.attempt)
         if how is None:
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         return Lost(worker.job.id, worker.job.attempt, f"its worker died ({how})")

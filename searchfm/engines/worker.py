@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from searchfm.errors import SearchfmError, Stopped
-from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Job, Left
+from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Interrupted, Job
 
 STOP = "stop"
 LEFT = os.EX_TEMPFAIL  # exit code of a worker that was terminated: a job that was on its way to it is not charged
@@ -108,7 +108,7 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
                     raise Stopped from None
                 context.tick()
     except Stopped:
-        return Left(job.id, job.attempt)
+        return Interrupted(job.id, job.attempt)
     except (Exception, SystemExit) as error:
         if not isinstance(error, SearchfmError):
             log.error("%s", traceback.format_exc())

@@ -14,7 +14,7 @@ import pytest
 
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Job, Left, Lost
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost
 
 pytestmark = pytest.mark.usefixtures("cold_forkserver")
 
@@ -111,7 +111,7 @@ class EngineContract:
         engine.submit(job("1", ticks_for=60))
         engine.submit(job("2", sleeps=0.5))
         engine.stop("1")
-        assert end(engine, 15) == Left("1", 1)
+        assert end(engine, 15) == Interrupted("1", 1)
         assert engine.free == 1
         assert result(end(engine))["pid"]
         engine.submit(job("3"))
@@ -174,7 +174,7 @@ class EngineContract:
         engine.submit(job("1", tmp_path, ticks_for=60))
         wait_until((tmp_path / "attempt-1" / "tick").exists)
         os.kill(pid, signal.SIGTERM)
-        assert end(engine, 15) == Left("1", 1)
+        assert end(engine, 15) == Interrupted("1", 1)
         engine.submit(job("2"))
         assert result(end(engine))["pid"] != pid
 
@@ -261,7 +261,7 @@ SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
 from searchfm.engines.local import LocalEngine
-from searchfm.jobs import Job, Left
+from searchfm.jobs import Job, Interrupted
 
 def main():
     engine = LocalEngine(["cpu", "cpu"], warm=sys.argv[1])
@@ -318,7 +318,7 @@ for attempt in range(1, 9):
     event = None
     while event is None:
         event = engine.next_event(0.2)
-    if not isinstance(event, Left):  # the stopped worker had taken it
+    if not isinstance(event, Interrupted):  # the stopped worker had taken it
         break
 print(type(event).__name__, flush=True)
 engine.close()
@@ -328,7 +328,7 @@ engine.close()
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         os.killpg(process.pid, how)
-        assert process.stdout.readline() == "Left(job='1', attempt=1)\n"
+        assert process.stdout.readline() == "Interrupted(job='1', attempt=1)\n"
         assert process.stdout.readline() == "Finished\n"
     assert process.returncode == 0
 

@@ -92,7 +92,7 @@ def _create(config: Transfer, shape: Shape, classes: int, path: Path | None = No
     source = timm.models.get_pretrained_cfg(config.model)
     if source is not None and source.fixed_input_size:
         settings["img_size"] = shape[1:]
-    problem = _does_not_take(config, shape)
+    problem = _unsupported(config, shape)
     if path is not None:
         settings |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "custom_load": False}}
         problem = f'model.transfer.weights = "{path}": does not load into {config.model}'
@@ -136,14 +136,14 @@ def _try_out(model: Any, config: Transfer, shape: Shape, classes: int) -> None:
             f'model.transfer.model = "{config.model}": its patches of {patch[0]}x{patch[1]} pixels do not cover images'
             f" of {shape[1]}x{shape[2]}; set data.size to a multiple of {patch[0]}"
         )
-    with model_errors(_does_not_take(config, shape)), torch.no_grad():
+    with model_errors(_unsupported(config, shape)), torch.no_grad():
         logits = model.eval()(torch.zeros(1, *shape))
     if tuple(logits.shape) != (1, classes):
         raise ModelError(f'model.transfer.model = "{config.model}": gives {tuple(logits.shape)}, not (1, {classes})')
     model.train()
 
 
-def _does_not_take(config: Transfer, shape: Shape) -> str:
+def _unsupported(config: Transfer, shape: Shape) -> str:
     return f'model.transfer.model = "{config.model}": does not take images of {"x".join(map(str, shape))}'
 
 
