@@ -33,7 +33,7 @@ NAMES = ("127.0.0.1", "localhost", "[::1]")  # host names of this machine in a U
 HEALTH = {"optuna-dashboard": "/api/meta", "MLflow": "/health"}  # paths that answer once a server is up
 TRIED = 20  # ports in a row
 START_SECONDS = 90.0
-LEAVE_SECONDS = 5.0  # for a server to end after SIGTERM
+STOP_SECONDS = 5.0  # for a server to end after SIGTERM
 GROUP_SECONDS = 3.0  # for the rest of its group, once the parent is gone
 
 
@@ -125,7 +125,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(LEAVE_SECONDS)
+                self.process.wait(STOP_SECONDS)
         self.errors.close()
 
     def _last_line(self) -> str:
