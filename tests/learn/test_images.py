@@ -214,6 +214,15 @@ def test_sizes_must_agree_or_be_set(tmp_path: Path) -> None:
     assert load_full(of(root, size=8)).train.images.shape == (13, 1, 8, 8)
 
 
+def test_images_of_val_have_the_size_of_those_of_train(tmp_path: Path) -> None:
+    root = small(tmp_path, parts=("train",))
+    for name in ("cat", "dog"):
+        write(root / "val" / name / "0.png", noise(1, 7, 7))
+    with pytest.raises(DataError, match=r"val: images differ in size from those of .*train: set data.size"):
+        load(of(root))
+    assert load(of(root, size=8)).val.images.shape == (2, 1, 8, 8)
+
+
 def test_unreadable_files_are_named_in_one_error(tmp_path: Path, cache: Path) -> None:
     root = small(tmp_path)
     whole = io.BytesIO()
