@@ -152,18 +152,19 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
 
     In this order, a running trial's epochs are those that Optuna holds: the coordinator writes the file first.
     """
-    attrs = trial.user_attrs
+    attrs, state = trial.user_attrs, STATES.get(trial.state, "running")
     last = max(trial.intermediate_values, default=0)
     result = attrs.get("result")
     return Trial(
         number=trial.number,
-        state=STATES.get(trial.state, "running"),
+        state=state,
         value=trial.value if trial.state is TrialState.COMPLETE else None,
         params=dict(trial.params),
         config=attrs.get("config", {}),
         digest=attrs.get("digest", ""),
         twin=attrs.get("twin"),
-        reason=attrs.get("reason"),
+        # An attempt that failed may have left one before its coordinator died: a later attempt's end counts.
+        reason=attrs.get("reason") if state in ("pruned", "failed") else None,
         attempts=attrs.get("attempt", 1),
         reported=dict(sorted(trial.intermediate_values.items())),
         epochs=tuple(epoch for epoch in read_epochs(folder / EPOCHS) if epoch.index <= last),
