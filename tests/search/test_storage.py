@@ -80,11 +80,9 @@ def test_another_connection_reads_a_recorded_result(any_home: Home, storage: Bas
     trial = record.ask()
     trial.suggest_float("optimizer.lr", 0.1, 1.0, log=True)
     trial.report(0.5, 1)
-    trial.set_user_attr("reason", "out of memory")  # of an attempt whose coordinator died before it told its end
     assert [row.state for row in stored(any_home, "toy").trials] == ["running"]
     record.tell(trial, 0.75)
     row = stored(any_home, "toy").trials[0]
-    assert row.reason is None
     assert (row.state, row.value, row.reported, row.params) == ("complete", 0.75, {1: 0.5}, trial.params)
 
 
