@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from searchfm.format import short, trained
+from searchfm.format import short
 from searchfm.home import write_whole
-from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial, ranked
+from searchfm.records import EPOCHS, PREDICTIONS, Epoch, Predictions, Trial, ranked, trained
 from searchfm.search.space import Choice, Range
 from searchfm.stats import Accuracy
 

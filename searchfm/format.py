@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from searchfm.records import Final, State, StudyRecord, Trial
+from searchfm.records import Final, State, StudyRecord, Trial, trained
 
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
 NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
@@ -77,11 +77,6 @@ def states(study: StudyRecord, shown: Iterable[State] = STATES, *, zeros: bool =
     """How many trials are in each state: `2 complete, 1 pruned`."""
     counts = ((len(study.of(state)), state) for state in shown)
     return ", ".join(f"{count} {state}" for count, state in counts if zeros or count)
-
-
-def trained(trials: Iterable[Trial]) -> list[Trial]:
-    """Trials that trained to their end or were pruned. Twins, which train nothing, and failed ones are left out."""
-    return [t for t in trials if t.twin is None and t.epochs and t.state in ("complete", "pruned")]
 
 
 @dataclass(frozen=True)

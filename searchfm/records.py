@@ -288,6 +288,11 @@ def ranked(trials: Iterable[Trial], *, twins: bool = True) -> list[Trial]:
     return sorted(complete, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
 
+def trained(trials: Iterable[Trial]) -> list[Trial]:
+    """Trials that trained to their end or were pruned. Twins, which train nothing, and failed ones are left out."""
+    return [t for t in trials if t.twin is None and t.epochs and t.state in ("complete", "pruned")]
+
+
 # --- the final model --------------------------------------------------------------------------------------------------
 
 
