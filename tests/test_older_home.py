@@ -198,7 +198,6 @@ def test_a_killed_search_goes_on_from_its_checkpoints_and_is_retrained(older: Ol
     assert final["test"]["reads"] == 2, "the earlier version's reading counts"
     assert final["test"]["accuracy"] > 0.9
     assert (final["model"]["uri"], final["model"]["champion"]) == ("models:/searchfm-mixed/1", True)
-    assert [line["split"] for line in older.json("compare", "mixed", "wide")] == ["test", "test"]
 
 
 @pytest.mark.slow
