@@ -711,6 +711,21 @@ def test_notes_that_a_user_edited_stay(home: Home) -> None:
     assert attributes(home, study) == before
 
 
+def test_notes_go_on_after_a_connection_that_was_dropped(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    rows.begin(home)
+    trials = [rows.ask(home) for _ in range(3)]
+    passes = Passes(home, rows.study(home))
+    for trial in trials:
+        rows.tell(home, trial, TrialState.FAIL, reason="out of memory")
+        passes.run(rows.study(home), "RUNNING")
+        if trial.number == 0:
+            assert passes._notes
+            passes._notes._storage = None  # unusable, as after a dropped connection
+    assert caplog.text.count("optuna-dashboard gets no notes for now") == 1
+    notes = [key for key in attributes(home, rows.study(home)) if key.endswith("note_str:0")]
+    assert [f"dashboard:{n}:note_str:0" in notes for n in (1, 2, 3)] == [True, False, True]
+
+
 def test_notes_stop_where_the_dashboard_would_crawl(home: Home) -> None:
     study = rows.begin(home)
     row = replace(rows.four(Home(home.path / "other")).trials[0], number=500)
