@@ -86,6 +86,7 @@ def test_a_trial_leaves_its_folder(home: Path) -> None:
     assert not list(home.rglob("attempt-*"))
 
 
+@pytest.mark.slow
 def test_more_trials_leave_the_earlier_as_they_are(home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
     assert tune(home, "mlp", "--trials", "6", "--workers", "1")["trials"]["total"] == 6
@@ -182,6 +183,7 @@ def test_a_home_that_cannot_be_written_is_named(
     assert "cannot write the home folder" in refused(capsys, monkeypatch, "tune", "mlp", "--home", "/proc/nowhere")
 
 
+@pytest.mark.slow
 def test_unreachable_data_are_named_and_nothing_is_left(tmp_path: Path) -> None:
     done = searchfm(
         *("tune", "mlp", "--dataset", "mnist", "--home", str(tmp_path / "home")),

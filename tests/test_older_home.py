@@ -124,6 +124,7 @@ def test_all_trials_are_shown_as_they_were_written(older: OlderHome) -> None:
     assert (shown["trials"], shown["running"], shown["best"]) == ("10/12", "2", "0.9623")
 
 
+@pytest.mark.slow
 def test_a_retrained_study_is_not_trained_again(older: OlderHome) -> None:
     weights = older.final_weights("wide")
     final = older.json("retrain", "wide")

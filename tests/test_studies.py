@@ -31,7 +31,8 @@ from tests.driving import let_go
 SHIPPED = files.shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
 ROWS = [f"A{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 8)]  # all that the two reports tried
-EACH_KIND = ["mlp", "cnn", "vit", "residual", "resnet", "reports/b1-mlp-tr1"]  # every architecture, and a grid
+# Every architecture, and a grid.
+EACH_KIND = ["mlp", "cnn", "vit", "residual", pytest.param("resnet", marks=pytest.mark.slow), "reports/b1-mlp-tr1"]
 
 
 def header(name: str) -> dict[str, str]:

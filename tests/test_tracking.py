@@ -192,6 +192,7 @@ def test_a_twin_names_whose_end_it_took(home: Home) -> None:
     assert sync(home, study) == []
 
 
+@pytest.mark.slow
 def test_a_younger_study_of_the_same_name_gets_an_experiment_of_its_own(home: Home) -> None:
     follow(home, rows.four(home))
     rows.forget(home)
@@ -472,6 +473,7 @@ def test_without_mlflow_a_search_does_not_block_and_one_line_says_so(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,6 +488,7 @@ def test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer(
     assert follower.passes.left == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_mlflow_refuses_is_left_to_sync(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     rows.begin(home)
     for number in range(3):
@@ -612,6 +615,7 @@ def test_addresses_are_shown_without_passwords() -> None:
     assert web_address("sqlite:////home/a/mlflow.db") is None
 
 
+@pytest.mark.slow
 def test_a_home_may_have_any_path(tmp_path: Path) -> None:
     home = Home(tmp_path / "50% of a home? #1 %20 ü")
     make_schema(home)

@@ -230,6 +230,7 @@ def test_the_error_begins_with_out_of_memory(digits: Splits) -> None:
     assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
 
 
+@pytest.mark.slow
 def test_warm_has_imported_what_a_first_step_imports() -> None:
     """torch's first optimizer imports torch._dynamo; a forked worker must find that done, with one thread."""
     program = (

@@ -24,7 +24,7 @@ def settings(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
     return {"product": product, "frozen": gc.get_freeze_count()}
 
 
-@pytest.fixture(scope="module", params=["forkserver", "spawn"])
+@pytest.fixture(scope="module", params=["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def result(request: pytest.FixtureRequest) -> Result:
     """What a job finds in a worker that was started so."""
     engine = LocalEngine(["cpu"])
@@ -50,6 +50,7 @@ def test_no_collection_looks_at_what_was_imported(result: Result) -> None:
     assert result["frozen"] > 100_000
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_when_the_interpreter_ends() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import searchfm.learn.warm"], capture_output=True, text=True, check=True, timeout=120

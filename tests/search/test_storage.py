@@ -410,6 +410,7 @@ def test_failures_of_disk_and_database_become_one_line_and_others_pass() -> None
         1 / 0  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_database_that_turns_read_only_is_one_line(home: Home) -> None:
     storage = open_storage(home, create=True)
     create_study(storage, "toy", HEADER)
