@@ -83,6 +83,7 @@ def test_after_kills_the_same_command_completes_the_study(tmp_path: Path) -> Non
         orphans = tree(process)
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it had not ended"
         _, alive = psutil.wait_procs(orphans, timeout=30)
         assert not alive, "workers stop when their coordinator is gone"
     assert finish(home, "--workers", "2")["trials"]["total"] == TRIALS
@@ -92,10 +93,13 @@ def test_after_kills_the_same_command_completes_the_study(tmp_path: Path) -> Non
 def test_after_kills_of_workers_the_study_goes_on_to_its_end(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home = new_home(tmp_path / "home").path
     process = start(home, "--workers", "2")
+    killed = set()
     for begun in (1, 4, 7):
         wait_for_trials(process, home, begun)
-        if victims := workers(process):
-            victims[0].kill()
+        for victim in workers(process)[:1]:
+            victim.kill()
+            killed.add(victim.pid)
+    assert killed
     process.communicate(timeout=300)
     assert process.returncode == 0
     check(home)

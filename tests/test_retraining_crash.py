@@ -106,6 +106,7 @@ def test_after_kills_the_same_command_completes_it(tuned: Path, unbroken: dict[s
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.kill()
         process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it had not ended"
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive, "workers stop when their coordinator is gone"
     finish(home, *RETRAIN)
