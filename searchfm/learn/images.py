@@ -201,7 +201,9 @@ def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arr
         return arrays
     val = read_folder(listing.val, size, channels)
     if val.images.shape[1:] != pixels.shape[1:]:
-        raise DataError(f"{listing.val.base}: images differ in size from those of {listing.base}: set data.size")
+        raise DataError(
+            f"{listing.val.base}: images differ in size from those of {listing.base}: set data.size to a side in pixels"
+        )
     return Arrays(
         np.concatenate([pixels, val.images]),
         np.concatenate([labels, val.labels]),
