@@ -588,6 +588,19 @@ def _alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
+@pytest.mark.slow
+def test_mlflow_has_its_settings_whichever_function_imports_it_first() -> None:
+    program = (
+        "import logging, os, sys, searchfm.tracking.mirror; assert 'mlflow' not in sys.modules; "
+        "import mlflow.entities; "
+        "print(logging.getLogger('mlflow').level, os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "7"  # a user's setting wins
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [str(logging.CRITICAL), "7"]
+
+
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
 

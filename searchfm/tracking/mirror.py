@@ -10,7 +10,6 @@ import functools
 import getpass
 import io
 import json
-import logging
 import math
 import os
 import platform
@@ -64,17 +63,6 @@ PAGE = 1000  # runs a page
 
 # --- the client -------------------------------------------------------------------------------------------------------
 
-# MLflow must not print, send telemetry, or block long in one call (we retry ourselves). A user's settings win.
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-# Overrides a user's setting: the printed URL of a run holds the server's password, and it breaks --json.
-FORCED = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-
 
 @contextmanager
 def reaching(home: Home) -> Iterator[None]:
@@ -99,19 +87,8 @@ def writer(home: Home, study: str) -> FileLock:
     return FileLock(home.study(study) / ".tracking.lock")
 
 
-def import_mlflow() -> None:
-    """Imports MLflow's client, quietly."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    os.environ.update(FORCED)
-    # urllib3 warns of every refused connection; we log one line an outage.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.CRITICAL)
-    import mlflow.tracking  # noqa: F401
-
-
 def connect(home: Home) -> Any:
     """An MlflowClient for the home; makes its database if that is a missing file. Raises what MLflow raises."""
-    import_mlflow()
     from mlflow.tracking import MlflowClient
 
     uri, path = home.tracking_uri, database(home)

@@ -78,7 +78,6 @@ def save(folder: Path, path: Path, study: StudyRecord) -> None:
 
     Raises ModelError where the folder holds no model.
     """
-    mirror.import_mlflow()
     from searchfm.learn.checkpoint import load_classifier
     from searchfm.learn.models import served
 
@@ -279,10 +278,10 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
 
     lines: of one study each, with `study` and plain values. The same lines are logged once. Raises StorageError.
     """
+    from mlflow.entities import Metric
+
     with reaching(home):
         client = connect(home)
-        from mlflow.entities import Metric  # not before `connect`, which sets MLflow's environment
-
         experiment = _comparisons(client, home)
         lines_digest = digest({"lines": [dict(line) for line in lines]})
         if client.search_runs([experiment], f"tags.digest = '{lines_digest}'", max_results=1):
