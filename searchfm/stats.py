@@ -1,4 +1,7 @@
-"""Intervals of accuracies, and tests of differences between two. Numbers only, nothing of studies."""
+"""Intervals of accuracies, and tests of differences between two. Numbers only, nothing of studies.
+
+Distribution functions come from scipy.special: importing scipy.stats takes a second of CPU, in every report.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binom, binomtest, norm, t
+from scipy.special import bdtr, ndtr, ndtri, stdtrit
 
 LEVEL = 0.95  # of every interval we show
 Correct = NDArray[np.bool_]  # whether a model is correct about each image
@@ -31,8 +34,11 @@ class Accuracy:
 
         It is about one fixed model, and images drawn like these; another seed is not in it.
         """
-        interval = binomtest(self.correct, self.n).proportion_ci(LEVEL, method="wilson")
-        return float(interval.low), float(interval.high)
+        z = float(ndtri((1 + LEVEL) / 2))
+        p, n, squared = self.fraction, self.n, z * z
+        center, half = p + squared / (2 * n), z * math.sqrt((p * (1 - p) + squared / (4 * n)) / n)
+        low, high = ((center + side * half) / (1 + squared / n) for side in (-1, 1))
+        return (0.0 if self.correct == 0 else low), (1.0 if self.correct == n else high)
 
 
 def mcnemar(first: Correct, second: Correct) -> float:
@@ -47,7 +53,7 @@ def mcnemar(first: Correct, second: Correct) -> float:
     fewer, total = min(gains, losses), gains + losses
     if gains == losses:
         return 1.0
-    return float(2 * binom.cdf(fewer, total, 0.5) - binom.pmf(fewer, total, 0.5))
+    return float(bdtr(fewer, total, 0.5) + (bdtr(fewer - 1, total, 0.5) if fewer else 0.0))  # 2 P(<= f) - P(= f)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -101,7 +107,7 @@ def further_seed(correct: Correct, pooled: Dispersion) -> tuple[float, float]:
     images, so the sampling of images is not in it: other images are what the test part is for.
     """
     mean, variance = float(correct.mean()), pooled.factor * flips(correct)
-    half = float(t.ppf((1 + LEVEL) / 2, pooled.freedom)) * math.sqrt(variance * (1 + 1 / len(correct)))
+    half = float(stdtrit(pooled.freedom, (1 + LEVEL) / 2)) * math.sqrt(variance * (1 + 1 / len(correct)))
     return max(mean - half, 0.0), min(mean + half, 1.0)
 
 
@@ -121,4 +127,4 @@ def paired(first: Correct, second: Correct, pooled: Dispersion | None) -> float:
         variance += (pooled.factor - 1) * (flips(first) / len(first) + flips(second) / len(second))
     if variance == 0.0:
         return 1.0
-    return float(2 * norm.sf(abs(differences.mean()) / math.sqrt(variance)))
+    return float(2 * ndtr(-abs(differences.mean()) / math.sqrt(variance)))

@@ -11,17 +11,25 @@ import pytest
 import torch
 
 from searchfm.engines.local import LocalEngine
-from searchfm.jobs import Context, Finished, Job, Result
+from searchfm.jobs import Context, EpochDone, Finished, Job, Result
+from searchfm.learn.data import load
+from searchfm.learn.train import Training
 from searchfm.records import Epoch
+from tests.learn.toys import config
 
 TINY = 1e-40  # below float32's smallest normal number, 1.2e-38
 
 
 def settings(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """A number that only exists where denormal numbers do, and how many objects no collection looks at."""
-    yield from ()
+    """A number that only exists where denormal numbers do, how many objects no collection looks at, and which parts of
+    torch._dynamo are imported once every optimizer has trained.
+    """
     product = (torch.full((8,), TINY * 1e10) * torch.full((8,), 1e-10)).sum().item()
-    return {"product": product, "frozen": gc.get_freeze_count()}
+    for kind in ("sgd", "adam", "adamw", "rmsprop", "adagrad"):
+        trained = config(optimizer={"name": kind}, train={"epochs": 1, "ema": 0.9})
+        yield from Training(trained, load(trained.data))
+    dynamo = [name for name in sys.modules if name.startswith("torch._dynamo.")]
+    return {"product": product, "frozen": gc.get_freeze_count(), "dynamo": dynamo}
 
 
 @pytest.fixture(scope="module", params=["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -32,7 +40,7 @@ def result(request: pytest.FixtureRequest) -> Result:
     try:
         engine.submit(Job("settings", None, "tests.learn.test_warm:settings", {}, attempt=1))
         event = None
-        while event is None:
+        while event is None or isinstance(event, EpochDone):
             event = engine.next_event(timeout=10)
     finally:
         engine.close()
@@ -48,6 +56,22 @@ def test_workers_take_numbers_too_small_to_matter_for_zero(result: Result) -> No
 def test_no_collection_looks_at_what_was_imported(result: Result) -> None:
     """Where it does, collecting garbage takes most of a small trial's time."""
     assert result["frozen"] > 100_000
+
+
+def test_training_imports_no_compiler(result: Result) -> None:
+    """With it the imports take half as long again. Where this fails, torch has moved: see LazyDynamo."""
+    assert result["dynamo"] == []
+
+
+@pytest.mark.slow
+def test_a_compiled_function_finds_the_compiler() -> None:
+    program = """
+import torch, searchfm.learn.warm
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [2, 2]
+import torch._dynamo.config
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.slow
