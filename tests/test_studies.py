@@ -191,7 +191,7 @@ def write_digits(root: Path) -> Path:
 @pytest.mark.slow
 def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -> None:
     """The images are the same, so the accuracy is the same except for their order in training."""
-    overrides = {"search.trials": 6, "search.pruner": "none", "train.epochs": 10}
+    overrides = {"search.trials": 2, "search.pruner": "none", "train.epochs": 8}
     named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
     root = write_digits(tmp_path / "images")
     folder = tuned("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
@@ -229,8 +229,8 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     if weights:
         path = resnet18_weights(tmp_path / "resnet18.safetensors")
         options = ["--set", f"model.transfer.weights={path}"]
-    options += ["--subset", "0.05", "--set", "data.validation=0.02", "--epochs", "1"]
-    result = tune(new_home(tmp_path / "home").path, study, "--trials", "4", *options)
+    options += ["--subset", "0.015", "--set", "data.validation=0.01", "--set", "train.batch_size=16", "--epochs", "1"]
+    result = tune(new_home(tmp_path / "home").path, study, "--trials", "3", *options)
     assert result["study"] == study
-    assert (result["trials"]["total"], result["trials"]["failed"]) == (4, 0)
+    assert (result["trials"]["total"], result["trials"]["failed"]) == (3, 0)
     assert result["best"]["value"] > 0.2, "ten classes: better than chance"
