@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +12,13 @@ import pytest
 from searchfm import __version__, cli
 from searchfm.home import Home
 from searchfm.search.storage import load_study, open_storage, study_lock
+from tests.commands import searchfm, searchfm_here
 
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
 
 
-def searchfm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "searchfm", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "160", **environment},
-        timeout=300,
-        check=False,
-    )
-
-
 def tune(home: Path, *arguments: str) -> dict[str, Any]:
-    done = searchfm("tune", *arguments, "--json", "--home", str(home))
+    done = searchfm_here("tune", *arguments, "--json", "--home", str(home))
     assert done.returncode == 0, done.stderr
     output: dict[str, Any] = json.loads(done.stdout)
     return output

@@ -29,7 +29,7 @@ from searchfm.search import files
 from tests import driving, toys
 from tests.driving import check, facts, search, toy
 
-pytestmark = pytest.mark.usefixtures("cold_forkserver")
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 SIX: dict[str, Any] = {
     "model": {"mlp": {"layers": {"choice": [1, 2]}, "width": {"choice": [4, 8, 16]}}},

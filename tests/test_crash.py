@@ -18,8 +18,9 @@ import pytest
 from searchfm.home import Home
 from searchfm.records import StudyRecord
 from searchfm.search.storage import load_study, open_storage
+from tests.commands import searchfm_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
 
 TRIALS = 10
 COMMAND = ("tune", "mlp", "--trials", str(TRIALS), "--dataset", "digits", "--epochs", "6")
@@ -35,8 +36,8 @@ def start(home: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def finish(home: Path, *arguments: str) -> dict[str, Any]:
-    out, _ = start(home, *arguments).communicate(timeout=300)
-    output: dict[str, Any] = json.loads(out)
+    done = searchfm_here(*COMMAND, *arguments, "--home", str(home), "--json", SEARCHFM_CACHE=str(home.parent / "cache"))
+    output: dict[str, Any] = json.loads(done.stdout)
     return output
 
 
@@ -67,8 +68,7 @@ def check(home: Path) -> None:
     assert not row.of("failed"), [trial.reason for trial in row.of("failed")]
     for trial in row.trials:
         assert [epoch.index for epoch in trial.epochs] == list(trial.reported) == list(range(1, len(trial.epochs) + 1))
-    output = subprocess.check_output([sys.executable, "-m", "searchfm", "sync", "mlp", "--home", str(home), "--json"])
-    assert json.loads(output) == []
+    assert json.loads(searchfm_here("sync", "mlp", "--home", str(home), "--json").stdout) == []
     assert not list(home.rglob("attempt-*"))
     assert not list((home / "studies").rglob("*.tmp"))
 

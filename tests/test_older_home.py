@@ -1,14 +1,11 @@
 """A home written by an earlier version opens, goes on and retrains. Its content: tests/fixtures/README.md.
 
-The commands are the user's, each in a separate process: nothing here depends on how records are written.
+The commands are the user's: nothing here depends on how records are written.
 """
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +16,9 @@ from typing import Any
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
+
+from searchfm.home import TRACKING
+from tests.commands import searchfm_here
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "home-format-1.tar.xz"
 CPU = ("--workers", "2", "--device", "cpu")
@@ -31,9 +31,12 @@ ANSWERS = {
     "shapes/frame/00.png": ("0", 0.344966),
 }
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/cwd").is_dir(), reason="the home's paths begin with /proc/self/cwd, which only Linux has"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not Path("/proc/self/cwd").is_dir(), reason="the home's paths begin with /proc/self/cwd, which only Linux has"
+    ),
+    pytest.mark.usefixtures("own_forkserver"),
+]
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,12 @@ class OlderHome:
 
     def searchfm(self, *arguments: str) -> str:
         """Runs a command, which must exit with 0; returns its standard output."""
-        done = subprocess.run(
-            [sys.executable, "-m", "searchfm", *arguments, "--home", "/proc/self/cwd/home"],
-            cwd=self.folder,
-            env={**os.environ, "SEARCHFM_CACHE": str(self.folder / "cache"), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        environment = {
+            "SEARCHFM_CACHE": str(self.folder / "cache"),
+            "COLUMNS": "200",
+            TRACKING: f"sqlite:///{self.folder}/home/mlflow.db",  # MLflow keeps a connection an address open
+        }
+        done = searchfm_here(*arguments, "--home", "/proc/self/cwd/home", cwd=self.folder, **environment)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout
 

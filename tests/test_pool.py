@@ -16,11 +16,11 @@ from searchfm.retraining import Progress, Task, run_tasks
 from tests.driving import LIGHT
 from tests.toys import curve
 
-pytestmark = pytest.mark.usefixtures("cold_forkserver")
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 
 @pytest.fixture(scope="module")
-def engine(cold_forkserver: None) -> Iterator[LocalEngine]:
+def engine(own_forkserver: None) -> Iterator[LocalEngine]:
     opened = LocalEngine(["cpu"] * 2, warm=LIGHT)
     yield opened
     opened.close()

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ from searchfm.learn.data import load
 from searchfm.learn.datasets import CLOTHES
 from searchfm.learn.images import Arrays, listing, read_folder
 from searchfm.learn.train import Training
+from tests.commands import searchfm_here
 
 Output = tuple[int, str, str]  # exit code, stdout, stderr
 
@@ -410,9 +410,8 @@ def test_help_shows_its_brackets(searchfm: Callable[..., Output]) -> None:
 
 
 def command(home: Path, *arguments: str) -> Any:
-    """What a command in a process of its own prints as JSON: what starts workers, and MLflow beside torch."""
-    command = [sys.executable, "-m", "searchfm", *arguments, "--home", str(home), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    """What a command prints as JSON."""
+    done = searchfm_here(*arguments, "--home", str(home), "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

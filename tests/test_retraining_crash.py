@@ -17,8 +17,9 @@ import pytest
 
 from searchfm.home import Home
 from searchfm.search.storage import read_study
+from tests.commands import searchfm_here
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
 
 RETRAIN = ("retrain", "mlp", "--top", "2", "--seeds", "2", "--workers", "2", "--json")
 
@@ -29,15 +30,18 @@ def start(home: Path, *arguments: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "SEARCHFM_CACHE": str(home.parent.parent / "cache")},
+        env={**os.environ, "SEARCHFM_CACHE": str(cache(home))},
     )
 
 
+def cache(home: Path) -> Path:
+    return home.parent.parent / "cache"
+
+
 def finish(home: Path, *arguments: str) -> dict[str, Any]:
-    process = start(home, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    output: dict[str, Any] = json.loads(out)
+    done = searchfm_here(*arguments, "--home", str(home), SEARCHFM_CACHE=str(cache(home)))
+    assert done.returncode == 0, done.stderr
+    output: dict[str, Any] = json.loads(done.stdout)
     return output
 
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from searchfm.records import StudyRecord
 from searchfm.search import files
 from searchfm.search.space import leaves
 from searchfm.tuning import Tuning
+from tests.commands import searchfm_here
 from tests.driving import let_go
 
 SHIPPED = files.shipped()
@@ -203,9 +202,8 @@ def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -
 
 
 def tune(home: Path, *arguments: str) -> dict[str, Any]:
-    """`searchfm tune` in a separate process."""
-    argv = [sys.executable, "-m", "searchfm", "tune", *arguments, "--json", "--home", str(home)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=900, check=False)
+    """`searchfm tune`."""
+    done = searchfm_here("tune", *arguments, "--json", "--home", str(home))
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result

@@ -17,7 +17,7 @@ from searchfm.search.storage import open_storage, study_lock, write_record
 from searchfm.tuning import Tuning, choose_devices, find_study
 from tests.driving import facts, let_go, stored
 
-pytestmark = pytest.mark.usefixtures("cold_forkserver")
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 TABLE: dict[str, Any] = {
     "search": {"trials": 2, "pruner": "none"},

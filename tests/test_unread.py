@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +14,9 @@ from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.home import Home
 from searchfm.learn.data import load_test
+from tests.commands import Done, searchfm_here
+
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 
 def fashion(folder_path: Path, files: Path) -> tuple[str, ...]:
@@ -47,15 +48,8 @@ def folder(folder_path: Path, _: Path | None = None) -> tuple[str, ...]:
     return "--dataset", str(folder_path)
 
 
-def searchfm(cache: Path, *options: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "searchfm", *options, "--home", str(cache.parent / "home")],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SEARCHFM_CACHE": str(cache)},
-        timeout=240,
-        check=False,
-    )
+def searchfm(cache: Path, *options: str) -> Done:
+    return searchfm_here(*options, "--home", str(cache.parent / "home"), SEARCHFM_CACHE=str(cache))
 
 
 def parts(cache: Path) -> set[str]:

@@ -16,7 +16,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost
 
-pytestmark = pytest.mark.usefixtures("cold_forkserver")
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 
 def job(name: str = "1", folder: Path | None = None, attempt: int = 1, **payload: Any) -> Job:

@@ -3,9 +3,7 @@
 import base64
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from html import unescape
@@ -32,6 +30,7 @@ from searchfm.search.storage import load_study, open_storage
 from searchfm.show import report
 from searchfm.show.report import report_page
 from searchfm.tracking.mirror import connect, run_links
+from tests.commands import searchfm_here
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">"]
 BEST = range(10)  # indices that the best trial gets wrong
@@ -301,33 +300,23 @@ def test_an_unknown_study_is_one_line(
     assert printed.err == f"searchfm: study 'nobody' is not in {home.path}; there are toy\n"
 
 
-def searchfm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "searchfm", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "160", **environment},
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home = new_home(tmp_path / "home")
     options = ("--home", str(home.path))
     searched.search(home, [Ending(BEST)])
-    done = searchfm("tune", "mlp", "--dataset", "digits", "--epochs", "3", "--trials", "6", "--workers", "2", *options)
+    asked = ("--dataset", "digits", "--epochs", "3", "--trials", "6", "--workers", "2")
+    done = searchfm_here("tune", "mlp", *asked, *options)
     assert done.returncode == 0, done.stderr
-    away = searchfm("report", "mlp", *options, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
+    away = searchfm_here("report", "mlp", *options, MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert (away.returncode, away.stderr.count("\n")) == (1, 1)
     assert away.stdout.strip() == str(home.study("mlp") / "report.html")  # the page is there all the same
-    done = searchfm("retrain", "mlp", "--top", "2", "--seeds", "2", *options)
+    done = searchfm_here("retrain", "mlp", "--top", "2", "--seeds", "2", *options)
     assert done.returncode == 0, done.stderr
-    done = searchfm("report", "mlp", *options, "--output", str(tmp_path / "mlp.html"))
+    done = searchfm_here("report", "mlp", *options, "--output", str(tmp_path / "mlp.html"))
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'mlp.html'}\n", "")
-    done = searchfm("compare", "mlp", "toy", "--json", *options)
+    done = searchfm_here("compare", "mlp", "toy", "--json", *options)
     assert done.returncode == 0, done.stderr
     tested, searched_only = json.loads(done.stdout)
     assert (tested["split"], searched_only["split"]) == ("test", "validation")

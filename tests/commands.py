@@ -1,0 +1,72 @@
+"""Runs searchfm's commands, in a process of their own or in this one."""
+
+import io
+import multiprocessing.forkserver
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from searchfm import cli
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: its exit code, and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def searchfm(*arguments: str, **environment: str) -> Done:
+    """Runs a command in a process of its own, as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "searchfm", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160", **environment},
+        timeout=300,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# The pid of the forkserver that the last command left, and the environment of its workers.
+_left: tuple[int | None, dict[str, str]] = None, {}
+
+
+def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) -> Done:
+    """Runs a command in this process, for tests that run several and are not about processes: one of its own takes 6
+    (tune) to 14 s (retrain) of CPU for imports alone, its workers' included.
+
+    Workers have the environment that the process-wide forkserver started with, so another environment starts another
+    forkserver. A module that gives one takes the fixture `own_forkserver`.
+    """
+    global _left
+    out, err, server = io.StringIO(), io.StringIO(), multiprocessing.forkserver._forkserver
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does; here MLflow's would be errors
+        patch.setattr(sys, "argv", ["searchfm", *arguments])
+        for name, value in {"COLUMNS": "160", **environment}.items():
+            patch.setenv(name, value)
+        if cwd is not None:
+            patch.chdir(cwd)
+        ours = {name: value for name, value in os.environ.items() if name.startswith("SEARCHFM")}
+        if (server._forkserver_pid, ours) != _left:
+            server._stop()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        _left = server._forkserver_pid, ours
+    code = ended.value.code
+    return Done(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
