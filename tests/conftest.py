@@ -23,6 +23,8 @@ from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.learn import datasets
 from tests.programs import missing, postgres_binaries
 
+# As in a worker. Two test processes of two threads each on two cores take up to 2.7 times as long (TestTransferWhole).
+os.environ["OMP_NUM_THREADS"] = "1"
 # Every commit of SQLite waits for the disk. In memory the coordinator's tests take two thirds of the time (33 s of 49).
 MEMORY, NEEDED = Path("/dev/shm"), 4e9  # bytes; a whole suite leaves less than 1e9
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:

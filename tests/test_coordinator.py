@@ -234,9 +234,15 @@ def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[
     [
         ({"name": "tpe", "startup_trials": 3}, {"name": "hyperband"}),
         ({"name": "random"}, {"name": "asha", "reduction": 2}),
-        ({"name": "tpe", "startup_trials": 3}, {"name": "median", "startup_trials": 2}),
-        ({"name": "cmaes", "startup_trials": 2}, {"name": "percentile", "startup_trials": 2, "keep": 50.0}),
-        ({"name": "qmc"}, {"name": "patient", "patience": 1}),
+        pytest.param(
+            {"name": "tpe", "startup_trials": 3}, {"name": "median", "startup_trials": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"name": "cmaes", "startup_trials": 2},
+            {"name": "percentile", "startup_trials": 2, "keep": 50.0},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"name": "qmc"}, {"name": "patient", "patience": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_a_study_stopped_and_resumed_is_bitwise_the_unbroken_one(
@@ -302,13 +308,14 @@ def test_after_a_kill_at_a_write_another_coordinator_completes_the_study(killed:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(killed: Any, workers: int) -> None:
-    """Every sixth write: from the first with one worker, from the second with two."""
+    """Every ninth write: from the first with one worker, from the second with two."""
     spec = SPEC | {"workers": workers}
     unbroken = killed("unbroken", spec, [None])
-    for moment in range(workers, int((unbroken.folder.parents[1] / "writes").read_text()) - 5, 6):
+    for moment in range(workers, int((unbroken.folder.parents[1] / "writes").read_text()) - 5, 9):
         check_killed(killed("broken", spec, [moment, None]), unbroken)
 
 
+@pytest.mark.slow
 def test_after_six_kills_another_coordinator_completes_the_study(killed: Any) -> None:
     unbroken = killed("unbroken", SPEC, [None])
     check_killed(killed("broken", SPEC, [40, 20, 9, 14, 30, 11, None]), unbroken)

@@ -814,7 +814,7 @@ def test_killed_at_any_moment_every_trial_has_one_run(home: Home) -> None:
     rows.begin(home)
     command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "30"]
     moments = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         search = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             search.wait(moments.uniform(2.0, 8.0))

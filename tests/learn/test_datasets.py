@@ -401,7 +401,7 @@ def test_many_processes_download_the_published_files_once(server: Server, fashio
     environment = {**os.environ, "SEARCHFM_MIRROR": server.url, "OMP_NUM_THREADS": "1"}
     jobs = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
+        for _ in range(3)
     ]
     printed = {job.communicate()[0] for job in jobs}
     assert {job.returncode for job in jobs} == {0}

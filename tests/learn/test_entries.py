@@ -230,18 +230,6 @@ def test_the_error_begins_with_out_of_memory(digits: Splits) -> None:
     assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
 
 
-@pytest.mark.slow
-def test_warm_has_imported_what_a_first_step_imports() -> None:
-    """torch's first optimizer imports torch._dynamo; a forked worker must find that done, with one thread."""
-    program = (
-        "import sys, searchfm.learn.warm, torch; "
-        "print('torch._dynamo' in sys.modules, 'searchfm.learn.entries' in sys.modules, torch.get_num_threads(), "
-        "torch.cuda.is_initialized(), 'timm' in sys.modules, 'optuna' in sys.modules, 'mlflow' in sys.modules)"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert ended.stdout.split() == ["True", "True", "1", "False", "False", "False", "False"]
-
-
 def test_a_device_is_named(digits: Splits, tmp_path: Path) -> None:
     _, result = drain(trial(payload(config(train={"epochs": 1}), digits), context(tmp_path)))
     assert result["device"].startswith("cpu (")

@@ -34,7 +34,7 @@ class Contract:
     shape: ClassVar[Shape] = (1, 28, 28)
     count: ClassVar[int]  # parameters at that shape with ten classes
     learner: ClassVar[dict[str, Any]]  # settings, and tables of the config, that learn digits
-    tables: ClassVar[dict[str, Any]] = {"optimizer": {"lr": 0.003}, "train": {"epochs": 8}}
+    tables: ClassVar[dict[str, Any]] = {"optimizer": {"lr": 0.003}, "train": {"epochs": 6}}
     accuracy: ClassVar[float]
 
     def net(self, seed: int = 3) -> nn.Module:
@@ -101,7 +101,7 @@ class TestNineLayers(Contract):
     name, settings = "mlp", {"layers": 9, "width": 200}
     count = 784 * 200 + 200 + 8 * (200 * 200 + 200) + 200 * 10 + 10
     learner: ClassVar[dict[str, Any]] = {"layers": 9, "width": 200}
-    tables: ClassVar[dict[str, Any]] = {"optimizer": {"lr": 0.0005}, "train": {"epochs": 8}}
+    tables: ClassVar[dict[str, Any]] = {"optimizer": {"lr": 0.0005}, "train": {"epochs": 5}}
     accuracy = 0.95
 
 
@@ -155,7 +155,7 @@ class TestResidual(Contract):
     name, settings, shape = "residual", {"stages": 3, "blocks": 3, "width": 16}, (3, 32, 32)
     count = 272_474
     learner: ClassVar[dict[str, Any]] = {"stages": 2, "blocks": 1, "width": 8}
-    accuracy = 0.92
+    accuracy = 0.9
 
 
 class TestBasicThenBottleneck(Contract):

@@ -32,9 +32,9 @@ def probe(weights: str, **model: Any) -> Config:
     return config(
         "transfer",
         settings,
-        data={"name": "fashion-mnist", "subset": 0.03, "validation": 0.02},
+        data={"name": "fashion-mnist", "subset": 0.02, "validation": 0.02},
         optimizer={"lr": 0.01},
-        train={"epochs": 3, "batch_size": 64},
+        train={"epochs": 2, "batch_size": 32},
     )
 
 

@@ -21,15 +21,22 @@ TINY = 1e-40  # below float32's smallest normal number, 1.2e-38
 
 
 def settings(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """A number that only exists where denormal numbers do, how many objects no collection looks at, and which parts of
-    torch._dynamo are imported once every optimizer has trained.
+    """A number that only exists where denormal numbers do, how many objects no collection looks at, how many threads
+    there are, what is imported at the start, and which parts of torch._dynamo once every optimizer has trained.
     """
+    imported = [name for name in ("searchfm.learn.entries", "timm", "optuna", "mlflow") if name in sys.modules]
+    threads, cuda = torch.get_num_threads(), torch.cuda.is_initialized()
     product = (torch.full((8,), TINY * 1e10) * torch.full((8,), 1e-10)).sum().item()
     for kind in ("sgd", "adam", "adamw", "rmsprop", "adagrad"):
         trained = config(optimizer={"name": kind}, train={"epochs": 1, "ema": 0.9})
         yield from Training(trained, load(trained.data))
     dynamo = [name for name in sys.modules if name.startswith("torch._dynamo.")]
-    return {"product": product, "frozen": gc.get_freeze_count(), "dynamo": dynamo}
+    return {
+        "product": product,
+        "frozen": gc.get_freeze_count(),
+        "start": (threads, cuda, imported),
+        "dynamo": dynamo,
+    }
 
 
 @pytest.fixture(scope="module", params=["forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -56,6 +63,11 @@ def test_workers_take_numbers_too_small_to_matter_for_zero(result: Result) -> No
 def test_no_collection_looks_at_what_was_imported(result: Result) -> None:
     """Where it does, collecting garbage takes most of a small trial's time."""
     assert result["frozen"] > 100_000
+
+
+def test_a_worker_starts_with_the_entries_one_thread_and_no_gpu(result: Result) -> None:
+    """Threads and CUDA do not survive a fork."""
+    assert result["start"] == (1, False, ["searchfm.learn.entries"])
 
 
 def test_training_imports_no_compiler(result: Result) -> None:
