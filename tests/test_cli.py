@@ -166,6 +166,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -357,6 +357,7 @@ def test_a_model_that_is_none_is_one_line(
         assert not empty.exists()
 
 
+@pytest.mark.slow
 def test_export_writes_to_the_output_option(searchfm: Callable[..., Output], model: Path, images: Path) -> None:
     plain = json.loads(searchfm("predict", model, images, "--json")[1])
     Path("out").mkdir()

@@ -252,6 +252,7 @@ def test_images_have_the_shape_that_is_known_before_reading(config: DataConfig) 
     assert load(config).train.images.shape[1:] == DATASETS[config.name][0]
 
 
+@pytest.mark.slow
 def test_reading_imports_no_torch(parsed_once: Path) -> None:
     code = (
         "import sys; from searchfm.config import DataConfig; from searchfm.learn import datasets; "
@@ -304,6 +305,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
         load(DIGITS)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_file(empty_cache: Path) -> None:
     # The largest file this process may write is smaller than the parsed digits.
     code = (

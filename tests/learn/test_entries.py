@@ -19,7 +19,7 @@ from searchfm.errors import DataError, DivergedError, ModelError, Stopped, World
 from searchfm.jobs import Context
 from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier
-from searchfm.learn.data import Splits, load_full, load_test
+from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.entries import fit, prepare, trial
 from searchfm.learn.models import served
 from searchfm.records import Epoch, Prepared, PrepareResult
@@ -222,9 +222,11 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_the_error_begins_with_out_of_memory(digits: Splits) -> None:
     """In a process of its own, which the kernel grants 300 MB more: the second layer alone wants 4 GB."""
     large = config(settings={"layers": 2, "width": 32_000}, train={"epochs": 1})
+    load(large.data)  # into the cache: whoever makes it imports scikit-learn, which needs memory too
     text = json.dumps(payload(large, digits))
     ended = subprocess.run([sys.executable, "-c", HUNGRY, text], capture_output=True, text=True, check=True)
     assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr

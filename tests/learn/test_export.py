@@ -36,7 +36,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "residual": ({"stages": 2, "blocks": 1, "width": 8, "block": ["basic", "bottleneck"]}, (3, 16, 16)),
     "transfer": ({"model": "resnet18", "weights": "none"}, (1, 32, 32)),
 }
-QUICK = {("cnn", "onnx"), ("vit", "pt2")}  # the others of these two formats take seconds each
+QUICK = {("vit", "pt2")}  # the others of onnx and pt2 take seconds each
 READ = ("onnx", "safetensors")  # the formats that are read back; a .pt2 is torch's alone
 CASES = [
     pytest.param(name, kind, marks=[] if kind == "safetensors" or (name, kind) in QUICK else [pytest.mark.slow])

@@ -66,6 +66,7 @@ def content(images: Tensor, labels: Tensor) -> Counter[tuple[bytes, int]]:
     return Counter((hashlib.sha256(image.numpy().tobytes()).digest(), label) for image, label in pairs)
 
 
+@pytest.mark.slow
 def test_digits_as_a_folder_are_digits(digits_folder: Path) -> None:
     for settings in ({}, {"size": 12}):
         named, own = DataConfig(name="digits", **settings), of(digits_folder, **settings)
