@@ -1,5 +1,6 @@
 """Homes, databases and workers that tests share. All of them are real."""
 
+import atexit
 import gc
 import multiprocessing.forkserver
 import os
@@ -35,6 +36,7 @@ def pytest_collection_finish() -> None:
     """No garbage collection looks again at what the tests' modules have imported."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # else nanobind reports these objects as leaks
 
 
 SECONDS: Counter[str] = Counter()  # of each test file, the fixtures included

@@ -44,11 +44,12 @@ class OlderHome:
     """The unpacked fixture. Its paths are valid for processes that run in this folder."""
 
     folder: Path
+    cache: Path  # of all tests, so that they share a forkserver
 
     def searchfm(self, *arguments: str) -> str:
         """Runs a command, which must exit with 0; returns its standard output."""
         environment = {
-            "SEARCHFM_CACHE": str(self.folder / "cache"),
+            "SEARCHFM_CACHE": str(self.cache),
             "COLUMNS": "200",
             TRACKING: f"sqlite:///{self.folder}/home/mlflow.db",  # MLflow keeps a connection an address open
         }
@@ -75,11 +76,16 @@ class OlderHome:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def older(tmp_path: Path) -> OlderHome:
+def older(tmp_path: Path, cache: Path) -> OlderHome:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
-    return OlderHome(tmp_path)
+    return OlderHome(tmp_path, cache)
 
 
 def states(trials: list[FrozenTrial]) -> dict[TrialState, list[int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +49,21 @@ def folder(folder_path: Path, _: Path | None = None) -> tuple[str, ...]:
     return "--dataset", str(folder_path)
 
 
-def searchfm(cache: Path, *options: str) -> Done:
-    return searchfm_here(*options, "--home", str(cache.parent / "home"), SEARCHFM_CACHE=str(cache))
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all tests, so that they share a forkserver."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(shared_cache: Path) -> Path:
+    """The cache, empty."""
+    shutil.rmtree(shared_cache)
+    return shared_cache
+
+
+def searchfm(home: Home, cache: Path, *options: str) -> Done:
+    return searchfm_here(*options, "--home", str(home.path), SEARCHFM_CACHE=str(cache))
 
 
 def parts(cache: Path) -> set[str]:
@@ -60,35 +74,39 @@ def parts(cache: Path) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("data", [fashion, digits, folder])
 def test_no_search_reads_the_test_part(
-    data: Callable[[Path, Path], tuple[str, ...]], fashion_mnist: Path, new_home: Callable[[Path], Home], tmp_path: Path
+    data: Callable[[Path, Path], tuple[str, ...]],
+    fashion_mnist: Path,
+    new_home: Callable[[Path], Home],
+    cache: Path,
+    tmp_path: Path,
 ) -> None:
-    cache = tmp_path / "cache"
-    new_home(tmp_path / "home")
+    home = new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
     options = data(tmp_path / "data", fashion_mnist)
     asked = ("--trials", "3", "--epochs", "1", "--json", "--workers", "2")
-    done = searchfm(cache, "tune", "mlp", *options, *asked)
+    done = searchfm(home, cache, "tune", "mlp", *options, *asked)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trials"]["complete"] == 3
     assert parts(cache) == {"train"}
 
 
 @pytest.mark.slow
-def test_the_poison_works_and_only_the_last_step_meets_it(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+def test_the_poison_works_and_only_the_last_step_meets_it(
+    new_home: Callable[[Path], Home], cache: Path, tmp_path: Path
+) -> None:
     """Finalists and final training leave the test part alone too; what reads it is named, and has been counted."""
-    cache = tmp_path / "cache"
-    new_home(tmp_path / "home")
+    home = new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
     options = folder(tmp_path / "data")
-    searchfm(cache, "tune", "mlp", *options, "--trials", "2", "--epochs", "1", "--json")
-    done = searchfm(cache, "retrain", "mlp", "--top", "1", "--seeds", "2", "--json")
+    searchfm(home, cache, "tune", "mlp", *options, "--trials", "2", "--epochs", "1", "--json")
+    done = searchfm(home, cache, "retrain", "mlp", "--top", "1", "--seeds", "2", "--json")
     assert done.returncode == 2
     assert "poison.png" in done.stderr.splitlines()[-1]
     lines = done.stderr.splitlines()
     assert any(line.startswith("final training") and "done" in line for line in lines)
-    (reads,) = json.loads((tmp_path / "home" / "test-reads.json").read_text())["reads"].values()
+    (reads,) = json.loads((home.path / "test-reads.json").read_text())["reads"].values()
     assert len(reads) == 1
-    assert not (tmp_path / "home" / "studies" / "mlp" / "final").exists()
+    assert not (home.study("mlp") / "final").exists()
 
 
 def test_the_test_part_of_digits_leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
