@@ -280,6 +280,7 @@ def test_training_takes_all_training_and_validation_images(digits: Splits, fitte
     assert np.array_equal(example, full.train.images[:2].numpy())
 
 
+@pytest.mark.slow
 def test_a_final_training_goes_on_from_its_checkpoint(
     digits: Splits, fitted: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

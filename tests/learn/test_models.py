@@ -88,6 +88,14 @@ class Contract:
         assert last.val_accuracy >= self.accuracy
 
 
+class SlowToLearn(Contract):
+    """An architecture that takes seconds to learn digits."""
+
+    @pytest.mark.slow
+    def test_learns_digits(self, digits: Splits) -> None:
+        super().test_learns_digits(digits)
+
+
 class TestMlp(Contract):
     name, settings = "mlp", {"layers": 2, "width": 200}
     count = 784 * 200 + 200 + 200 * 200 + 200 + 200 * 10 + 10
@@ -112,7 +120,7 @@ class TestCnn(Contract):
     accuracy = 0.94
 
 
-class TestNineStages(Contract):
+class TestNineStages(SlowToLearn):
     """The second report's nine convolutions and eight poolings: five halve a 32-pixel image, the rest keep its size."""
 
     name, shape = "cnn", (3, 32, 32)
@@ -137,7 +145,7 @@ class TestNineStages(Contract):
         assert self.net()(self.images()).shape == (4, 10)
 
 
-class TestVit(Contract):
+class TestVit(SlowToLearn):
     name, settings = "vit", {}
     # patches, class token, positions of 49 patches and the token; six layers; norm and classes
     count = (16 * 64 + 64) + 64 + 50 * 64 + 6 * (4 * 64 * 64 + 4 * 64 + 8 * 64 * 64 + 5 * 64 + 4 * 64) + 128 + 650
@@ -158,7 +166,7 @@ class TestResidual(Contract):
     accuracy = 0.9
 
 
-class TestBasicThenBottleneck(Contract):
+class TestBasicThenBottleneck(SlowToLearn):
     """The second report's residual block and bottleneck in series."""
 
     name = "residual"
@@ -173,7 +181,7 @@ class TestBasicThenBottleneck(Contract):
     accuracy = 0.88
 
 
-class TestTransferWhole(Contract):
+class TestTransferWhole(SlowToLearn):
     name = "transfer"
     settings: ClassVar[dict[str, Any]] = {"model": "resnet18", "weights": "none", "tuned_blocks": "all"}
     count = 11_689_512 - 1000 * 513 + 10 * 513 - 2 * 64 * 49  # as published, for 10 classes and one channel
@@ -181,7 +189,7 @@ class TestTransferWhole(Contract):
     accuracy = 0.9
 
 
-class TestTransferTopStage(Contract):
+class TestTransferTopStage(SlowToLearn):
     name = "transfer"
     settings: ClassVar[dict[str, Any]] = {
         "model": "test_efficientnet",

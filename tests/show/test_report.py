@@ -184,6 +184,7 @@ def rendered(home: Home, study: StudyRecord, folder: Path) -> tuple[str, Path]:
     return text, path
 
 
+@pytest.mark.slow
 def test_the_page_opens_without_a_network_and_runs_no_foreign_script(home: Home, tmp_path: Path) -> None:
     classes = [*HOSTILE, "$\\bad{$", "日本", *searched.DIGITS[4:]]
     study = searched.search(home, many(), "hostile", question=f"Why? {HOSTILE[0]}", classes=classes)
