@@ -34,11 +34,13 @@ class Accuracy:
 
         It is about one fixed model, and images drawn like these; another seed is not in it.
         """
-        z = float(ndtri((1 + LEVEL) / 2))
-        p, n, squared = self.fraction, self.n, z * z
-        center, half = p + squared / (2 * n), z * math.sqrt((p * (1 - p) + squared / (4 * n)) / n)
-        low, high = ((center + side * half) / (1 + squared / n) for side in (-1, 1))
-        return (0.0 if self.correct == 0 else low), (1.0 if self.correct == n else high)
+        p, n, z = self.fraction, self.n, float(ndtri((1 + LEVEL) / 2))
+        center = p + z**2 / (2 * n)
+        half = z * math.sqrt((p * (1 - p) + z**2 / (4 * n)) / n)
+        scale = 1 + z**2 / n
+        low = 0.0 if self.correct == 0 else (center - half) / scale  # exactly: rounding leaves 1e-17
+        high = 1.0 if self.correct == n else (center + half) / scale
+        return low, high
 
 
 def mcnemar(first: Correct, second: Correct) -> float:

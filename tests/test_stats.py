@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom, binomtest
 
 from searchfm.stats import Accuracy, dispersion, flips, further_seed, holm, mcnemar, paired
 
@@ -19,6 +20,12 @@ def test_wilson_gives_newcombes_table(correct: int, n: int, interval: tuple[floa
     assert Accuracy(correct, n).interval == pytest.approx(interval, abs=5e-5)
 
 
+@pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (1, 7), (250, 500), (9_999, 10_000), (10_000, 10_000)])
+def test_wilson_is_scipys(correct: int, n: int) -> None:
+    expected = binomtest(correct, n).proportion_ci(method="wilson")
+    assert Accuracy(correct, n).interval == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
 def test_wilson_covers_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     for fraction in (0.5, 0.9, 0.97):
@@ -34,6 +41,13 @@ def test_mcnemar_gives_fagerlands_example() -> None:
     after = np.array([False] + [True] * 7 + [True] * 1 + [False] * 12)
     assert mcnemar(before, after) == pytest.approx(0.039, abs=5e-4)
     assert mcnemar(after, before) == mcnemar(before, after)
+
+
+@pytest.mark.parametrize(("gains", "losses"), [(0, 1), (3, 8), (40, 61), (500, 600)])
+def test_mcnemar_is_the_mid_p_of_scipys_binomial(gains: int, losses: int) -> None:
+    first = np.arange(gains + losses) < gains
+    total = binom(gains + losses, 0.5)
+    assert mcnemar(first, ~first) == pytest.approx(2 * total.cdf(gains) - total.pmf(gains), abs=1e-12)
 
 
 def test_models_that_agree_or_are_even_cannot_be_distinguished() -> None:
