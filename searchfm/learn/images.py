@@ -200,10 +200,10 @@ def read_folder(listing: Listing, size: int, channels: int | None = None) -> Arr
     if listing.val is None:
         return arrays
     val = read_folder(listing.val, size, channels)
-    if val.images.shape[1:] != pixels.shape[1:]:
-        raise DataError(
-            f"{listing.val.base}: images differ in size from those of {listing.base}: set data.size to a side in pixels"
-        )
+    (height, width), (val_height, val_width) = pixels.shape[2:], val.images.shape[2:]
+    if (val_height, val_width) != (height, width):
+        sizes = f"images are {val_height}x{val_width}, those of {listing.base} {height}x{width}"
+        raise DataError(f"{listing.val.base}: {sizes}: set data.size to a side in pixels")
     return Arrays(
         np.concatenate([pixels, val.images]),
         np.concatenate([labels, val.labels]),
