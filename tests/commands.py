@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from searchfm import cli
@@ -37,8 +39,9 @@ def searchfm(*arguments: str, **environment: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-# The pid of the forkserver that the last command left, and the environment of its workers.
-_left: tuple[int | None, dict[str, str]] = None, {}
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that searchfm reads."""
+    return {name: value for name, value in environment.items() if name.startswith("SEARCHFM")}
 
 
 def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) -> Done:
@@ -48,7 +51,6 @@ def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) 
     Workers have the environment that the process-wide forkserver started with, so another environment starts another
     forkserver. A module that gives one takes the fixture `own_forkserver`.
     """
-    global _left
     out, err, server = io.StringIO(), io.StringIO(), multiprocessing.forkserver._forkserver
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -62,11 +64,10 @@ def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) 
             patch.setenv(name, value)
         if cwd is not None:
             patch.chdir(cwd)
-        ours = {name: value for name, value in os.environ.items() if name.startswith("SEARCHFM")}
-        if (server._forkserver_pid, ours) != _left:
+        pid = server._forkserver_pid
+        if pid is not None and settings(psutil.Process(pid).environ()) != settings(os.environ):
             server._stop()
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        _left = server._forkserver_pid, ours
     code = ended.value.code
     return Done(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())

@@ -12,12 +12,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
 from filelock import FileLock
-from optuna.storages._rdb.storage import _VersionManager
 
 from searchfm.errors import DataError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
@@ -68,17 +68,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def optunas_revisions_read_once() -> Iterator[None]:
-    """Whenever a storage is opened, Optuna runs all its migration scripts to find the newest: 0.05 s of CPU."""
-    read, scripts = _VersionManager._create_alembic_script, []
+def migrations_read_once() -> Iterator[None]:
+    """Whenever a database is opened, Optuna runs all its migration scripts to find the newest: 0.05 s of CPU."""
+    read = ScriptDirectory.from_config
+    directories: dict[str | None, ScriptDirectory] = {}
 
-    def once(manager: _VersionManager) -> Any:
-        if not scripts:
-            scripts.append(read(manager))
-        return scripts[0]
+    def from_config(config: Config) -> ScriptDirectory:
+        folder = config.get_main_option("script_location")
+        if folder not in directories:
+            directories[folder] = read(config)
+        return directories[folder]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_VersionManager, "_create_alembic_script", once)
+        patch.setattr(ScriptDirectory, "from_config", from_config)
         yield
 
 
@@ -181,8 +183,8 @@ def any_home(request: pytest.FixtureRequest, home: Home, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def own_forkserver() -> Iterator[None]:
-    """For modules whose workers need no torch, or another environment: the process-wide forkserver, which has both from
-    its start, does not outlive the module.
+    """For modules whose workers need no torch, or an environment of their own: stops the process-wide forkserver before
+    and after the module. It has its imports and its environment from its start.
     """
     multiprocessing.forkserver._forkserver._stop()
     yield

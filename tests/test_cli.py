@@ -1,4 +1,4 @@
-"""The command line: real processes, real training on digits, one line for every mistake."""
+"""The command line: real training on digits, one line for every mistake."""
 
 import json
 import os

@@ -58,7 +58,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def cache(shared_cache: Path) -> Path:
     """The cache, empty."""
-    shutil.rmtree(shared_cache)
+    shutil.rmtree(shared_cache, ignore_errors=True)
     return shared_cache
 
 
