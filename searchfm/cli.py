@@ -5,12 +5,14 @@ interrupted, resumable. Anything else is a bug and shows its traceback.
 """
 
 import errno
+import inspect
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +26,8 @@ from searchfm.home import Home, data_folder, write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from searchfm.engines import EngineOptions
+
 app = typer.Typer(
     name="searchfm",
     help="Hyperparameter search for image classifiers: search, prune, track, retrain, test once.",
@@ -35,11 +39,78 @@ app = typer.Typer(
 MODEL = "A study (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, an .onnx, a .safetensors, a trial's folder."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Worker processes. [default: cores, or GPUs]")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+
+def _workers(text: str) -> int:
+    """A number of workers; "auto" is 0, which stands for the default."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, or auto")
+    return 0 if text == "auto" else int(text)
+
+
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(parser=_workers, metavar="N|auto", help="Workers. [default: cores or GPUs; slurm: 1; ray: all]"),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
+
+
+def _engine_options(
+    engine: Annotated[str, typer.Option(help="local, listen, slurm, ray, or a TOML file with [engine].")] = "local",
+    workers: WorkersOption = None,
+    device: DeviceOption = None,
+    workers_per_gpu: Annotated[int | None, typer.Option(min=1, help="Workers that share a GPU. [default: 1]")] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address that workers of other machines dial.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate of --listen, as PEM; encrypts.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Key of --listen, as PEM.")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]")
+    ] = None,
+    cpus_per_worker: Annotated[
+        float | None, typer.Option(min=0.01, help="Ray: cores of a worker. [default: 1]")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="SLURM: partition.")] = None,
+    gres: Annotated[str | None, typer.Option(help="SLURM: resources of a worker, such as gpu:1.")] = None,
+    time_: Annotated[str | None, typer.Option("--time", help="SLURM: time limit of a worker.")] = None,
+    slurm_args: Annotated[str | None, typer.Option(help="SLURM: further flags of sbatch, in one string.")] = None,
+) -> "EngineOptions":
+    from searchfm.engines.start import read_options
+
+    flags = {
+        "device": device,
+        "workers": workers or None,
+        "workers_per_gpu": workers_per_gpu,
+        "listen": listen,
+        "tls_cert": tls_cert and str(tls_cert.absolute()),
+        "tls_key": tls_key and str(tls_key.absolute()),
+        "ray.gpus_per_worker": gpus_per_worker,
+        "ray.cpus_per_worker": cpus_per_worker,
+        "slurm.partition": partition,
+        "slurm.gres": gres,
+        "slurm.time": time_,
+        "slurm.args": tuple(shlex.split(slurm_args or "")),
+    }
+    return read_options(engine, flags)
+
+
+def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with all flags of `_engine_options` in place of its last parameter, `options`."""
+    flags = dict(inspect.signature(_engine_options).parameters)
+    own = {name: item for name, item in inspect.signature(command).parameters.items() if name != "options"}
+
+    def wrapper(**values: Any) -> None:
+        options = _engine_options(**{name: values[name] for name in flags})
+        command(**{name: values[name] for name in own}, options=options)
+
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+    wrapper.__signature__ = inspect.Signature([*own.values(), *flags.values()])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {name: item.annotation for name, item in (own | flags).items()}
+    return wrapper
 
 
 def main() -> None:
@@ -69,11 +140,10 @@ def _options(
 
 
 @app.command()
+@_with_engine
 def tune(
     study: StudyArgument,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, earlier ones included.")] = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "auto",
     dataset: Annotated[str | None, typer.Option(help="A data set by name, or a folder of images.")] = None,
     subset: Annotated[float | None, typer.Option(help="Fraction of the training part to search on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of a trial.")] = None,
@@ -86,22 +156,22 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds.")] = None,
-    engine: Annotated[str, typer.Option(help="Where workers run: local.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the study; train nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Add a trial for each failed one.")] = False,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
+    *,
+    options: "EngineOptions",
 ) -> None:
     """Search a study: propose, train, prune and record trials. The same command again resumes it."""
+    from searchfm.engines.start import start_engine
     from searchfm.pool import StopRequest
     from searchfm.search import files
     from searchfm.show import terminal
     from searchfm.tuning import Tuning, find_study
 
-    if engine != "local":
-        raise UserError(f"--engine {engine}: must be local")
-    options = {
+    values = {
         "search.trials": trials,
         "search.seed": seed,
         "data.name": dataset,
@@ -109,13 +179,14 @@ def tune(
         "train.epochs": epochs,
     }
     where, console = Home.find(home), _console(stderr=as_json)
-    opened, stored, file = find_study(study, name, files.overrides(options, set_ or []), where)
+    opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
     if dry_run:
         terminal.show_plan(console, opened, stored)
         return
     began, folder = time.monotonic(), data_folder(data_dir)
+    engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(timeout) as stop:
-        with Tuning(opened, where, file, stored, device, workers, folder, retry_failed, stopping=stop) as tuning:
+        with Tuning(opened, where, file, stored, folder, retry_failed, stop, engine) as tuning:
             view = terminal.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
             terminal.follow(view, tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
@@ -127,6 +198,7 @@ def tune(
 
 
 @app.command()
+@_with_engine
 def retrain(
     study: StudyArgument,
     top: Annotated[int | None, typer.Option(min=1, help="Number of finalists, the best trials. [default: 3]")] = None,
@@ -135,25 +207,51 @@ def retrain(
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the final training.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Retrain from scratch with new seeds.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make the model the champion, better or not.")] = False,
-    workers: WorkersOption = None,
-    device: DeviceOption = "auto",
     home: HomeOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
+    *,
+    options: "EngineOptions",
 ) -> None:
     """Train the best trials with fresh seeds, the winner on all training data, test it once, and register it."""
     from searchfm import retraining
+    from searchfm.engines.start import start_engine
     from searchfm.pool import StopRequest
     from searchfm.search.files import study_name
     from searchfm.show import terminal
 
     name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
-    options = retraining.RetrainOptions(
-        Home.find(home), name, top, seeds, trial, epochs, again, promote, device, workers, folder
-    )
+    where = Home.find(home)
+    plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder)
+    engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest() as stop:
-        final = terminal.follow(terminal.RetrainView(console, name), retraining.retrain(options, stop))
+        final = terminal.follow(terminal.RetrainView(console, name), retraining.retrain(plan, stop, engine))
         _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
+
+
+@app.command()
+def worker(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Address that the search printed.")],
+    workers: WorkersOption = None,
+    device: DeviceOption = None,
+    workers_per_gpu: Annotated[int | None, typer.Option(min=1, help="Workers that share a GPU. [default: 1]")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="The listener's certificate, as PEM.")] = None,
+    retry: Annotated[float, typer.Option(min=0, help="Seconds to dial while no search answers.")] = 60.0,
+    home: HomeOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Work for a search on another machine that was started with --engine listen, until it ends or Ctrl-C.
+
+    Both machines mount the home folder, which holds the key; SEARCHFM_WORKER_KEY replaces it. A search that is stopped
+    and started again is dialled again.
+    """
+    from searchfm.engines import agent
+    from searchfm.engines.start import read_options
+
+    flags = {"device": device, "workers": workers or None, "workers_per_gpu": workers_per_gpu}
+    folder = data_folder(data_dir)
+    files = {"tls_cert": tls_cert and str(tls_cert), "data_dir": str(folder) if folder else None}
+    agent.main(address, Home.find(home).path, read_options("local", flags | files), retry, _notify)
 
 
 @app.command()
@@ -384,6 +482,14 @@ def export(
     done = export.export(network, spec, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
     _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))
+
+
+def _notify(line: str) -> None:
+    print(f"searchfm: {line}", file=sys.stderr, flush=True)
+
+
+def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions":
+    return replace(options, data_dir=str(folder)) if folder else options
 
 
 def _console(*, stderr: bool = False) -> "Console":

@@ -104,7 +104,7 @@ class Coordinator:
         yield from self._adopt()
         while True:
             yield from self._ask()
-            if not self.running or self.pool.stopped:
+            if self.pool.stopped or not (self.running or self._may_ask()):
                 return  # running trials stay RUNNING, for the next coordinator to adopt
             for event in self.pool.events():
                 yield from self._on(event)
@@ -127,9 +127,7 @@ class Coordinator:
 
     def _ask(self) -> Iterator[Progress]:
         """Asks for a trial for each free worker, while the study is not full."""
-        while self.pool.free > 0:
-            if self.asked >= self.trials or (self.exhausted and not self.again):
-                return
+        while self.pool.free > 0 and self._may_ask():
             if self.useful == 0 and len(self.failures) >= HOPELESS:
                 if self.running:
                     return  # one of them may still succeed
@@ -266,6 +264,10 @@ class Coordinator:
         for other in candidates:
             if other.state == "complete" and other not in self.kept:
                 drop_weights(other.folder)
+
+    def _may_ask(self) -> bool:
+        """Whether the study is not full; there may be no worker for it yet."""
+        return self.asked < self.trials and not (self.exhausted and not self.again)
 
     @property
     def exhausted(self) -> bool:

@@ -400,6 +400,7 @@ class PrepareJob(Record):
     data: Mapping[str, Any]  # the table of [data]
     models: tuple[tuple[str, str], ...]  # (transfer model, weights)
     data_dir: str | None
+    fingerprint: str | None = None  # that the data must have; None: any
 
 
 @dataclass(frozen=True)

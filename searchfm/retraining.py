@@ -73,8 +73,6 @@ class RetrainOptions:
     epochs: int | None = None
     again: bool = False  # train everything again, with seeds that were never used
     promote: bool = False  # make the model the champion whatever the comparison says
-    device: str = "auto"
-    workers: int | None = None
     data_dir: Path | None = None
 
 
@@ -90,7 +88,7 @@ class Progress:
 
 
 def retrain(
-    options: RetrainOptions, stopping: Callable[[], bool], engine: Callable[[Sequence[str]], Engine] = LocalEngine
+    options: RetrainOptions, stopping: Callable[[], bool], engine: Callable[[], Engine] = LocalEngine
 ) -> Generator[Progress, None, Final]:
     """Brings a study to its final model; yields progress, returns what is kept.
 
@@ -107,10 +105,9 @@ def retrain(
             if final is not None and exists:
                 yield Progress("note", text=_why_again(final, plan))
             search = reopen(None, study, {})
-            with closing(engine(["cpu"])) as workers:
+            with closing(engine()) as workers:
                 pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=check_lock)
-                _, devices = prepare(search, pool, options.data_dir, options.device, options.workers, study.data)
-                workers.resize(devices)
+                _, devices = prepare(search, pool, options.data_dir, study.data)
                 yield Progress("note", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
                 final = yield from work.final((yield from work.select()))

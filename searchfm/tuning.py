@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -11,8 +11,8 @@ from typing import Any, Self
 import searchfm
 from searchfm.coordinator import Coordinator, Progress
 from searchfm.engines import Engine
-from searchfm.engines.local import LocalEngine, default_workers
-from searchfm.errors import DataError, StudyError, UserError, WorldError
+from searchfm.engines.local import LocalEngine
+from searchfm.errors import DataError, StudyError, WorldError
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.pool import WorkerPool
@@ -48,14 +48,12 @@ class Tuning:
     home: Home
     file: Mapping[str, Any]
     stored: StudyRecord | None
-    device: str = "auto"
-    workers: int | None = None
     data_dir: Path | None = None
     retry_failed: bool = False
     stopping: Callable[[], bool] = lambda: False
-    engine: Callable[[Sequence[str]], Engine] = LocalEngine
+    engine: Callable[[], Engine] = LocalEngine
     follow: bool = True  # into MLflow
-    devices: list[str] = field(default_factory=list, init=False)
+    devices: Sequence[str] = field(default_factory=list, init=False)
     missing: int = field(default=0, init=False)  # trials that MLflow does not hold yet, once closed
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -97,10 +95,10 @@ class Tuning:
         stored = self.stored
         data = stored.data if stored else None
         work = stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
-        engine = stack.enter_context(closing(self.engine(["cpu"] if work else [])))
+        engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
         pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
         if work:
-            data, self.devices = prepare(study, pool, self.data_dir, self.device, self.workers, data)
+            data, self.devices = prepare(study, pool, self.data_dir, data)
             study.check_images(data.shape)
         assert data is not None
         if check_lock is None:
@@ -108,7 +106,6 @@ class Tuning:
         pool.check_lock = check_lock
         self.storage = open_storage(home, create=True)
         self._write_down(data)
-        engine.resize(self.devices)
         if self.follow:
             stack.callback(self._close, Tracking(home, study.name))
         self.coordinator = Coordinator(
@@ -169,10 +166,10 @@ def find_study(
 
 
 def prepare(
-    study: Study, pool: WorkerPool, data_dir: Path | None, device: str, workers: int | None, before: Prepared | None
-) -> tuple[Prepared, list[str]]:
-    """Fetches and reads the data and looks for pretrained weights, in a worker, before anything is written. Returns
-    what was found of the data, and a device for each worker.
+    study: Study, pool: WorkerPool, data_dir: Path | None, before: Prepared | None
+) -> tuple[Prepared, Sequence[str]]:
+    """Fetches and reads the data and looks for pretrained weights, in a worker, before anything is written; then takes
+    all workers, and lets every other node do the same. Returns what was found of the data, and the workers' devices.
 
     before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, UserError,
     WorldError, KeyboardInterrupt.
@@ -185,7 +182,9 @@ def prepare(
             f"{study.data['name']}: the data have changed since study {study.name!r} was begun; "
             "put them back, or begin another study with --name"
         )
-    return result.data, choose_devices(device, workers, result.devices)
+    devices = pool.engine.expand(result.devices)
+    pool.engine.each(replace(job, payload=replace(payload, fingerprint=result.data.fingerprint).to_json()))
+    return result.data, devices
 
 
 def train_payload(
@@ -194,18 +193,3 @@ def train_payload(
     """The payload of a training job."""
     folder = str(data_dir) if data_dir else None
     return TrainJob(config, identity, folder, data.fingerprint, study.search.checkpoint_seconds, threads).to_json()
-
-
-def choose_devices(device: str, workers: int | None, accelerators: Mapping[str, int]) -> list[str]:
-    """A device for each worker. accelerators: their numbers, {"cuda": 2, "mps": 0}. Raises UserError."""
-    gpus = [f"cuda:{i}" for i in range(accelerators["cuda"])]
-    choices = {"cpu": ["cpu"] * (workers or default_workers())}
-    if gpus:
-        choices |= {"cuda": gpus} | {name: [name] for name in gpus}
-    if accelerators["mps"]:
-        choices["mps"] = ["mps"]
-    chosen = ("cuda" if gpus else "mps" if accelerators["mps"] else "cpu") if device == "auto" else device
-    if chosen not in choices:
-        raise UserError(f"--device {device}: torch finds no such device here; may be auto, {', '.join(choices)}")
-    names = choices[chosen]
-    return [names[i % len(names)] for i in range(workers or len(names))]

@@ -3,11 +3,13 @@
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from optuna.storages import BaseStorage
 
 from searchfm.coordinator import Coordinator, Progress
+from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError
 from searchfm.home import Home
@@ -34,6 +36,11 @@ def toy(name: str = "toy", **tables: Mapping[str, Any]) -> Study:
     merged = copy.deepcopy(TABLES) | {key: dict(table) for key, table in tables.items() if key != "search"}
     merged["search"] |= tables.get("search", {})
     return Study(name, merged)
+
+
+def local_engine(workers: int) -> Callable[[], LocalEngine]:
+    """Makes a local engine that trains on so many CPU workers."""
+    return partial(LocalEngine, options=EngineOptions.from_table({"device": "cpu", "workers": workers}))
 
 
 def search(

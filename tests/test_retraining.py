@@ -23,6 +23,7 @@ from searchfm.stats import Accuracy
 from searchfm.tracking import registry
 from searchfm.tuning import Tuning
 from tests import rows
+from tests.driving import local_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
@@ -50,14 +51,14 @@ def tune(home: Home, trials: int = 4) -> None:
         stored = load_study(open_storage(home), home, study.name)
     except StudyError:
         stored = None
-    with Tuning(study, home, study.resolved, stored, "cpu", 2, follow=False) as tuning:
+    with Tuning(study, home, study.resolved, stored, engine=local_engine(2), follow=False) as tuning:
         for _ in tuning.run():
             pass
 
 
 def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[Final, list[Progress]]:
     """Retrains to the end; returns the final record and the progress."""
-    progress, running = [], retrain(RetrainOptions(home, name, workers=2, **asked), never)
+    progress, running = [], retrain(RetrainOptions(home, name, **asked), never, local_engine(2))
     while True:
         try:
             progress.append(next(running))
@@ -206,7 +207,7 @@ def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tm
     """A test job that is killed has been counted, although it has no result."""
     home = Home(tmp_path / "home")
     shutil.copytree(tuned.path, home.path)
-    running = retrain(RetrainOptions(home, "digits", trial=0, workers=1), never)
+    running = retrain(RetrainOptions(home, "digits", trial=0), never, local_engine(1))
     first = next(item for item in running if item.job and item.job.label == "test")
     running.close()  # as a kill would, before the test job begins
     assert first.kind == "planned"

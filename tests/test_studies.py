@@ -25,7 +25,7 @@ from searchfm.search import files
 from searchfm.search.space import leaves
 from searchfm.tuning import Tuning
 from tests.commands import searchfm_here
-from tests.driving import let_go
+from tests.driving import let_go, local_engine
 
 SHIPPED = files.shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
@@ -169,7 +169,7 @@ def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> S
     path = files.find(name)
     assert path is not None
     study = files.read(path).study(overrides, name=rename)
-    with Tuning(study, home, study.resolved, None, "cpu", 1, follow=False) as tuning:
+    with Tuning(study, home, study.resolved, None, engine=local_engine(1), follow=False) as tuning:
         for _ in tuning.run():
             pass
         record = tuning.result()

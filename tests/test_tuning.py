@@ -9,12 +9,13 @@ import pytest
 import tomli_w
 
 from searchfm.coordinator import Progress
-from searchfm.engines.local import LocalEngine, default_workers
+from searchfm.engines import EngineOptions
+from searchfm.engines.local import LocalEngine, choose_devices, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.home import Home
 from searchfm.records import StudyHeader, StudyRecord
 from searchfm.search.storage import open_storage, study_lock, write_record
-from searchfm.tuning import Tuning, choose_devices, find_study
+from searchfm.tuning import Tuning, find_study
 from tests.driving import facts, let_go, stored
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
@@ -36,11 +37,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 class Engines:
     """Makes local engines, and lists them."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        self.options = EngineOptions.from_table({"device": "cpu", "workers": 1, **options})
         self.started: list[LocalEngine] = []
 
-    def __call__(self, devices: Any) -> LocalEngine:
-        self.started.append(LocalEngine(devices))
+    def __call__(self) -> LocalEngine:
+        self.started.append(LocalEngine(options=self.options))
         return self.started[-1]
 
 
@@ -61,7 +63,7 @@ def tune(
     **plan: Any,
 ) -> tuple[StudyRecord, list[Progress]]:
     study, before, plain = find_study(file_of(home) if file else "toy", None, overrides or {}, home)
-    options = {"device": "cpu", "workers": 1, "stopping": stopping, "engine": engines or Engines(), **plan}
+    options = {"stopping": stopping, "engine": engines or Engines(), **plan}
     with Tuning(study, home, plain, before, follow=False, **options) as tuning:
         progress = list(tuning.run())
     result = tuning.result()
@@ -81,7 +83,7 @@ def test_a_study_starts_resumes_and_completes(home: Home) -> None:
     again, progress = tune(home, engines=engines)
     assert facts(again) == facts(study)
     assert progress == []
-    assert engines.started[0]._workers == []  # no worker was started
+    assert engines.started == []
 
     more, _ = tune(home, {"search.trials": 3}, file=False)  # a stored study needs no file
     check_trained(more, 3)
@@ -126,7 +128,7 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
     ("overrides", "plan", "error", "message"),
     [
         ({"data.name": "no/such/folder"}, {}, DataError, "no/such/folder"),
-        ({}, {"device": "cuda:7"}, UserError, "--device cuda:7"),
+        ({}, {"engines": Engines(device="cuda:7")}, UserError, "--device cuda:7"),
         ({"model.name": "transfer", "model.transfer.model": "resnet0"}, {}, UserError, "resnet0"),
     ],
 )
@@ -158,10 +160,10 @@ def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) ->
     study, before, _ = find_study(file_of(home), None, {"search.trials": 3}, home)
     other, _ = tune(home, {"search.trials": 4})
     engines = Engines()
-    with Tuning(study, home, first.file, before, "cpu", 1, engine=engines, follow=False) as tuning:
+    with Tuning(study, home, first.file, before, engine=engines, follow=False) as tuning:
         assert list(tuning.run()) == []
         assert facts(tuning.result()) == facts(other)
-    assert engines.started[0]._workers == []
+    assert engines.started == []
     let_go(tuning.storage)
 
 
@@ -186,6 +188,11 @@ def test_another_name_makes_another_study(home: Home) -> None:
 
 # --- devices ----------------------------------------------------------------------------------------------------------
 
+
+def options(device: str, workers: int | None = None, per_gpu: int | None = None) -> EngineOptions:
+    return EngineOptions.from_table({"device": device, "workers": workers, "workers_per_gpu": per_gpu})
+
+
 NONE, GPUS, MAC = {"cuda": 0, "mps": 0}, {"cuda": 2, "mps": 0}, {"cuda": 0, "mps": 1}
 
 
@@ -206,7 +213,14 @@ NONE, GPUS, MAC = {"cuda": 0, "mps": 0}, {"cuda": 2, "mps": 0}, {"cuda": 0, "mps
 def test_workers_are_spread_over_the_devices(
     device: str, workers: int | None, accelerators: dict[str, int], expected: list[str]
 ) -> None:
-    assert choose_devices(device, workers, accelerators) == expected
+    assert choose_devices(options(device, workers), accelerators) == expected
+
+
+def test_several_workers_share_each_gpu() -> None:
+    assert choose_devices(options("auto", None, 2), GPUS) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert choose_devices(options("cuda:1", None, 3), GPUS) == ["cuda:1"] * 3
+    with pytest.raises(UserError, match=r"^--workers-per-gpu 2: the device is cpu, must be a GPU$"):
+        choose_devices(options("cpu", None, 2), GPUS)
 
 
 @pytest.mark.parametrize(
@@ -226,5 +240,5 @@ def test_an_unavailable_device_is_refused_with_the_available_ones(
     device: str, accelerators: dict[str, int], may_be: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        choose_devices(device, None, accelerators)
+        choose_devices(options(device), accelerators)
     assert str(caught.value) == f"--device {device}: torch finds no such device here; may be {may_be}"

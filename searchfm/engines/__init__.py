@@ -1,13 +1,14 @@
 """Where workers run: jobs and ids, without search, tracking or Optuna's trials."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 from searchfm.jobs import Event, Job
+from searchfm.tables import Table, key, table
 
 
 class Engine(Protocol):
-    """Starts workers and carries their messages: local processes here, Ray on a cluster."""
+    """Starts workers, or accepts them, and carries their messages. Workers run on nodes: this machine, or others."""
 
     @property
     def free(self) -> int:
@@ -17,8 +18,17 @@ class Engine(Protocol):
     def busy(self) -> bool:
         """Whether any job is under way, or its end not yet read."""
 
-    def resize(self, devices: Sequence[str]) -> None:
-        """One worker per device named; workers of other devices end, the rest stay warm."""
+    def expand(self, accelerators: Mapping[str, int]) -> Sequence[str]:
+        """Takes all workers that the engine's options ask for, of which one served until now; returns the devices of
+        those that are there. accelerators: their numbers on the node of the first job: {"cuda": 2, "mps": 0}.
+
+        Raises UserError for a device that is not there.
+        """
+
+    def each(self, job: Job) -> None:
+        """Runs the job once on every node, and on a node that joins later before it gets another job. A node where it
+        fails is not used. Its events are the engine's own. No effect where the only node is this machine.
+        """
 
     def submit(self, job: Job) -> None:
         """Sends the job to a free worker, a warm one if there is one."""
@@ -27,7 +37,43 @@ class Engine(Protocol):
         """Stops the job at its next batch; its end still comes as an event."""
 
     def next_event(self, timeout: float) -> Event | None:
-        """The next event, or None after `timeout` seconds (or less) without one."""
+        """The next event, or None after `timeout` seconds (or less) without one. Raises WorldError if no worker is
+        left and none can come.
+        """
 
     def close(self) -> None:
         """Ends all workers at once, busy or not."""
+
+
+class SlurmOptions(Table):
+    """How nodes are asked of SLURM: flags of sbatch."""
+
+    partition: str | None = key(None, "Partition.")
+    gres: str | None = key(None, "Resources of each worker, such as gpu:1.")
+    time: str | None = key(None, "Time limit of each worker, as sbatch reads it.")
+    args: tuple[str, ...] = key((), "Further flags, such as --cpus-per-task=4.")
+
+
+class RayOptions(Table):
+    """What each worker takes of a Ray cluster."""
+
+    gpus_per_worker: float | None = key(None, "GPUs; a fraction shares one. None: 1 where the cluster has any.", ge=0)
+    cpus_per_worker: float = key(1.0, "CPU cores.", gt=0)
+
+
+class EngineOptions(Table):
+    """Options of an engine; None means the engine's own default."""
+
+    name: Literal["local", "listen"] = key("local", "Where workers run.")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps.")
+    workers: int | None = key(None, "None: local, cores or GPUs; slurm, 1; ray, as many as the cluster takes.", ge=1)
+    workers_per_gpu: int | None = key(None, "Workers that share a GPU; 1.", ge=1)
+    listen: str | None = key(None, "HOST:PORT that workers elsewhere dial.")
+    tls_cert: str | None = key(None, "PEM file: certificate of the listener.")
+    tls_key: str | None = key(None, "PEM file: its key.")
+    data_dir: str | None = key(None, "Folder to search for data first, on every node.")
+    slurm: SlurmOptions = table(SlurmOptions)
+    ray: RayOptions = table(RayOptions)
+
+
+DEFAULTS = EngineOptions.from_table({})

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -22,7 +22,9 @@ from pathlib import Path
 
 import psutil
 
+from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.worker import LEFT, STOP, work
+from searchfm.errors import UserError
 from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
@@ -43,11 +45,19 @@ class LocalEngine:
     """An `Engine` of worker processes on this machine, one for each device name ("cpu", "cuda:0" ...).
 
     A worker starts with its first job. A job that stops ticking for `timeout` seconds is lost, its worker killed.
+    options: which devices `expand` takes. wake: connections that also end a wait for events, when they can be read.
     """
 
-    def __init__(self, devices: Sequence[str], warm: str = WARM, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        devices: Sequence[str] = ("cpu",),
+        warm: str = WARM,
+        timeout: float = 600.0,
+        options: EngineOptions = DEFAULTS,
+        wake: Sequence[Connection] = (),
+    ) -> None:
         self._context, self._warm = _context(warm), warm
-        self._timeout = timeout
+        self._timeout, self._options, self._wake = timeout, options, list(wake)
         self._workers: list[_Worker] = []  # the last to send is last, so that messages of all are received
         self._devices = list(devices)
 
@@ -61,8 +71,16 @@ class LocalEngine:
         """Whether any job is under way, or its end not yet read."""
         return any(worker.job for worker in self._workers)
 
+    def expand(self, accelerators: Mapping[str, int]) -> Sequence[str]:
+        """One worker for each device that the options choose. Raises UserError for a device that is not there."""
+        self.resize(choose_devices(self._options, accelerators))
+        return self._devices
+
+    def each(self, job: Job) -> None:
+        """Nothing: this machine is the only node."""
+
     def resize(self, devices: Sequence[str]) -> None:
-        """Ends idle workers of devices that are no longer named."""
+        """One worker for each device named; idle workers of other devices end, the rest stay warm."""
         self._devices = list(devices)
         unused = list(devices)
         for worker in list(self._workers):
@@ -92,7 +110,7 @@ class LocalEngine:
     def next_event(self, timeout: float) -> Event | None:
         """Reads one message at most: a worker is not free before its job's end has been returned."""
         began = time.monotonic()
-        ready = wait([end for w in self._workers for end in (w.pipe, w.process.sentinel)], timeout)
+        ready = wait([*self._wake, *(end for w in self._workers for end in (w.pipe, w.process.sentinel))], timeout)
         # Time in which this process itself did not run (a closed lid, Ctrl-Z) is not the workers' silence.
         waited = min(time.monotonic() - began, timeout)
         for worker in self._workers:
@@ -174,6 +192,25 @@ class LocalEngine:
         worker.process.join(10)
         with suppress(ValueError):
             worker.process.close()
+
+
+def choose_devices(options: EngineOptions, accelerators: Mapping[str, int]) -> list[str]:
+    """A device for each worker. accelerators: their numbers, {"cuda": 2, "mps": 0}. Raises UserError."""
+    gpus, device, workers = [f"cuda:{i}" for i in range(accelerators["cuda"])], options.device, options.workers
+    choices = {"cpu": ["cpu"] * (workers or default_workers())}
+    if gpus:
+        choices |= {"cuda": gpus} | {name: [name] for name in gpus}
+    if accelerators["mps"]:
+        choices["mps"] = ["mps"]
+    chosen = ("cuda" if gpus else "mps" if accelerators["mps"] else "cpu") if device == "auto" else device
+    if chosen not in choices:
+        raise UserError(f"--device {device}: torch finds no such device here; may be auto, {', '.join(choices)}")
+    names = choices[chosen]
+    if options.workers_per_gpu is not None:
+        if not chosen.startswith("cuda"):
+            raise UserError(f"--workers-per-gpu {options.workers_per_gpu}: the device is {chosen}, must be a GPU")
+        names = names * options.workers_per_gpu
+    return [names[i % len(names)] for i in range(workers or len(names))]
 
 
 def usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""The job entries: `prepare` and `trial` for a search; `fit` and `test` for the final model.
+"""The job entries: `prepare` and `trial` for a search; `fit` and `test` for the final model; `devices` for a node.
 
 `test` alone reads the test part; whoever submits it counts the read first.
 """
@@ -53,14 +53,24 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     """
     job = PrepareJob.from_json(payload, "prepare")
     splits = _data(load, DataConfig.from_table(job.data), job.data_dir, context.device)
+    if job.fingerprint not in (None, splits.fingerprint):
+        raise DataError(
+            f'data.name = "{job.data["name"]}": the data differ from those of the node where the search began '
+            f"(fingerprint {splits.fingerprint[:12]}, there {str(job.fingerprint)[:12]})"
+        )
     images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held)
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), shape, len(splits.classes))
     yield from ()  # an entry is a generator, even one without epochs
-    devices = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    return PrepareResult(prepared, devices).to_json()
+    return PrepareResult(prepared, _accelerators()).to_json()
+
+
+def devices(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
+    """Returns the numbers of this node's accelerators: {"cuda": 2, "mps": 0}."""
+    yield from ()
+    return _accelerators()
 
 
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -207,6 +217,10 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         versions=_versions(),
         files=files,
     )
+
+
+def _accelerators() -> dict[str, int]:
+    return {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
 
 
 def _versions() -> dict[str, str]:

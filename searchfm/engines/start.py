@@ -1,0 +1,58 @@
+"""An engine by its options: a name, or a TOML file, and flags."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+from searchfm.engines import Engine, EngineOptions
+from searchfm.errors import ConfigError, UserError
+from searchfm.tables import read_within
+
+NAMES = ("local", "listen")  # of engines
+
+
+def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], None]) -> Engine:
+    """The engine of these options, with one worker until `expand`.
+
+    home: the folder that all nodes share. notify: receives lines for the user: what to type on another machine, which
+    workers joined, left or were refused. Raises UserError, WorldError.
+    """
+    match options.name:
+        case "local":
+            from searchfm.engines.local import LocalEngine
+
+            return LocalEngine(options=options)
+        case "listen":
+            from searchfm.engines.remote import listen
+
+            return listen(options, home, notify)
+        case _:
+            assert_never(options.name)
+
+
+def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
+    """The options of an engine: its name, or a TOML file with a table [engine], and over them the flags that are not
+    None, by dotted key. Raises UserError.
+    """
+    values: dict[str, Any] = {"name": engine}
+    if engine.endswith(".toml"):
+        try:
+            values = tomllib.loads(Path(engine).read_text("utf-8"))["engine"]
+        except (OSError, ValueError, KeyError) as error:
+            reason = "has no table [engine]" if isinstance(error, KeyError) else getattr(error, "strerror", 0) or error
+            raise UserError(f"--engine {engine}: {reason}") from None
+    elif engine not in NAMES:
+        raise UserError(f"--engine {engine}: must be {', '.join(NAMES)}, or a TOML file with a table [engine]")
+    if isinstance(values, dict):
+        for name, value in flags.items():
+            if value not in (None, ()):
+                *parents, last = name.split(".")
+                inner = values
+                for parent in parents:
+                    inner = inner.setdefault(parent, {})
+                inner[last] = value
+    try:
+        return read_within("engine", EngineOptions.from_table, values)
+    except ConfigError as error:
+        raise error.at(f"--engine {engine}") from None
