@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -329,17 +329,27 @@ def dashboard(
     study: Annotated[str | None, typer.Argument(help="Study to open. [default: the latest]")] = None,
     port: Annotated[int, typer.Option(help="Port of optuna-dashboard; MLflow has --mlflow-port.")] = 8080,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
+    allow_host: Annotated[list[str] | None, typer.Option(help="Also answer to this host name; repeatable.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File of the token. [default: SEARCHFM_UI_TOKEN]")] = None,
+    only: Annotated[Literal["optuna", "mlflow"] | None, typer.Option(help="Serve one of both, as a service.")] = None,
     home: HomeOption = None,
 ) -> None:
     """Serve optuna-dashboard and the MLflow UI on loopback, until Ctrl-C."""
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import terminal
-    from searchfm.show.dashboard import serve
+    from searchfm.show.dashboard import serve, serve_one
+    from searchfm.show.guard import Access, read_token
 
     where, console = Home.find(home), _console()
+    access = Access(host, tuple(allow_host or ()), read_token(token_file))
+    if only is not None:
+        if study is not None:
+            raise UserError(f"{study}: --only serves all studies; leave out the name")
+        return serve_one(where, only, access, (port, mlflow_port), partial(terminal.show_address, console))
     record = read_study(where, study_name(study)) if study else None
-    serve(where, record, (port, mlflow_port), partial(terminal.show_addresses, console))
+    return serve(where, record, access, (port, mlflow_port), partial(terminal.show_addresses, console))
 
 
 @app.command()

@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own home or databases."""
-    for name in (HOME, STORAGE, TRACKING):
+    for name in (HOME, STORAGE, TRACKING, "SEARCHFM_UI_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -1,11 +1,13 @@
-"""`searchfm dashboard`: optuna-dashboard and MLflow's pages on loopback, until Ctrl-C; no process stays behind.
+"""`searchfm dashboard`: optuna-dashboard and MLflow's pages behind one guard, until Ctrl-C; no process stays behind.
 
-Each server is a process (`python -m searchfm.show.dashboard NAME PORT MLFLOW`) in a session of its own. It inherits the
-addresses of the databases from the environment, since every user can read a command line in `ps`. Its standard input is
-a pipe whose other end this process holds: when that closes, even after a kill, the server ends its whole process group.
+Each server is a process (`python -m searchfm.show.dashboard SPEC`) in a session of its own. It inherits the addresses
+of the databases and the token from the environment, since every user can read a command line in `ps`. Its standard
+input is a pipe whose other end this process holds: when that closes, even after a kill, the server ends its whole
+process group.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,28 +18,51 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable
-from socketserver import ThreadingMixIn
-from typing import Any
-from urllib.parse import urlsplit
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-from searchfm.errors import StudyError, WorldError
+import uvicorn
+from starlette.datastructures import URL
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.home import HOME, TRACKING, Home
 from searchfm.records import StudyRecord
 from searchfm.search.notes import HERE, artifact_folder, web_address
 from searchfm.search.storage import load_study, open_storage, study_names
+from searchfm.show.guard import HEALTH, LOOPBACK, TOKEN, Access, Guard, read_token, with_token
 
-HOST = "127.0.0.1"
-NAMES = ("127.0.0.1", "localhost", "[::1]")  # host names of this machine in a URL
-HEALTH = {"optuna-dashboard": "/api/meta", "MLflow": "/health"}  # paths that answer once a server is up
+Only = Literal["optuna", "mlflow"]
 TRIED = 20  # ports in a row
 START_SECONDS = 90.0
 STOP_SECONDS = 5.0  # for a server to end after SIGTERM
 GROUP_SECONDS = 3.0  # for the rest of its group, once the parent is gone
+REQUEST_SECONDS = 2  # for open requests to end after SIGTERM
+THREADS = 10  # requests that optuna-dashboard answers at once: a plot may take seconds, and a page needs several
 
 
-def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: Callable[[str, str], None]) -> None:
+@dataclass(frozen=True)
+class ServerSpec:
+    """A server, as its process receives it: everything but the token."""
+
+    name: str  # optuna-dashboard or MLflow
+    host: str
+    names: tuple[str, ...]
+    port: int
+    mlflow: str | int  # where links into MLflow lead: an address, or a port of the same host
+    serve_artifacts: bool = False  # see tracking/server.py
+
+    @property
+    def access(self) -> Access:
+        """With the token of this process's environment."""
+        return Access(self.host, self.names, read_token(None))
+
+
+def serve(
+    home: Home, study: StudyRecord | None, access: Access, ports: tuple[int, int], ready: Callable[[str, str], None]
+) -> None:
     """Starts both servers, calls `ready` once both answer, and returns after SIGINT or SIGTERM, once both have ended.
     `ready` receives the address of the study in optuna-dashboard and that of its table in MLflow.
 
@@ -52,21 +77,24 @@ def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: 
     for number in (signal.SIGINT, signal.SIGTERM):  # for good: the command ends with this function
         signal.signal(number, lambda *_: stop.set())
     remote = web_address(home.tracking_uri)
-    first = free_port(ports[0])
-    second = 0 if remote else free_port(ports[1], taken=first)
-    mlflow = remote or f"http://{HOST}:{second}"
+    first = free_port(ports[0], host=access.host)
+    second = 0 if remote else free_port(ports[1], taken=first, host=access.host)
     servers: list[Server] = []
     try:
-        servers.append(Server(home, "optuna-dashboard", first, mlflow))
-        if remote is None:
-            make_schema(home)  # first: two processes that create it at once leave an unreadable file
-            servers.append(Server(home, "MLflow", second, mlflow))
+        for name, port in [("optuna-dashboard", first), ("MLflow", second)][: 1 if remote else 2]:
+            if name == "MLflow":
+                make_schema(home)  # first: two processes that create it at once leave an unreadable file
+            servers.append(
+                Server(home, ServerSpec(name, access.host, access.names, port, remote or second), access.token)
+            )
         links = run_links(home, study)
         for server in servers:
             server.wait(stop)
         if not stop.is_set():
             table = links.table() if links.experiment else ""
-            ready(f"http://{HOST}:{first}/dashboard/studies/{study.number}", f"{mlflow}{table}")
+            dashboard = f"{access.address(first)}/dashboard/studies/{study.number}"
+            mlflow = f"{remote}{table}" if remote else with_token(f"{access.address(second)}{table}", access.token)
+            ready(with_token(dashboard, access.token), mlflow)
         while not stop.wait(0.5):
             for server in servers:
                 server.check()
@@ -75,26 +103,44 @@ def serve(home: Home, study: StudyRecord | None, ports: tuple[int, int], ready: 
             server.stop()
 
 
-def free_port(first: int, taken: int = 0) -> int:
-    """The first port from `first` on that is free on loopback. Raises WorldError after twenty."""
-    for port in range(first, first + TRIED):
+def serve_one(home: Home, only: Only, access: Access, ports: tuple[int, int], ready: Callable[[str], None]) -> None:
+    """Serves one of both in this process, for containers and services: any study or none, this port or none, errors on
+    standard error. Calls `ready` with the address once it answers. Returns after SIGINT or SIGTERM. Clients of MLflow
+    send their artifacts through it. Raises UserError, StorageError, WorldError.
+    """
+    remote = web_address(home.tracking_uri)
+    if only == "mlflow" and remote:
+        raise UserError(f"--only mlflow: {TRACKING} must name a database, not the server {remote}")
+    name, port = ("optuna-dashboard", ports[0]) if only == "optuna" else ("MLflow", ports[1])
+    free_port(port, host=access.host, tried=1)
+    spec = ServerSpec(name, access.host, access.names, port, remote or ports[1], serve_artifacts=True)
+    run(home, spec, access, lambda: ready(with_token(access.address(port), access.token)))
+
+
+def free_port(first: int, taken: int = 0, host: str = LOOPBACK, tried: int = 0) -> int:
+    """The first port from `first` on that is free at that address. tried: 20 by default. Raises WorldError."""
+    last = first + (tried or TRIED) - 1
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in range(first, last + 1):
         if port != taken:
-            with socket.socket() as probe, contextlib.suppress(OSError):
+            with socket.socket(family) as probe, contextlib.suppress(OSError):
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((HOST, port))
+                probe.bind((host, port))
                 return port
-    raise WorldError(f"ports {first} to {first + TRIED - 1} on {HOST} are all in use; name another with --port")
+    if tried == 1:
+        raise WorldError(f"port {first} on {host} cannot be bound: in use, or {host} is not of this machine")
+    raise WorldError(f"ports {first} to {last} on {host} are all in use; name another with --port")
 
 
 class Server:
-    """A server in a process group of its own, until `stop`. mlflow: address of MLflow's pages."""
+    """A server in a process group of its own, until `stop`."""
 
-    def __init__(self, home: Home, name: str, port: int, mlflow: str) -> None:
-        self.name, self.health = name, f"http://{HOST}:{port}{HEALTH[name]}"
+    def __init__(self, home: Home, spec: ServerSpec, token: str | None) -> None:
+        self.name, self.health = spec.name, f"{Access(spec.host, (), token).address(spec.port)}{HEALTH}"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `stop`
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "searchfm.show.dashboard", name, str(port), mlflow],
-            env={**os.environ, HOME: str(home.path)},
+            [sys.executable, "-m", "searchfm.show.dashboard", json.dumps(asdict(spec))],
+            env={**os.environ, HOME: str(home.path)} | ({TOKEN: token} if token else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self.errors,
@@ -146,69 +192,71 @@ def _latest(home: Home) -> StudyRecord:
 # --- in the process of a server ---------------------------------------------------------------------------------------
 
 
-def serve_optuna(home: Home, port: int, mlflow: str) -> None:
-    """optuna-dashboard behind `guard`: it has no check of its own, and each of its clients may delete studies."""
+def run(home: Home, spec: ServerSpec, access: Access, ready: Callable[[], None] = lambda: None) -> None:
+    """Serves until SIGINT or SIGTERM; calls `ready` once it listens."""
+    if spec.name == "MLflow":
+        from searchfm.tracking.server import create_app
+
+        app: ASGIApp = create_app(home, serve_artifacts=spec.serve_artifacts)
+    else:
+        app = links_to(spec.mlflow, optuna_app(home))
+    config = uvicorn.Config(
+        Guard(app, access),
+        host=spec.host,
+        port=spec.port,
+        http="h11",  # refuses a second Host header
+        ws="none",
+        proxy_headers=False,  # clients may write them
+        server_header=False,
+        access_log=False,  # addresses may hold the token
+        log_config=None,
+        timeout_graceful_shutdown=REQUEST_SECONDS,
+    )
+    server = _Server(config, ready)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
+        server.run()
+    if not server.started:
+        sys.exit(1)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+
+def optuna_app(home: Home) -> ASGIApp:
+    """optuna-dashboard, which is a WSGI app."""
     import optuna_dashboard
+    from a2wsgi import WSGIMiddleware
     from optuna.artifacts import FileSystemArtifactStore
 
     folder = artifact_folder(home)
     folder.mkdir(parents=True, exist_ok=True)
-    app = optuna_dashboard.wsgi(open_storage(home), artifact_store=FileSystemArtifactStore(folder))
-    with make_server(HOST, port, guard(app, port, mlflow), _ThreadedServer, _Handler) as server:
-        server.serve_forever()
+    app = optuna_dashboard.wsgi(open_storage(home, create=True), artifact_store=FileSystemArtifactStore(folder))
+    adapted: ASGIApp = WSGIMiddleware(app, workers=THREADS)  # type: ignore[assignment]  # its types are stricter
+    return adapted
 
 
-def serve_mlflow(home: Home, port: int) -> None:
-    """MLflow's own server, which has a guard, as a child: two processes, no job runners, no telemetry."""
-    settings = {
-        "MLFLOW_BACKEND_STORE_URI": home.tracking_uri,
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT": home.artifacts.as_uri(),
-        "MLFLOW_SERVE_ARTIFACTS": "false",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name}:{port}" for name in NAMES),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    }
-    environment = {key: value for key, value in os.environ.items() if key != TRACKING} | settings
-    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # this process ends after it, with its exit code
-    sys.exit(process.wait())
-
-
-def guard(app: Any, port: int, mlflow: str) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
-    """A WSGI app (PEP 3333) that answers 403 unless Host, and Origin if there is one, name this server. A foreign page
-    could otherwise make the browser delete studies (foreign Origin), or read them (foreign Host, by DNS rebinding).
-
-    Also redirects `/mlflow/...` to MLflow's pages, whose port is not known when the links in the notes are written.
+def links_to(mlflow: str | int, app: ASGIApp) -> ASGIApp:
+    """Redirects `/mlflow/...` to MLflow's pages, whose address is not known when the links in the notes are written.
+    mlflow: that address, or a port of the host that the request names.
     """
-    hosts = {f"{name}:{port}" for name in NAMES}
 
-    def guarded(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        origin = environ.get("HTTP_ORIGIN")
-        if environ.get("HTTP_HOST") not in hosts or (origin and urlsplit(origin).netloc not in hosts):
-            start_response("403 Forbidden", [("Content-Type", "text/plain")])
-            return [b"Only from this machine, by its own name.\n"]
-        path, query = environ.get("PATH_INFO", ""), environ.get("QUERY_STRING", "")
-        if path.startswith(f"{HERE}/"):
-            target = f"{mlflow}/#{path.removeprefix(HERE)}{'?' if query else ''}{query}"
-            start_response("302 Found", [("Location", target)])
-            return [b""]
-        response: Iterable[bytes] = app(environ, start_response)
-        return response
+    async def linked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(f"{HERE}/"):
+            return await app(scope, receive, send)
+        url = URL(scope=scope)
+        base = mlflow if isinstance(mlflow, str) else f"{url.scheme}://{url.replace(port=mlflow).netloc}"
+        target = f"{base}/#{scope['path'].removeprefix(HERE)}{'?' if url.query else ''}{url.query}"
+        return await RedirectResponse(target, 302)(scope, receive, send)
 
-    return guarded
-
-
-class _ThreadedServer(ThreadingMixIn, WSGIServer):
-    """Answers requests in parallel: a plot may take seconds, and a page needs several."""
-
-    daemon_threads = True
-
-
-class _Handler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Logs nothing: standard error is for errors."""
+    return linked
 
 
 def _follow_parent() -> None:
@@ -221,9 +269,7 @@ def _follow_parent() -> None:
 
 
 if __name__ == "__main__":
-    _, name, port, mlflow = sys.argv
     threading.Thread(target=_follow_parent, daemon=True).start()
-    if name == "MLflow":
-        serve_mlflow(Home.find(), int(port))
-    else:
-        serve_optuna(Home.find(), int(port), mlflow)
+    values = json.loads(sys.argv[1])
+    spec = ServerSpec(**values | {"names": tuple(values["names"])})
+    run(Home.find(), spec, spec.access)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import time
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -324,8 +325,18 @@ def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[s
 
 def show_addresses(console: Console, dashboard: str, mlflow: str) -> None:
     """The addresses of the two user interfaces."""
-    console.print(f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
+    console.print(f"optuna-dashboard  {_login(console, dashboard)}\nMLflow            {_login(console, mlflow)}")
     console.print("Ctrl-C stops both", style="dim")
+
+
+def show_address(console: Console, address: str) -> None:
+    """The address of one user interface, which runs as a service."""
+    console.print(f"serving at {_login(console, address)}")
+
+
+def _login(console: Console, address: str) -> str:
+    """An address with its token only on a terminal: logs are kept, and read by others."""
+    return address if console.is_terminal else re.sub(r"([?&]token=)[^&#]*", r"\1TOKEN", address)
 
 
 # --- the final model --------------------------------------------------------------------------------------------------
