@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,9 @@ def retrain(
     """
     began = time.monotonic()
     home = options.home
-    with locked_study(home, options.name) as (study, check_lock):
+    with locked_study(home, options.name, stopping) as (study, lock):
+        storage = open_storage(home, stopping=stopping, check_lock=lock.check)
+        save = partial(write_record, storage, study.number)
         plan = make_plan(study, options)
         final = study.final
         exists = (study.folder / FOLDER / WEIGHTS).is_file()
@@ -106,18 +109,18 @@ def retrain(
                 yield Progress("note", text=_why_again(final, plan))
             search = reopen(None, study, {})
             with closing(engine()) as workers:
-                pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=check_lock)
+                pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=lock.check)
                 _, devices = prepare(search, pool, options.data_dir, study.data)
                 yield Progress("note", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
                 final = yield from work.final((yield from work.select()))
             final = replace(final, seconds=round(time.monotonic() - began, 3))
-            _keep(home, study, final)
+            _keep(study, final, save)
         if final.model is None or (options.promote and not final.model.champion):
             yield Progress("note", text="registering the model with MLflow")
             model = publish(home, study, final, study.folder / FOLDER, promote=options.promote)
             final = replace(final, model=model)
-            _keep(home, study, final)
+            _keep(study, final, save)
     return final
 
 
@@ -436,7 +439,7 @@ def _install(partial: Path, target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _keep(home: Home, study: StudyRecord, final: Final) -> None:
+def _keep(study: StudyRecord, final: Final, save: Callable[[Final], None]) -> None:
     """Writes the record into the model's folder, then into the study, where it counts."""
     write_json(study.folder / FOLDER / "final.json", final.to_json())
-    write_record(open_storage(home), study.number, final)
+    save(final)

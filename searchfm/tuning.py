@@ -18,16 +18,9 @@ from searchfm.jobs import Job
 from searchfm.pool import WorkerPool
 from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
 from searchfm.search import files
-from searchfm.search.storage import (
-    create_study,
-    failures,
-    load_study,
-    locked_study,
-    open_storage,
-    read_study,
-    study_lock,
-    write_record,
-)
+from searchfm.search.database import failures
+from searchfm.search.lock import Lock, study_lock
+from searchfm.search.storage import create_study, load_study, locked_study, open_storage, read_study, write_record
 from searchfm.search.study import Study, check_name
 from searchfm.tables import digest
 from searchfm.tracking.follow import Tracking
@@ -89,9 +82,9 @@ class Tuning:
     def _open(self, stack: ExitStack) -> None:
         study, home = self.study, self.home
         home.probe()
-        check_lock: Callable[[], None] | None = None
+        lock: Lock | None = None
         if self.stored is not None:  # from here on, no other process changes it
-            self.stored, check_lock = stack.enter_context(locked_study(home, study.name))
+            self.stored, lock = stack.enter_context(locked_study(home, study.name, self.stopping))
         stored = self.stored
         data = stored.data if stored else None
         work = stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
@@ -101,11 +94,11 @@ class Tuning:
             data, self.devices = prepare(study, pool, self.data_dir, data)
             study.check_images(data.shape)
         assert data is not None
-        if check_lock is None:
-            check_lock = stack.enter_context(study_lock(home, study.name))
-        pool.check_lock = check_lock
-        self.storage = open_storage(home, create=True)
-        self._write_down(data)
+        if lock is None:
+            lock = stack.enter_context(study_lock(home, study.name, self.stopping))
+        pool.check_lock = lock.check
+        self.storage = open_storage(home, create=True, stopping=self.stopping, check_lock=lock.check)
+        self._write_down(data, lock)
         if self.follow:
             stack.callback(self._close, Tracking(home, study.name))
         self.coordinator = Coordinator(
@@ -118,7 +111,7 @@ class Tuning:
             retry_failed=self.retry_failed,
         )
 
-    def _write_down(self, data: Prepared) -> None:
+    def _write_down(self, data: Prepared, lock: Lock) -> None:
         """Creates the study in the database, or updates what may change in it."""
         study, stored = self.study, self.stored
         header = StudyHeader(
@@ -132,7 +125,7 @@ class Tuning:
             version=searchfm.__version__,
         )
         if stored is None:
-            create_study(self.storage, study.name, header)
+            lock.claim(self.storage, create_study(self.storage, study.name, header))
         else:
             write_record(self.storage, stored.number, header)
 

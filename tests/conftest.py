@@ -5,7 +5,6 @@ import gc
 import multiprocessing.forkserver
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from filelock import FileLock
 from searchfm.errors import DataError
 from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.learn import datasets
-from tests.programs import missing, postgres_binaries
+from tests.programs import missing
+from tests.serving import Postgres
 
 # As in a worker. Two test processes of two threads each on two cores take up to 2.7 times as long (TestTransferWhole).
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -138,30 +138,22 @@ def fashion_mnist() -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The URL of a temporary PostgreSQL server, to append database names to."""
+def postgres_server() -> Iterator[Postgres]:
+    """A temporary PostgreSQL server."""
     folder = Path(tempfile.mkdtemp(prefix="searchfm-pg-"))
-    binaries = postgres_binaries(folder)
-    user = None
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = "nobody"
-        shutil.chown(folder, user)
-
-    def run(name: str, *arguments: str) -> None:
-        subprocess.run([binaries / name, *arguments], user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data = folder / "data"
-    run("initdb", "-D", str(data), "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")
-    options = f"-c port={port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    run("pg_ctl", "start", "-w", "-D", str(data), "-o", options, "-l", str(folder / "log"))
+    server = Postgres(folder)
+    server.start()
     try:
-        yield f"postgresql://postgres@127.0.0.1:{port}/"
+        yield server
     finally:
-        run("pg_ctl", "stop", "-D", str(data), "-m", "immediate")
+        server.stop()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_server: Postgres) -> str:
+    """The URL of a temporary PostgreSQL server, to append database names to."""
+    return postgres_server.url
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from searchfm.errors import StudyError
 from searchfm.home import Home
 from searchfm.pool import WorkerPool
 from searchfm.records import StudyRecord
-from searchfm.search.storage import create_study, load_study, open_storage, study_lock
+from searchfm.search.lock import study_lock
+from searchfm.search.storage import create_study, load_study, open_storage
 from searchfm.search.study import Study
 from searchfm.tables import digest
 from tests import rows
@@ -58,8 +59,8 @@ def search(
     `watch` receives all progress, and stops the search, as a signal would, by returning True.
     """
     stopping = False
-    with study_lock(home, study.name) as check:
-        storage = open_storage(home, create=True)
+    with study_lock(home, study.name, lambda: stopping) as lock:
+        storage = open_storage(home, create=True, stopping=lambda: stopping, check_lock=lock.check)
         try:
             stored = load_study(storage, home, study.name)
         except StudyError:
@@ -68,8 +69,9 @@ def search(
             )
             create_study(storage, study.name, header)
             stored = load_study(storage, home, study.name)
+        lock.claim(storage, stored.number)
         engine = LocalEngine(["cpu"] * workers, warm=LIGHT)
-        pool = WorkerPool(engine, retries=study.search.retries, stopping=lambda: stopping, check_lock=check)
+        pool = WorkerPool(engine, retries=study.search.retries, stopping=lambda: stopping, check_lock=lock.check)
         try:
             coordinator = Coordinator(
                 study,

@@ -1,12 +1,16 @@
-"""A real MLflow server that tests start and kill."""
+"""Real servers that tests start and kill: MLflow, PostgreSQL."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
+
+from tests.programs import postgres_binaries
 
 
 class Server:
@@ -47,3 +51,32 @@ class Server:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Postgres:
+    """PostgreSQL in a folder, on a free port. `url`: to append database names to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._binaries, self._user = folder, postgres_binaries(folder), None
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            self._user = "nobody"
+            shutil.chown(folder, self._user)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"postgresql://postgres@127.0.0.1:{self._port}/"
+        self._data = str(folder / "data")
+        self._run("initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")
+
+    def start(self) -> None:
+        options = f"-c port={self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._folder}"
+        log = str(self._folder / "log")
+        self._run("pg_ctl", "start", "-w", "-D", self._data, "-o", f"{options} -c fsync=off", "-l", log)
+
+    def stop(self) -> None:
+        """Ends all connections at once; the next start recovers."""
+        self._run("pg_ctl", "stop", "-D", self._data, "-m", "immediate")
+
+    def _run(self, name: str, *arguments: str) -> None:
+        command = [self._binaries / name, *arguments]
+        subprocess.run(command, user=self._user, cwd=self._folder, check=True, stdout=subprocess.DEVNULL)

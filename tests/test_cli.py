@@ -11,7 +11,8 @@ import pytest
 
 from searchfm import __version__, cli
 from searchfm.home import Home
-from searchfm.search.storage import load_study, open_storage, study_lock
+from searchfm.search.lock import study_lock
+from searchfm.search.storage import load_study, open_storage
 from tests.commands import searchfm, searchfm_here
 
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")

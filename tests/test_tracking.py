@@ -728,16 +728,23 @@ def test_notes_that_a_user_edited_stay(home: Home) -> None:
     assert attributes(home, study) == before
 
 
-def test_notes_go_on_after_a_connection_that_was_dropped(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+def test_notes_go_on_after_an_error_of_the_database(home: Home, caplog: pytest.LogCaptureFixture) -> None:
     rows.begin(home)
     trials = [rows.ask(home) for _ in range(3)]
     passes = Passes(home, rows.study(home))
+    read_only = False
+
+    def set_read_only(connection: Any, *_: object) -> None:
+        connection.execute(f"PRAGMA query_only = {read_only}")
+
     for trial in trials:
         rows.tell(home, trial, TrialState.FAIL, reason="out of memory")
+        read_only = trial.number == 1
         passes.run(rows.study(home), "RUNNING")
         if trial.number == 0:
             assert passes._notes
-            passes._notes._storage = None  # unusable, as after a dropped connection
+            engine = passes._notes._storage._backend.engine  # type: ignore[attr-defined]
+            sqlalchemy.event.listen(engine, "checkout", set_read_only)
     assert caplog.text.count("optuna-dashboard gets no notes for now") == 1
     notes = [key for key in attributes(home, rows.study(home)) if key.endswith("note_str:0")]
     assert [f"dashboard:{n}:note_str:0" in notes for n in (1, 2, 3)] == [True, False, True]

@@ -14,7 +14,8 @@ from searchfm.engines.local import LocalEngine, choose_devices, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
 from searchfm.home import Home
 from searchfm.records import StudyHeader, StudyRecord
-from searchfm.search.storage import open_storage, study_lock, write_record
+from searchfm.search.lock import study_lock
+from searchfm.search.storage import open_storage, write_record
 from searchfm.tuning import Tuning, find_study
 from tests.driving import facts, let_go, stored
 

@@ -35,6 +35,7 @@ def main() -> None:
         os.nice(5)  # training goes first
     logging.getLogger("searchfm").addHandler(LogHandler())
     logging.getLogger("searchfm").setLevel(logging.INFO)
+    logging.getLogger("searchfm.database").setLevel(logging.ERROR)  # the coordinator waits for it too, and reports it
     home, name = Home.find(), sys.argv[1]
     follower = Follower(home, name)
     threading.Thread(target=receive, args=(follower,), daemon=True).start()

@@ -103,7 +103,7 @@ class Passes:
     def __init__(self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True) -> None:
         self._study = study
         self._mirror = Mirror(home, study, send=send, deep=deep)
-        self._notes: Notes | None = None  # opened at the first note, and again after an error
+        self._notes: Notes | None = None  # opened at the first note
         self._aligned: dict[int, Trial] = {}
         self._states: tuple[Any, ...] = ()  # of the study and its trials when the study's own run was aligned
         self._study_due = 0.0  # monotonic seconds
@@ -177,7 +177,6 @@ class Passes:
                 self._notes = self._notes or Notes(self._mirror.home, self._study)
                 write(self._notes)
         except Exception as error:
-            self._notes = None
             if not self._notes_failed:
                 log.warning("optuna-dashboard gets no notes for now (%s)", type(error).__name__)
             self._notes_failed = True
@@ -246,12 +245,8 @@ class Follower:
 
     def _read(self) -> StudyRecord:
         """The study as it is now; trials that were read after their end are not read again."""
-        try:
-            self._storage = self._storage or open_storage(self._home)
-            study = load_study(self._storage, self._home, self._name, self._ended)
-        except Exception:
-            self._storage = None  # a connection that was dropped inside a transaction is no longer usable
-            raise
+        self._storage = self._storage or open_storage(self._home, stopping=self.closing.is_set)
+        study = load_study(self._storage, self._home, self._name, self._ended)
         self._ended = {trial.number: trial for trial in study.trials if trial.state != "running"}
         return study
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psycopg
 import pytest
 import sqlalchemy
 from optuna.storages import BaseStorage
@@ -25,15 +24,9 @@ from optuna.storages import BaseStorage
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import HOME, STORAGE, Home
 from searchfm.records import StudyHeader
-from searchfm.search.storage import (
-    create_study,
-    failures,
-    load_study,
-    open_storage,
-    study_lock,
-    study_names,
-    write_record,
-)
+from searchfm.search.database import failures
+from searchfm.search.lock import study_lock
+from searchfm.search.storage import create_study, load_study, open_storage, study_names, write_record
 from tests import rows
 from tests.driving import let_go, stored
 
@@ -123,7 +116,7 @@ def test_a_storage_that_is_not_there_is_not_made_by_reading(any_home: Home) -> N
 
 
 HOLD = """
-with study_lock(home, "toy") as check:
+with study_lock(home, "toy") as lock:
     print("held", flush=True)
     __import__("time").sleep(60)
 """
@@ -240,11 +233,11 @@ def test_the_lock_belongs_to_the_database_whatever_home_it_is_used_from(
 
 def test_a_database_that_disappears_is_noticed(home: Home) -> None:
     let_go(open_storage(home, create=True))
-    with study_lock(home, "toy") as check:
-        check()
+    with study_lock(home, "toy") as lock:
+        lock.check()
         (home.path / "optuna.db").unlink()
         with pytest.raises(StorageError, match=r"optuna.db: the database is gone"):
-            check()
+            lock.check()
 
 
 def test_a_file_that_is_no_database_is_named(home: Home) -> None:
@@ -261,44 +254,14 @@ def test_a_file_that_is_no_database_is_named(home: Home) -> None:
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
 
 
-def test_a_lost_connection_is_a_lost_lock(home: Home, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STORAGE, database)
-    with study_lock(home, "toy") as check:
-        check()
-        with psycopg.connect(database, autocommit=True) as other:
-            other.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'searchfm %'"
-            )
-        with pytest.raises(StorageError, match="study 'toy': the lock on the database was lost: "):
-            check()
-    with study_lock(home, "toy") as check:
-        check()
-
-
-def test_a_connection_dropped_between_two_writes_is_made_again(
-    home: Home, database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(STORAGE, database)
-    storage = open_storage(home, create=True)
-    create_study(storage, "toy", HEADER)
-    record = optuna.load_study(study_name="toy", storage=storage)
-    trial = record.ask()
-    with psycopg.connect(database, autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
-                      " AND datname = current_database()")  # fmt: skip
-    record.tell(trial, 0.5)
-    assert [row.value for row in stored(home, "toy").trials] == [0.5]
-    let_go(storage)
-
-
 def test_the_same_study_in_another_database_of_the_server_is_another(
     home: Home, postgres: str, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STORAGE, database)
     with study_lock(home, "toy"):
         monkeypatch.setenv(STORAGE, postgres + "postgres")
-        with study_lock(home, "toy") as check:
-            check()
+        with study_lock(home, "toy") as lock:
+            lock.check()
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg", "postgresql+psycopg2"])
