@@ -41,16 +41,13 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 
 
-def _workers(text: str) -> int:
-    """A number of workers; "auto" is 0, which stands for the default."""
-    if text != "auto" and not (text.isdecimal() and int(text) > 0):
-        raise typer.BadParameter(f"{text!r}: must be a whole number >= 1, or auto")
-    return 0 if text == "auto" else int(text)
-
-
 WorkersOption = Annotated[
-    int | None,
-    typer.Option(parser=_workers, metavar="N|auto", help="Workers. [default: cores or GPUs; slurm: 1; ray: all]"),
+    str | None,
+    typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs; slurm: 1; ray: all]"),
+]
+PerGpuOption = Annotated[
+    str | None,
+    typer.Option(metavar="N|auto", help="Workers that share a GPU; auto: by the first trial's memory. [default: 1]"),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
@@ -62,7 +59,7 @@ def _engine_options(
     engine: Annotated[str, typer.Option(help="local, listen, slurm, ray, or a TOML file with [engine].")] = "local",
     workers: WorkersOption = None,
     device: DeviceOption = None,
-    workers_per_gpu: Annotated[int | None, typer.Option(min=1, help="Workers that share a GPU. [default: 1]")] = None,
+    workers_per_gpu: PerGpuOption = None,
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Address that workers of other machines dial.")
     ] = None,
@@ -83,8 +80,8 @@ def _engine_options(
 
     flags = {
         "device": device,
-        "workers": workers or None,
-        "workers_per_gpu": workers_per_gpu,
+        "workers": None if workers == "auto" else _number(workers),
+        "workers_per_gpu": _number(workers_per_gpu),
         "listen": listen,
         "tls_cert": tls_cert and str(tls_cert.absolute()),
         "tls_key": tls_key and str(tls_key.absolute()),
@@ -96,6 +93,11 @@ def _engine_options(
         "slurm.args": tuple(shlex.split(slurm_args or "")),
     }
     return read_options(engine, flags)
+
+
+def _number(text: str | None) -> int | str | None:
+    """A whole number as such; any other text is left to the check of the options."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
@@ -234,7 +236,7 @@ def worker(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Address that the search printed.")],
     workers: WorkersOption = None,
     device: DeviceOption = None,
-    workers_per_gpu: Annotated[int | None, typer.Option(min=1, help="Workers that share a GPU. [default: 1]")] = None,
+    workers_per_gpu: PerGpuOption = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The listener's certificate, as PEM.")] = None,
     retry: Annotated[float, typer.Option(min=0, help="Seconds to dial while no search answers.")] = 60.0,
     home: HomeOption = None,
@@ -248,10 +250,14 @@ def worker(
     from searchfm.engines import agent
     from searchfm.engines.start import read_options
 
-    flags = {"device": device, "workers": workers or None, "workers_per_gpu": workers_per_gpu}
-    folder = data_folder(data_dir)
-    files = {"tls_cert": tls_cert and str(tls_cert), "data_dir": str(folder) if folder else None}
-    agent.main(address, Home.find(home).path, read_options("local", flags | files), retry, _notify)
+    flags = {
+        "device": device,
+        "workers": None if workers == "auto" else _number(workers),
+        "workers_per_gpu": _number(workers_per_gpu),
+        "tls_cert": tls_cert and str(tls_cert),
+    }
+    options = _with_data(read_options("local", flags), data_folder(data_dir))
+    agent.main(address, Home.find(home).path, options, retry, _notify)
 
 
 @app.command()

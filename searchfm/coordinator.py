@@ -33,7 +33,7 @@ HOPELESS = 3  # failed trials, with none that succeeded, that end a search
 class Progress:
     """A progress event for the terminal."""
 
-    kind: Literal["started", "adopted", "epoch", "ended", "retried"]
+    kind: Literal["started", "adopted", "epoch", "ended", "retried", "packed"]
     trial: int
     record: Trial | None = None  # of a trial that started or ended
     epoch: Epoch | None = None
@@ -218,6 +218,8 @@ class Coordinator:
             yield from self._end(current, TrialState.FAIL, reason=f"its value is {value}, not a finite number")
         else:
             yield from self._end(current, TrialState.COMPLETE, round(value, 6), result=result)
+            if result.get("memory") and (text := self.pool.engine.pack(result["memory"])):
+                yield Progress("packed", current.number, text=text)
 
     def _end(
         self, current: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any

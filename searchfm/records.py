@@ -102,7 +102,8 @@ class TrainResult(Record):
     flops: int = 0  # of one image's forward pass
     seconds: float = 0.0  # of all epochs
     epochs: int = 0
-    device: str = ""
+    device: str = ""  # its name, and that of the worker: "NVIDIA H100 (cuda:1)"
+    memory: float | None = None  # fraction of the GPU's memory that the worker took at most
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
 

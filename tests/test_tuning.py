@@ -190,7 +190,7 @@ def test_another_name_makes_another_study(home: Home) -> None:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def options(device: str, workers: int | None = None, per_gpu: int | None = None) -> EngineOptions:
+def options(device: str, workers: int | None = None, per_gpu: Any = 1) -> EngineOptions:
     return EngineOptions.from_table({"device": device, "workers": workers, "workers_per_gpu": per_gpu})
 
 
@@ -220,6 +220,7 @@ def test_workers_are_spread_over_the_devices(
 def test_several_workers_share_each_gpu() -> None:
     assert choose_devices(options("auto", None, 2), GPUS) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
     assert choose_devices(options("cuda:1", None, 3), GPUS) == ["cuda:1"] * 3
+    assert choose_devices(options("auto", None, "auto"), GPUS) == ["cuda:0", "cuda:1"]
     with pytest.raises(UserError, match=r"^--workers-per-gpu 2: the device is cpu, must be a GPU$"):
         choose_devices(options("cpu", None, 2), GPUS)
 

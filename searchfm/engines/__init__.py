@@ -30,6 +30,11 @@ class Engine(Protocol):
         fails is not used. Its events are the engine's own. No effect where the only node is this machine.
         """
 
+    def pack(self, memory: float) -> str:
+        """Lets more workers share each GPU where the options say `workers_per_gpu = "auto"`. memory: the fraction of a
+        GPU's memory that a trial took. Returns what it did, in a line for the user, or nothing.
+        """
+
     def submit(self, job: Job) -> None:
         """Sends the job to a free worker, a warm one if there is one."""
 
@@ -67,7 +72,9 @@ class EngineOptions(Table):
     name: Literal["local", "listen"] = key("local", "Where workers run.")
     device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps.")
     workers: int | None = key(None, "None: local, cores or GPUs; slurm, 1; ray, as many as the cluster takes.", ge=1)
-    workers_per_gpu: int | None = key(None, "Workers that share a GPU; 1.", ge=1)
+    workers_per_gpu: int | Literal["auto"] = key(
+        1, "Workers that share a GPU; auto: by the first trial's memory.", ge=1
+    )
     listen: str | None = key(None, "HOST:PORT that workers elsewhere dial.")
     tls_cert: str | None = key(None, "PEM file: certificate of the listener.")
     tls_key: str | None = key(None, "PEM file: its key.")

@@ -64,6 +64,7 @@ class Agent:
 
     address: the coordinator's. home: the folder that both share. options: device, workers, data_dir, tls_cert. retry:
     seconds to go on dialling while nobody answers. devices: one a worker, in place of those that the options choose.
+    host: the node's name.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class Agent:
         devices: Sequence[str] = (),
         entries: Mapping[str, tuple[str, ...]] = ENTRIES,
         warm: str = WARM,
+        host: str | None = None,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.address, self.home, self.key = address, home, key
         self.options, self.retry, self.entries, self.notify = options, retry, entries, notify
-        self.devices = devices
+        self.devices, self.host = devices, host or gethostname()
         self.signal = 0  # that ended it
         self._joined = False
         self._wake, self._waker = Pipe(duplex=False)  # ends a wait for events of the engine
@@ -141,9 +143,9 @@ class Agent:
             try:
                 written = self._check(welcome)
             except UserError as error:
-                link.send(Refused(gethostname(), str(error)))
+                link.send(Refused(self.host, str(error)))
                 raise
-            link.send(Joined(gethostname(), tuple(self.devices), written))
+            link.send(Joined(self.host, tuple(self.devices), written))
             self._joined = True
             self.notify(f"joined {host}:{port} with {', '.join(self.devices)}")
             self._serve(link)
@@ -235,9 +237,12 @@ def main(where: str, home: Path, options: EngineOptions, retry: float, notify: C
     clean = without_secrets(os.environ)
     if clean != dict(os.environ):  # replaced, so that /proc shows none either
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)
+    host, port = address(where, "HOST:PORT")
+    if not port:
+        raise UserError(f"HOST:PORT {where}: has no port; the search printed it")
     key = find_key(home)
     os.environ.pop(KEY, None)  # its workers need no key
-    agent = Agent(address(where, "HOST:PORT"), home, key, options, retry=retry, notify=notify)
+    agent = Agent((host, port), home, key, options, retry=retry, notify=notify)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, agent.terminate)
     agent.run()

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -28,6 +28,7 @@ from searchfm.errors import UserError
 from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
+HEADROOM = 0.25  # fraction of a GPU's memory that packed workers leave free: other configs may take more
 WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
 
 
@@ -78,6 +79,16 @@ class LocalEngine:
 
     def each(self, job: Job) -> None:
         """Nothing: this machine is the only node."""
+
+    def pack(self, memory: float) -> str:
+        """More workers a GPU, as far as its memory and the cores go."""
+        gpus = list(dict.fromkeys(device for device in self._devices if device.startswith("cuda")))
+        if self._options.workers_per_gpu != "auto" or not gpus:
+            return ""
+        number = max(1, min(int((1 - HEADROOM) / memory), usable_cores() // len(gpus)))
+        self._options = replace(self._options, workers_per_gpu=number)
+        self.resize(sorted(self._devices + gpus * (number - 1), key=gpus.index))
+        return f"{number} workers a GPU: a trial took {memory:.0%} of its memory, {HEADROOM:.0%} is kept free"
 
     def resize(self, devices: Sequence[str]) -> None:
         """One worker for each device named; idle workers of other devices end, the rest stay warm."""
@@ -206,9 +217,9 @@ def choose_devices(options: EngineOptions, accelerators: Mapping[str, int]) -> l
     if chosen not in choices:
         raise UserError(f"--device {device}: torch finds no such device here; may be auto, {', '.join(choices)}")
     names = choices[chosen]
-    if options.workers_per_gpu is not None:
-        if not chosen.startswith("cuda"):
-            raise UserError(f"--workers-per-gpu {options.workers_per_gpu}: the device is {chosen}, must be a GPU")
+    if options.workers_per_gpu != 1 and not chosen.startswith("cuda"):
+        raise UserError(f"--workers-per-gpu {options.workers_per_gpu}: the device is {chosen}, must be a GPU")
+    if options.workers_per_gpu != "auto":
         names = names * options.workers_per_gpu
     return [names[i % len(names)] for i in range(workers or len(names))]
 

@@ -4,6 +4,7 @@ A launcher starts the nodes' agents where the search itself must (SLURM, Ray); w
 """
 
 import ipaddress
+import os
 import secrets
 import shlex
 import shutil
@@ -111,7 +112,8 @@ class RemoteEngine:
         try:
             self._server = serve(self._on_connection, host, port, ssl=tls, **SETTINGS)
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            number = getattr(error, "errno", None) or 0
+            reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
             raise UserError(f"--listen {host}:{port}: {reason}; name another address or port") from None
         self.port: int = self._server.socket.getsockname()[1]
         (home / self._probe).parent.mkdir(parents=True)
@@ -139,6 +141,10 @@ class RemoteEngine:
     def expand(self, accelerators: Mapping[str, int]) -> Sequence[str]:
         """The devices of the workers that are there; all that come are used."""
         return [device for node in self._nodes for device in node.devices]
+
+    def pack(self, memory: float) -> str:
+        """Nothing: each node has a fixed number of workers."""
+        return ""
 
     def each(self, job: Job) -> None:
         """Runs the job once on every host before it gets another one."""

@@ -43,6 +43,7 @@ from searchfm.tables import digest
 log = logging.getLogger("searchfm")
 
 EXAMPLE = "example.npy"
+CONTEXT_BYTES = 600_000_000  # of a process on a GPU beside its tensors: CUDA's context and the kernels that were loaded
 Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final training
 
 
@@ -214,6 +215,7 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         seconds=sum(epoch.seconds for epoch in training.epochs),
         epochs=len(training.epochs),
         device=_device(training.device),
+        memory=_memory(training.device),
         versions=_versions(),
         files=files,
     )
@@ -229,8 +231,17 @@ def _versions() -> dict[str, str]:
 
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)} ({device})"
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+
+
+def _memory(device: torch.device) -> float | None:
+    """The fraction of a GPU's memory that this process took at most, since its last trial."""
+    if device.type != "cuda":
+        return None
+    taken = torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    torch.cuda.reset_peak_memory_stats(device)
+    return float(taken / torch.cuda.get_device_properties(device).total_memory)
 
 
 def _line(epoch: Epoch) -> str:

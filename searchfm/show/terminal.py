@@ -78,6 +78,8 @@ class TuneView:
             self.running[progress.trial][1].append(progress.epoch)
         elif progress.kind == "retried":
             self.console.print(f"trial {progress.trial:>4} [red]lost[/]: {escape(progress.text)}")
+        elif progress.kind == "packed":
+            self.console.print(escape(progress.text))
         elif progress.kind == "ended" and trial is not None:
             self.running.pop(trial.number, None)
             self.counts[trial.state] += 1

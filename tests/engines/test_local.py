@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
 from searchfm.jobs import Finished, Lost
 from tests.engines.contract import EngineContract, end, events, job, result
@@ -69,6 +70,7 @@ def test_a_worker_that_ticks_is_not_stopped() -> None:
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
+from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine
 from searchfm.jobs import Job, Interrupted
 
@@ -173,3 +175,19 @@ def test_as_many_workers_as_usable_cores_at_most() -> None:
         assert usable_cores() == default_workers() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_workers_are_pinned_and_packed_by_the_memory_of_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a made-up list of devices: the toys only report theirs."""
+    monkeypatch.setattr("searchfm.engines.local.usable_cores", lambda: 8)
+    options = EngineOptions.from_table({"workers_per_gpu": "auto"})
+    with closing(LocalEngine(warm="tests.toys", options=options)) as engine:
+        assert engine.expand({"cuda": 2, "mps": 0}) == ["cuda:0", "cuda:1"]
+        assert engine.pack(0.3) == "2 workers a GPU: a trial took 30% of its memory, 25% is kept free"
+        assert engine.pack(0.1) == "", "once"
+        for name in "1234":
+            engine.submit(job(name, sleeps=0.2))
+        assert sorted(result(event)["device"] for event in events(engine, 4)) == ["cuda:0"] * 2 + ["cuda:1"] * 2
+    with closing(LocalEngine(warm="tests.toys", options=options)) as engine:
+        engine.expand({"cuda": 1, "mps": 0})
+        assert engine.pack(0.01).startswith("8 workers a GPU"), "no more than cores"

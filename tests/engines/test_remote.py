@@ -1,0 +1,441 @@
+"""The engine of workers that dial in: the contract, lost nodes, and who is let in."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+from websockets.sync.server import ServerConnection, serve
+
+from searchfm.engines import EngineOptions, wire
+from searchfm.engines.remote import RemoteEngine, listen
+from searchfm.engines.wire import Link, WireError, find_key
+from searchfm.errors import UserError
+from searchfm.jobs import EpochDone, Finished, Interrupted, Lost
+from tests.agents import await_free, listening, make, start, threads
+from tests.commands import searchfm, searchfm_here
+from tests.engines.contract import EngineContract, end, events, job, result, wait_until
+
+pytestmark = pytest.mark.usefixtures("own_forkserver")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    """What the engine reported to the user."""
+    return []
+
+
+@pytest.fixture
+def engine(home: Path, lines: list[str]) -> Iterator[RemoteEngine]:
+    engine = listening(home, notify=lines.append)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.slow
+class TestRemoteEngine(EngineContract):
+    """Two agents of one worker each. They run in threads; their workers are processes."""
+
+    @pytest.fixture
+    def engine(self, home: Path) -> Iterator[RemoteEngine]:
+        engine = listening(home)
+        with threads(engine, home, "one", "two"):
+            yield engine
+
+    @pytest.fixture
+    def single(self, home: Path) -> Iterator[RemoteEngine]:
+        engine = listening(home)
+        with threads(engine, home, "one"):
+            yield engine
+
+    @pytest.fixture
+    def folder(self, home: Path) -> Path:
+        return home / "jobs"
+
+
+# --- nodes come, go and die -------------------------------------------------------------------------------------------
+
+
+def reap(agent: "subprocess.Popen[str]", code: int) -> str:
+    """What a process wrote, once it ended with this code."""
+    _, text = agent.communicate(timeout=30)
+    assert agent.returncode == code, text
+    return text
+
+
+def test_a_killed_agent_loses_its_jobs_at_once_and_another_node_takes_the_next(
+    engine: RemoteEngine, home: Path, lines: list[str]
+) -> None:
+    first, second = start(engine, home, "first"), start(engine, home, "second")
+    await_free(engine, 2)
+    for name in ("1", "2"):
+        engine.submit(job(name, home / name, ticks_for=60))
+        wait_until((home / name / "attempt-1" / "tick").exists)
+    family = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    began = time.monotonic()
+    lost = end(engine)
+    assert time.monotonic() - began < 5
+    assert isinstance(lost, Lost)
+    assert lost.reason.startswith("node first is lost (the connection broke")
+    engine.stop({"1": "2", "2": "1"}[lost.job])
+    assert isinstance(end(engine), Interrupted)
+    engine.submit(job("3"))
+    assert isinstance(end(engine), Finished)
+    assert not psutil.wait_procs(family, 20)[1], "its workers end with it"
+    engine.close()
+    reap(first, -signal.SIGKILL)
+    reap(second, 0)
+    assert [line.partition(":")[0] for line in sorted(lines)] == [
+        "node first is gone",
+        "node first joined",
+        "node second joined",
+    ]
+
+
+def test_a_terminated_agent_hands_its_jobs_back_and_leaves(engine: RemoteEngine, home: Path, lines: list[str]) -> None:
+    agent = start(engine, home)
+    await_free(engine, 1)
+    engine.submit(job("1", home / "1", ticks_for=60))
+    wait_until((home / "1" / "attempt-1" / "tick").exists)
+    agent.terminate()
+    assert end(engine) == Interrupted("1", 1)
+    reap(agent, 0)
+    assert engine.free == 0
+    assert lines[-1] == "node node leaves"
+
+
+@pytest.mark.slow
+def test_a_silent_node_is_lost_within_ten_seconds_and_a_slow_one_is_not(engine: RemoteEngine, home: Path) -> None:
+    """A frozen agent answers no ping, as a host without power or with its cable cut."""
+    agent = start(engine, home)
+    await_free(engine, 1)
+    engine.submit(job("1", home / "1", ticks_for=60))
+    wait_until((home / "1" / "attempt-1" / "tick").exists)
+    agent.send_signal(signal.SIGSTOP)
+    assert engine.next_event(3.0) is None
+    agent.send_signal(signal.SIGCONT)
+    assert engine.next_event(5.0) is None
+    agent.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    assert isinstance(end(engine), Lost)
+    assert time.monotonic() - began < 10
+    agent.kill()
+    reap(agent, -signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_agents_of_a_killed_coordinator_stop_their_jobs_and_join_the_next(
+    engine: RemoteEngine, home: Path, lines: list[str]
+) -> None:
+    agent = start(engine, home)
+    await_free(engine, 1)
+    engine.submit(job("1", home / "1", ticks_for=600))
+    ticks = home / "1" / "attempt-1" / "tick"
+    wait_until(ticks.exists)
+    port = engine.port
+    engine._server.shutdown()  # as its process' end does, without a farewell
+    engine.close()
+    other = RemoteEngine(home, "127.0.0.1", port, entries=engine._entries)
+    await_free(other, 1)
+    written = ticks.stat().st_mtime
+    time.sleep(0.2)
+    assert ticks.stat().st_mtime == written, "the job of the first coordinator has stopped"
+    other.submit(job("2"))
+    assert isinstance(end(other), Finished)
+    other.close()
+    assert "dialling again" in reap(agent, 0)
+
+
+def test_every_node_runs_one_job_before_any_other_and_is_refused_where_it_fails(home: Path, lines: list[str]) -> None:
+    engine = listening(home, notify=lines.append)
+    with threads(engine, home, "a", "a"):
+        engine.each(job("prepare", sleeps=0.2))
+        assert engine.free == 0
+        await_free(engine, 2)  # two agents of one host: one of them ran it
+        for name in "12":
+            engine.submit(job(name))
+        assert sorted(result(event)["jobs"] for event in events(engine, 2)) == [1, 2]
+        bad = start(engine, home, "b")
+        engine.each(job("prepare", raises=["DataError", "the data differ"]))
+        text = reap_while(engine, bad)
+        assert text.endswith("searchfm.errors.UserError: the data differ\n")
+        assert lines[-1] == "refused node b: the data differ"
+        assert engine.free == 2
+
+
+def reap_while(engine: RemoteEngine, agent: "subprocess.Popen[str]") -> str:
+    """What an agent wrote until it ended, which the engine causes."""
+    until = time.monotonic() + 30
+    while agent.poll() is None:
+        assert time.monotonic() < until
+        assert engine.next_event(0.1) is None
+    return agent.communicate()[1]
+
+
+# --- who is let in ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stranger(engine: RemoteEngine) -> Iterator[Any]:
+    with connect(f"ws://127.0.0.1:{engine.port}", proxy=None) as connection:
+        yield connection
+
+
+def test_without_the_key_nobody_gets_further_than_the_challenge(
+    engine: RemoteEngine, stranger: Any, lines: list[str]
+) -> None:
+    with pytest.raises(UserError, match="the coordinator has another key"):
+        wire.introduce(Link(stranger), b"guessed")
+    with pytest.raises(ConnectionClosed):
+        stranger.recv(10)
+    wait_until(lambda: lines == ["refused 127.0.0.1: its key is another"])
+    assert engine.next_event(0.1) is None
+    assert engine.free == 0
+
+
+def test_a_listener_without_the_key_gets_no_worker(home: Path) -> None:
+    """It repeats what a node sends, and claims to be a coordinator."""
+
+    def claim(connection: ServerConnection) -> None:
+        link = Link(connection)
+        link.send(wire.Challenge(wire.PROTOCOL, "0"))
+        answer = link.receive(wire.Answer)
+        link.send(wire.Welcome(answer.proof, wire.Versions.here(), "probe", ""))
+
+    find_key(home, create=True)
+    with serve(claim, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="the listener has another key: it is no coordinator of this home"):
+            make(f"127.0.0.1:{server.socket.getsockname()[1]}", home).run()
+
+
+@pytest.mark.parametrize("data", [b"\x80\x04K\x01.", b'["Joined", {}]', b"[" * 10_000, b'["Answer", {"nonce": 1}]'])
+def test_what_is_no_message_ends_the_connection(engine: RemoteEngine, stranger: Any, data: bytes) -> None:
+    stranger.recv(10)
+    stranger.send(data)
+    with pytest.raises(ConnectionClosed):
+        stranger.recv(10)
+    assert engine.free == 0
+
+
+def test_a_message_above_the_bound_ends_the_connection(engine: RemoteEngine, stranger: Any) -> None:
+    stranger.recv(10)
+    with suppress(ConnectionClosed):
+        stranger.send(b" " * (wire.MESSAGE_BYTES + 1))
+    with pytest.raises(ConnectionClosed):
+        stranger.recv(10)
+    assert engine.free == 0
+
+
+def test_a_node_with_another_home_is_refused(
+    engine: RemoteEngine, home: Path, tmp_path: Path, lines: list[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(home / "worker.key", other)
+    with pytest.raises(UserError, match=f"{other} is not the coordinator's home, or is read-only"):
+        make(f"127.0.0.1:{engine.port}", other).run()
+    wait_until(
+        lambda: (
+            lines[-1:]
+            == [f"refused node node: {other} is not the coordinator's home, or is read-only: No such file or directory"]
+        )
+    )
+
+
+def test_a_node_of_another_version_is_refused(engine: RemoteEngine, home: Path) -> None:
+    engine._versions = wire.Versions("2.7", engine._versions.torch, engine._versions.searchfm)
+    with pytest.raises(UserError, match=r"^python is 3\.\d+ here, and 2\.7 at the coordinator$"):
+        make(f"127.0.0.1:{engine.port}", home).run()
+
+
+@pytest.mark.parametrize(
+    ("entry", "folder", "reason"),
+    [
+        ("os:system", "1", "entry 'os:system' is none that a worker runs"),
+        ("tests.toys:imports", "1", "entry 'tests.toys:imports' is none that a worker runs"),
+        ("tests.toys:work", "../outside", "folder '../outside' is outside the home"),
+        ("tests.toys:work", "/etc", "folder '/etc' is outside the home"),
+        ("tests.toys:work", "", "folder '.' is outside the home"),
+        ("tests.toys:work", "link/x", "folder 'link/x' is outside the home"),
+    ],
+)
+def test_an_agent_runs_the_entries_of_its_table_in_folders_of_its_home(
+    entry: str, folder: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("/tmp")
+    sent = wire.Job("1", Path(folder), entry, {}, attempt=1)
+    with pytest.raises(WireError) as caught:
+        wire.local(sent, tmp_path, None, {"tests.toys:work": ()})
+    assert str(caught.value) == reason
+
+
+def test_paths_cross_relative_to_the_home(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    entry = "searchfm.learn.entries:test"
+    sent = wire.Job("1", here / "studies/x/final", entry, {"model": str(here / "studies/x/m"), "data_dir": "/d"})
+    crossed = wire.decode(wire.encode(wire.portable(sent, here)))
+    assert str(here) not in wire.encode(crossed).decode()
+    ready = wire.local(crossed, there, "/mnt/data", wire.ENTRIES)
+    assert ready.folder == there / "studies/x/final"
+    assert ready.payload == {"model": str(there / "studies/x/m"), "data_dir": "/mnt/data"}
+    bad = wire.Job("1", Path("studies/x"), entry, {"model": "../../etc"})
+    with pytest.raises(WireError, match="outside the home"):
+        wire.local(bad, there, None, wire.ENTRIES)
+
+
+def test_the_key_is_a_file_that_only_its_owner_reads_or_the_environments(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"worker\.key: the key cannot be read"):
+        find_key(home)
+    key = find_key(home, create=True)
+    assert stat.S_IMODE((home / "worker.key").stat().st_mode) == 0o600
+    assert find_key(home) == find_key(home, create=True) == key
+    (home / "worker.key").chmod(0o640)
+    with pytest.raises(UserError, match=r"worker\.key: has mode 640, must be 600"):
+        find_key(home)
+    monkeypatch.setenv(wire.KEY, "of the environment")
+    assert find_key(home) == b"of the environment"
+
+
+# --- TLS --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    command = ["openssl", "req", "-x509", "-newkey", "ed25519", "-nodes", "-keyout", key, "-out", cert, "-days", "2"]
+    subprocess.run([*command, "-subj", "/CN=searchfm"], check=True, capture_output=True)
+    return cert, key
+
+
+def test_over_tls_a_worker_trusts_the_listeners_certificate_alone(
+    home: Path, certificate: tuple[str, str], tmp_path: Path
+) -> None:
+    cert, key = certificate
+    engine = listening(home, options=EngineOptions.from_table({"tls_cert": cert, "tls_key": key}))
+    plain = make(f"127.0.0.1:{engine.port}", home)
+    plain.retry = 0.0
+    with pytest.raises(Exception, match="no coordinator answers"):
+        plain.run()
+    with socket.create_connection(("127.0.0.1", engine.port)) as raw, pytest.raises(ssl.SSLCertVerificationError):
+        ssl.create_default_context().wrap_socket(raw, server_hostname="127.0.0.1")
+    agent = make(f"127.0.0.1:{engine.port}", home)
+    agent.options = EngineOptions.from_table({"tls_cert": cert})
+    thread = threading.Thread(target=agent.run)
+    thread.start()
+    await_free(engine, 1)
+    engine.submit(job(epochs=2))
+    assert [type(event) for event in events(engine, 3)] == [EpochDone, EpochDone, Finished]
+    engine.close()
+    thread.join(20)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ((*TUNE, "--engine", "cloud"), 2, "--engine cloud: must be local, listen"),
+        ((*TUNE, "--engine", "none.toml"), 2, "--engine none.toml: No such file or directory"),
+        ((*TUNE, "--engine", "listen"), 2, "--engine listen: needs --listen HOST:PORT"),
+        (
+            (*TUNE, "--engine", "listen", "--listen", "127.0.0.1:99999"),
+            2,
+            "--listen 127.0.0.1:99999: must be HOST:PORT",
+        ),
+        ((*TUNE, "--engine", "listen", "--listen", "192.0.2.1:0"), 2, "--listen 192.0.2.1:0: Cannot assign"),
+        (("worker", "127.0.0.1:9", "--device", "cpu", "--retry", "0"), 2, "the key cannot be read"),
+        (("worker", "here"), 2, "HOST:PORT here: has no port; the search printed it"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], code: int, line: str, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    run = searchfm if arguments[0] == "worker" else searchfm_here  # a worker replaces its process
+    done = run(*arguments, "--home", str(home), SEARCHFM_CACHE=str(tmp_path / "cache"))
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(home.glob("*.db"))
+
+
+def test_a_port_in_use_is_one_line(engine: RemoteEngine, home: Path) -> None:
+    options = EngineOptions.from_table({"name": "listen", "listen": f"127.0.0.1:{engine.port}"})
+    with pytest.raises(UserError, match=rf"^--listen 127\.0\.0\.1:{engine.port}: Address already in use; name "):
+        listen(options, home, print)
+
+
+def test_nobody_listening_is_one_line(home: Path, tmp_path: Path) -> None:
+    find_key(home, create=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = searchfm("worker", f"127.0.0.1:{port}", "--device", "cpu", "--retry", "0", "--home", str(home))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"searchfm: 127.0.0.1:{port}: no coordinator answers (")
+
+
+@pytest.mark.slow
+def test_a_search_runs_on_workers_that_dial_in_and_none_has_a_secret(tmp_path: Path) -> None:
+    """One is killed in the middle. The final training, and the test part, are read elsewhere too."""
+    home, environment = tmp_path / "home", {**os.environ, "SEARCHFM_CACHE": str(tmp_path / "cache"), "COLUMNS": "160"}
+    secret = {"MLFLOW_TRACKING_PASSWORD": "s3cret-canary"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    engine = ("--engine", "listen", "--listen", where, "--home", str(home))
+
+    def run(*arguments: str, **more: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "searchfm", *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, **more}
+        )
+
+    tune = run("tune", "mlp", "--dataset", "digits", "--trials", "6", "--epochs", "8", *engine, **secret)
+    wait_until((home / "worker.key").exists)
+    workers = [run("worker", where, "--home", str(home), "--workers", "1", **secret) for _ in range(2)]
+    wait_until(lambda: (home / "studies" / "mlp" / "0002").exists(), 120)
+    for worker in workers:
+        agent = psutil.Process(worker.pid)
+        for process in (agent, *agent.children(recursive=True)):
+            assert "s3cret-canary" not in "".join(process.environ().values()), process
+    workers[0].kill()
+    out, err = tune.communicate(timeout=200)
+    assert tune.returncode == 0, err
+    assert "6 complete of 6" in out
+    assert f"searchfm worker {where} --home {home}" in err
+    assert workers[1].wait(30) == 0
+    retrain = run("retrain", "mlp", "--top", "1", "--seeds", "1", "--epochs", "2", *engine)
+    workers.append(run("worker", where, "--home", str(home), "--workers", "1"))
+    out, err = retrain.communicate(timeout=200)
+    assert retrain.returncode == 0, err
+    assert "test" in out
+    for worker in workers:
+        worker.communicate(timeout=30)
+    assert json.loads(searchfm_here("sync", "mlp", "--home", str(home), "--json").stdout) == []
+    assert not list(home.glob(".nodes-*"))
