@@ -51,7 +51,7 @@ DEVICES = "searchfm.learn.entries:devices"
 DIAL_SECONDS = 1.0  # between two attempts to connect
 RETRY_SECONDS = 60.0  # of attempts, before a worker gives up
 STOP_SECONDS = 25.0  # for jobs to reach the end of a batch
-SECRETS = ("MLFLOW_", STORAGE)  # prefixes of variables that a worker must not have
+SECRETS = ("MLFLOW_", STORAGE, "PGPASSWORD")  # prefixes of variables that a worker must not have
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -55,8 +55,10 @@ class Launcher(Protocol):
     def start(self, address: str) -> None:
         """Starts all agents; they dial `address`, HOST:PORT. Raises UserError, WorldError."""
 
-    def check(self) -> None:
-        """Raises WorldError if no agent runs any more and none can come."""
+    def check(self, nodes: int) -> None:
+        """Called between two events, so it must not block. nodes: connected agents. Raises WorldError if there are
+        none, no agent runs any more and none can come.
+        """
 
     def close(self) -> None:
         """Ends all agents that were started."""
@@ -167,7 +169,7 @@ class RemoteEngine:
         """Reads one message at most."""
         if self._pending:
             return self._pending.popleft()
-        if self._launcher is not None and not self._nodes and self._inbox.empty():
+        if self._launcher is not None and self._inbox.empty():
             self._check_launcher(self._launcher)
         try:
             node, message = self._inbox.get(timeout=timeout)
@@ -226,7 +228,7 @@ class RemoteEngine:
 
     def _check_launcher(self, launcher: Launcher) -> None:
         try:
-            launcher.check()
+            launcher.check(len(self._nodes))
         except WorldError as error:
             raise WorldError(f"{error}; the last worker: {self._refusal}" if self._refusal else str(error)) from None
 

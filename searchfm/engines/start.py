@@ -9,7 +9,7 @@ from searchfm.engines import Engine, EngineOptions
 from searchfm.errors import ConfigError, UserError
 from searchfm.tables import read_within
 
-NAMES = ("local", "listen")  # of engines
+NAMES = ("local", "listen", "slurm")  # of engines
 
 
 def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], None]) -> Engine:
@@ -27,6 +27,11 @@ def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], Non
             from searchfm.engines.remote import listen
 
             return listen(options, home, notify)
+        case "slurm":
+            from searchfm.engines.remote import launch
+            from searchfm.engines.slurm import Slurm
+
+            return launch(options, home, notify, Slurm(options, home, notify))
         case _:
             assert_never(options.name)
 
