@@ -69,7 +69,7 @@ class RayOptions(Table):
 class EngineOptions(Table):
     """Options of an engine; None means the engine's own default."""
 
-    name: Literal["local", "listen", "slurm"] = key("local", "Where workers run.")
+    name: Literal["local", "listen", "slurm", "ray"] = key("local", "Where workers run.")
     device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps.")
     workers: int | None = key(None, "None: local, cores or GPUs; slurm, 1; ray, as many as the cluster takes.", ge=1)
     workers_per_gpu: int | Literal["auto"] = key(

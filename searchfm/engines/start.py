@@ -9,7 +9,7 @@ from searchfm.engines import Engine, EngineOptions
 from searchfm.errors import ConfigError, UserError
 from searchfm.tables import read_within
 
-NAMES = ("local", "listen", "slurm")  # of engines
+NAMES = ("local", "listen", "slurm", "ray")  # of engines
 
 
 def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], None]) -> Engine:
@@ -32,6 +32,11 @@ def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], Non
             from searchfm.engines.slurm import Slurm
 
             return launch(options, home, notify, Slurm(options, home, notify))
+        case "ray":
+            from searchfm.engines.ray import Ray
+            from searchfm.engines.remote import launch
+
+            return launch(options, home, notify, Ray(options, home, notify))
         case _:
             assert_never(options.name)
 
