@@ -6,13 +6,16 @@ notes) is a projection that can be made again at any time.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
@@ -27,6 +30,7 @@ from searchfm.search.study import Study, fixed_sampler
 
 TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
+SLOW_SECONDS = 0.1  # of an ask; the asks after it are made ahead
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Coordinator:
         self.trained: dict[str, int] = {}  # digest -> the trial that was, or is being, trained for it
         self.seen: set[str] = set()  # digests
         self.asked = 0
+        self.asking = ThreadPoolExecutor(1, "ask")
+        self.next: Future[tuple[optuna.Trial, Config]] | None = None  # asked for, of no worker yet
+        self.slow = False  # whether the last ask took long
         self.failures: list[str] = []  # reasons since this coordinator began: the user may have fixed earlier ones
         self.useful = 0  # complete or pruned
         self.kept: list[Trial] = []  # the best, whose weights are kept
@@ -101,45 +108,73 @@ class Coordinator:
 
         Raises WorldError for a hopeless study, and what every trial would meet: StorageError, DataError.
         """
-        yield from self._adopt()
-        while True:
-            yield from self._ask()
-            if self.pool.stopped or not (self.running or self._may_ask()):
-                return  # running trials stay RUNNING, for the next coordinator to adopt
-            for event in self.pool.events():
-                yield from self._on(event)
+        with self.asking:  # no ask outlives the search
+            yield from self._adopt()
+            while True:
+                yield from self._ask()
+                if self.pool.stopped or not (self.running or self.next or self._may_ask()):
+                    return  # running trials stay RUNNING, for the next coordinator to adopt
+                for event in self.pool.events():
+                    yield from self._on(event)
 
     def _adopt(self) -> Iterator[Progress]:
         """Takes over the trials of a coordinator that is gone, under their own numbers, from their last checkpoints."""
         trials = self.optuna.get_trials(deepcopy=False)  # also what lets `optuna.Trial` suggest for an old trial
         self.asked = len(trials)
         for frozen in [trial for trial in trials if not trial.state.is_finished()]:
-            # A trial with its config has all its parameters, and some samplers count how often they are asked.
+            # A trial with its config has all its parameters, and some samplers count how often they are asked. Without
+            # its config, no worker had it.
             complete = "config" in frozen.user_attrs
             self.optuna.sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
-            current = self._open(optuna.Trial(self.optuna, frozen._trial_id))
+            trial = optuna.Trial(self.optuna, frozen._trial_id)
+            current = self._open(trial, self.study.sample(trial))
             current.pruned = frozen.user_attrs.get("pruned", "")
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
             current.epochs = list(self._record(current.number).epochs)
-            attempt, lost = frozen.user_attrs.get("attempt", 1), frozen.user_attrs.get("lost", 0)
+            attempt, lost = frozen.user_attrs.get("attempt", int(complete)), frozen.user_attrs.get("lost", 0)
             current.job = replace(current.job, attempt=attempt, lost=lost, received=len(current.epochs))
-            yield from self._begin(current, adopted=True)
+            yield from self._begin(current, adopted=complete)
 
     def _ask(self) -> Iterator[Progress]:
-        """Asks for a trial for each free worker, while the study is not full."""
-        while self.pool.free > 0 and self._may_ask():
-            if self.useful == 0 and len(self.failures) >= HOPELESS:
-                if self.running:
-                    return  # one of them may still succeed
-                raise WorldError(
-                    f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
-                    f"the last with: {self.failures[-1]}"
-                )
-            self.optuna.sampler = fixed_sampler(self.again.popleft()) if self.again else self.study.sampler(self.asked)
-            trial = self.optuna.ask()
-            assert trial.number == self.asked, "another process asks in this study"
-            self.asked += 1
-            yield from self._begin(self._open(trial))
+        """Asks for a trial for each free worker, while the study is not full; after a slow ask, for one more ahead."""
+        while self.next is not None or self._may_ask():
+            if self.pool.free == 0 and not self._ahead:
+                return
+            if self.next is None:
+                if self.useful == 0 and len(self.failures) >= HOPELESS:
+                    if self.running:
+                        return  # one of them may still succeed
+                    raise WorldError(
+                        f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
+                        f"the last with: {self.failures[-1]}"
+                    )
+                known = fixed_sampler(self.again.popleft()) if self.again else None
+                self.next = self.asking.submit(self._sample, known or self.study.sampler(self.asked))
+                self.asked += 1
+            if self.pool.free == 0 or (self.slow and self.running and not self.next.done()):
+                return  # epochs are judged meanwhile
+            trial, config = self.next.result()
+            assert trial.number == self.asked - 1, "another process asks in this study"
+            self.next = None
+            yield from self._begin(self._open(trial, config))
+
+    def _sample(self, sampler: BaseSampler) -> tuple[optuna.Trial, Config]:
+        """Asks for a trial and samples its parameters, in the thread of `asking`. Until a worker takes it, the trial is
+        RUNNING without a config, as after a kill between two writes: it is adopted, and MLflow does not see it.
+        """
+        began = time.monotonic()
+        self.optuna.sampler = sampler
+        trial = self.optuna.ask()
+        config = self.study.sample(trial)
+        self.slow = time.monotonic() > began + SLOW_SECONDS
+        return trial, config
+
+    @property
+    def _ahead(self) -> bool:
+        """Whether to ask although no worker is free. Not with one worker: its next proposal knows the trial before. Not
+        in a study that may be hopeless: it would end with a trial that no worker had.
+        """
+        return self.slow and self.next is None and len(self.running) > 1 and self.useful > 0
 
     def _on(self, event: Event) -> Iterator[Progress]:
         current = self.running[int(event.job)]
@@ -160,9 +195,8 @@ class Coordinator:
 
     # --- one trial ----------------------------------------------------------------------------------------------------
 
-    def _open(self, trial: optuna.Trial) -> LiveTrial:
-        """Reads the trial's config, and writes down what identifies it."""
-        config = self.study.sample(trial)
+    def _open(self, trial: optuna.Trial, config: Config) -> LiveTrial:
+        """Completes the trial's config, and writes down what identifies it."""
         if config.train.seed is None:
             config = replace(config, train=replace(config.train, seed=self.study.seed(trial.number)))
         number, table = trial.number, config.to_table()

@@ -16,7 +16,7 @@ from typing import Any
 import optuna
 import pytest
 
-from searchfm import pool
+from searchfm import coordinator, pool
 from searchfm.coordinator import HOPELESS, Progress
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, WorldError
@@ -309,6 +309,15 @@ def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(kille
 
 
 @pytest.mark.slow
+def test_after_a_kill_at_any_write_a_trial_asked_ahead_is_adopted(killed: Any) -> None:
+    spec = SPEC | {"workers": 2, "slow_seconds": 0.0}
+    unbroken = killed("unbroken", spec, [None])
+    writes = int((unbroken.folder.parents[1] / "writes").read_text())
+    for moment in range(40, writes - 5, 17):
+        check_killed(killed("broken", spec, [moment, None]), unbroken)
+
+
+@pytest.mark.slow
 def test_after_six_kills_another_coordinator_completes_the_study(killed: Any) -> None:
     unbroken = killed("unbroken", SPEC, [None])
     check_killed(killed("broken", SPEC, [40, 20, 9, 14, 30, 11, None]), unbroken)
@@ -475,3 +484,78 @@ def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) 
     began = time.monotonic()
     check(search(home, toy(), trials=3, watch=lock_database), 3)
     assert time.monotonic() - began > 1.5
+
+
+# --- proposals asked ahead --------------------------------------------------------------------------------------------
+
+SLOW: dict[str, Any] = {"search": {"sampler": {"name": "tpe", "startup_trials": 2}, "trials": 9}}
+
+
+@pytest.fixture
+def slow_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ask counts as slow."""
+    monkeypatch.setattr(coordinator, "SLOW_SECONDS", 0.0)
+
+
+def unstarted(home: Home, name: str = "toy") -> list[int]:
+    """The trials that were asked for, and are of no worker yet."""
+    return [row.number for row in driving.stored(home, name).of("running") if not row.config]
+
+
+@pytest.mark.usefixtures("slow_asks")
+def test_with_two_workers_the_next_trial_is_asked_for_while_they_train(any_home: Home) -> None:
+    ahead: list[int] = []
+
+    def watch(item: Progress, _: LocalEngine) -> None:
+        if item.kind == "epoch" and item.epoch and item.epoch.index == 2 and not ahead:
+            ahead.extend(unstarted(any_home))
+
+    check(search(any_home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch), 9)
+    assert len(ahead) == 1
+
+
+@pytest.mark.usefixtures("slow_asks")
+def test_with_one_worker_nothing_is_asked_ahead(home: Home) -> None:
+    seen: list[list[int]] = []
+    search(home, toy(**SLOW), watch=lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None)
+    assert seen == [[]] * 27
+
+
+def test_a_fast_ask_waits_for_a_free_worker(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator, "SLOW_SECONDS", 60.0)
+    seen: list[list[int]] = []
+    watch = lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None  # noqa: E731
+    check(search(home, toy(**SLOW), workers=2, watch=watch), 9)
+    assert seen == [[]] * 27
+
+
+@pytest.mark.usefixtures("slow_asks")
+def test_a_trial_asked_ahead_is_adopted_after_a_stop(home: Home) -> None:
+    def watch(item: Progress, _: LocalEngine) -> bool:
+        return item.kind == "epoch" and item.trial > 2 and bool(unstarted(home))
+
+    stopped = search(home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch)
+    (ahead,) = unstarted(home)
+    assert ahead == len(stopped.trials) - 1
+    params = stopped.trials[ahead].params
+    study = search(home, toy(**SLOW), workers=2)
+    check(study, 9)
+    assert study.trials[ahead].params == params
+    assert study.trials[ahead].attempts == 1
+    assert len(study.of("complete")) == 9
+
+
+@pytest.mark.usefixtures("slow_asks")
+def test_asked_ahead_a_finite_space_still_ends_and_twins_are_trained_once(home: Home) -> None:
+    study = search(home, toy(search={"trials": 200}, **SIX), workers=2, payload={"fail": [0]})
+    assert len({row.digest for row in study.trials}) == 6
+    check(study, len(study.trials))
+    assert len(study.trials) < 60
+    assert len({row.digest for row in study.ranked(twins=False)}) == len(study.ranked(twins=False))
+
+
+@pytest.mark.usefixtures("slow_asks")
+def test_asked_ahead_a_study_whose_every_trial_fails_leaves_no_running_trial(home: Home) -> None:
+    with pytest.raises(WorldError, match="none succeeded"):
+        search(home, toy(**SLOW), workers=2, payload={"fail": list(range(20))})
+    assert driving.stored(home, "toy").of("running") == []
