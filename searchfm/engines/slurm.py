@@ -151,11 +151,11 @@ class Slurm:
         """The command of a task: this interpreter, with one worker, or one a GPU."""
         options, gpus = self._options, _gpus(self._options.slurm.gres)
         command = [sys.executable, "-m", "searchfm", *worker_command(options, self._home, address)]
-        each_gpu = gpus > 1 or options.workers_per_gpu is not None
+        each_gpu = gpus > 1 or options.workers_per_gpu != 1
         # Else a task without its GPUs would take every core of its node.
         device = "cuda" if options.device == "auto" and (gpus or each_gpu) else options.device
         command += ["--device", device]
-        if options.workers_per_gpu is not None:
+        if options.workers_per_gpu != 1:
             command += ["--workers-per-gpu", str(options.workers_per_gpu)]
         return command if each_gpu else [*command, "--workers", "1"]
 
