@@ -170,6 +170,7 @@ def tune(
     from searchfm.engines.start import start_engine
     from searchfm.pool import StopRequest
     from searchfm.search import files
+    from searchfm.search.lock import stop_requested
     from searchfm.show import terminal
     from searchfm.tuning import Tuning, find_study
 
@@ -187,7 +188,7 @@ def tune(
         return
     began, folder = time.monotonic(), data_folder(data_dir)
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
-    with StopRequest(timeout) as stop:
+    with StopRequest(timeout, partial(stop_requested, where, opened.name)) as stop:
         with Tuning(opened, where, file, stored, folder, retry_failed, stop, engine) as tuning:
             view = terminal.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
             terminal.follow(view, tuning.run())
@@ -220,13 +221,14 @@ def retrain(
     from searchfm.engines.start import start_engine
     from searchfm.pool import StopRequest
     from searchfm.search.files import study_name
+    from searchfm.search.lock import stop_requested
     from searchfm.show import terminal
 
     name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
     where = Home.find(home)
     plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder)
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
-    with StopRequest() as stop:
+    with StopRequest(requested=partial(stop_requested, where, name)) as stop:
         final = terminal.follow(terminal.RetrainView(console, name), retraining.retrain(plan, stop, engine))
         _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
 
@@ -258,6 +260,24 @@ def worker(
     }
     options = _with_data(read_options("local", flags), data_folder(data_dir))
     agent.main(address, Home.find(home).path, options, retry, _notify)
+
+
+@app.command()
+def stop(
+    study: StudyArgument,
+    home: HomeOption = None,
+) -> None:
+    """Stop the search or final training of a study, from another terminal or machine, as SIGTERM does.
+
+    Running trials are kept; the same command resumes them.
+    """
+    from searchfm.search.files import study_name
+    from searchfm.search.lock import request_stop
+    from searchfm.search.storage import read_study
+
+    where, name = Home.find(home), study_name(study)
+    read_study(where, name)
+    typer.echo(f"study {name!r}: asked {request_stop(where, name) or 'its coordinator'} to stop")
 
 
 @app.command()

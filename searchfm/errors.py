@@ -47,7 +47,11 @@ class StudyError(UserError):
 
 
 class LockedError(UserError):
-    """A study that another coordinator holds; the message names it by host and pid."""
+    """A study that another coordinator holds; the message names it, the `holder`, by host and pid."""
+
+    def __init__(self, message: str, holder: str = "") -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 class DataError(UserError):

@@ -21,6 +21,7 @@ from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, 
 
 STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
+REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
 
 
@@ -173,17 +174,23 @@ class WorkerPool:
 
 
 class StopRequest:
-    """Ctrl-C, SIGTERM and --timeout: the first asks all jobs to stop, a second signal ends the process at once.
+    """Ctrl-C, SIGTERM, --timeout and `searchfm stop`: the first asks all jobs to stop, a second signal ends the process
+    at once.
 
-    timeout: seconds, or None.
+    timeout: seconds, or None. requested: whether another process asked for a stop; it acts as SIGTERM does.
     """
 
-    def __init__(self, timeout: float | None = None) -> None:
+    def __init__(self, timeout: float | None = None, requested: Callable[[], bool] = lambda: False) -> None:
         self.signal = 0
+        self._requested, self._due = requested, 0.0
         self._deadline = time.monotonic() + timeout if timeout is not None else None
 
     def __call__(self) -> bool:
         """Whether the command is to stop."""
+        if not self.signal and time.monotonic() > self._due:
+            self._due = time.monotonic() + REQUEST_SECONDS
+            if self._requested():
+                self._on_signal(signal.SIGTERM, None)
         return bool(self.signal) or (self._deadline is not None and time.monotonic() > self._deadline)
 
     def __enter__(self) -> Self:

@@ -11,11 +11,12 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 
-from searchfm.errors import LockedError, StorageError
-from searchfm.home import Home, unwritable
+from searchfm.errors import LockedError, StorageError, StudyError
+from searchfm.home import Home, unwritable, write_whole
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, process_name, retry
 
 OWNER = "searchfm:owner"  # Optuna's system attribute of a study: a uuid of the latest holding of its lock
+STOP = ".stop"  # in a study's folder: the coordinator that is asked to stop
 # The application name of the connection that holds a lock.
 HOLDER = (
     "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
@@ -150,5 +151,35 @@ class _AdvisoryLock:
 
 
 def _locked(name: str, holder: str) -> LockedError:
-    holder = holder or "another process"
-    return LockedError(f"study {name!r} is held by {holder}; wait for it, stop it, or begin another with --name")
+    who = holder or "another process"
+    text = f"study {name!r} is held by {who}; wait for it, stop it (searchfm stop), or begin another with --name"
+    return LockedError(text, holder)
+
+
+# --- stop requests ----------------------------------------------------------------------------------------------------
+
+
+def request_stop(home: Home, name: str) -> str:
+    """Asks the coordinator of a study to stop, from any host that shares the home; returns its process and host.
+
+    Raises StudyError if the study has none.
+    """
+    try:
+        with study_lock(home, name):
+            pass
+    except LockedError as error:
+        write_whole(home.study(name) / STOP, error.holder.encode())
+        return error.holder
+    raise StudyError(f"study {name!r}: no search or final training of it is running")
+
+
+def stop_requested(home: Home, name: str) -> bool:
+    """Whether `request_stop` asked this process, once."""
+    path = home.study(name) / STOP
+    try:
+        if path.read_text() != process_name():  # an old request, or for another coordinator
+            return False
+        path.unlink()
+    except OSError:
+        return False
+    return True

@@ -24,8 +24,8 @@ from optuna.storages import BaseStorage
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import HOME, STORAGE, Home
 from searchfm.records import StudyHeader
-from searchfm.search.database import failures
-from searchfm.search.lock import study_lock
+from searchfm.search.database import failures, process_name
+from searchfm.search.lock import request_stop, stop_requested, study_lock
 from searchfm.search.storage import create_study, load_study, open_storage, study_names, write_record
 from tests import rows
 from tests.driving import let_go, stored
@@ -144,6 +144,18 @@ def test_a_held_study_is_refused_naming_process_and_host_and_others_are_free(any
         except LockedError:
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_the_holder_of_a_study_is_asked_to_stop_once(any_home: Home) -> None:
+    with pytest.raises(StudyError, match="study 'a': no search or final training of it is running"):
+        request_stop(any_home, "a")
+    with study_lock(any_home, "a"):
+        assert not stop_requested(any_home, "a")
+        assert request_stop(any_home, "a") == process_name()
+        assert stop_requested(any_home, "a")
+        assert not stop_requested(any_home, "a")
+        (any_home.study("a") / ".stop").write_text("process 1 on another host")
+        assert not stop_requested(any_home, "a"), "an old request"
 
 
 def test_a_released_lock_is_free_also_after_an_error(any_home: Home) -> None:
