@@ -9,7 +9,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 
 from searchfm.coordinator import Coordinator, Progress
-from searchfm.engines import EngineOptions
+from searchfm.engines import Engine, EngineOptions
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError
 from searchfm.home import Home
@@ -49,12 +49,13 @@ def search(
     study: Study,
     *,
     workers: int = 1,
+    engine: Engine | None = None,
     trials: int | None = None,
     payload: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
-    watch: Callable[[Progress, LocalEngine], bool | None] = lambda *_: None,
+    watch: Callable[[Progress, Any], bool | None] = lambda *_: None,
 ) -> StudyRecord:
-    """Starts or resumes the study, up to `trials`; returns its record.
+    """Starts or resumes the study, up to `trials`; returns its record. engine: in place of local workers; stays open.
 
     `watch` receives all progress, and stops the search, as a signal would, by returning True.
     """
@@ -70,8 +71,8 @@ def search(
             create_study(storage, study.name, header)
             stored = load_study(storage, home, study.name)
         lock.claim(storage, stored.number)
-        engine = LocalEngine(["cpu"] * workers, warm=LIGHT)
-        pool = WorkerPool(engine, retries=study.search.retries, stopping=lambda: stopping, check_lock=lock.check)
+        used = engine or LocalEngine(["cpu"] * workers, warm=LIGHT)
+        pool = WorkerPool(used, retries=study.search.retries, stopping=lambda: stopping, check_lock=lock.check)
         try:
             coordinator = Coordinator(
                 study,
@@ -84,10 +85,11 @@ def search(
                 retry_failed=retry_failed,
             )
             for progress in coordinator.run():
-                stopping = bool(watch(progress, engine)) or stopping
+                stopping = bool(watch(progress, used)) or stopping
             return load_study(storage, home, study.name)
         finally:
-            engine.close()
+            if engine is None:
+                used.close()
             let_go(storage)
 
 
