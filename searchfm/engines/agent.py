@@ -24,9 +24,11 @@ from websockets.sync.client import connect
 from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.local import WARM, LocalEngine
 from searchfm.engines.wire import (
+    ALIVE_SECONDS,
     ENTRIES,
     KEY,
     SETTINGS,
+    Alive,
     Joined,
     Leave,
     Leaving,
@@ -137,7 +139,7 @@ class Agent:
         """
         host, port = self.address
         uri = f"{'wss' if tls else 'ws'}://{f'[{host}]' if ':' in host else host}:{port}"
-        with connect(uri, ssl=tls, proxy=None, **SETTINGS) as socket:
+        with connect(uri, ssl=tls, proxy=None, ping_interval=10.0, ping_timeout=60.0, **SETTINGS) as socket:
             link = Link(socket)
             welcome = introduce(link, self.key)
             try:
@@ -169,6 +171,7 @@ class Agent:
         inbox: SimpleQueue[Message] = SimpleQueue()
         threading.Thread(target=self._receive, args=(link, inbox), daemon=True).start()
         leave_by: float | None = None
+        sent = 0.0
         while leave_by is None or (self._running and time.monotonic() < leave_by):
             if self.signal and leave_by is None:
                 leave_by = time.monotonic() + STOP_SECONDS
@@ -191,7 +194,10 @@ class Agent:
                         raise error
                     case other:
                         raise WireError(f"{type(other).__name__} came, which no worker takes")
-            event = self._engine.next_event(1.0)
+            event = self._engine.next_event(ALIVE_SECONDS / 2)
+            if time.monotonic() > sent + ALIVE_SECONDS / 2:
+                link.send(Alive())
+                sent = time.monotonic()
             if event is not None:
                 link.send(event)
                 if not isinstance(event, EpochDone):

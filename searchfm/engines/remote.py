@@ -24,7 +24,9 @@ from websockets.sync.server import ServerConnection, serve
 from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.wire import (
     ENTRIES,
+    LOST_SECONDS,
     SETTINGS,
+    Alive,
     Joined,
     Leave,
     Leaving,
@@ -79,6 +81,7 @@ class _Node:
     host: str
     devices: tuple[str, ...]
     jobs: dict[str, Job] = field(default_factory=dict)
+    silence: float = 0.0  # seconds since its last message
 
     @property
     def free(self) -> int:
@@ -112,7 +115,7 @@ class RemoteEngine:
         self._refusal = ""  # the last
         tls = server_tls(self._options.tls_cert, self._options.tls_key)
         try:
-            self._server = serve(self._on_connection, host, port, ssl=tls, **SETTINGS)
+            self._server = serve(self._on_connection, host, port, ssl=tls, ping_interval=None, **SETTINGS)
         except (OSError, OverflowError) as error:
             number = getattr(error, "errno", None) or 0
             reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
@@ -171,10 +174,15 @@ class RemoteEngine:
             return self._pending.popleft()
         if self._launcher is not None and self._inbox.empty():
             self._check_launcher(self._launcher)
+        began = time.monotonic()
         try:
             node, message = self._inbox.get(timeout=timeout)
         except Empty:
-            return None
+            # Time in which this process did something else, or did not run (Ctrl-Z), is not the nodes' silence.
+            self._listen_for(min(time.monotonic() - began, timeout))
+            return self._pending.popleft() if self._pending else None
+        node.silence = 0.0
+        self._listen_for(min(time.monotonic() - began, timeout))
         return self._receive(node, message)
 
     def close(self) -> None:
@@ -188,6 +196,14 @@ class RemoteEngine:
         for node in self._nodes:
             node.link.close()
         shutil.rmtree(self._home / self._probe.parent, ignore_errors=True)
+
+    def _listen_for(self, seconds: float) -> None:
+        """Loses the nodes that are silent for too long."""
+        for node in list(self._nodes):
+            node.silence += seconds
+            if node.silence > LOST_SECONDS:
+                self._lose(node, f"silent for {LOST_SECONDS:g} seconds")
+                threading.Thread(target=node.link.close, daemon=True).start()  # it takes seconds
 
     # --- nodes --------------------------------------------------------------------------------------------------------
 
@@ -243,6 +259,8 @@ class RemoteEngine:
             case Leaving():
                 node.devices = ()
                 self._notify(f"node {node.host} leaves")
+            case Alive():
+                pass
             case _Closed(reason=reason):
                 self._lose(node, reason)
             case EpochDone() | Finished() | Failed() | Interrupted() | Lost():
@@ -276,6 +294,7 @@ class RemoteEngine:
                 self._pending.append(Lost(job.id, job.attempt, f"node {node.host} is lost ({reason})"))
         if CHECK in node.jobs:
             self._end_check(node, None)
+        node.jobs.clear()  # what is still in the inbox comes too late
 
     def _on_connection(self, connection: ServerConnection) -> None:
         """One connection, in a thread of its own: all messages go to the inbox."""

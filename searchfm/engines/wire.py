@@ -2,7 +2,7 @@
 proved that they hold the same key. Nothing that comes from a socket is unpickled, and the key itself is never sent.
 
 Each end sends a random nonce and the HMAC-SHA256 of both nonces. Frames after that are neither encrypted nor signed
-unless TLS is used. Pings show within ten seconds that the other host, or the cable, is dead.
+unless TLS is used. Heartbeats show within ten seconds that a node, or the cable to it, is dead.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 PROTOCOL = 1  # of the messages below
 KEY, KEY_FILE = "SEARCHFM_WORKER_KEY", "worker.key"
 MESSAGE_BYTES = 4 << 20
-SETTINGS: Mapping[str, Any] = {  # of a connection; times in seconds
-    "ping_interval": 2.0,
-    "ping_timeout": 6.0,
+ALIVE_SECONDS, LOST_SECONDS = 1.5, 8.0  # between two messages of a node at most; until a silent node is lost
+# Of a connection; times in seconds. A node pings its coordinator, which may be busy or suspended for a while.
+SETTINGS: Mapping[str, Any] = {
     "open_timeout": 10.0,
     "close_timeout": 1.0,
     "max_size": MESSAGE_BYTES,
@@ -137,8 +137,13 @@ class Leaving:
     """Node to coordinator: it takes no further job."""
 
 
+@dataclass(frozen=True)
+class Alive:
+    """Node to coordinator: the heartbeat."""
+
+
 Message: TypeAlias = Any  # of the classes of KINDS
-CLASSES = (Challenge, Answer, Welcome, Joined, Refused, Stop, Leave, Leaving)
+CLASSES = (Challenge, Answer, Welcome, Joined, Refused, Stop, Leave, Leaving, Alive)
 KINDS = {kind.__name__: kind for kind in (*CLASSES, Job, EpochDone, Finished, Failed, Interrupted, Lost)}
 
 

@@ -6,6 +6,7 @@
 import gc
 import io
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -88,10 +89,12 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
     """Trains on all training and validation data; nothing is held out.
 
     payload, result, files and errors as those of `trial`, but without predictions, and `value` is None. On a CPU it
-    uses the job's `threads`, since nothing else runs. Writes two training images (2, C, H, W) uint8 as an example.
+    uses the job's `threads`, as far as the node has cores, since nothing else runs. Writes two training images
+    (2, C, H, W) uint8 as an example.
     """
     job, threads = TrainJob.from_json(payload, "fit"), torch.get_num_threads()
-    torch.set_num_threads(job.threads or threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(job.threads, cores) if job.threads else threads)
     try:
         result = yield from _trained(job, context, load_full)
     finally:

@@ -127,7 +127,9 @@ def test_a_terminated_agent_hands_its_jobs_back_and_leaves(engine: RemoteEngine,
 
 @pytest.mark.slow
 def test_a_silent_node_is_lost_within_ten_seconds_and_a_slow_one_is_not(engine: RemoteEngine, home: Path) -> None:
-    """A frozen agent answers no ping, as a host without power or with its cable cut."""
+    """A frozen agent sends no heartbeat, as a host without power or with its cable cut. Time in which the coordinator
+    itself did not wait is no silence.
+    """
     agent = start(engine, home)
     await_free(engine, 1)
     engine.submit(job("1", home / "1", ticks_for=60))
@@ -135,7 +137,10 @@ def test_a_silent_node_is_lost_within_ten_seconds_and_a_slow_one_is_not(engine: 
     agent.send_signal(signal.SIGSTOP)
     assert engine.next_event(3.0) is None
     agent.send_signal(signal.SIGCONT)
-    assert engine.next_event(5.0) is None
+    time.sleep(wire.LOST_SECONDS + 1)
+    until = time.monotonic() + 3.0
+    while time.monotonic() < until:
+        assert engine.next_event(0.5) is None
     agent.send_signal(signal.SIGSTOP)
     began = time.monotonic()
     assert isinstance(end(engine), Lost)
