@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from queue import SimpleQueue
@@ -175,7 +175,7 @@ class Agent:
         while leave_by is None or (self._running and time.monotonic() < leave_by):
             if self.signal and leave_by is None:
                 leave_by = time.monotonic() + STOP_SECONDS
-                link.send(Leaving())
+                _send(link, Leaving())
                 for job in self._running:
                     self._engine.stop(job)
             while self._wake.poll():
@@ -196,10 +196,10 @@ class Agent:
                         raise WireError(f"{type(other).__name__} came, which no worker takes")
             event = self._engine.next_event(ALIVE_SECONDS / 2)
             if time.monotonic() > sent + ALIVE_SECONDS / 2:
-                link.send(Alive())
+                _send(link, Alive())
                 sent = time.monotonic()
             if event is not None:
-                link.send(event)
+                _send(link, event)
                 if not isinstance(event, EpochDone):
                     self._running.discard(event.job)
 
@@ -216,12 +216,12 @@ class Agent:
 
     def _submit(self, link: Link, job: Job) -> None:
         if self.signal:
-            link.send(Interrupted(job.id, job.attempt))
+            _send(link, Interrupted(job.id, job.attempt))
             return
         try:
             ready = local(job, self.home, self.options.data_dir, self.entries)
         except WireError as error:
-            link.send(Failed(job.id, job.attempt, "WireError", str(error)))
+            _send(link, Failed(job.id, job.attempt, "WireError", str(error)))
             return
         self._running.add(job.id)
         self._engine.submit(ready)
@@ -236,6 +236,12 @@ class Agent:
         if self._engine.busy:
             self._engine.close()  # the next job starts another worker
         self._running.clear()
+
+
+def _send(link: Link, message: Message) -> None:
+    """Sends a message. That the connection is closed is read from it, after what came before: perhaps `Leave`."""
+    with suppress(WireError):
+        link.send(message)
 
 
 def main(where: str, home: Path, options: EngineOptions, retry: float, notify: Callable[[str], None]) -> None:
