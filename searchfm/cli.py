@@ -41,40 +41,63 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 
 
-WorkersOption = Annotated[
-    str | None,
-    typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs; slurm: 1; ray: all]"),
-]
+WHERE = "Where workers run"  # a panel of --help
+WorkersOption = Annotated[str | None, typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs]")]
 PerGpuOption = Annotated[
     str | None,
-    typer.Option(metavar="N|auto", help="Workers that share a GPU; auto: by the first trial's memory. [default: 1]"),
+    typer.Option(
+        rich_help_panel=WHERE,
+        metavar="N|auto",
+        help="Workers that share a GPU; auto: by the first trial's memory. [default: 1]",
+    ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")]
+DeviceOption = Annotated[
+    str | None, typer.Option(rich_help_panel=WHERE, help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")
+]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
 
 
 def _engine_options(
-    engine: Annotated[str, typer.Option(help="local, listen, slurm, ray, or a TOML file with [engine].")] = "local",
-    workers: WorkersOption = None,
+    engine: Annotated[
+        str, typer.Option(rich_help_panel=WHERE, help="local, listen, slurm, ray, or a TOML file with [engine].")
+    ] = "local",
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=WHERE, metavar="N|auto", help="Workers. [default: auto: cores or GPUs; slurm: 1; ray: all]"
+        ),
+    ] = None,
     device: DeviceOption = None,
     workers_per_gpu: PerGpuOption = None,
     listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address that workers of other machines dial.")
+        str | None,
+        typer.Option(rich_help_panel=WHERE, metavar="HOST:PORT", help="Address that workers of other machines dial."),
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate of --listen, as PEM; encrypts.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Key of --listen, as PEM.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(rich_help_panel=WHERE, help="Certificate of --listen, as PEM; encrypts.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(rich_help_panel=WHERE, help="Key of --listen, as PEM.")] = None,
     gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]")
+        float | None,
+        typer.Option(
+            rich_help_panel=WHERE, min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]"
+        ),
     ] = None,
     cpus_per_worker: Annotated[
-        float | None, typer.Option(min=0.01, help="Ray: cores of a worker. [default: 1]")
+        float | None, typer.Option(rich_help_panel=WHERE, min=0.01, help="Ray: cores of a worker. [default: 1]")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="SLURM: partition.")] = None,
-    gres: Annotated[str | None, typer.Option(help="SLURM: resources of a worker, such as gpu:1.")] = None,
-    time_: Annotated[str | None, typer.Option("--time", help="SLURM: time limit of a worker.")] = None,
-    slurm_args: Annotated[str | None, typer.Option(help="SLURM: further flags of sbatch, in one string.")] = None,
+    partition: Annotated[str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: partition.")] = None,
+    gres: Annotated[
+        str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: resources of a worker, such as gpu:1.")
+    ] = None,
+    time_: Annotated[
+        str | None, typer.Option("--time", rich_help_panel=WHERE, help="SLURM: time limit of a worker.")
+    ] = None,
+    slurm_args: Annotated[
+        str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: further flags of sbatch, in one string.")
+    ] = None,
 ) -> "EngineOptions":
     from searchfm.engines.start import read_options
 
@@ -258,7 +281,7 @@ def worker(
         "workers_per_gpu": _number(workers_per_gpu),
         "tls_cert": tls_cert and str(tls_cert),
     }
-    options = _with_data(read_options("local", flags), data_folder(data_dir))
+    options = _with_data(read_options("listen", flags), data_folder(data_dir))
     agent.main(address, Home.find(home).path, options, retry, _notify)
 
 

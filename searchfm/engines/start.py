@@ -10,6 +10,7 @@ from searchfm.errors import ConfigError, UserError
 from searchfm.tables import read_within
 
 NAMES = ("local", "listen", "slurm", "ray")  # of engines
+ELSEWHERE = ("listen", "tls_cert", "tls_key")  # options of engines whose workers dial in
 
 
 def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], None]) -> Engine:
@@ -54,14 +55,17 @@ def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
             raise UserError(f"--engine {engine}: {reason}") from None
     elif engine not in NAMES:
         raise UserError(f"--engine {engine}: must be {', '.join(NAMES)}, or a TOML file with a table [engine]")
-    if isinstance(values, dict):
-        for name, value in flags.items():
-            if value not in (None, ()):
-                *parents, last = name.split(".")
-                inner = values
-                for parent in parents:
-                    inner = inner.setdefault(parent, {})
-                inner[last] = value
+    for name, value in flags.items():
+        if isinstance(values, dict) and value not in (None, ()):
+            *parents, last = name.split(".")
+            users = parents or [item for item in NAMES if item != "local" or name not in ELSEWHERE]
+            if values.get("name", "local") not in users:
+                flag = "--slurm-args" if name == "slurm.args" else f"--{last.replace('_', '-')}"
+                raise UserError(f"{flag} {value}: is for --engine {' or '.join(users)}")
+            inner = values
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = value
     try:
         return read_within("engine", EngineOptions.from_table, values)
     except ConfigError as error:

@@ -368,6 +368,9 @@ TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
     [
         ((*TUNE, "--engine", "cloud"), 2, "--engine cloud: must be local, listen"),
         ((*TUNE, "--engine", "none.toml"), 2, "--engine none.toml: No such file or directory"),
+        ((*TUNE, "--gres", "gpu:1"), 2, "--gres gpu:1: is for --engine slurm"),
+        ((*TUNE, "--listen", "127.0.0.1"), 2, "--listen 127.0.0.1: is for --engine listen or slurm or ray"),
+        ((*TUNE, "--workers", "0"), 2, "--engine local: engine.workers = 0: must be a whole number >= 1"),
         ((*TUNE, "--engine", "listen"), 2, "--engine listen: needs --listen HOST:PORT"),
         (
             (*TUNE, "--engine", "listen", "--listen", "127.0.0.1:99999"),
