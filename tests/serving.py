@@ -14,10 +14,10 @@ from tests.programs import postgres_binaries
 
 
 class Server:
-    """MLflow's own, over HTTP, which keeps its own artifacts."""
+    """MLflow's own, over HTTP, which keeps its own artifacts. password: that of the user "admin", if it demands one."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
+    def __init__(self, folder: Path, port: int, password: str = "") -> None:
+        self.folder, self.port, self.password = folder, port, password
 
     def start(self) -> None:
         environment = {
@@ -28,6 +28,18 @@ class Server:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        if self.password:
+            (self.folder / "auth.ini").write_text(
+                f"[mlflow]\ndefault_permission = NO_PERMISSIONS\ndatabase_uri = sqlite:///{self.folder / 'auth.db'}\n"
+                f"admin_username = admin\nadmin_password = {self.password}\n"
+                "auth_cache_ttl_seconds = 60\n"  # else each request computes a slow hash
+                "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            )
+            environment |= {
+                "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "of these tests",
+            }
+            command += ["--app-name", "basic-auth"]
         self.process = subprocess.Popen(
             command,
             env=environment,
