@@ -14,15 +14,19 @@ from tests.programs import postgres_binaries
 
 
 class Server:
-    """MLflow's own, over HTTP, which keeps its own artifacts. password: that of the user "admin", if it demands one."""
+    """MLflow's own, over HTTP, which keeps its own artifacts.
 
-    def __init__(self, folder: Path, port: int, password: str = "") -> None:
+    password: that of the user "admin", if it demands one. database: its URL, else a file in the folder.
+    """
+
+    def __init__(self, folder: Path, port: int, *, password: str = "", database: str = "") -> None:
         self.folder, self.port, self.password = folder, port, password
+        self.database = database or f"sqlite:///{folder / 'mlflow.db'}"
 
     def start(self) -> None:
         environment = {
             **os.environ,
-            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder / 'mlflow.db'}",
+            "MLFLOW_BACKEND_STORE_URI": self.database,
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.folder / "artifacts"),
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -48,7 +52,7 @@ class Server:
             cwd=self.folder,
             start_new_session=True,
         )
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120  # its tables take 1700 statements
         while not self.answers():
             assert time.monotonic() < end
             time.sleep(0.05)

@@ -1,5 +1,6 @@
 """The coordinator on PostgreSQL while connections are dropped and the server restarts: the same study, only later."""
 
+import json
 import random
 import threading
 import time
@@ -8,18 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from searchfm.coordinator import Progress
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StorageError
-from searchfm.home import STORAGE, Home
+from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search import database as database_module
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import open_storage
+from searchfm.show.dashboard import free_port
+from tests.commands import searchfm
 from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import check, facts, let_go, search, stored, toy
-from tests.serving import Postgres
+from tests.serving import Postgres, Server
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
 
@@ -102,7 +106,7 @@ def test_a_study_waits_for_a_server_that_restarts(
     home: Home, database: str, postgres_server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(STORAGE, database)
-    back = threading.Timer(12.0, postgres_server.start)
+    back = threading.Timer(6.0, postgres_server.start)
 
     def restart(item: Progress, _: LocalEngine) -> None:
         if (item.kind, item.trial, item.epoch and item.epoch.index) == ("epoch", 2, 1):
@@ -112,7 +116,7 @@ def test_a_study_waits_for_a_server_that_restarts(
     began = time.monotonic()
     study = search(home, toy(**TABLES), trials=6, watch=restart)
     back.join()
-    assert time.monotonic() - began > 12
+    assert time.monotonic() - began > 6
     check(study, 6)
     assert facts(study) == undisturbed(tmp_path, monkeypatch, 6)
 
@@ -155,3 +159,39 @@ def test_a_study_asked_to_stop_while_its_database_is_away_ends_soon_and_resumes(
     study = search(home, toy(**TABLES), trials=4)
     check(study, 4)
     assert [row[:5] for row in facts(study)][:3] == [row[:5] for row in undisturbed(tmp_path, monkeypatch, 4)][:3]
+
+
+TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "12", "--epochs", "3", "--workers", "2")
+
+
+@pytest.mark.slow
+def test_the_command_fills_both_databases_of_a_server_that_drops_all_connections(
+    database: str, postgres: str, tmp_path: Path
+) -> None:
+    name = f"mlflow_{abs(hash(tmp_path))}"
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    mlflow = postgres + name
+    server = Server(tmp_path, free_port(5400), database=mlflow.replace("postgresql:", "postgresql+psycopg:"))
+    environment = {STORAGE: database, TRACKING: f"http://127.0.0.1:{server.port}", HOME: str(tmp_path / "home")}
+
+    def read(query: str) -> list[Any]:
+        with psycopg.connect(database) as connection:
+            return [row[0] for row in connection.execute(query)]
+
+    def drop() -> int:
+        """Only once trials run: until a command holds the lock, it does not wait for a database."""
+        return drop_all(database) + drop_all(mlflow) if read("SELECT to_regclass('trials')") != [None] else 0
+
+    server.start()
+    try:
+        with repeatedly(drop, (1.0, 4.0), seed=0) as dropped:
+            done = searchfm(*TUNE, **environment)
+        assert done.returncode == 0, done.stderr
+        assert sum(1 for count in dropped if count) >= 3
+        assert read("SELECT number FROM trials ORDER BY number") == list(range(12))
+        assert read("SELECT DISTINCT state::text FROM trials") == ["COMPLETE"]
+        synced = searchfm("sync", "mlp", "--json", **environment)
+        assert (synced.returncode, json.loads(synced.stdout)) == (0, []), synced.stderr
+    finally:
+        server.kill()

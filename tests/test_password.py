@@ -23,7 +23,7 @@ TINY = ("--dataset", "digits", "--epochs", "1", "--workers", "1")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), free_port(5300), PASSWORD)
+    server = Server(tmp_path_factory.mktemp("server"), free_port(5300), password=PASSWORD)
     server.start()
     yield server
     server.kill()

@@ -1,6 +1,7 @@
 """The lock of a study: one coordinator at a time. A file for SQLite, an advisory lock for PostgreSQL."""
 
 import json
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -93,13 +94,14 @@ def _postgres_lock(url: sqlalchemy.URL, name: str, stopping: Callable[[], bool])
 
 
 class _AdvisoryLock:
-    """An advisory lock of PostgreSQL, which lives as long as its connection. For one thread."""
+    """An advisory lock of PostgreSQL, which lives as long as its connection. Any thread may check it."""
 
     def __init__(self, url: sqlalchemy.URL, name: str, stopping: Callable[[], bool]) -> None:
         self.where = f"study {name!r}: the lock on the database"
         self._database = url.render_as_string(hide_password=True)
         self._engine, self._key, self._stopping = postgres_engine(url), f"study/{name}", stopping
         self._connection: sqlalchemy.Connection | None = None
+        self._checking = threading.Lock()  # a connection is for one thread at a time
         self._owner = uuid.uuid4().hex
         self._number: int | None = None  # of the study, once it is claimed
 
@@ -122,7 +124,7 @@ class _AdvisoryLock:
 
     def check(self) -> None:
         """Raises StorageError once another process has, or had, the lock, or where the database does not answer."""
-        with failures(f"{self.where} was lost"):
+        with self._checking, failures(f"{self.where} was lost"):
             retry(self._check, self._database, self._stopping)
 
     def close(self) -> None:

@@ -23,12 +23,13 @@ from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import HOME, STORAGE, Home
-from searchfm.records import StudyHeader
+from searchfm.records import Final, StudyHeader
 from searchfm.search.database import failures, process_name
 from searchfm.search.lock import request_stop, stop_requested, study_lock
 from searchfm.search.storage import create_study, load_study, open_storage, study_names, write_record
 from tests import rows
 from tests.driving import let_go, stored
+from tests.test_records import FINAL_1
 
 HEADER = rows.header({"search": {"trials": 3}}, uuid_="u", question="why?", planned=3)
 
@@ -77,6 +78,50 @@ def test_another_connection_reads_a_recorded_result(any_home: Home, storage: Bas
     record.tell(trial, 0.75)
     row = stored(any_home, "toy").trials[0]
     assert (row.state, row.value, row.reported, row.params) == ("complete", 0.75, {1: 0.5}, trial.params)
+
+
+WRITE = """
+storage = open_storage(home)
+study = optuna.load_study(study_name="toy", storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
+for number in range(12):
+    trial = study.ask()
+    trial.suggest_float("lr", 0.1, 1.0)
+    trial.set_user_attr("config", {"number": number})
+    for epoch in (1, 2, 3):
+        trial.report(number + epoch / 10, epoch)
+    study.tell(trial, number + 0.3)
+"""
+
+
+@pytest.mark.slow
+def test_a_reader_sees_trials_grow_in_order_while_another_process_writes(any_home: Home, storage: BaseStorage) -> None:
+    create_study(storage, "toy", HEADER)
+    seen = load_study(storage, any_home, "toy")
+    reads = 0
+    with python(WRITE, any_home.path) as writer:
+        while len(seen.of("complete")) < 12:
+            assert writer.poll() in (None, 0)
+            before, seen = seen, load_study(storage, any_home, "toy")
+            reads += seen.trials != before.trials
+            assert [row.number for row in seen.trials] == list(range(len(seen.trials)))
+            assert len(seen.trials) >= len(before.trials)
+            assert len(seen.of("running")) <= 1
+            for row in seen.of("complete"):
+                number, reported = row.number, {1: row.number + 0.1, 2: row.number + 0.2, 3: row.number + 0.3}
+                assert (row.value, row.config, row.reported) == (number + 0.3, {"number": number}, reported)
+                assert set(row.params) == {"lr"}
+        assert writer.communicate(timeout=60) == ("", "")
+    assert reads > 3
+
+
+def test_a_final_model_is_kept_beside_the_header_and_replaced(any_home: Home, storage: BaseStorage) -> None:
+    number = create_study(storage, "toy", HEADER)
+    assert load_study(storage, any_home, "toy").final is None
+    for seconds in (1.5, 2.5):
+        final = dataclasses.replace(Final.from_json(json.loads(json.dumps(FINAL_1))), seconds=seconds)
+        write_record(storage, number, final)
+        study = load_study(storage, any_home, "toy")
+        assert (study.final, study.uuid) == (final, "u")
 
 
 def test_an_unknown_study_is_refused_naming_the_existing_ones(any_home: Home, storage: BaseStorage) -> None:
@@ -158,6 +203,19 @@ def test_the_holder_of_a_study_is_asked_to_stop_once(any_home: Home) -> None:
         assert not stop_requested(any_home, "a"), "an old request"
 
 
+def test_a_claimed_lock_stays_held_through_its_checks(any_home: Home, storage: BaseStorage) -> None:
+    number = create_study(storage, "toy", HEADER)
+    with study_lock(any_home, "toy") as lock:
+        lock.claim(storage, number)
+        for _ in range(3):
+            lock.check()
+        with pytest.raises(LockedError), study_lock(any_home, "toy"):
+            pass
+    with study_lock(any_home, "toy") as lock:  # the next holder claims it anew
+        lock.claim(storage, number)
+        lock.check()
+
+
 def test_a_released_lock_is_free_also_after_an_error(any_home: Home) -> None:
     with pytest.raises(ZeroDivisionError), study_lock(any_home, "toy"):
         1 / 0  # noqa: B018
@@ -169,7 +227,7 @@ def test_a_released_lock_is_free_also_after_an_error(any_home: Home) -> None:
 
 FIRST = """
 import json, os, traceback
-from searchfm.records import StudyHeader
+from searchfm.records import Final, StudyHeader
 def begin(name):
     home.probe()
     with study_lock(home, name):
