@@ -219,11 +219,14 @@ def draw(trial: Trial, names: Sequence[str]) -> list[Path]:
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
-def history(trials: Sequence[Trial], best: int, band: tuple[float, float]) -> Figure:
-    """Every trial's validation accuracy in the order of the search, the best so far as a line.
+def history(
+    trials: Sequence[Trial], best: int, band: tuple[float, float], drawn: Container[int] | None = None
+) -> Figure:
+    """Each trial's validation accuracy in the order of the search, the best so far as a line.
 
     A pruned trial is drawn at its last report, an accuracy far below the rest at the lower edge. best: number of the
-    trial that is marked, and `band` its interval, shaded.
+    trial that is marked, and `band` its interval, shaded. drawn: the trials that have a mark, None for all; the line
+    and the scale are of all.
     """
     figure, axes = _panel(WIDE, 3.2, "validation accuracy of each trial", (0.062, 0.15, 0.925, 0.76))
     values = {trial.number: trial.value for trial in trials if trial.value is not None}
@@ -233,11 +236,14 @@ def history(trials: Sequence[Trial], best: int, band: tuple[float, float]) -> Fi
     axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
     tops = np.maximum.accumulate(list(values.values()))
     axes.step(list(values), tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
+    ring = {"color": "white", "markeredgecolor": QUIET, "markeredgewidth": 0.9}
     for number, value in pruned.items():
-        _dot(axes, "history", number, (number, value), floor, color="white", markeredgecolor=QUIET, markeredgewidth=0.9)
+        if drawn is None or number in drawn:
+            _dot(axes, "history", number, (number, value), floor, **ring)
     for number, value in values.items():
-        _dot(axes, "history", number, (number, value), floor, color=MARK if number == best else VALIDATION)
-    for number in failed:
+        if drawn is None or number in drawn:
+            _dot(axes, "history", number, (number, value), floor, color=MARK if number == best else VALIDATION)
+    for number in [number for number in failed if drawn is None or number in drawn]:
         axes.plot([number], [floor], "x", color=INK, markersize=5, gid=f"trial-history-{number}")
     _count(axes, "trial")
     axes.margins(x=0.02)
@@ -284,11 +290,19 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
     return figure
 
 
-def factor(trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, figure_name: str, best: int) -> Figure:
+def factor(
+    trials: Sequence[Trial],
+    key: str,
+    leaf: Choice | Range,
+    name: str,
+    figure_name: str,
+    best: int,
+    drawn: Container[int] | None = None,
+) -> Figure:
     """Validation accuracy over one key of the space: a dot per complete trial, and the median of each of few values.
 
     A line joins the medians where the values are numbers. name: of the key; figure_name: for the dots' ids; best:
-    number of the trial that is marked.
+    number of the trial that is marked. drawn: the trials that have a dot, None for all; medians are of all.
     """
     figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.815, 0.72))
     points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
@@ -300,6 +314,8 @@ def factor(trials: Sequence[Trial], key: str, leaf: Choice | Range, name: str, f
             index = _index(options, x)
             by_option.setdefault(index, []).append(value)
             x = index + 0.5 * (_spread(number) - 0.5)
+        if drawn is not None and number not in drawn:
+            continue
         style: dict[str, Any] = {"color": MARK} if number == best else {"color": VALIDATION, "alpha": 0.75}
         _dot(axes, figure_name, number, (x, value), floor, **style)
     if isinstance(leaf, Choice) or options:

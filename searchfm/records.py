@@ -75,11 +75,39 @@ class Epoch(Record):
 
 def read_epochs(path: Path) -> tuple[Epoch, ...]:
     """The epochs in a CSV file; none where there is no file."""
-    if not path.exists():
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
         return ()
-    with path.open(newline="") as file:
-        rows = [{key: text or None for key, text in row.items()} for row in csv.DictReader(file)]
-    return tuple(msgspec.convert(row, Epoch, strict=False) for row in rows)
+    rows = csv.reader(text.splitlines())
+    names = next(rows, [])
+    values = [{name: field or None for name, field in zip(names, row, strict=True)} for row in rows]
+    return msgspec.convert(values, tuple[Epoch, ...], strict=False)
+
+
+class StoredEpochs(Sequence[Epoch]):
+    """The epochs of a trial that has ended, up to `last`: read when they are first used, since a study may have
+    thousands of such files.
+    """
+
+    def __init__(self, path: Path, last: int) -> None:
+        self._path, self._last = path, last
+
+    @cached_property
+    def _epochs(self) -> tuple[Epoch, ...]:
+        return tuple(epoch for epoch in read_epochs(self._path) if epoch.index <= self._last)
+
+    def __len__(self) -> int:
+        return len(self._epochs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._epochs[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self._epochs == (other._epochs if isinstance(other, StoredEpochs) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._epochs)
 
 
 def write_epochs(path: Path, epochs: Sequence[Epoch]) -> None:
@@ -122,7 +150,7 @@ class Trial:
     reason: str | None  # why it failed, or what pruned it
     attempts: int
     reported: Mapping[int, float]  # validation accuracy by epoch, as Optuna has it
-    epochs: tuple[Epoch, ...]
+    epochs: Sequence[Epoch]
     result: TrainResult | None  # None unless complete
     started: float | None  # seconds since 1970
     ended: float | None

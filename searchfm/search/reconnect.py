@@ -19,6 +19,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from searchfm.search.database import CONNECT_ARGS, POOL_EVENTS, retry
+from searchfm.search.reader import RowStorage
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def _repeated(
     return call
 
 
-class ReconnectingStorage(RDBStorage):
+class ReconnectingStorage(RowStorage):
     """Optuna's storage, whose calls are repeated after a lost connection: see `database.retry`.
 
     The methods are those that `_CachedStorage` calls: wrap it with `get_storage`.
@@ -65,12 +66,12 @@ class ReconnectingStorage(RDBStorage):
     get_study_system_attrs = _repeated(RDBStorage.get_study_system_attrs)
     get_all_studies = _repeated(RDBStorage.get_all_studies)
     get_trial_id_from_study_id_trial_number = _repeated(RDBStorage.get_trial_id_from_study_id_trial_number)
-    get_trial = _repeated(RDBStorage.get_trial)
+    get_trial = _repeated(RowStorage.get_trial)
     set_trial_intermediate_value = _repeated(RDBStorage.set_trial_intermediate_value)
     set_trial_user_attr = _repeated(RDBStorage.set_trial_user_attr)
     set_trial_system_attr = _repeated(RDBStorage.set_trial_system_attr)
     _set_trial_param = _repeated(RDBStorage._set_trial_param)
-    _get_trials = _repeated(RDBStorage._get_trials)
+    _get_trials = _repeated(RowStorage._get_trials)
     _get_best_trial_id = _repeated(RDBStorage._get_best_trial_id)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:

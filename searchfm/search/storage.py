@@ -10,15 +10,16 @@ from typing import Any
 import optuna
 import sqlalchemy
 from filelock import FileLock
-from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages import BaseStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import StorageError, StudyError, UserError
 from searchfm.home import STORAGE, Home, write_json
-from searchfm.records import EPOCHS, FORMAT, Final, State, StudyHeader, StudyRecord, TrainResult, Trial, read_epochs
+from searchfm.records import EPOCHS, FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
 from searchfm.search.lock import Lock, study_lock
+from searchfm.search.reader import RowStorage
 from searchfm.search.reconnect import ReconnectingStorage
 
 STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
@@ -82,7 +83,7 @@ def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
         engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS, "factory": _Sqlite}}
-        return get_storage(RDBStorage(url.render_as_string(False), engine_kwargs=engine_kwargs))
+        return get_storage(RowStorage(url.render_as_string(False), engine_kwargs=engine_kwargs))
 
 
 def _open_postgres(
@@ -126,13 +127,14 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
         raise StudyError(f"study {name!r} is not in {home.path}; there {'are ' + names if names else 'is none yet'}")
     header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
     final = attrs.get(FINAL)
+    folder, ended = home.study(name), ended or {}
     trials = storage.get_all_trials(number, deepcopy=False)
     return StudyRecord(
         **vars(header),
         name=name,
         number=number,
-        folder=home.study(name),
-        trials=tuple((ended or {}).get(t.number) or read_trial(t, home.trial(name, t.number)) for t in trials),
+        folder=folder,
+        trials=tuple(ended.get(t.number) or read_trial(t, folder / f"{t.number:04d}") for t in trials),
         final=None if final is None else Final.from_json(final, f"study {name!r}: final"),
     )
 
@@ -144,7 +146,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
     """
     attrs, state = trial.user_attrs, STATES.get(trial.state, "running")
     last = max(trial.intermediate_values, default=0)
-    result = attrs.get("result")
+    result, epochs = attrs.get("result"), StoredEpochs(folder / EPOCHS, last)
     return Trial(
         number=trial.number,
         state=state,
@@ -157,7 +159,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
         reason=attrs.get("reason") if state in ("pruned", "failed") else None,
         attempts=attrs.get("attempt", 1),
         reported=dict(sorted(trial.intermediate_values.items())),
-        epochs=tuple(epoch for epoch in read_epochs(folder / EPOCHS) if epoch.index <= last),
+        epochs=epochs[:] if state == "running" else epochs,  # those of a running trial now
         result=TrainResult.from_json(result, f"{folder.parent.name}, trial {trial.number}") if result else None,
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,

@@ -28,6 +28,7 @@ ENOUGH = 10  # complete trials that importance needs
 RANKED = 15  # trials in the figure of ties
 KEYS = 10  # axes of the parallel coordinates
 TOP = 5  # trials whose curves are in colour
+DRAWN = 300  # trials in a figure or table: each costs 2 ms a figure, and 10,000 made a page of 14 MB
 
 
 def report_page(study: StudyRecord, storage: BaseStorage, environment: Mapping[str, str], data_dir: Path | None) -> str:
@@ -39,20 +40,33 @@ def report_page(study: StudyRecord, storage: BaseStorage, environment: Mapping[s
         raise StudyError(f"study {study.name!r} has no complete trial to report on: {counts}")
     final, best = study.final, study.ranked(twins=False)[0]
     chosen = next(trial for trial in study.trials if trial.number == final.winner) if final else best
+    shown = drawn(study, chosen)
     return pages.render(
         "report.html.jinja",
-        tips={str(trial.number): _tip(trial) for trial in study.trials},
+        tips={str(trial.number): _tip(trial) for trial in shown},
         study=study,
+        drawn=len(shown),
         chosen=chosen,
         best=best,
         enough=ENOUGH,
         result=result_sentences(study),
-        **_search(study),
-        **_space(study, storage),
-        **_curves(study, chosen),
+        **_search(study, shown),
+        **_space(study, storage, shown),
+        **_curves(study, chosen, shown),
         **_errors(study, chosen, data_dir),
         **_reproduce(study, chosen, environment),
     )
+
+
+def drawn(study: StudyRecord, chosen: Trial) -> list[Trial]:
+    """The trials that figures and tables show, by number: all, or of many the best and others at even distances."""
+    if len(study.trials) <= DRAWN:
+        return list(study.trials)
+    best = {trial.number for trial in [chosen, *study.ranked(twins=False)[: DRAWN // 3]]}
+    others = [trial for trial in study.trials if trial.number not in best]
+    count = DRAWN - len(best)
+    even = {others[index * len(others) // count].number for index in range(count)}
+    return [trial for trial in study.trials if trial.number in best | even]
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
@@ -120,8 +134,11 @@ def importances(study: StudyRecord, storage: BaseStorage) -> dict[str, float]:
     if len(trials) < ENOUGH or len({trial.value for trial in trials}) == 1:
         return {}
     numbers = {trial.number for trial in trials}
-    trained = optuna.create_study(direction="maximize")
-    trained.add_trials([t for t in storage.get_all_trials(study.number, deepcopy=False) if t.number in numbers])
+    if len(numbers) == len(study.of("complete")):
+        trained = optuna.load_study(study_name=study.name, storage=storage)
+    else:  # a copy takes a second for a thousand trials
+        trained = optuna.create_study(direction="maximize")
+        trained.add_trials([t for t in storage.get_all_trials(study.number, deepcopy=False) if t.number in numbers])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)  # the report says how few they are
         return optuna.importance.get_param_importances(trained)
@@ -182,20 +199,22 @@ def tie(study: StudyRecord, ranked: Sequence[Rank]) -> str:
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _search(study: StudyRecord) -> dict[str, Any]:
+def _search(study: StudyRecord, drawn: Sequence[Trial]) -> dict[str, Any]:
     ranked = ranks(study)
     best, shown = ranked[0], ranked[:RANKED]
     tied = {rank.trial.number for rank in shown if rank.tied}
     return {
-        "history": figures.history(study.trials, best.trial.number, best.accuracy.interval),
+        "history": figures.history(
+            study.trials, best.trial.number, best.accuracy.interval, {trial.number for trial in drawn}
+        ),
         "ranking": figures.ranking({rank.trial.number: rank.accuracy for rank in shown}, tied),
         "tie": tie(study, ranked),
         "ranked": shown,
-        "trials": sorted(study.trials, key=lambda trial: (-(trial.value or 0.0), trial.number)),
+        "trials": sorted(drawn, key=lambda trial: (-(trial.value or 0.0), trial.number)),
     }
 
 
-def _space(study: StudyRecord, storage: BaseStorage) -> dict[str, Any]:
+def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> dict[str, Any]:
     trials, importance = study.ranked(twins=False), importances(study, storage)
     names = short_names(dict.fromkeys(key for trial in study.trials for key in trial.params))
     values = {key: {trial.params[key] for trial in trials if key in trial.params} for key in names}
@@ -204,25 +223,27 @@ def _space(study: StudyRecord, storage: BaseStorage) -> dict[str, Any]:
     keys = sorted(space, key=lambda key: -importance.get(key, 0.0))
     fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
     axes = {key: leaf for key, leaf in space.items() if key in keys[:KEYS]}
+    numbers, lines = {trial.number for trial in drawn}, [trial for trial in drawn if trial.twin is None]
     return {
         "importance": figures.importance(fractions) if fractions else None,
-        "parallel": figures.parallel(trials, axes, names) if len(axes) > 1 else None,
+        "parallel": figures.parallel(lines, axes, names) if len(axes) > 1 else None,
         "axes": len(axes),
         "keys": len(space),
         "factors": [
-            figures.factor(trials, key, space[key], names[key], f"f{i}", trials[0].number) for i, key in enumerate(keys)
+            figures.factor(trials, key, space[key], names[key], f"f{i}", trials[0].number, numbers)
+            for i, key in enumerate(keys)
         ],
         "sweep": len(names) == 1,
     }
 
 
-def _curves(study: StudyRecord, chosen: Trial) -> dict[str, Any]:
+def _curves(study: StudyRecord, chosen: Trial, drawn: Sequence[Trial]) -> dict[str, Any]:
     fitted = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
     epochs, saved = fitted or chosen.epochs, saved_epochs(study)
     return {
         "curves": figures.curves(epochs) if epochs else None,
         "fitted": fitted,
-        "progress": figures.progress(study.trials, study.ranked(twins=False)[:TOP]),
+        "progress": figures.progress(drawn, study.ranked(twins=False)[:TOP]),
         "survival": figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if saved.epochs else None,
         "saved": saved,
     }

@@ -19,7 +19,7 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, RDBStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError, UserError
 from searchfm.home import HOME, STORAGE, Home
@@ -455,3 +455,22 @@ def test_a_database_that_turns_read_only_is_one_line(home: Home) -> None:
         record.ask()
     let_go(storage)
     assert stored(home, "toy").trials == ()
+
+
+def test_trials_are_read_as_optuna_reads_them(any_home: Home, storage: BaseStorage) -> None:
+    rows.four(any_home)
+    running = rows.ask(any_home)
+
+    running.report(float("nan"), 1)
+    running.report(float("inf"), 2)
+    backend = storage._backend  # type: ignore[attr-defined]
+    trials = backend._get_trials(1, None, set(), -1)
+    expected = RDBStorage._get_trials(backend, 1, None, set(), -1)
+    assert repr(trials) == repr(expected)  # also the order of params; NaN is unequal to itself
+    assert len(trials) == 5
+    assert repr(backend._get_trials(1, None, {2}, 3)) == repr([expected[1], *expected[3:]])
+    assert repr(backend.get_trial(5)) == repr(expected[4])
+    for unknown in (lambda: backend.get_trial(9), lambda: backend._get_trials(9, None, set(), -1)):
+        with pytest.raises(KeyError):
+            unknown()
+    rows.forget(any_home)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -335,3 +336,17 @@ def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: P
     assert parent is not None
     (item,) = [item for item in client.list_artifacts(parent) if item.path == "report.html"]
     assert Path(client.download_artifacts(parent, item.path, str(tmp_path))).read_text("utf-8") == text
+
+
+def test_of_many_trials_the_best_and_others_at_even_distances_are_shown(home: Home, monkeypatch: Any) -> None:
+    monkeypatch.setattr(report, "DRAWN", 6)
+    study = searched.search(home, many())
+    shown = [trial.number for trial in report.drawn(study, study.trials[4])]
+    assert len(shown) == 6
+    assert {0, 1, 4} <= set(shown)  # the best third, and the chosen one
+    assert max(shown) > 10
+    text = report_page(study, open_storage(home), {}, None)
+    assert "Figures and tables show 6 of the 17 trials" in text
+    assert "6 of 17 trials" in text
+    rows = re.findall(r'<tr data-trial="(\d+)"', text[text.index('id="trials"') :])
+    assert len(rows) == 6
