@@ -1,3 +1,3 @@
 """Hyperparameter search for image classifiers: search, prune, track, retrain, test once."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
