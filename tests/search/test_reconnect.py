@@ -1,8 +1,12 @@
 """Dropped connections to PostgreSQL: calls are repeated, every write counts once, and other errors pass at once."""
 
+import gc
 import logging
+import os
+import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
@@ -18,7 +22,7 @@ from searchfm.home import STORAGE, Home
 from searchfm.search import database as database_module
 from searchfm.search.database import advisory, is_lost, postgres_engine
 from searchfm.search.lock import OWNER, Lock, study_lock
-from searchfm.search.storage import create_study, load_study, open_storage
+from searchfm.search.storage import create_study, load_study, locked_study, open_storage
 from tests import rows
 from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import let_go
@@ -211,6 +215,19 @@ def test_a_lock_that_another_process_took_and_released_in_between_is_lost(
         lock.check()
 
 
+def test_a_study_that_exists_is_claimed_with_its_lock(home: Home, proxy: Proxy, storage: BaseStorage) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # its own storage ends with the process
+        with locked_study(home, "toy") as (study, lock):
+            drop_all(proxy.url)
+            lock.check()
+            storage.set_study_system_attr(study.number, OWNER, "another")
+            drop_all(proxy.url)
+            with pytest.raises(StorageError, match="another process has taken the study"):
+                lock.check()
+        gc.collect()
+
+
 @pytest.mark.parametrize("write", [lambda study: study.tell(0, 0.5), lambda study: study.ask()], ids=["tell", "ask"])
 def test_no_call_is_repeated_once_another_process_has_taken_the_study(
     home: Home, proxy: Proxy, storage: BaseStorage, lock: Lock, write: Callable[[optuna.Study], object]
@@ -233,3 +250,28 @@ def test_a_lock_that_the_server_has_not_released_yet_is_waited_for(
         began = time.monotonic()
         lock.check()
         assert 0.3 < time.monotonic() - began < 5
+
+
+def test_a_lock_dropped_without_a_check_is_released_in_silence(
+    home: Home, proxy: Proxy, storage: BaseStorage, caplog: pytest.LogCaptureFixture
+) -> None:
+    with study_lock(home, "toy"):
+        drop_all(proxy.url)
+    with study_lock(home, "toy") as lock:
+        lock.check()
+    assert caplog.messages == []
+
+
+def test_both_ends_of_a_connection_notice_within_seconds_that_the_other_is_gone(
+    proxy: Proxy, storage: BaseStorage
+) -> None:
+    engines = (storage._backend.engine, postgres_engine(storage._backend.engine.url))  # type: ignore[attr-defined]
+    for engine in engines:
+        with engine.connect() as connection:
+            connection.rollback()
+            names = ("idle", "interval", "count")
+            there = [connection.exec_driver_sql(f"SHOW tcp_keepalives_{name}").scalar() for name in names]
+            assert [*there, connection.exec_driver_sql("SHOW tcp_user_timeout").scalar()] == ["5", "2", "3", "10000"]
+            with socket.socket(fileno=os.dup(connection.connection.driver_connection.fileno())) as here:
+                assert here.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+                assert here.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 10_000
