@@ -81,7 +81,7 @@ class _Node:
     host: str
     devices: tuple[str, ...]
     jobs: dict[str, Job] = field(default_factory=dict)
-    silence: float = 0.0  # seconds since its last message
+    received: float = 0.0  # when its last message came, on the engine's clock
 
     @property
     def free(self) -> int:
@@ -113,6 +113,7 @@ class RemoteEngine:
         self._probe = Path(f".nodes-{secrets.token_hex(8)}") / "probe"
         self._content = secrets.token_hex(16)
         self._refusal = ""  # the last
+        self._clock, self._read_at = 0.0, time.monotonic()  # seconds of reading; the last time, on the process's clock
         tls = server_tls(self._options.tls_cert, self._options.tls_key)
         try:
             self._server = serve(self._on_connection, host, port, ssl=tls, ping_interval=None, **SETTINGS)
@@ -174,15 +175,12 @@ class RemoteEngine:
             return self._pending.popleft()
         if self._launcher is not None and self._inbox.empty():
             self._check_launcher(self._launcher)
-        began = time.monotonic()
         try:
             node, message = self._inbox.get(timeout=timeout)
         except Empty:
-            # Time in which this process did something else, or did not run (Ctrl-Z), is not the nodes' silence.
-            self._listen_for(min(time.monotonic() - began, timeout))
+            self._lose_silent(timeout)
             return self._pending.popleft() if self._pending else None
-        node.silence = 0.0
-        self._listen_for(min(time.monotonic() - began, timeout))
+        self._lose_silent(timeout)
         return self._receive(node, message)
 
     def close(self) -> None:
@@ -197,11 +195,15 @@ class RemoteEngine:
             node.link.close()
         shutil.rmtree(self._home / self._probe.parent, ignore_errors=True)
 
-    def _listen_for(self, seconds: float) -> None:
-        """Loses the nodes that are silent for too long."""
+    def _lose_silent(self, timeout: float) -> None:
+        """Loses the nodes that are silent for too long. timeout: seconds that this call may have waited."""
+        # Between two calls the clock takes a second more at most: time in which this process did not run (Ctrl-Z), or
+        # did something else, is not the nodes' silence. On a busy machine shorter times add up, and count.
+        now = time.monotonic()
+        self._clock += min(now - self._read_at, timeout + 1.0)
+        self._read_at = now
         for node in list(self._nodes):
-            node.silence += seconds
-            if node.silence > LOST_SECONDS:
+            if self._clock - node.received > LOST_SECONDS:
                 self._lose(node, f"silent for {LOST_SECONDS:g} seconds")
                 threading.Thread(target=node.link.close, daemon=True).start()  # it takes seconds
 
@@ -305,10 +307,11 @@ class RemoteEngine:
         except SearchfmError as error:
             self._refuse(str(error) if isinstance(error, UserError) else f"{peer}: {error}")
             return
-        node, reason = _Node(link, joined.host, joined.devices), "the connection was closed"
+        node, reason = _Node(link, joined.host, joined.devices, received=self._clock), "the connection was closed"
         self._inbox.put((node, joined))
         try:
             for message in link:
+                node.received = self._clock
                 self._inbox.put((node, message))
         except WireError as error:
             reason = str(error)
