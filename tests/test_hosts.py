@@ -35,7 +35,7 @@ search = { trials = 12, sampler = "random", pruner = "none" }
 data = { name = "digits" }
 model = { name = "mlp", mlp = { layers = 2, width = { low = 32, high = 512 } } }
 optimizer = { lr = { low = 1e-4, high = 1e-2, log = true } }
-train = { epochs = 10, batch_size = 32 }
+train = { epochs = 30, batch_size = 32 }
 """
 # Runs of trials in MLflow, by study and number: [[study, number], ...].
 RUNS = """
@@ -134,7 +134,7 @@ def nodes(site: Site) -> dict[str, Host]:
     return site.network.workers
 
 
-def ends(search: Running, seconds: float = 240.0) -> None:
+def ends(search: Running, seconds: float = 400.0) -> None:
     """The search ends well."""
     assert search.wait(seconds) == 0, search.text
     assert f"{TRIALS} complete of {TRIALS} in" in search.text
@@ -204,3 +204,93 @@ def test_slurm_a_host_dies(
     assert not slurm.run("squeue", "--noheader", "--states=running,pending")
     site.check("slurm")
     record_property("figures", f"a dead host noticed after {noticed:.1f} s; exactly {TRIALS} trials")
+
+
+# --- minutes by nature ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+def test_slurm_a_cable_is_cut(
+    site: Site, slurm: Cluster, nodes: dict[str, Host], record_property: Callable[[str, object], None]
+) -> None:
+    search = site.tune("slurm-cable", "--engine", "slurm", "--workers", "4", **slurm.environment)
+    search.wait_for("joined", count=4)
+    search.wait_for(" complete ", count=3)
+    began = time.monotonic()
+    site.network.cut("node1")
+    noticed = search.wait_for("node node1 is gone", count=2) - began
+    assert noticed < NOTICED
+    time.sleep(15)  # SLURM has taken the node down, and requeued its tasks
+    site.network.mend("node1")
+    ends(search)
+    assert not slurm.run("squeue", "--noheader", "--states=running,pending")
+    site.check("slurm-cable")
+    record_property("figures", f"a cut cable noticed after {noticed:.1f} s; exactly {TRIALS} trials")
+
+
+@pytest.mark.nightly
+def test_dial_in_a_host_dies(
+    site: Site, nodes: dict[str, Host], record_property: Callable[[str, object], None]
+) -> None:
+    search = site.tune("dial-host", "--engine", "listen", "--listen", f"{site.head.address}:27001")
+    search.wait_for("listening")
+    for node in nodes:
+        site.worker(node)
+    search.wait_for("joined", count=2)
+    search.wait_for(" complete ", count=3)
+    began = time.monotonic()
+    site.network.power_off("node1")
+    noticed = search.wait_for("node node1 is gone") - began
+    assert noticed < NOTICED
+    ends(search)
+    site.check("dial-host")
+    record_property("figures", f"a dead host noticed after {noticed:.1f} s; exactly {TRIALS} trials")
+
+
+@pytest.fixture
+def ray(site: Site, nodes: dict[str, Host]) -> dict[str, str]:
+    """A Ray cluster with two cores on each worker's host and none on the head: what the search's environment needs."""
+    token = site.folder / "ray.token"
+    token.touch(0o600)
+    token.write_text("a" * 64)
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "180",
+        "RAY_agent_register_timeout_ms": "180000",
+    }
+    # With fixed ports a raylet need not wait for files that name them, which a busy machine writes too late.
+    agents = ("metrics-export", "dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
+    ports = [f"--{name}-port={port}" for port, name in enumerate(agents, 21001)]
+    ray = (str(Path(sys.executable).with_name("ray")), "start", "--disable-usage-stats", *ports)
+    head = ("--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false")
+    site.head.run(*ray, *head, f"--node-ip-address={site.head.address}", **environment)
+    address = f"{site.head.address}:6379"
+    for host in nodes.values():  # one after another: together they are too slow for Ray's limits
+        host.run(*ray, f"--address={address}", f"--node-ip-address={host.address}", "--num-cpus=2", **environment)
+    return environment | {"RAY_ADDRESS": address}
+
+
+@pytest.mark.nightly
+def test_ray_a_cable_is_cut_then_a_host_dies(
+    site: Site, ray: dict[str, str], nodes: dict[str, Host], record_property: Callable[[str, object], None]
+) -> None:
+    search = site.tune("ray", "--engine", "ray", "--workers", "4", **ray)
+    search.wait_for("joined", count=4)
+    search.wait_for(" complete ", count=3)
+    began = time.monotonic()
+    site.network.cut("node2")
+    cable = search.wait_for("node node2 is gone", count=2) - began
+    site.network.mend("node2")
+    search.wait_for("node node2 joined", count=4)
+    search.wait_for(" complete ", count=6)
+    began = time.monotonic()
+    site.network.power_off("node1")
+    host = search.wait_for("node node1 is gone", count=2) - began
+    assert max(cable, host) < NOTICED
+    ends(search)
+    site.check("ray")
+    record_property(
+        "figures", f"noticed: a cut cable after {cable:.1f} s, a dead host after {host:.1f} s; exactly {TRIALS} trials"
+    )
