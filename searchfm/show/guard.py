@@ -63,8 +63,9 @@ class Access:
         return NAMES | {_bracketed(name) for name in (*self.names, *own)}
 
     def address(self, port: int) -> str:
-        """The address of a server, for people: at the first further name, else where it is bound."""
-        name = next(iter(self.names), LOOPBACK if _unspecified(self.host) else self.host)
+        """The address of a server, for people: on loopback or at the first further name, else where it is bound."""
+        own = LOOPBACK if _unspecified(self.host) else self.host
+        name = own if _is_loopback(self.host) or not self.names else self.names[0]
         return f"http://{_bracketed(name)}:{port}"
 
 

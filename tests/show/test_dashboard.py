@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import rows
 from PIL import Image
+from rich.console import Console
 from starlette.responses import PlainTextResponse
 
 from searchfm.errors import StudyError, UserError, WorldError
@@ -28,6 +29,7 @@ from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search.storage import open_storage
 from searchfm.show import dashboard
 from searchfm.show.guard import TOKEN, Access, Guard, read_token, with_token
+from searchfm.show.terminal import show_addresses
 from searchfm.tracking.follow import sync
 from searchfm.tracking.mirror import run_links
 from tests.programs import chromium
@@ -192,6 +194,7 @@ def test_names_and_addresses() -> None:
     everywhere = Access("0.0.0.0", ("Lab.Example", "fd00::1"), SECRET)
     assert everywhere.allowed == {"127.0.0.1", "localhost", "[::1]", "lab.example", "[fd00::1]"}
     assert everywhere.address(80) == "http://lab.example:80"
+    assert Access("::1", ("lab.example",)).address(80) == "http://[::1]:80"  # behind a proxy
     assert Access("0.0.0.0", (), SECRET).address(80) == "http://127.0.0.1:80"
     assert Access("fd00::2", (), SECRET).address(80) == "http://[fd00::2]:80"
     assert "[fd00::2]" in Access("fd00::2", (), SECRET).allowed
@@ -217,6 +220,15 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypa
         assert not content or content not in str(caught.value)
     file.write_text(f"{SECRET}-2\n")
     assert read_token(file) == f"{SECRET}-2"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_token_is_printed_on_a_terminal_alone(terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=terminal, highlight=False, soft_wrap=True)
+    show_addresses(console, with_token("http://a:1/b?c=d", SECRET), with_token("http://a:2/#/x", SECRET))
+    assert f"http://a:1/b?c=d&token={SECRET if terminal else 'TOKEN'}\n" in text.getvalue()
+    assert f"http://a:2/?token={SECRET if terminal else 'TOKEN'}#/x\n" in text.getvalue()
 
 
 def test_links_in_notes_lead_to_mlflow_wherever_it_is() -> None:
