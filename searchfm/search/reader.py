@@ -2,9 +2,11 @@
 of a toy study take 5.5 s of CPU, as rows 0.8 s.
 """
 
+import gc
 import json
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -78,6 +80,18 @@ class RowStorage(RDBStorage):
             )
             for id_, number, state, start, complete in trials
         ]
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """No garbage collection while many objects are made that stay: it takes a quarter of the time of 10,000 trials."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _rows(connection: Connection, chosen: ColumnElement[bool], model: Any, *names: str) -> Rows:

@@ -19,7 +19,7 @@ from searchfm.home import STORAGE, Home, write_json
 from searchfm.records import EPOCHS, FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
 from searchfm.search.lock import Lock, study_lock
-from searchfm.search.reader import RowStorage
+from searchfm.search.reader import RowStorage, no_collection
 from searchfm.search.reconnect import ReconnectingStorage
 
 STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
@@ -128,13 +128,15 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
     header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
     final = attrs.get(FINAL)
     folder, ended = home.study(name), ended or {}
-    trials = storage.get_all_trials(number, deepcopy=False)
+    with no_collection():
+        trials = storage.get_all_trials(number, deepcopy=False)
+        records = tuple(ended.get(t.number) or read_trial(t, folder / f"{t.number:04d}") for t in trials)
     return StudyRecord(
         **vars(header),
         name=name,
         number=number,
         folder=folder,
-        trials=tuple(ended.get(t.number) or read_trial(t, folder / f"{t.number:04d}") for t in trials),
+        trials=records,
         final=None if final is None else Final.from_json(final, f"study {name!r}: final"),
     )
 
