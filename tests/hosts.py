@@ -93,10 +93,10 @@ class Running:
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
-    def wait_for(self, words: str, seconds: float = 120.0, count: int = 1) -> float:
-        """When the line with these words came, of several the last."""
+    def wait_for(self, words: str, seconds: float = 120.0, count: int = 1, since: float = 0.0) -> float:
+        """When the line with these words came, of several the last; of those after the time `since`."""
         until = time.monotonic() + seconds
-        while len(times := [when for when, line in list(self.lines) if words in line]) < count:
+        while len(times := [when for when, line in list(self.lines) if words in line and when > since]) < count:
             assert time.monotonic() < until, f"no {words!r} in: {self.text}"
             assert self._reader.is_alive(), f"no {words!r} in: {self.text}"
             time.sleep(0.02)

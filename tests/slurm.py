@@ -32,6 +32,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=1
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=10
@@ -43,7 +45,7 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 {nodes}
 PartitionName=main Nodes=ALL Default=YES
-PartitionName=down Nodes=ALL State=DOWN
+PartitionName=urgent Nodes=ALL PriorityTier=10
 """
 CGROUP = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n"  # 22.05 would mount cgroups otherwise
 
@@ -99,17 +101,26 @@ class Cluster:
     def run(self, *command: str) -> str:
         """What a command of SLURM prints on the controller's host."""
         done = subprocess.run(
-            self.enter("", command), env={**os.environ, **self.environment}, capture_output=True, text=True, check=False
+            self.enter("", command),
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         return done.stdout
 
     def stop(self) -> None:
         """Ends the daemons, and all that they started."""
-        self.run("scancel", "--full", "--signal=KILL", "--state=running")
+        self.run("scancel", f"--user={psutil.Process().username()}")
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.wait(20)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:  # slurmd waits for its tasks
+                process.kill()
+                process.wait()
         for process in self.left():
             with suppress(psutil.Error):
                 process.kill()

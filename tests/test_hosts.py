@@ -150,10 +150,10 @@ def test_dial_in_a_cable_is_cut_then_the_coordinator_killed(
     search.wait_for(" complete ", count=3)
     began = time.monotonic()
     site.network.cut("node1")
-    noticed = search.wait_for("node node1 is gone") - began
+    noticed = search.wait_for("node node1 is gone", since=began) - began
     assert noticed < NOTICED
     site.network.mend("node1")
-    search.wait_for("node node1 joined", count=2)  # the same worker
+    search.wait_for("node node1 joined", since=began)  # the same worker
     search.wait_for(" complete ", count=5)
     search.kill()
     search.wait()
@@ -198,7 +198,7 @@ def test_slurm_a_host_dies(
     assert not guilty
     began = time.monotonic()
     site.network.power_off("node1")
-    noticed = search.wait_for("node node1 is gone", count=2) - began
+    noticed = search.wait_for("node node1 is gone", count=2, since=began) - began
     assert noticed < NOTICED
     ends(search)
     assert not slurm.run("squeue", "--noheader", "--states=running,pending")
@@ -218,7 +218,7 @@ def test_slurm_a_cable_is_cut(
     search.wait_for(" complete ", count=3)
     began = time.monotonic()
     site.network.cut("node1")
-    noticed = search.wait_for("node node1 is gone", count=2) - began
+    noticed = search.wait_for("node node1 is gone", count=2, since=began) - began
     assert noticed < NOTICED
     time.sleep(15)  # SLURM has taken the node down, and requeued its tasks
     site.network.mend("node1")
@@ -240,7 +240,7 @@ def test_dial_in_a_host_dies(
     search.wait_for(" complete ", count=3)
     began = time.monotonic()
     site.network.power_off("node1")
-    noticed = search.wait_for("node node1 is gone") - began
+    noticed = search.wait_for("node node1 is gone", since=began) - began
     assert noticed < NOTICED
     ends(search)
     site.check("dial-host")
@@ -281,13 +281,13 @@ def test_ray_a_cable_is_cut_then_a_host_dies(
     search.wait_for(" complete ", count=3)
     began = time.monotonic()
     site.network.cut("node2")
-    cable = search.wait_for("node node2 is gone", count=2) - began
+    cable = search.wait_for("node node2 is gone", count=2, since=began) - began
     site.network.mend("node2")
-    search.wait_for("node node2 joined", count=4)
+    search.wait_for("node node2 joined", count=2, since=began)
     search.wait_for(" complete ", count=6)
     began = time.monotonic()
     site.network.power_off("node1")
-    host = search.wait_for("node node1 is gone", count=2) - began
+    host = search.wait_for("node node1 is gone", count=2, since=began) - began
     assert max(cable, host) < NOTICED
     ends(search)
     site.check("ray")

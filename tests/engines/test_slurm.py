@@ -117,21 +117,23 @@ def test_a_cancelled_task_hands_its_job_back_and_the_other_goes_on(
     assert isinstance(end(engine), Finished)
 
 
-def test_a_requeued_task_hands_its_job_back_and_comes_again(
-    cluster: Cluster, start: Launch, home: Path, lines: list[str]
+def test_a_preempted_task_hands_its_job_back_is_requeued_and_comes_again(
+    cluster: Cluster, start: Launch, home: Path
 ) -> None:
     engine = start(1)
     work_on(engine, home / "jobs", "1")
-    number = task(cluster, 0)
-    cluster.run("scontrol", "requeue", number)
-    assert isinstance(end(engine, 10), Interrupted)
+    number, node = cluster.run("squeue", "--noheader", "--array", "--states=running", "--format=%i %N").split()
+    urgent = ("--parsable", "--partition=urgent", "--nodes=1", "--ntasks=2", f"--nodelist={node}", "--output=/dev/null")
+    other = cluster.run("sbatch", *urgent, "--wrap=sleep 60").strip()
+    assert isinstance(end(engine, 20), Interrupted)
+    cluster.run("scancel", other)
     wait_until(lambda: "(BeginTime)" in cluster.run("squeue"))
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # else it waits for its credential to expire
     await_free(engine, 1)
     engine.submit(job("1", home / "jobs" / "1", attempt=2))
     assert result(end(engine))["earlier"] == ["attempt-1"]
     (output,) = (home / "slurm").iterdir()
-    assert "DUE TO JOB REQUEUE" in output.read_text()
+    assert "DUE TO PREEMPTION" in output.read_text()
     assert output.read_text().count("joined") == 2
 
 
