@@ -170,8 +170,8 @@ class Agent:
     def _serve(self, link: Link) -> None:
         inbox: SimpleQueue[Message] = SimpleQueue()
         threading.Thread(target=self._receive, args=(link, inbox), daemon=True).start()
+        threading.Thread(target=self._beat, args=(link,), daemon=True).start()
         leave_by: float | None = None
-        sent = 0.0
         while leave_by is None or (self._running and time.monotonic() < leave_by):
             if self.signal and leave_by is None:
                 leave_by = time.monotonic() + STOP_SECONDS
@@ -194,14 +194,20 @@ class Agent:
                         raise error
                     case other:
                         raise WireError(f"{type(other).__name__} came, which no worker takes")
-            event = self._engine.next_event(ALIVE_SECONDS / 2)
-            if time.monotonic() > sent + ALIVE_SECONDS / 2:
-                _send(link, Alive())
-                sent = time.monotonic()
+            event = self._engine.next_event(1.0)
             if event is not None:
                 _send(link, event)
                 if not isinstance(event, EpochDone):
                     self._running.discard(event.job)
+
+    def _beat(self, link: Link) -> None:
+        """Sends heartbeats until the connection closes. Runs in a thread: the first worker's start blocks the other one
+        while the fork server imports torch, 8 seconds and more on a busy machine.
+        """
+        with suppress(WireError):
+            while True:
+                link.send(Alive())
+                time.sleep(ALIVE_SECONDS / 2)
 
     def _receive(self, link: Link, inbox: "SimpleQueue[Message]") -> None:
         """Puts all messages into the inbox, at last the error that ended the connection. Runs in a thread."""

@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-from searchfm.engines import EngineOptions, wire
+from searchfm.engines import EngineOptions, remote, wire
 from searchfm.engines.remote import RemoteEngine, listen
 from searchfm.engines.wire import Link, WireError, find_key
 from searchfm.errors import UserError
@@ -147,6 +147,25 @@ def test_a_silent_node_is_lost_within_ten_seconds_and_a_slow_one_is_not(engine: 
     assert time.monotonic() - began < 10
     agent.kill()
     reap(agent, -signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_node_whose_first_worker_starts_slowly_is_not_lost(
+    engine: RemoteEngine, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine the fork server imports torch for longer than a node may be silent."""
+    slow = "import sys, time\nif any('forkserver' in one for one in sys.orig_argv): time.sleep(4)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setattr(remote, "LOST_SECONDS", 2.5)
+    agent = start(engine, home)
+    await_free(engine, 1)
+    began = time.monotonic()
+    engine.submit(job("1"))
+    assert isinstance(end(engine), Finished)
+    assert time.monotonic() - began > 4
+    engine.close()
+    reap(agent, 0)
 
 
 @pytest.mark.slow
