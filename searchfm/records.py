@@ -86,16 +86,16 @@ def read_epochs(path: Path) -> tuple[Epoch, ...]:
 
 
 class StoredEpochs(Sequence[Epoch]):
-    """The epochs of a trial that has ended, up to `last`: read when they are first used, since a study may have
-    thousands of such files.
+    """The epochs in the folder of a trial that has ended, up to `last`: read when they are first used, since a study
+    may have thousands of such files.
     """
 
-    def __init__(self, path: Path, last: int) -> None:
-        self._path, self._last = path, last
+    def __init__(self, folder: Path, last: int) -> None:
+        self._folder, self._last = folder, last
 
     @cached_property
     def _epochs(self) -> tuple[Epoch, ...]:
-        return tuple(epoch for epoch in read_epochs(self._path) if epoch.index <= self._last)
+        return tuple(epoch for epoch in read_epochs(self._folder / EPOCHS) if epoch.index <= self._last)
 
     def __len__(self) -> int:
         return len(self._epochs)

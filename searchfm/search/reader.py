@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
+import msgspec
 import sqlalchemy
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
@@ -73,8 +74,8 @@ class RowStorage(RDBStorage):
                 datetime_complete=_local(complete),
                 params={name: _distribution(text).to_external_repr(value) for name, value, text in params[id_]},
                 distributions={name: _distribution(text) for name, _, text in params[id_]},
-                user_attrs={key: json.loads(text) for key, text in user[id_]},
-                system_attrs={key: json.loads(text) for key, text in system[id_]},
+                user_attrs={key: _decode(text) for key, text in user[id_]},
+                system_attrs={key: _decode(text) for key, text in system[id_]},
                 intermediate_values={step: report_of(value, kind) for step, value, kind in reports[id_]},
                 trial_id=id_,
             )
@@ -103,6 +104,14 @@ def _rows(connection: Connection, chosen: ColumnElement[bool], model: Any, *name
     for trial_id, *row in connection.execute(query):
         rows[trial_id].append(row)
     return rows
+
+
+def _decode(text: str) -> Any:
+    """Python's JSON holds NaN, which msgspec, three times as fast, refuses."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return json.loads(text)
 
 
 @cache

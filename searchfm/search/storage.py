@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import StorageError, StudyError, UserError
 from searchfm.home import STORAGE, Home, write_json
-from searchfm.records import EPOCHS, FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
+from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.reader import RowStorage, no_collection
@@ -148,7 +148,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
     """
     attrs, state = trial.user_attrs, STATES.get(trial.state, "running")
     last = max(trial.intermediate_values, default=0)
-    result, epochs = attrs.get("result"), StoredEpochs(folder / EPOCHS, last)
+    result, epochs = attrs.get("result"), StoredEpochs(folder, last)
     return Trial(
         number=trial.number,
         state=state,
@@ -162,7 +162,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
         attempts=attrs.get("attempt", 1),
         reported=dict(sorted(trial.intermediate_values.items())),
         epochs=epochs[:] if state == "running" else epochs,  # those of a running trial now
-        result=TrainResult.from_json(result, f"{folder.parent.name}, trial {trial.number}") if result else None,
+        result=TrainResult.from_json(result, f"{folder.parts[-2]}, trial {trial.number}") if result else None,
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         folder=folder,
