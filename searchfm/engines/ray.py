@@ -33,6 +33,7 @@ GCS_PORT = 6379  # of a Ray head, unless its owner chose another
 DIAL_SECONDS = 5.0  # for a connection to RAY_ADDRESS
 START_SECONDS = 240.0  # for a cluster to come up, or to answer; Ray's own limits on a busy machine are near 180
 CLOSE_SECONDS = 20.0  # for actors and servers to end, before they are killed
+KILL_SECONDS = 2.0  # for killed ones to be gone
 DRIVER = "from searchfm.engines.ray_driver import main; main()"  # nodes import the actor's class from there
 SETTINGS = {  # of Ray, unless the user has set them
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -69,9 +70,9 @@ class Ray:
             "warm": warm,
             "entries": {entry: list(keys) for entry, keys in entries.items()},
         }
-        self._up = self._closing = False
+        self._up = self._closing = self._mistake = False
         self._tries = 1 if self._cluster else 2
-        self._reason = self._waiting = ""
+        self._reason = ""
         self._folder: Path | None = None  # of the driver: what it prints, its token, and the files of its cluster
         self._driver: subprocess.Popen[str] | None = None
 
@@ -81,7 +82,7 @@ class Ray:
             return "127.0.0.1"
         if self._cluster == "auto":
             return _own_address()
-        host, port = split_address(self._cluster.removeprefix("ray://"), f"{ADDRESS}")
+        host, port = split_address(self._cluster.removeprefix("ray://"), ADDRESS)
         try:
             with socket.create_connection((host, port or GCS_PORT), DIAL_SECONDS) as connection:
                 own: str = connection.getsockname()[0]
@@ -98,7 +99,9 @@ class Ray:
         self._start()
 
     def check(self, nodes: int) -> None:
-        """Raises WorldError if no actor runs any more and none can come. nodes: workers that are connected."""
+        """Starts a cluster that did not come up again, once. nodes: workers that are connected. Raises WorldError if no
+        actor runs any more and none can come, UserError if the cluster has not what the options ask for.
+        """
         assert self._driver is not None
         if nodes:
             return
@@ -106,16 +109,16 @@ class Ray:
             if self._up or time.monotonic() < self._started + START_SECONDS:
                 return
             self._reason = f"it is not up after {START_SECONDS:g} seconds"
-            self._end()
         else:
             self._reader.join(5)
-        if not self._up and self._tries > 0:
-            self._notify(f"the Ray cluster did not start ({self._explain()}); trying again")
-            self._end()
-            self._start()
-            return
-        name = f"{ADDRESS} {self._cluster}" if self._cluster else "Ray"
-        raise WorldError(f"{name}: {self._explain()}")
+        reason = self._explain()
+        self._end()
+        if self._mistake:
+            raise UserError(reason)
+        if self._up or self._tries == 0:
+            raise WorldError(f"{ADDRESS} {self._cluster}: {reason}" if self._cluster else f"Ray: {reason}")
+        self._notify(f"the Ray cluster did not start ({reason}); trying again")
+        self._start()
 
     def close(self) -> None:
         """Ends all actors, and the cluster if it was started here."""
@@ -166,9 +169,11 @@ class Ray:
                         self._notify(f"all {workers} workers have room")
                 case ["refused", str(reason)] if not self._closing:
                     self._reason = reason
-                    self._notify(f"a worker ended: {reason}")
+                    self._notify(f"refused {reason}")
                 case ["failed", str(reason)]:
                     self._reason = reason
+                case ["mistake", str(reason)]:
+                    self._reason, self._mistake = reason, True
 
     def _explain(self) -> str:
         """Why the driver ended: what it reported, the failed check of a raylet, or the last line that it printed."""
@@ -180,7 +185,7 @@ class Ray:
         if self._reason:
             return self._reason
         lines = (self._folder / "log").read_text(errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "the driver ended without a word")
+        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no worker is left")
 
     def _end(self) -> None:
         """Ends the driver and all that it started."""
@@ -188,14 +193,19 @@ class Ray:
         if driver is None or folder is None:
             return
         assert driver.stdin is not None
+        if driver.stdin.closed:
+            return
         with suppress(OSError):
             driver.stdin.close()  # asks it to end
-        try:
+        with suppress(subprocess.TimeoutExpired):
             driver.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait()
+        until = time.monotonic() + KILL_SECONDS
+        with suppress(ProcessLookupError):  # nothing is left of its group
+            while time.monotonic() < until:
+                os.killpg(driver.pid, signal.SIGKILL)  # servers that outlive it write their logs again
+                driver.poll()
+                time.sleep(0.02)
+        driver.wait()
         self._reader.join(5)
         assert driver.stdout is not None
         driver.stdout.close()

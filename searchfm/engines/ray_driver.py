@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import select
 import shutil
 import signal
 import socket
@@ -21,14 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from searchfm.engines import EngineOptions
 from searchfm.engines.agent import Agent, without_secrets
 from searchfm.engines.local import usable_cores
-from searchfm.engines.wire import KEY, address, find_key
-from searchfm.errors import SearchfmError, one_line
+from searchfm.engines.wire import KEY, address, client_tls, find_key
+from searchfm.errors import SearchfmError, UserError, one_line
 
 POLL_SECONDS = 0.5
 ROOM_SECONDS = 10.0  # between two looks at the size of the cluster
@@ -37,19 +39,20 @@ SLOW_SECONDS = 60.0  # the same, for a cluster that has room unless others use i
 LEAVE_SECONDS = 3.0  # for workers to leave, before they are killed
 EARLY_SECONDS = 60.0  # an actor that dies before has died early
 EARLY_DEATHS = 6  # in a row, after which no other replaces it
+SERVERS = {"gcs_server", "raylet"}
 STORE_BYTES = 100_000_000  # of Ray's object store, through which nothing passes
 
 
 class Worker:
     """The actor."""
 
-    def run(self, task: Mapping[str, Any], device: str) -> tuple[str, str]:
-        """Serves the coordinator until it ends; returns the host's name, and why this node cannot serve, or nothing."""
-        return socket.gethostname(), serve(task, device)
+    def run(self, task: Mapping[str, Any], device: str) -> str:
+        """Serves the coordinator until the search is over; returns why it never could, or nothing."""
+        return serve(task, device)
 
 
 def serve(task: Mapping[str, Any], device: str) -> str:
-    """Runs an agent in this process. Returns why it ended, or nothing if the search is over."""
+    """Runs an agent in this process. Returns why it could not talk to the coordinator, or nothing."""
     for name in os.environ.keys() - without_secrets(os.environ).keys():
         del os.environ[name]
     # A worker would import the main module of this process, which is Ray's, and Ray with it.
@@ -60,12 +63,14 @@ def serve(task: Mapping[str, Any], device: str) -> str:
         key = find_key(home)
         os.environ.pop(KEY, None)  # its worker needs no key
         options = EngineOptions.from_table(task["options"])
+        client_tls(options.tls_cert)
         where = address(task["address"], "the coordinator")
         agent = Agent(where, home, key, options, devices=[device], entries=entries, warm=task["warm"])
         signal.signal(signal.SIGTERM, agent.terminate)
-        agent.run()
+        with suppress(UserError):  # the coordinator refused this node, or was told why it cannot serve
+            agent.run()
     except SearchfmError as error:
-        return str(error)
+        return f"node {socket.gethostname()}: {error}"
     return ""
 
 
@@ -115,10 +120,21 @@ class _Driver:
         self._report("up")
 
     def watch(self) -> None:
-        """Waits for the end of the input. Runs in a thread."""
-        sys.stdin.read()
+        """Waits for the end of the input; until the cluster is up, also for a server of it that dies, which Ray takes
+        minutes to notice. Ray's start cannot be interrupted, so this process ends, and all servers with it. Runs in a
+        thread.
+        """
+        servers: set[str] = set()
+        while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+            if self._connected:
+                continue
+            running, dead = child_servers()
+            if dead := dead | (servers - running):
+                self._report("failed", f"its {dead.pop()} died")
+                os._exit(1)
+            servers = running
         self.closing.set()
-        if not self._connected:  # Ray's start cannot be interrupted; its processes end with this one
+        if not self._connected:
             shutil.rmtree(self._task["folder"], ignore_errors=True)
             os._exit(1)
 
@@ -155,14 +171,14 @@ class _Driver:
             shutil.rmtree(self._task["folder"], ignore_errors=True)
 
     def _choose(self) -> None:
-        """Which device a worker gets, and how many there are to be."""
+        """Which device a worker gets, and how many there are to be. Raises UserError."""
         wanted, resources, device = self._options.ray.gpus_per_worker, ray.cluster_resources(), self._options.device
         if wanted is None:
             wanted = 0.0 if device == "cpu" or not resources.get("GPU") else 1.0
         if device == "cuda" and not wanted:
-            raise ValueError("--device cuda: the cluster has no GPU; --gpus-per-worker 1 waits for one")
+            raise UserError("--device cuda: the cluster has no GPU; --gpus-per-worker 1 waits for one")
         if device == "cpu" and wanted:
-            raise ValueError(f"--gpus-per-worker {wanted:g}: the device is cpu, must be cuda or auto")
+            raise UserError(f"--gpus-per-worker {wanted:g}: the device is cpu, must be cuda or auto")
         self._gpus, self._device = wanted, "cuda:0" if wanted else "cpu"  # Ray shows a worker its own GPU alone
         self._grow()
 
@@ -190,7 +206,7 @@ class _Driver:
             max_task_retries=0,
             scheduling_strategy="SPREAD",
         )
-        slot.actor = make.remote()
+        slot.actor, self._changed = make.remote(), time.monotonic()
         slot.refs = [slot.actor.__ray_ready__.remote(), slot.actor.run.remote(self._task, self._device)]
 
     def _on_result(self, slot: _Slot, ref: Any) -> None:
@@ -199,10 +215,10 @@ class _Driver:
             slot.began = self._changed = time.monotonic()
             return  # if it has failed, so has the other
         try:
-            host, reason = ray.get(ref)
+            reason = ray.get(ref)
             slot.over = True
             if reason:
-                self._report("refused", f"node {host}: {reason}")
+                self._report("refused", reason)
         except RayActorError as error:
             self._on_death(slot, error)
         except RayError as error:  # such as a package that the node lacks
@@ -235,6 +251,15 @@ class _Driver:
             self._report("waiting", waiting, len(self._slots))
 
 
+def child_servers() -> tuple[set[str], set[str]]:
+    """Of Ray's processes without which no cluster comes up, those that run, and those that have died."""
+    running, dead = set[str](), set[str]()
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            (dead if child.status() == psutil.STATUS_ZOMBIE else running).add(child.name())
+    return running & SERVERS, dead & SERVERS
+
+
 def last_line(error: Exception) -> str:
     """Of an error of Ray, whose text holds the traceback of another process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -256,6 +281,8 @@ def main() -> None:
     try:
         driver.connect()
         driver.run()
+    except UserError as error:
+        report("mistake", str(error))
     except Exception as error:
         report("failed", one_line(error))
         raise

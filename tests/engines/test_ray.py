@@ -1,10 +1,11 @@
 """The Ray engine on a real cluster: the contract, and what only it does."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 from searchfm.engines import EngineOptions
 from searchfm.engines.ray import Ray
 from searchfm.engines.remote import RemoteEngine
+from searchfm.engines.wire import KEY
+from searchfm.errors import UserError, WorldError
 from searchfm.home import STORAGE, TRACKING
 from searchfm.jobs import EpochDone, Lost
+from tests.commands import Done, searchfm
 from tests.engines.contract import EngineContract, end, events, job, result, wait_until
 
 pytestmark = pytest.mark.slow
@@ -30,6 +34,21 @@ print("up", context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 ray.shutdown()
 """
+TUNE = [
+    "tune",
+    "mlp",
+    "--dataset",
+    "digits",
+    "--trials",
+    "6",
+    "--epochs",
+    "2",
+    "--engine",
+    "ray",
+    "--workers",
+    "2",
+    "--home",
+]
 ENTRIES: dict[str, tuple[str, ...]] = {"tests.toys:work": ()}
 
 
@@ -42,8 +61,10 @@ class Cluster:
         self.lines: dict[RemoteEngine, list[str]] = {}  # for the user
         self._shared: dict[int, RemoteEngine] = {}
 
-    def engine(self, workers: int, joined: int | None = None, **options: Any) -> RemoteEngine:
-        """A new engine with so many workers, of which `joined` have joined."""
+    def engine(
+        self, workers: int, joined: int | None = None, after: Callable[[], object] = lambda: None, **options: Any
+    ) -> RemoteEngine:
+        """A new engine with so many workers, of which `joined` have joined. after: is called once it has started."""
         lines: list[str] = []
         values = EngineOptions.from_table({"name": "ray", "device": "cpu", "workers": workers, **options})
         launcher = Ray(values, self.home, lines.append, warm="tests.toys", entries=ENTRIES)
@@ -51,6 +72,7 @@ class Cluster:
             self.home, launcher.host(), 0, options=values, launcher=launcher, notify=lines.append, entries=ENTRIES
         )
         self.launchers[engine], self.lines[engine] = launcher, lines
+        after()
         wait_for_workers(engine, joined or workers)
         return engine
 
@@ -79,6 +101,7 @@ class Cluster:
         return [worker for actor in self.actors() for server in children(actor) for worker in children(server)]
 
     def close(self) -> None:
+        """Closes all engines."""
         for engine in self.launchers:
             if self.runs(engine):
                 engine.close()
@@ -173,3 +196,90 @@ class TestRayEngine(EngineContract):
             assert not [name for name in worker.environ() if name.startswith((STORAGE, "MLFLOW_", "SEARCHFM_WORKER"))]
         assert any("secret" in actor.environ().get(STORAGE, "") for actor in cluster.actors())  # they could have had
         events(engine, 2)
+
+
+def test_a_worker_without_room_waits_and_the_others_work(cluster: Cluster) -> None:
+    cluster.close()
+    engine = cluster.engine(2, joined=1, ray={"cpus_per_worker": 2.0})
+    engine.submit(job())
+    assert result(end(engine))["device"] == "cpu"
+    line = "waiting for 1 of 2 workers: the cluster has no room yet"
+    wait_until(lambda: engine.next_event(0.1) or line in cluster.lines[engine])
+    assert engine.free == 1
+    engine.close()
+
+
+def test_a_cluster_without_a_gpu_has_none_for_workers(cluster: Cluster) -> None:
+    with pytest.raises(UserError, match="--device cuda: the cluster has no GPU; --gpus-per-worker 1 waits for one"):
+        cluster.engine(1, device="cuda")
+
+
+def test_a_worker_that_cannot_have_the_key_is_refused_in_one_line(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "home", tmp_path)
+    with pytest.raises(WorldError, match=r"RAY_ADDRESS .*: node .*: .*worker.key: has mode 644, must be 600"):
+        cluster.engine(1, after=lambda: (tmp_path / "worker.key").chmod(0o644))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"device": "cuda:1"}, "--device cuda:1: with --engine ray must be auto, cpu or cuda; Ray chooses the GPU"),
+        ({"workers_per_gpu": 2}, "--workers-per-gpu 2: with --engine ray, --gpus-per-worker shares a GPU: 0.25"),
+    ],
+)
+def test_what_ray_cannot_do_is_refused(options: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        Ray(EngineOptions.from_table({"name": "ray", **options}), tmp_path, print)
+    assert str(caught.value) == line
+
+
+def test_where_no_cluster_answers_one_line_says_so(tmp_path: Path) -> None:
+    done = searchfm(*TUNE, str(tmp_path / "home"), RAY_ADDRESS="127.0.0.1:1")
+    line = "searchfm: RAY_ADDRESS 127.0.0.1:1: no Ray cluster answers (Connection refused)\n"
+    assert done == Done(1, "", line)
+
+
+def test_without_ray_one_line_names_the_extra(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; from searchfm import cli; cli.main()"
+    command = [sys.executable, "-c", code, *TUNE, str(tmp_path / "home")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    line = "searchfm: --engine ray: Ray is not installed; pip install 'searchfm[ray]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_a_search_starts_a_cluster_once_more_if_it_must_and_leaves_nothing(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {STORAGE: f"sqlite:///{tmp_path}/optuna.db", KEY: "k" * 32}
+    command = [sys.executable, "-m", "searchfm", *TUNE, str(tmp_path / "home")]
+    killed, family, folders, seen, exposed = False, set[psutil.Process](), set[str](), 0, set[str]()
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        while process.poll() is None:
+            for child in children(psutil.Process(process.pid), recursive=True):
+                family.add(child)
+                with suppress(psutil.Error):
+                    if child.name() == "raylet":
+                        folders |= set(re.findall(r"/tmp/searchfm-ray-\w+", " ".join(child.cmdline())))
+                        if not killed:
+                            child.kill()  # as if it had given up at its start
+                        killed = True
+                    if child.parent().name().startswith("ray::Worker"):
+                        seen += 1
+                        exposed |= child.environ().keys() & {STORAGE, KEY}
+            time.sleep(0.1)
+        output, errors = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0, errors
+    first = "searchfm: starting a Ray cluster on this machine\n"
+    again = r"searchfm: the Ray cluster did not start \(its raylet died\); trying again\n"
+    assert re.fullmatch(first + again + "(searchfm: node .* joined: cpu\n){2}", errors), errors
+    assert "6 complete of 6" in output
+    assert seen
+    assert not exposed
+    assert not psutil.wait_procs(family, 5)[1]
+    assert folders
+    assert not any(map(os.path.exists, folders))
