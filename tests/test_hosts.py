@@ -35,7 +35,7 @@ search = { trials = 12, sampler = "random", pruner = "none" }
 data = { name = "digits" }
 model = { name = "mlp", mlp = { layers = 2, width = { low = 32, high = 512 } } }
 optimizer = { lr = { low = 1e-4, high = 1e-2, log = true } }
-train = { epochs = 30, batch_size = 32 }
+train = { epochs = 15, batch_size = 32 }
 """
 # Runs of trials in MLflow, by study and number: [[study, number], ...].
 RUNS = """
