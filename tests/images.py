@@ -5,6 +5,7 @@ one bridge, which itself is in a namespace. So its name, its address and its por
 published ports, `internal`, `cap_drop`, memory limits, restarts. Needs root.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -284,7 +285,8 @@ class Stack:
         for number in (signal.SIGTERM, signal.SIGKILL):
             for name in self.namespaces:
                 for pid in run("ip", "netns", "pids", name).split():
-                    os.kill(int(pid), number)
+                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                        os.kill(int(pid), number)
             end = time.monotonic() + 15
             while any(run("ip", "netns", "pids", name).split() for name in self.namespaces):
                 if time.monotonic() > end:
