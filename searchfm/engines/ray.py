@@ -7,6 +7,7 @@ environment, and is ended by Ray's own code when the cluster is lost; the coordi
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -185,7 +186,8 @@ class Ray:
         if self._reason:
             return self._reason
         lines = (self._folder / "log").read_text(errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no worker is left")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "no worker is left")
+        return re.sub(r"^\[[^]]*\] \S+:\d+: ", "", last)[:200]  # without the time, process and file of Ray's log
 
     def _end(self) -> None:
         """Ends the driver and all that it started."""

@@ -46,13 +46,15 @@ STORE_BYTES = 100_000_000  # of Ray's object store, through which nothing passes
 class Worker:
     """The actor."""
 
-    def run(self, task: Mapping[str, Any], device: str) -> str:
-        """Serves the coordinator until the search is over; returns why it never could, or nothing."""
+    def run(self, task: Mapping[str, Any], device: str) -> str | None:
+        """Serves the coordinator; returns what `serve` does."""
         return serve(task, device)
 
 
-def serve(task: Mapping[str, Any], device: str) -> str:
-    """Runs an agent in this process. Returns why it could not talk to the coordinator, or nothing."""
+def serve(task: Mapping[str, Any], device: str) -> str | None:
+    """Runs an agent in this process until the search is over. Returns why it could not talk to the coordinator, or
+    nothing; None if this process was terminated.
+    """
     for name in os.environ.keys() - without_secrets(os.environ).keys():
         del os.environ[name]
     # A worker would import the main module of this process, which is Ray's, and Ray with it.
@@ -61,7 +63,8 @@ def serve(task: Mapping[str, Any], device: str) -> str:
     try:
         home = Path(task["home"])
         key = find_key(home)
-        os.environ.pop(KEY, None)  # its worker needs no key
+        for name in (KEY, "RAY_AUTH_TOKEN"):  # its worker needs neither
+            os.environ.pop(name, None)
         options = EngineOptions.from_table(task["options"])
         client_tls(options.tls_cert)
         where = address(task["address"], "the coordinator")
@@ -71,7 +74,7 @@ def serve(task: Mapping[str, Any], device: str) -> str:
             agent.run()
     except SearchfmError as error:
         return f"node {socket.gethostname()}: {error}"
-    return ""
+    return None if agent.signal else ""
 
 
 @dataclass(eq=False)
@@ -216,24 +219,28 @@ class _Driver:
             return  # if it has failed, so has the other
         try:
             reason = ray.get(ref)
-            slot.over = True
+            if reason is None:
+                self._replace(slot)
+            else:
+                slot.over = True
             if reason:
                 self._report("refused", reason)
         except RayActorError as error:
-            self._on_death(slot, error)
+            if not self._replace(slot) or error.actor_init_failed:
+                slot.over = True
+                self._report("refused", last_line(error))
         except RayError as error:  # such as a package that the node lacks
             slot.over = True
             self._report("refused", last_line(error))
         slot.actor, slot.refs = None, []
 
-    def _on_death(self, slot: _Slot, error: RayActorError) -> None:
+    def _replace(self, slot: _Slot) -> bool:
+        """Lets another actor start after a while. Returns False if too many have died early."""
         with suppress(Exception):
             ray.kill(slot.actor)  # one that is only unavailable would come back
         slot.deaths = 0 if slot.began and time.monotonic() > slot.began + EARLY_SECONDS else slot.deaths + 1
         slot.due, slot.began = time.monotonic() + 2.0 ** min(slot.deaths, EARLY_DEATHS) / 2, 0.0
-        if error.actor_init_failed or slot.deaths > EARLY_DEATHS:
-            slot.over = True
-            self._report("refused", last_line(error))
+        return slot.deaths <= EARLY_DEATHS
 
     def _report_waiting(self) -> None:
         """Reports how many workers have no room, when that has changed and nothing has for a while."""

@@ -19,7 +19,7 @@ from searchfm.engines.remote import RemoteEngine
 from searchfm.engines.wire import KEY
 from searchfm.errors import UserError, WorldError
 from searchfm.home import STORAGE, TRACKING
-from searchfm.jobs import EpochDone, Lost
+from searchfm.jobs import EpochDone, Interrupted, Lost
 from tests.commands import Done, searchfm
 from tests.engines.contract import EngineContract, end, events, job, result, wait_until
 
@@ -131,12 +131,10 @@ def wait_for_workers(engine: RemoteEngine, free: int) -> None:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The cluster that RAY_ADDRESS names. Whoever started it had passwords in the environment."""
     folder = tmp_path_factory.mktemp("ray")
-    (folder / "token").touch(0o600)
-    (folder / "token").write_text("a" * 64)
     (folder / "home").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+        patch.setenv("RAY_AUTH_TOKEN", "a" * 64)
         environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "180",
@@ -187,14 +185,25 @@ class TestRayEngine(EngineContract):
         wait_until(lambda: not worker.is_running(), 5)
         wait_for_workers(engine, 2)
 
+    def test_a_terminated_actor_hands_its_job_back_and_another_actor_comes(
+        self, engine: RemoteEngine, cluster: Cluster, folder: Path
+    ) -> None:
+        engine.submit(job("1", folder / "1", ticks_for=60))
+        wait_until((folder / "1" / "attempt-1" / "tick").exists)
+        (worker,) = cluster.workers()
+        worker.parent().parent().terminate()
+        assert end(engine) == Interrupted("1", 1)
+        wait_for_workers(engine, 2)
+
     def test_workers_have_no_passwords_and_no_key(self, engine: RemoteEngine, cluster: Cluster) -> None:
         for name in ("1", "2"):
             engine.submit(job(name, ticks_for=1))
         wait_until(lambda: len(cluster.workers()) == 2)
         for worker in cluster.workers():
             assert worker.environ()
-            assert not [name for name in worker.environ() if name.startswith((STORAGE, "MLFLOW_", "SEARCHFM_WORKER"))]
-        assert any("secret" in actor.environ().get(STORAGE, "") for actor in cluster.actors())  # they could have had
+            assert not [name for name in worker.environ() if name.startswith((STORAGE, "MLFLOW_"))]
+            assert not {KEY, "RAY_AUTH_TOKEN"} & worker.environ().keys()
+        assert all("secret" in actor.environ()[STORAGE] for actor in cluster.actors())  # they could have had them
         events(engine, 2)
 
 
