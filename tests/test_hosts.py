@@ -206,6 +206,21 @@ def test_slurm_a_host_dies(
     record_property("figures", f"a dead host noticed after {noticed:.1f} s; exactly {TRIALS} trials")
 
 
+def test_slurm_without_a_shared_home_is_one_line(site: Site, slurm: Cluster, nodes: dict[str, Host]) -> None:
+    home = site.folder / "unshared"
+    home.mkdir()
+    for host in nodes.values():
+        host.run("mount", "-t", "tmpfs", "none", str(home))
+    command = ("tune", "mlp", "--dataset", "digits", "--engine", "slurm", "--home", str(home))
+    search = site.head.start(*SEARCHFM, *command, COLUMNS="200", **slurm.environment)
+    assert search.wait() == 1
+    assert search.lines[-1][1].endswith(
+        f"no worker is left; no node wrote into {home / 'slurm'}; do all nodes mount it?"
+    )
+    assert not slurm.run("squeue", "--noheader")
+    assert not (home / "optuna.db").exists()
+
+
 # --- minutes by nature ------------------------------------------------------------------------------------------------
 
 
