@@ -155,6 +155,9 @@ class Network:
         """Ends a host without a farewell: its kernel closes no connection first."""
         self.cut(name)
         self.workers.pop(name).kill()
+        # The kernel removes a namespace, and the cable with it, in its own time.
+        link = ["ip", "link", "del", name.replace("node", "v")]
+        subprocess.run(["nsenter", f"--target={self.head.pid}", "--net", *link], stderr=subprocess.DEVNULL, check=False)
 
     def close(self) -> None:
         """Ends all hosts with all their processes."""
