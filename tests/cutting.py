@@ -123,10 +123,10 @@ class Proxy:
 
 
 def drop_all(url: str) -> int:
-    """Ends all other connections to the database; returns their number."""
+    """Ends all other connections to the database, and waits for their ends; returns their number."""
     with psycopg.connect(url, autocommit=True) as connection:
         dropped = connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
             " WHERE pid <> pg_backend_pid() AND datname = current_database()"
         )
         return len(dropped.fetchall())

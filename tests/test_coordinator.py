@@ -391,13 +391,20 @@ def test_twins_that_wait_when_a_search_stops_are_adopted_by_the_next(home: Home)
     """Trial 0 fails after the stop request: its waiting twin gets no worker any more, and must not delay the end."""
     study = with_twins("aab")
     began = time.monotonic()
-    stopped = search(
-        home,
-        study,
-        workers=2,
-        payload={"seconds": 0.5, "ticks": 1, "fail": [0]},
-        watch=lambda item, _: item.kind == "started" and item.trial == 2,
-    )
+
+    def stop_once_0_trains(item: Progress, _: object) -> bool:
+        """Once trial 2 has started, and trial 0 cannot be stopped any more before it fails."""
+        if (item.kind, item.trial) != ("started", 2):
+            return False
+        log = home.trial("toy", 0) / "attempt-1" / "log.txt"
+        while not (log.exists() and "goes on after" in log.read_text()):
+            assert time.monotonic() < began + 30
+            time.sleep(0.01)
+        time.sleep(0.1)  # its one tick
+        return True
+
+    payload = {"seconds": 0.5, "ticks": 1, "fail": [0]}
+    stopped = search(home, study, workers=2, payload=payload, watch=stop_once_0_trains)
     assert time.monotonic() - began < STOP_SECONDS / 2
     assert [row.state for row in stopped.trials] == ["failed", "running", "running"]
     study = search(home, study, workers=2)

@@ -65,7 +65,7 @@ def repeatedly(action: Callable[[], object], seconds: tuple[float, float], seed:
 
 
 @pytest.mark.parametrize(
-    ("trials", "fraction"), [(4, 0.1), pytest.param(30, 0.1, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("trials", "fraction"), [(4, 0.3), pytest.param(30, 0.1, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_a_study_whose_commits_are_cut_is_bitwise_the_undisturbed_one(
     home: Home, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int, fraction: float
