@@ -49,40 +49,73 @@ def lines() -> list[str]:
 Launch = Callable[..., RemoteEngine]
 
 
+def start_engine(home: Path, workers: int, notify: Callable[[str], None], **flags: object) -> RemoteEngine:
+    """An engine of so many toy agents, each with one worker."""
+    options = EngineOptions.from_table({"name": "slurm", "workers": workers, "slurm": flags})
+
+    def command(address: str) -> list[str]:
+        return [sys.executable, "-m", "tests.agents", address, str(home), "node", "1"]
+
+    launcher = Slurm(options, home, notify, command)
+    return RemoteEngine(home, launcher.host(), 0, launcher=launcher, notify=notify, entries=ENTRIES)
+
+
 @pytest.fixture
 def start(cluster: Cluster, home: Path, lines: list[str]) -> Iterator[Launch]:
-    """Starts an engine of so many toy agents, each with one worker."""
+    """Starts an engine, and closes it at the end."""
     engines = []
 
     def start(workers: int, wait: int | None = None, **flags: object) -> RemoteEngine:
-        options = EngineOptions.from_table({"name": "slurm", "workers": workers, "slurm": flags})
-
-        def command(address: str) -> list[str]:
-            return [sys.executable, "-m", "tests.agents", address, str(home), "node", "1"]
-
-        launcher = Slurm(options, home, lines.append, command)
-        engine = RemoteEngine(home, launcher.host(), 0, launcher=launcher, notify=lines.append, entries=ENTRIES)
-        engines.append(engine)
-        await_free(engine, workers if wait is None else wait)
-        return engine
+        engines.append(start_engine(home, workers, lines.append, **flags))
+        await_free(engines[-1], workers if wait is None else wait)
+        return engines[-1]
 
     yield start
     for engine in engines:
         engine.close()
 
 
+@pytest.fixture(scope="class")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("contract") / "home"
+
+
+@pytest.fixture(scope="class")
+def fresh(cluster: Cluster, shared: Path) -> Iterator[Launch]:
+    engines: dict[int, RemoteEngine] = {}
+
+    def fresh(workers: int) -> RemoteEngine:
+        if workers not in engines:
+            engines[workers] = start_engine(shared, workers, lambda line: None)
+            await_free(engines[workers], workers)
+        for agent in [process for process in cluster.left() if "tests.agents" in process.cmdline()]:
+            for server in agent.children():
+                for worker in server.children():
+                    worker.kill()
+                    worker.wait(10)
+        while engines[workers].next_event(0.2):  # until the agents have seen it too
+            pass
+        return engines[workers]
+
+    yield fresh
+    for engine in engines.values():
+        engine.close()
+
+
 class TestSlurm(EngineContract):
-    @pytest.fixture
-    def engine(self, start: Launch) -> RemoteEngine:
-        return start(2)
+    """An array job of each size serves all tests. Its workers are killed between two tests: tests count jobs."""
 
     @pytest.fixture
-    def single(self, start: Launch) -> RemoteEngine:
-        return start(1)
+    def engine(self, fresh: Launch) -> RemoteEngine:
+        return fresh(2)
 
     @pytest.fixture
-    def folder(self, home: Path) -> Path:
-        return home / "jobs"
+    def single(self, fresh: Launch) -> RemoteEngine:
+        return fresh(1)
+
+    @pytest.fixture
+    def folder(self, shared: Path, request: pytest.FixtureRequest) -> Path:
+        return shared / request.node.name
 
 
 # --- what SLURM does to its tasks -------------------------------------------------------------------------------------
