@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +62,10 @@ def start(engine: RemoteEngine, home: Path, name: str = "node", devices: int = 1
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def await_free(engine: RemoteEngine, count: int) -> None:
+def await_free(engine: RemoteEngine, count: int, seconds: float = 40.0) -> None:
     """Reads until so many workers are free; no event comes meanwhile."""
-    for _ in range(400):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
         if engine.free >= count:
             return
         assert engine.next_event(0.1) is None
