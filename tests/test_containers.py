@@ -56,9 +56,9 @@ def test_a_study_completes_across_the_services_of_compose(
     builder: Builder, secret: Path, record_property: Callable[[str, object], None]
 ) -> None:
     took = {
-        "base": builder.make(builder.BASE, builder.make_base),
-        "searchfm": builder.make("localhost/searchfm", builder.build_searchfm),
-        "postgres": builder.make("localhost/postgres", builder.build_postgres),
+        "image of base": builder.make(builder.BASE, builder.make_base),
+        "image of searchfm": builder.make("localhost/searchfm", builder.build_searchfm),
+        "image of postgres": builder.make("localhost/postgres", builder.build_postgres),
     }
     size = builder.size("localhost/searchfm")
 
