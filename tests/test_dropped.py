@@ -25,7 +25,7 @@ from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import check, facts, let_go, search, stored, toy
 from tests.serving import Postgres, Server
 
-pytestmark = pytest.mark.usefixtures("own_forkserver")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
 
 # A sampler that reads all earlier trials, and a pruner that marks its rungs in Optuna's system attributes.
 TABLES: dict[str, Any] = {"search": {"sampler": {"name": "tpe", "startup_trials": 3}, "pruner": {"name": "hyperband"}}}
@@ -64,29 +64,25 @@ def repeatedly(action: Callable[[], object], seconds: tuple[float, float], seed:
         thread.join()
 
 
-@pytest.mark.parametrize(
-    ("trials", "fraction"), [(4, 0.3), pytest.param(30, 0.1, marks=pytest.mark.slow)], ids=["few", "many"]
-)
 def test_a_study_whose_commits_are_cut_is_bitwise_the_undisturbed_one(
-    home: Home, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trials: int, fraction: float
+    home: Home, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("random.random", lambda: 0.0)  # Optuna waits up to two seconds before it asks again
     choice, cuts = random.Random(0), []
 
     def cut(_commit: int) -> Cut | None:
-        cuts.append(choice.choice(list(Cut)) if choice.random() < fraction else None)
+        cuts.append(choice.choice(list(Cut)) if choice.random() < 0.1 else None)
         return cuts[-1]
 
     def begin(*_: object) -> None:
         proxy.cut = cut
 
-    study = search(home, toy(**TABLES), trials=trials, watch=begin)
-    check(study, trials)
+    study = search(home, toy(**TABLES), trials=30, watch=begin)
+    check(study, 30)
     assert {*Cut} <= set(cuts)
-    assert facts(study) == undisturbed(tmp_path, monkeypatch, trials)
+    assert facts(study) == undisturbed(tmp_path, monkeypatch, 30)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_study_whose_connections_are_dropped_at_random_moments_goes_on(
     home: Home, database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
@@ -101,7 +97,6 @@ def test_a_study_whose_connections_are_dropped_at_random_moments_goes_on(
         assert facts(study) == undisturbed(tmp_path, monkeypatch, 30)
 
 
-@pytest.mark.slow
 def test_a_study_waits_for_a_server_that_restarts(
     home: Home, database: str, postgres_server: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +159,6 @@ def test_a_study_asked_to_stop_while_its_database_is_away_ends_soon_and_resumes(
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "12", "--epochs", "3", "--workers", "2")
 
 
-@pytest.mark.slow
 def test_the_command_fills_both_databases_of_a_server_that_drops_all_connections(
     database: str, postgres: str, tmp_path: Path
 ) -> None:

@@ -83,6 +83,7 @@ def reap(agent: "subprocess.Popen[str]", code: int) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_a_killed_agent_loses_its_jobs_at_once_and_another_node_takes_the_next(
     engine: RemoteEngine, home: Path, lines: list[str]
 ) -> None:

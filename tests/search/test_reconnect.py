@@ -70,6 +70,7 @@ def content(study: optuna.Study) -> list[tuple[object, ...]]:
     return [(t.number, t.state, t.values, t.params, t.user_attrs, t.intermediate_values) for t in trials]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", Cut)
 def test_a_write_counts_once_though_each_of_its_transactions_is_cut(
     storage: BaseStorage, proxy: Proxy, cut: Cut, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +115,7 @@ def test_errors_of_a_statement_are_not_repeated(storage: BaseStorage, proxy: Pro
 # --- a database that does not answer ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_database_that_stays_away_is_given_up_in_one_line_and_sooner_once_stopped(
     home: Home, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_database_that_stays_away_is_given_up_in_one_line_and_sooner_once_stop
     let_go(storage)
 
 
+@pytest.mark.slow
 def test_a_database_that_comes_back_is_waited_for_and_reported_twice(
     home: Home, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_study_that_exists_is_claimed_with_its_lock(home: Home, proxy: Proxy, 
         gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [lambda study: study.tell(0, 0.5), lambda study: study.ask()], ids=["tell", "ask"])
 def test_no_call_is_repeated_once_another_process_has_taken_the_study(
     home: Home, proxy: Proxy, storage: BaseStorage, lock: Lock, write: Callable[[optuna.Study], object]
