@@ -38,6 +38,7 @@ KILL_SECONDS = 2.0  # for killed ones to be gone
 DRIVER = "from searchfm.engines.ray_driver import main; main()"  # nodes import the actor's class from there
 SETTINGS = {  # of Ray, unless the user has set them
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, each worker would run uv, which makes an environment anew
     "RAY_raylet_start_wait_time_s": "180",  # else a busy machine is given up after 60
     "RAY_agent_register_timeout_ms": "180000",
 }
