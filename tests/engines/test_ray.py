@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -130,27 +131,30 @@ def wait_for_workers(engine: RemoteEngine, free: int) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The cluster that RAY_ADDRESS names. Whoever started it had passwords in the environment."""
-    folder = tmp_path_factory.mktemp("ray")
-    (folder / "home").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
+    home = tmp_path_factory.mktemp("ray") / "home"
+    home.mkdir()
+    # The path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", "a" * 64)
         environment = os.environ | {
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_raylet_start_wait_time_s": "180",
             STORAGE: "postgresql://user:secret@127.0.0.1/optuna",
             TRACKING: "http://127.0.0.1:1",
             "MLFLOW_TRACKING_PASSWORD": "secret",
         }
-        command = [sys.executable, "-c", START, str(folder), str(CORES)]
+        command = [sys.executable, "-c", START, folder, str(CORES)]
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdin
             assert process.stdout
             address = next((line.split()[1] for line in process.stdout if line.startswith("up ")), "")
+            assert address, "the cluster did not start"
             patch.setenv("RAY_ADDRESS", address)
-            cluster = Cluster(process, folder / "home")
+            cluster = Cluster(process, home)
             yield cluster
             cluster.close()
             process.stdin.close()
