@@ -143,7 +143,8 @@ def ends(search: Running, seconds: float = 400.0) -> None:
 def test_dial_in_a_cable_is_cut_then_the_coordinator_killed(
     site: Site, nodes: dict[str, Host], record_property: Callable[[str, object], None]
 ) -> None:
-    listen = ("--engine", "listen", "--listen", f"{site.head.address}:27001")
+    # Long enough for the node to be back before the other one has trained all trials.
+    listen = ("--engine", "listen", "--listen", f"{site.head.address}:27001", "--epochs", "50")
     search = site.tune("dial", *listen)
     search.wait_for("listening")
     workers = [site.worker(node) for node in nodes]
