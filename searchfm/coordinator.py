@@ -171,10 +171,12 @@ class Coordinator:
 
     @property
     def _ahead(self) -> bool:
-        """Whether to ask although no worker is free. Not with one worker: its next proposal knows the trial before. Not
-        in a study that may be hopeless: it would end with a trial that no worker had.
+        """Whether to ask although no worker is free. Not with one worker: its next proposal depends on the trial
+        before. Not in a study that may be hopeless, nor after a stop request: it would end with a trial that no worker
+        had.
         """
-        return self.slow and self.next is None and len(self.running) > 1 and self.useful > 0
+        busy = len(self.running) > 1 and not self.pool.stopping()
+        return busy and self.slow and self.next is None and self.useful > 0
 
     def _on(self, event: Event) -> Iterator[Progress]:
         current = self.running[int(event.job)]

@@ -43,7 +43,7 @@ class WorkerPool:
     ) -> None:
         self.engine, self.retries = engine, retries
         self.check_lock = check_lock
-        self._stopping, self._clock = stopping, clock
+        self.stopping, self._clock = stopping, clock
         self._waiting: deque[Job] = deque()
         self._running: dict[str, Job] = {}  # on a worker
         self._stopped: set[str] = set()  # of these, the jobs that `stop` was called for
@@ -54,7 +54,7 @@ class WorkerPool:
     @property
     def free(self) -> int:
         """Workers without a job, those apart that a waiting job will take; 0 once the pool is to stop."""
-        return 0 if self._stopping() else max(self.engine.free - len(self._waiting), 0)
+        return 0 if self.stopping() else max(self.engine.free - len(self._waiting), 0)
 
     @property
     def stopped(self) -> bool:
@@ -79,7 +79,7 @@ class WorkerPool:
 
         Raises DataError or StorageError where a job meets one, and what `check_lock` raises.
         """
-        if self._stop_requested_at is None and self._stopping():
+        if self._stop_requested_at is None and self.stopping():
             self._stop_requested_at = self._clock()
             for job in self._running:
                 self.engine.stop(job)
@@ -124,7 +124,7 @@ class WorkerPool:
         raise AssertionError(job)
 
     def _start_waiting(self) -> None:
-        while self._waiting and not self._stopping() and self.engine.free > 0:
+        while self._waiting and not self.stopping() and self.engine.free > 0:
             job = self._waiting.popleft()
             self._running[job.id] = job
             self.engine.submit(job)

@@ -553,6 +553,14 @@ def test_a_trial_asked_ahead_is_adopted_after_a_stop(home: Home) -> None:
 
 
 @pytest.mark.usefixtures("slow_asks")
+def test_nothing_is_asked_ahead_after_a_stop_request(home: Home) -> None:
+    watch = lambda item, _: (item.kind, item.trial) == ("started", 4)  # noqa: E731
+    stopped = search(home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch)
+    assert len(stopped.trials) == 5
+    assert len(stopped.of("running")) == 2
+
+
+@pytest.mark.usefixtures("slow_asks")
 def test_asked_ahead_a_finite_space_still_ends_and_twins_are_trained_once(home: Home) -> None:
     study = search(home, toy(search={"trials": 200}, **SIX), workers=2, payload={"fail": [0]})
     assert len({row.digest for row in study.trials}) == 6

@@ -1,7 +1,7 @@
 """Where workers run: jobs and ids, without search, tracking or Optuna's trials."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from searchfm.jobs import Event, Job
 from searchfm.tables import Table, key, table
@@ -50,6 +50,9 @@ class Engine(Protocol):
         """Ends all workers at once, busy or not."""
 
 
+EngineName: TypeAlias = Literal["local", "listen", "slurm", "ray"]
+
+
 class SlurmOptions(Table):
     """How nodes are asked of SLURM: flags of sbatch."""
 
@@ -69,7 +72,7 @@ class RayOptions(Table):
 class EngineOptions(Table):
     """Options of an engine; None means the engine's own default."""
 
-    name: Literal["local", "listen", "slurm", "ray"] = key("local", "Where workers run.")
+    name: EngineName = key("local", "Where workers run.")
     device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps.")
     workers: int | None = key(None, "None: local, cores or GPUs; slurm, 1; ray, as many as the cluster takes.", ge=1)
     workers_per_gpu: int | Literal["auto"] = key(

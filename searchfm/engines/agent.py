@@ -65,8 +65,8 @@ class Agent:
     """A node's end of the wire: `run` serves until the search is over.
 
     address: the coordinator's. home: the folder that both share. options: device, workers, data_dir, tls_cert. retry:
-    seconds to go on dialling while nobody answers. devices: one a worker, in place of those that the options choose.
-    host: the node's name.
+    seconds to go on dialling while no coordinator answers. devices: one a worker, in place of those that the options
+    choose. host: the node's name.
     """
 
     def __init__(
@@ -256,8 +256,10 @@ def main(where: str, home: Path, options: EngineOptions, retry: float, notify: C
     if clean != dict(os.environ):  # replaced, so that /proc shows none either
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], clean)
     host, port = address(where, "HOST:PORT")
-    if not port:
-        raise UserError(f"HOST:PORT {where}: has no port; the search printed it")
+    if not (host and port):
+        raise UserError(f"HOST:PORT {where}: must be the address that the search printed, host and port")
+    if options.workers_per_gpu == "auto":
+        raise UserError("--workers-per-gpu auto: is for --engine local; here it must be a number")
     key = find_key(home)
     os.environ.pop(KEY, None)  # its workers need no key
     agent = Agent((host, port), home, key, options, retry=retry, notify=notify)

@@ -192,7 +192,7 @@ class _Driver:
             self._slots.append(_Slot())
 
     def _room(self) -> int:
-        """Workers that the cluster's nodes have room for, if nobody else uses them."""
+        """Workers that the cluster's nodes have room for, if nothing else uses them."""
         total = 0
         for resources in (node["Resources"] for node in ray.nodes() if node["Alive"]):
             rooms = [resources.get("CPU", 0.0) / self._options.ray.cpus_per_worker]

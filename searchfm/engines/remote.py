@@ -332,11 +332,13 @@ class RemoteEngine:
 
 def listen(options: EngineOptions, home: Path, notify: Callable[[str], None]) -> RemoteEngine:
     """The engine of workers that users start. Raises UserError."""
-    if options.listen is None:
+    host, port = address(options.listen or "", "--listen")
+    if not host:
         raise UserError("--engine listen: needs --listen HOST:PORT, the address that workers dial")
-    if options.workers is not None:
-        raise UserError(f"--workers {options.workers}: with --engine listen, each `searchfm worker` has its own")
-    host, port = address(options.listen, "--listen")
+    for name in ("workers", "device", "workers_per_gpu"):
+        if (value := getattr(options, name)) != getattr(DEFAULTS, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {value}: with --engine listen, each `searchfm worker` has its own {flag}")
     engine = RemoteEngine(home, host, port, options=options, notify=notify)
     notify(f"listening; on each machine that mounts {home}, type:")
     notify(f"  {shlex.join(['searchfm', *worker_command(options, home, f'{host}:{engine.port}')])}")
@@ -346,7 +348,7 @@ def listen(options: EngineOptions, home: Path, notify: Callable[[str], None]) ->
 
 def launch(options: EngineOptions, home: Path, notify: Callable[[str], None], launcher: Launcher) -> RemoteEngine:
     """The engine of workers that a launcher starts. Raises UserError, WorldError."""
-    host, port = address(options.listen, "--listen") if options.listen else ("", 0)
+    host, port = address(options.listen or "", "--listen")
     host = host or launcher.host()
     _warn_unencrypted(options, host, notify)
     return RemoteEngine(home, host, port, options=options, launcher=launcher, notify=notify)

@@ -3,13 +3,13 @@
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, assert_never, get_args
 
-from searchfm.engines import Engine, EngineOptions
+from searchfm.engines import Engine, EngineName, EngineOptions
 from searchfm.errors import ConfigError, UserError
 from searchfm.tables import read_within
 
-NAMES = ("local", "listen", "slurm", "ray")  # of engines
+NAMES = get_args(EngineName)
 ELSEWHERE = ("listen", "tls_cert", "tls_key")  # options of engines whose workers dial in
 
 
@@ -19,6 +19,8 @@ def start_engine(options: EngineOptions, home: Path, notify: Callable[[str], Non
     home: the folder that all nodes share. notify: receives lines for the user: what to type on another machine, which
     workers joined, left or were refused. Raises UserError, WorldError.
     """
+    if options.workers_per_gpu == "auto" and options.name != "local":
+        raise UserError(f"--workers-per-gpu auto: is for --engine local; with {options.name} it must be a number")
     match options.name:
         case "local":
             from searchfm.engines.local import LocalEngine

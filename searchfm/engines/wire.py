@@ -13,6 +13,7 @@ import secrets
 import ssl
 import stat
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 
 PROTOCOL = 1  # of the messages below
 KEY, KEY_FILE = "SEARCHFM_WORKER_KEY", "worker.key"
+KEY_BYTES = 16  # of a key, at least
 MESSAGE_BYTES = 4 << 20
 ALIVE_SECONDS, LOST_SECONDS = 1.5, 8.0  # between two messages of a node at most; until a silent node is lost
 # Of a connection; times in seconds. A node pings its coordinator, which may be busy or suspended for a while.
@@ -174,16 +176,17 @@ class Link:
         except ConnectionClosed as error:
             raise WireError(f"the connection is closed ({closing(error)})") from None
 
-    def receive(self, kind: type, timeout: float = 10.0) -> Any:
-        """The next message, which must be of this kind. Raises WireError."""
+    def receive(self, *kinds: type, timeout: float = 10.0) -> Any:
+        """The next message, which must be of one of these kinds. Raises WireError."""
+        expected = " or ".join(kind.__name__ for kind in kinds)
         try:
             message = decode(self.socket.recv(timeout))
         except TimeoutError:
-            raise WireError(f"no {kind.__name__} within {timeout:g} seconds") from None
+            raise WireError(f"no {expected} within {timeout:g} seconds") from None
         except ConnectionClosed as error:
             raise WireError(f"the connection was closed ({closing(error)})") from None
-        if not isinstance(message, kind):
-            raise WireError(f"{type(message).__name__} came, must be {kind.__name__}")
+        if not isinstance(message, kinds):
+            raise WireError(f"{type(message).__name__} came, must be {expected}")
         return message
 
     def __iter__(self) -> Iterator[Message]:
@@ -202,7 +205,7 @@ class Link:
 def closing(error: ConnectionClosed) -> str:
     """Why a connection closed, in a few words."""
     frame = error.rcvd or error.sent
-    return (frame.reason or f"code {frame.code}") if frame else "without a farewell"
+    return (frame.reason or f"code {frame.code}") if frame else "without a close frame"
 
 
 # --- the handshake ----------------------------------------------------------------------------------------------------
@@ -215,9 +218,9 @@ def welcome(link: Link, key: bytes, versions: Versions, probe: str, content: str
     answer = link.receive(Answer)
     if not hmac.compare_digest(answer.proof, _proof(key, "node", nonce, answer.nonce)):
         link.send(Leave("the coordinator has another key"))
-        raise WireError("its key is another")
+        raise WireError("it has another key")
     link.send(Welcome(_proof(key, "coordinator", nonce, answer.nonce), versions, probe, content))
-    joined = link.receive(Joined | Refused, timeout=120.0)  # type: ignore[arg-type]  # isinstance takes a union
+    joined = link.receive(Joined, Refused, timeout=120.0)
     if isinstance(joined, Refused):
         raise UserError(f"node {joined.host}: {joined.reason}")
     assert isinstance(joined, Joined)
@@ -231,7 +234,7 @@ def introduce(link: Link, key: bytes) -> Welcome:
         raise UserError(f"the coordinator speaks protocol {challenge.protocol}, this worker {PROTOCOL}")
     nonce = secrets.token_hex(16)
     link.send(Answer(nonce, _proof(key, "node", challenge.nonce, nonce)))
-    answer = link.receive(Welcome | Leave)  # type: ignore[arg-type]
+    answer = link.receive(Welcome, Leave)
     if isinstance(answer, Leave):
         raise UserError(answer.reason)
     if not hmac.compare_digest(answer.proof, _proof(key, "coordinator", challenge.nonce, nonce)):
@@ -246,31 +249,39 @@ def _proof(key: bytes, role: str, first: str, second: str) -> str:
 
 def find_key(home: Path, *, create: bool = False) -> bytes:
     """The key that a coordinator and its nodes share: SEARCHFM_WORKER_KEY, else the home's file. Raises UserError for a
-    file that others can read, or none, unless it is to be created.
+    short key, a file that others can read, or none, unless it is to be created.
     """
-    if value := os.environ.get(KEY):
-        return value.encode()
     path = home / KEY_FILE
+    if value := os.environ.get(KEY):
+        return _long(value.encode(), KEY)
     try:
-        if create and not path.exists():
+        if create:
             home.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32) + "\n")
+            with suppress(FileExistsError):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_hex(32) + "\n")
         mode, key = stat.S_IMODE(path.stat().st_mode), path.read_bytes().strip()
     except OSError as error:
         raise UserError(f"{path}: the key cannot be read ({error.strerror}); is --home the shared one?") from None
     if mode & 0o077:
         raise UserError(f"{path}: has mode {mode:o}, must be 600, since whoever reads the key can send jobs")
+    return _long(key, str(path))
+
+
+def _long(key: bytes, where: str) -> bytes:
+    """The key, unless it can be guessed. A file that another process has just created may be empty still."""
+    if len(key) < KEY_BYTES:
+        raise UserError(f"{where}: the key has {len(key)} characters, must have {KEY_BYTES} or more")
     return key
 
 
-def address(text: str, option: str, host: str = "") -> tuple[str, int]:
-    """HOST:PORT, HOST or :PORT; port 0 where there is none. Raises UserError, with the option's name."""
-    name, _, port = text.rpartition(":") if ":" in text.rsplit("]")[-1] else (text, "", "0")
-    if not (name or host) or not port.isdecimal() or int(port) > 65535:
+def address(text: str, option: str) -> tuple[str, int]:
+    """HOST:PORT, HOST or :PORT; "" or 0 for what is missing. Raises UserError, with the option's name."""
+    host, _, port = text.rpartition(":") if ":" in text.rsplit("]")[-1] else (text, "", "0")
+    if not port.isdecimal() or int(port) > 65535:
         raise UserError(f"{option} {text}: must be HOST:PORT")
-    return (name or host).strip("[]"), int(port)
+    return host.strip("[]"), int(port)
 
 
 def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
@@ -314,7 +325,7 @@ def local(job: Job, home: Path, data_dir: str | None, entries: Mapping[str, tupl
     that is not in the table, or a folder outside the home.
     """
     if job.entry not in entries:
-        raise WireError(f"entry {job.entry!r} is none that a worker runs")
+        raise WireError(f"entry {job.entry!r}: must be one of {', '.join(entries)}")
     payload = {**job.payload, **{key: str(_inside(job.payload.get(key), home)) for key in entries[job.entry]}}
     if data_dir is not None and "data_dir" in payload:
         payload["data_dir"] = data_dir

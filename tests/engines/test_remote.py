@@ -25,7 +25,7 @@ from websockets.sync.server import ServerConnection, serve
 from searchfm.engines import EngineOptions, remote, wire
 from searchfm.engines.remote import RemoteEngine, listen
 from searchfm.engines.wire import Link, WireError, find_key
-from searchfm.errors import UserError
+from searchfm.errors import UserError, WorldError
 from searchfm.jobs import EpochDone, Finished, Interrupted, Lost
 from tests.agents import await_free, listening, make, start, threads
 from tests.commands import searchfm, searchfm_here
@@ -179,7 +179,7 @@ def test_agents_of_a_killed_coordinator_stop_their_jobs_and_join_the_next(
     ticks = home / "1" / "attempt-1" / "tick"
     wait_until(ticks.exists)
     port = engine.port
-    engine._server.shutdown()  # as its process' end does, without a farewell
+    engine._server.shutdown()  # as the end of its process does, without `Leave`
     engine.close()
     other = RemoteEngine(home, "127.0.0.1", port, entries=engine._entries)
     await_free(other, 1)
@@ -234,8 +234,18 @@ def test_without_the_key_nobody_gets_further_than_the_challenge(
         wire.introduce(Link(stranger), b"guessed")
     with pytest.raises(ConnectionClosed):
         stranger.recv(10)
-    wait_until(lambda: lines == ["refused 127.0.0.1: its key is another"])
+    wait_until(lambda: lines == ["refused 127.0.0.1: it has another key"])
     assert engine.next_event(0.1) is None
+    assert engine.free == 0
+
+
+def test_with_the_key_a_node_that_does_not_join_is_refused_in_one_line(
+    engine: RemoteEngine, stranger: Any, home: Path, lines: list[str]
+) -> None:
+    link = Link(stranger)
+    wire.introduce(link, find_key(home))
+    link.send(wire.Stop("1"))
+    wait_until(lambda: lines == ["refused 127.0.0.1: Stop came, must be Joined or Refused"])
     assert engine.free == 0
 
 
@@ -298,8 +308,8 @@ def test_a_node_of_another_version_is_refused(engine: RemoteEngine, home: Path) 
 @pytest.mark.parametrize(
     ("entry", "folder", "reason"),
     [
-        ("os:system", "1", "entry 'os:system' is none that a worker runs"),
-        ("tests.toys:imports", "1", "entry 'tests.toys:imports' is none that a worker runs"),
+        ("os:system", "1", "entry 'os:system': must be one of tests.toys:work"),
+        ("tests.toys:imports", "1", "entry 'tests.toys:imports': must be one of tests.toys:work"),
         ("tests.toys:work", "../outside", "folder '../outside' is outside the home"),
         ("tests.toys:work", "/etc", "folder '/etc' is outside the home"),
         ("tests.toys:work", "", "folder '.' is outside the home"),
@@ -330,6 +340,14 @@ def test_paths_cross_relative_to_the_home(tmp_path: Path) -> None:
         wire.local(bad, there, None, wire.ENTRIES)
 
 
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [("10.0.0.1:27001", "10.0.0.1", 27001), ("node", "node", 0), (":27001", "", 27001), ("[::1]:5", "::1", 5)],
+)
+def test_an_address_has_a_host_or_a_port_or_both(text: str, host: str, port: int) -> None:
+    assert wire.address(text, "--listen") == (host, port)
+
+
 def test_the_key_is_a_file_that_only_its_owner_reads_or_the_environments(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +359,10 @@ def test_the_key_is_a_file_that_only_its_owner_reads_or_the_environments(
     (home / "worker.key").chmod(0o640)
     with pytest.raises(UserError, match=r"worker\.key: has mode 640, must be 600"):
         find_key(home)
+    (home / "worker.key").chmod(0o600)
+    (home / "worker.key").write_text("")
+    with pytest.raises(UserError, match=r"worker\.key: the key has 0 characters, must have 16 or more"):
+        find_key(home, create=True)
     monkeypatch.setenv(wire.KEY, "of the environment")
     assert find_key(home) == b"of the environment"
 
@@ -363,7 +385,7 @@ def test_over_tls_a_worker_trusts_the_listeners_certificate_alone(
     engine = listening(home, options=EngineOptions.from_table({"tls_cert": cert, "tls_key": key}))
     plain = make(f"127.0.0.1:{engine.port}", home)
     plain.retry = 0.0
-    with pytest.raises(Exception, match="no coordinator answers"):
+    with pytest.raises(WorldError, match="no coordinator answers"):
         plain.run()
     with socket.create_connection(("127.0.0.1", engine.port)) as raw, pytest.raises(ssl.SSLCertVerificationError):
         ssl.create_default_context().wrap_socket(raw, server_hostname="127.0.0.1")
@@ -390,6 +412,17 @@ TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
         ((*TUNE, "--engine", "none.toml"), 2, "--engine none.toml: No such file or directory"),
         ((*TUNE, "--gres", "gpu:1"), 2, "--gres gpu:1: is for --engine slurm"),
         ((*TUNE, "--listen", "127.0.0.1"), 2, "--listen 127.0.0.1: is for --engine listen or slurm or ray"),
+        (
+            (*TUNE, "--engine", "listen", "--listen", "127.0.0.1", "--device", "cpu"),
+            2,
+            "--device cpu: with --engine listen, each `searchfm worker` has its own --device",
+        ),
+        (
+            (*TUNE, "--engine", "slurm", "--workers-per-gpu", "auto"),
+            2,
+            "--workers-per-gpu auto: is for --engine local; with slurm it must be a number",
+        ),
+        (("worker", "h:1", "--workers-per-gpu", "auto"), 2, "--workers-per-gpu auto: is for --engine local"),
         ((*TUNE, "--workers", "0"), 2, "--engine local: engine.workers = 0: must be a whole number >= 1"),
         ((*TUNE, "--engine", "listen"), 2, "--engine listen: needs --listen HOST:PORT"),
         (
@@ -399,7 +432,7 @@ TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
         ),
         ((*TUNE, "--engine", "listen", "--listen", "192.0.2.1:0"), 2, "--listen 192.0.2.1:0: Cannot assign"),
         (("worker", "127.0.0.1:9", "--device", "cpu", "--retry", "0"), 2, "the key cannot be read"),
-        (("worker", "here"), 2, "HOST:PORT here: has no port; the search printed it"),
+        (("worker", "here"), 2, "HOST:PORT here: must be the address that the search printed, host and port"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
