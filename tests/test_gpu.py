@@ -1,19 +1,86 @@
 """What needs an NVIDIA GPU: `uv run pytest -m gpu -n 0` on a machine that has one."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from searchfm.config import Config
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine
+from searchfm.errors import Stopped, WorldError
 from searchfm.home import Home
+from searchfm.jobs import Context
+from searchfm.learn import data, entries
+from searchfm.learn.train import Training
 from searchfm.search.study import Study
 from searchfm.tuning import Tuning
 from tests.driving import let_go
+from tests.learn.toys import config, drain, losses
 from tests.test_tuning import TABLE
 
 pytestmark = pytest.mark.gpu
+CNN = config("cnn", {"filters": 8}, augment={"crop": 1, "flip": 0.5}, train={"epochs": 3, "precision": "float32"})
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "gpu-cache"))
+
+
+def close(one: list[Any], other: list[Any]) -> bool:
+    """Whether two curves are equal but for the order of sums, which CUDA's kernels do not promise."""
+    return all(math.isclose(a, b, abs_tol=0.02) for a, b in zip(sum(one, ()), sum(other, ()), strict=True))
+
+
+def test_images_streamed_from_host_memory_train_as_those_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = data.load(CNN.data, device="cuda:0")
+    monkeypatch.setattr(data, "RESIDENT", 0.0)
+    streamed = data.load(CNN.data, device="cuda:0")
+    assert (resident.train.images.device.type, streamed.train.images.device.type) == ("cuda", "cpu")
+    curves = [losses(list(Training(CNN, part, device="cuda:0"))) for part in (resident, streamed)]
+    assert close(*curves)
+
+
+def trial(settings: Config, folder: Path, *earlier: Path, tick: Callable[[], None] = lambda: None) -> list[Any]:
+    """The curve of a trial on the GPU, as a worker trains it."""
+    folder.mkdir()
+    payload = {
+        "config": settings.to_table(),
+        "data_dir": None,
+        "fingerprint": data.load(settings.data).fingerprint,
+        "identity": "a-study-uuid/7",
+        "checkpoint_seconds": 1000.0,
+    }
+    return losses(drain(entries.trial(payload, Context(folder, earlier, "cuda:0", tick)))[0])
+
+
+def test_a_trial_on_a_gpu_stops_and_resumes(tmp_path: Path) -> None:
+    calls = iter(range(30))  # an epoch has 23 batches
+
+    def stop() -> None:
+        if next(calls, None) is None:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        trial(CNN, tmp_path / "first", tick=stop)
+    assert list((tmp_path / "first").glob("checkpoint-*"))
+    assert close(trial(CNN, tmp_path / "whole"), trial(CNN, tmp_path / "second", tmp_path / "first"))
+
+
+def test_memory_that_a_gpu_lacks_is_one_line_and_comes_back(tmp_path: Path) -> None:
+    free, _ = torch.cuda.mem_get_info()
+    others = torch.empty(free - 2 * 10**9, dtype=torch.uint8, device="cuda:0")
+    wide = config("mlp", {"layers": 2, "width": 20_000})  # 1.6 GB, and as much for gradients
+    with pytest.raises(WorldError, match=r"^out of memory on cuda:0: CUDA out of memory"):
+        trial(wide, tmp_path / "wide")
+    assert torch.cuda.memory_reserved() < len(others) + 10**8
+    assert len(trial(CNN, tmp_path / "next")) == 3
+    del others
+    torch.cuda.empty_cache()  # the next test's workers need it
 
 
 def test_a_trial_records_its_gpu_and_memory_and_auto_packs_by_it(tmp_path: Path) -> None:

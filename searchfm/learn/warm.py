@@ -1,6 +1,8 @@
 """Slow imports, done once by the forkserver, so that forked workers start warm. A spawned worker imports this too.
 
-One thread, because threads do not survive a fork; no CUDA, because a forked CUDA context is broken.
+One thread, because threads do not survive a fork. No CUDA: where the forkserver has as much as counted the GPUs, its
+forks cannot use them. So nothing here may train: a backward pass starts a thread for each GPU, and a step of an
+optimizer looks for GPUs.
 """
 
 import atexit
@@ -46,9 +48,6 @@ class LazyDynamo(ModuleType):
 
 if "torch._dynamo" not in sys.modules:
     torch._dynamo = sys.modules["torch._dynamo"] = LazyDynamo("torch._dynamo")
-weight = torch.nn.Parameter(torch.zeros(2))
-torch.autograd.backward(weight.square().sum())
-torch.optim.AdamW([weight], fused=True).step()
 # A worker collects garbage after every trial, and then skips the frozen objects of these imports: 0.02 s of CPU a trial
 # instead of 0.18 where they were 330,000 (MLP of one epoch on digits, means of 40 trials, AMD EPYC, Python 3.11).
 # Objects still frozen when the interpreter ends count as leaked, and nanobind prints a page about them.
