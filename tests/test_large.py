@@ -18,6 +18,7 @@ from searchfm.home import HOME, STORAGE, Home
 from searchfm.jobs import EpochDone, Finished, Job
 from searchfm.pool import WorkerPool
 from searchfm.search.storage import open_storage
+from searchfm.tracking.mirror import Mirror, make_schema
 from tests import driving, large
 from tests.driving import let_go
 
@@ -97,6 +98,8 @@ def test_what_proposals_cost_as_a_study_grows(filled: Any, home: Home, record_pr
 
 def test_status_and_report_of_10000_trials(filled: Any, record_property: Any) -> None:
     home, _ = filled
+    make_schema(home)
+    Mirror(home, driving.stored(home, "toy")).open()  # the study's own run, to which the report belongs
 
     def seconds(*arguments: str) -> float:
         """Of a command, with the start of Python; the best of three."""

@@ -19,8 +19,7 @@ from searchfm.home import STORAGE, Home, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
 from searchfm.search.lock import Lock, study_lock
-from searchfm.search.reader import RowStorage, no_collection
-from searchfm.search.reconnect import ReconnectingStorage
+from searchfm.search.rdb import ReconnectingStorage, RowStorage, no_collection
 
 STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
 STATES: Mapping[TrialState, State] = {  # the others are "running"

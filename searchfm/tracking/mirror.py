@@ -465,9 +465,9 @@ class Mirror:
         self.client: Any = None
         self.runs: dict[int | str | None, list[Run]] = {}  # by `run_key`, the best first; empty until `open`
 
-    def open(self) -> list[Difference]:
+    def open(self, role: str = "") -> list[Difference]:
         """Reads which runs there are; aligns the experiment and, but for its status, the study's own run, since trials
-        have it as their parent.
+        have it as their parent. role: read no others; only for what sends nothing.
         """
         if self.runs:
             return []
@@ -480,7 +480,7 @@ class Mirror:
         differences = []
         if experiment is not None:
             self.experiment = experiment.experiment_id
-            self._load()
+            self._load(role)
             self.parent = next((run.id for run in self.runs[None]), "")
             if experiment.lifecycle_stage == "deleted":
                 differences.append(Difference(None, "its experiment was deleted"))
@@ -680,10 +680,10 @@ class Mirror:
         self.client.delete_tag(run.id, "weights")
         del run.tags["weights"]
 
-    def _load(self) -> None:
+    def _load(self, role: str = "") -> None:
         from mlflow.entities import ViewType
 
-        text = f"tags.study_uuid = '{self.study.uuid}'"
+        text = f"tags.study_uuid = '{self.study.uuid}'" + (f" AND tags.role = '{role}'" if role else "")
         self.runs = {None: [], REPLACED: []}
         page: Any = None
         while page is None or page.token:
@@ -695,11 +695,11 @@ class Mirror:
             runs.sort(key=lambda run: (run.deleted, -len(run.metrics), run.started, run.id))
 
 
-def find(home: Home, study: StudyRecord) -> Mirror:
-    """A study in MLflow as it is. Raises StorageError."""
+def find(home: Home, study: StudyRecord, role: str = "") -> Mirror:
+    """A study in MLflow as it is, or its runs of one role. Raises StorageError."""
     mirror = Mirror(home, study, send=False)
     with reaching(home):
-        mirror.open()
+        mirror.open(role)
     return mirror
 
 

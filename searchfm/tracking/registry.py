@@ -258,7 +258,7 @@ def _check(folder: Path, expected: str | None) -> None:
 
 def log_report(home: Home, study: StudyRecord, path: Path) -> None:
     """Logs a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
-    runs = mirror.find(home, study)
+    runs = mirror.find(home, study, "study")
     if (run := runs.active(None)) is None:
         raise StorageError(f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply")
     with reaching(home):
@@ -267,7 +267,7 @@ def log_report(home: Home, study: StudyRecord, path: Path) -> None:
 
 def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
     """Hardware, system and versions that a study was begun with, as its run has them. Raises StorageError."""
-    run = mirror.find(home, study).active(None)
+    run = mirror.find(home, study, "study").active(None)
     tags = {} if run is None else run.tags
     names = {**{name: name for name in ("hardware", "platform", "python", *PACKAGES)}, "commit": COMMIT}
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
