@@ -44,7 +44,8 @@ from searchfm.tables import digest
 log = logging.getLogger("searchfm")
 
 EXAMPLE = "example.npy"
-CONTEXT_BYTES = 600_000_000  # of a process on a GPU beside its tensors: CUDA's context and the kernels that were loaded
+# Of a process on a GPU beside its tensors: CUDA's context and loaded kernels (H100, CUDA 13: 830 to 880 MB).
+CONTEXT_BYTES = 850_000_000
 Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final training
 
 
