@@ -96,6 +96,7 @@ def test_what_proposals_cost_as_a_study_grows(filled: Any, home: Home, record_pr
     assert filled[1][TRIALS] < 5
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_status_and_report_of_10000_trials(filled: Any, record_property: Any) -> None:
     home, _ = filled
     make_schema(home)
