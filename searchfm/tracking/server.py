@@ -1,6 +1,7 @@
 """MLflow's server as an ASGI app, for `searchfm dashboard`: no job runners, no telemetry, no assistant."""
 
 import os
+import warnings
 from typing import Any
 
 from searchfm.home import TRACKING, Home
@@ -38,7 +39,9 @@ def create_app(home: Home, *, serve_artifacts: bool) -> Any:
         os.environ[constants.SERVE_ARTIFACTS_ENV_VAR] = "true"
         os.environ[constants.ARTIFACTS_DESTINATION_ENV_VAR] = folder
 
-    from mlflow.server.fastapi_app import app
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Starlette warns, on the user's terminal, of a module that MLflow uses
+        from mlflow.server.fastapi_app import app
     from mlflow.server.handlers import initialize_backend_stores
 
     initialize_backend_stores(uri, uri, root)

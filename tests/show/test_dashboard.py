@@ -311,7 +311,8 @@ class Served:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=30)
+        _, errors = self.process.communicate(timeout=30)
+        assert "Warning" not in errors
         return self.process.returncode
 
 
