@@ -144,7 +144,7 @@ class Network:
         return host
 
     def cut(self, name: str) -> None:
-        """Pulls a host's cable: from now on nothing arrives, and nobody learns of it."""
+        """Pulls a host's cable: from now on nothing arrives, and no connection is closed."""
         self._ip("link", "set", name.replace("node", "v"), "down")
 
     def mend(self, name: str) -> None:
@@ -152,7 +152,7 @@ class Network:
         self._ip("link", "set", name.replace("node", "v"), "up")
 
     def power_off(self, name: str) -> None:
-        """Ends a host without a farewell: its kernel closes no connection first."""
+        """Ends a host whose kernel closes no connection first."""
         self.cut(name)
         self.workers.pop(name).kill()
         # The kernel removes a namespace, and the cable with it, in its own time.

@@ -170,13 +170,12 @@ class Stack:
         run("ip", "-n", bridge, *f"link set v{number} master br0 up".split())
         run("ip", "-n", host, *f"addr add {BRIDGE}.{number}/24 dev eth0".split())
         run("ip", "-n", host, "link", "set", "eth0", "up")
-        run(
-            "ip", "-n", host, *f"route add default via {BRIDGE}.254".split()
-        )  # nobody: Ray asks which address leads out
+        # No host has this address, but Ray asks which of its own leads out.
+        run("ip", "-n", host, *f"route add default via {BRIDGE}.254".split())
         with self.hosts.open("a", encoding="utf-8") as file:
             file.write(f"{BRIDGE}.{number} {name}\n")
         service = self.service(name)
-        # All names stand in /etc/hosts. A name server that nobody reaches would hold up Ray's resolver.
+        # All names stand in /etc/hosts. A name server that does not answer would hold up Ray's resolver.
         dns = "--dns=127.0.0.1"
         self.builder.buildah("from", dns, "--name", f"{self.prefix}-{name}", self.images[service["image"]])
 

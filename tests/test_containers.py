@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images import Builder, Stack, start_order
+from tests.images import Builder, Stack, compose, start_order
 from tests.programs import missing
 
 pytestmark = pytest.mark.nightly
@@ -62,9 +62,8 @@ def test_a_study_completes_across_the_services_of_compose(
     }
     size = builder.size("localhost/searchfm")
 
-    stack = Stack(
-        builder, {"searchfm:0.3.0": "localhost/searchfm", "postgres:17.6-bookworm": "localhost/postgres"}, secret
-    )
+    names = {service["image"] for service in compose()["services"].values()}
+    stack = Stack(builder, {name: f"localhost/{name.partition(':')[0]}" for name in names}, secret)
     token = (secret / "ui_token").read_text().strip()
     try:
         for name in [*start_order(stack.compose["services"]), "worker-2"]:

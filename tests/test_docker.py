@@ -66,11 +66,12 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                     yield name, line[line.index("searchfm") + 1 :]
     for path in (DOCKER / "README.md", *DOCKER.glob("slurm/*")):
         for line in code_lines(path):
-            if (
-                line[:2] == ["docker", "compose"] and "run" in line and "--entrypoint" not in line
-            ):  # docker compose run --rm SERVICE ARGUMENTS
-                name, *arguments = [word for word in line[line.index("run") + 1 :] if word != "--rm"]
-                entrypoint = services[name]["entrypoint"]
+            if line[:2] == ["docker", "compose"] and "run" in line:
+                # docker compose run --rm [--entrypoint WORDS] SERVICE ARGUMENTS
+                words = [word for word in line[line.index("run") + 1 :] if word != "--rm"]
+                own = words.pop(1).split() if words[0] == "--entrypoint" else None
+                name, *arguments = words[1:] if own else words
+                entrypoint = own or services[name]["entrypoint"]
                 yield str(path), [*entrypoint[entrypoint.index("searchfm") + 1 :], *arguments]
             elif "searchfm" in line[:2] and line[0] in ("searchfm", "exec"):
                 yield str(path), line[line.index("searchfm") + 1 :]
@@ -133,9 +134,7 @@ def test_services_are_pinned_checked_and_closed() -> None:
     ("name", "item"), MANIFESTS, ids=lambda value: value if isinstance(value, str) else value["kind"]
 )
 def test_kubernetes_takes_the_manifests(name: str, item: dict[str, Any]) -> None:
-    if item["apiVersion"].startswith(
-        "ray.io/"
-    ):  # its schema is KubeRay's, 934 kB; what it shares with Kubernetes is here
+    if item["apiVersion"].startswith("ray.io/"):  # KubeRay's schema has 934 kB; its pods are Kubernetes'
         parts = [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "ray"}, **pod} for pod in pods(item["spec"])]
         assert len(parts) == 1 + len(item["spec"]["workerGroupSpecs"])
     else:

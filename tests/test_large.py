@@ -1,4 +1,4 @@
-"""A study of 10,000 toy trials: its memory, its time a trial, what reads it; and where the next walls are."""
+"""A study of 10,000 toy trials: its memory, its time a trial, what reads it; and what the next limits are."""
 
 import json
 import os

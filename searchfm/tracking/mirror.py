@@ -469,6 +469,7 @@ class Mirror:
         """Reads which runs there are; aligns the experiment and, but for its status, the study's own run, since trials
         have it as their parent. role: read no others; only for what sends nothing.
         """
+        assert not (role and self.send)
         if self.runs:
             return []
         from mlflow.entities import ViewType

@@ -64,17 +64,10 @@ def measure(engine: str, trials: int, seconds: float) -> tuple[float, float]:
         with ExitStack() as stack:
             workers = stack.enter_context(ENGINES[engine](folder))
             search(Home(folder), toy("warm", search={"trials": WORKERS}, train={"epochs": 1}), engine=workers)
-            times: list[
-                float
-            ] = []  # of all progress: from the first start to the last end, without the tables of Optuna
-            record = search(
-                Home(folder),
-                study,
-                engine=workers,
-                payload=payload,
-                watch=lambda *_: times.append(time.perf_counter()),
-            )
-            elapsed = times[-1] - times[0]
+            times: list[float] = []  # of all progress
+            watch = lambda *_: times.append(time.perf_counter())  # noqa: E731
+            record = search(Home(folder), study, engine=workers, payload=payload, watch=watch)
+            elapsed = times[-1] - times[0]  # from the first start to the last end, without the tables of Optuna
         check(record, trials)
         trained = sum(trial.twin is None for trial in record.trials)
         return elapsed, trained * seconds / (WORKERS * elapsed)
