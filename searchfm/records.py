@@ -250,6 +250,12 @@ class Prepared(Record):
     classes: tuple[str, ...]
     train: int  # images to train on
     validation: int  # images to compare trials with
+    validation_classes: tuple[int, ...] = ()  # validation images of each class; empty in studies begun before 0.4
+
+    @property
+    def largest(self) -> float | None:
+        """Validation accuracy of always answering the largest class; None where the counts are not known."""
+        return max(self.validation_classes) / self.validation if self.validation_classes else None
 
 
 def _study_2(values: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
         )
     images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held)
+    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held, _counts(splits))
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), shape, len(splits.classes))
     yield from ()  # an entry is a generator, even one without epochs
@@ -223,6 +223,13 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         versions=_versions(),
         files=files,
     )
+
+
+def _counts(splits: Splits) -> tuple[int, ...]:
+    """Validation images of each class; empty without a validation part."""
+    if splits.val is None:
+        return ()
+    return tuple(torch.bincount(splits.val.labels.cpu(), minlength=len(splits.classes)).tolist())
 
 
 def _accelerators() -> dict[str, int]:

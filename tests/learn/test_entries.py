@@ -75,8 +75,12 @@ def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
         prepare({"data": {"name": "digits"}, "models": models, "data_dir": None}, context(tmp_path))
     )
     assert epochs == []
+    assert digits.val is not None
+    counts = tuple(torch.bincount(digits.val.labels).tolist())
+    assert sum(counts) == 212
+    names = tuple(str(digit) for digit in range(10))
     assert PrepareResult.from_json(prepared) == PrepareResult(
-        Prepared(digits.fingerprint, (1, 8, 8), tuple(str(digit) for digit in range(10)), len(digits.train), 212),
+        Prepared(digits.fingerprint, (1, 8, 8), names, len(digits.train), 212, counts),
         {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
     )
 
