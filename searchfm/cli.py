@@ -9,6 +9,7 @@ import errno
 import gc
 import inspect
 import json
+import os
 import shlex
 import sys
 import time
@@ -202,7 +203,7 @@ def tune(
     from searchfm.pool import StopRequest
     from searchfm.search import files
     from searchfm.search.lock import stop_requested
-    from searchfm.show import terminal
+    from searchfm.show import progress, terminal
     from searchfm.tuning import Tuning, find_study
 
     values = {
@@ -221,8 +222,8 @@ def tune(
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(timeout, partial(stop_requested, where, opened.name)) as stop:
         with Tuning(opened, where, file, stored, folder, retry_failed, stop, engine) as tuning:
-            view = terminal.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
-            terminal.follow(view, tuning.run())
+            view = progress.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
+            progress.follow(view, tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
         if as_json:
             typer.echo(json.dumps({**terminal.describe_study(result, where), "seconds": round(elapsed, 3)}))
@@ -253,14 +254,14 @@ def retrain(
     from searchfm.pool import StopRequest
     from searchfm.search.files import study_name
     from searchfm.search.lock import stop_requested
-    from searchfm.show import terminal
+    from searchfm.show import progress, terminal
 
     name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
     where = Home.find(home)
     plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder)
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(requested=partial(stop_requested, where, name)) as stop:
-        final = terminal.follow(terminal.RetrainView(console, name), retraining.retrain(plan, stop, engine))
+        final = progress.follow(progress.RetrainView(console, name), retraining.retrain(plan, stop, engine))
         _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
 
 
@@ -566,7 +567,10 @@ def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions"
 def _console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)  # a line stays whole, for the terminal to wrap
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)  # a path stays whole, for the terminal to wrap
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 1000  # a file or a pipe has every row whole
+    return console
 
 
 def _output(as_json: bool, values: Any, show: Callable[[], object]) -> None:

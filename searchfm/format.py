@@ -53,7 +53,12 @@ def short(value: Any) -> str:
 
 def show_params(params: Mapping[str, Any]) -> str:
     """Params on one line, keys by their shortest endings: `lr=0.01 optimizer=sgd`."""
-    return " ".join(f"{name}={short(params[key])}" for key, name in short_names(params).items())
+    return " ".join(param_texts(params))
+
+
+def param_texts(params: Mapping[str, Any]) -> list[str]:
+    """Each param with its key's shortest ending: `lr=0.01`."""
+    return [f"{name}={short(params[key])}" for key, name in short_names(params).items()]
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

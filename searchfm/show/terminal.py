@@ -1,178 +1,44 @@
-"""The terminal: live progress, or plain lines where the output is no terminal, and tables."""
+"""The terminal: tables and sentences."""
 
 import csv
 import io
 import re
-import time
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.cells import cell_len
+from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.format import final_sentences, megaflop, plural, saved_epochs, seconds, short, show_params, state, states
+from searchfm.format import (
+    final_sentences,
+    megaflop,
+    param_texts,
+    plural,
+    saved_epochs,
+    seconds,
+    short,
+    show_params,
+    state,
+    states,
+)
 from searchfm.home import Home
-from searchfm.records import Epoch, Final, State, StudyRecord, Trial
+from searchfm.records import Final, State, StudyRecord, Trial
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
 
 if TYPE_CHECKING:
-    from searchfm import coordinator, retraining
-    from searchfm.jobs import Job
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
     from searchfm.tracking.mirror import Difference
 
 Costs = Mapping[str, tuple[float, float]]  # minimum and maximum of a trial's `parameters` and `mflop`
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
-LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
 SHOWN = 20  # classes, those with the lowest recall
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
-    """Shows progress until it ends, without a terminal only the lines of `update`. Returns what a generator returns."""
-    steps = iter(steps)
-    with Live(get_renderable=view.render, console=view.console, refresh_per_second=4, transient=True):
-        while True:
-            try:
-                progress = next(steps)
-            except StopIteration as end:
-                return end.value
-            view.update(progress)
-
-
-class TuneView:
-    """Progress of a search: trials done, trials running, the best so far and the time left."""
-
-    def __init__(self, console: Console, study: StudyRecord, trials: int, workers: Sequence[str]) -> None:
-        self.console, self.trials, self.best = console, trials, study.best
-        self.counts: Counter[State] = Counter(trial.state for trial in study.trials if trial.state != "running")
-        self.before = self.counts.total()
-        self.running: dict[int, tuple[Trial, list[Epoch]]] = {}
-        self.began = time.monotonic()
-        devices = ", ".join(f"{n} x {device}" if n > 1 else device for device, n in Counter(workers).items())
-        console.print(
-            f"[bold]{escape(study.name)}[/]: {trials} trials on {escape(str(study.resolved['data']['name']))}"
-            f" ({study.data.train:,} images to train on, {study.data.validation:,} to validate),"
-            f" workers: {devices or 'none needed'}",
-        )
-
-    def update(self, progress: "coordinator.Progress") -> None:
-        """Updates the table, and prints a line for the end of a trial."""
-        trial = progress.record
-        if progress.kind in ("started", "adopted") and trial is not None:
-            self.running[trial.number] = (trial, list(trial.epochs))
-            if progress.kind == "adopted":
-                self.console.print(f"trial {trial.number:>4} resumes after epoch {len(trial.reported)}")
-        elif progress.kind == "epoch" and progress.epoch is not None and progress.trial in self.running:
-            self.running[progress.trial][1].append(progress.epoch)
-        elif progress.kind == "retried":
-            self.console.print(f"trial {progress.trial:>4} [red]lost[/]: {escape(progress.text)}")
-        elif progress.kind == "packed":
-            self.console.print(escape(progress.text))
-        elif progress.kind == "ended" and trial is not None:
-            self.running.pop(trial.number, None)
-            self.counts[trial.state] += 1
-            better = trial.value is not None and (self.best is None or trial.value > (self.best.value or 0.0))
-            if better:
-                self.best = trial
-            self.console.print(self._ended(trial, better))
-
-    def _ended(self, trial: Trial, better: bool) -> str:
-        note = f"twin of {trial.twin}" if trial.twin is not None else escape(trial.reason or show_params(trial.params))
-        return (
-            f"[dim]{self.counts.total():>4}/{self.trials}[/] trial {trial.number:>4}"
-            f" [{STYLES[trial.state]}]{trial.state:<8}[/] {_digits(trial.accuracy):>6}"
-            f" epoch {len(trial.reported) or len(trial.epochs)}/{trial.planned_epochs or '?'}"
-            f" {seconds(trial.seconds):>7}  {note}{'  [bold green]best so far[/]' * better}"
-        )
-
-    def render(self) -> RenderableType:
-        """A bar over the trials, the running ones, and the best."""
-        done = self.counts.total()
-        texts = [f"{n} {state}" for state in ("complete", "pruned", "failed") if (n := self.counts[state])]
-        if self.before < done < self.trials:
-            pace = (time.monotonic() - self.began) / (done - self.before)
-            texts.append(f"about {seconds(pace * (self.trials - done))} left")
-        shown = table("trial", "epoch", "accuracy", "params", compact=True)
-        for number, (trial, epochs) in sorted(self.running.items()):
-            shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(show_params(trial.params)))
-        best = "no complete trial yet"
-        if self.best is not None:
-            best = f"best: trial {self.best.number} with {self.best.value:.4f}, {show_params(self.best.params)}"
-        line = Text(best, "green", overflow="fold", no_wrap=False)  # in full, on several lines if need be
-        return Group(_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown, line)
-
-
-class RetrainView:
-    """Progress of `retrain`: jobs done, jobs running with their epochs, and notes in between."""
-
-    def __init__(self, console: Console, study: str) -> None:
-        self.console, self.study = console, study
-        self.planned: dict[str, int] = {}  # epochs by job
-        self.running: dict[str, tuple[Job, list[Epoch]]] = {}
-        self.trained = 0  # epochs, of jobs that are done
-
-    def update(self, progress: "retraining.Progress") -> None:
-        """Updates the table, and prints a line for the end of a job."""
-        job = progress.job
-        if job is None:
-            self.console.print(f"{escape(self.study)}: {escape(progress.text)}")
-            return
-        name = f"{job.label:<24}"
-        if progress.kind == "planned":
-            self.planned[job.label] = job.epochs
-        elif progress.kind == "started":
-            self.running[job.label] = (job, [])
-        elif progress.kind == "epoch" and progress.epoch is not None:
-            epoch = progress.epoch
-            self.running[job.label][1].append(epoch)
-            if not self.console.is_terminal and epoch.seconds > LONG:
-                self.console.print(f"{name} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
-        elif progress.kind == "retried":
-            self.console.print(f"{name} [red]lost[/]: {escape(progress.text)}; goes on from its last checkpoint")
-        else:
-            _, epochs = self.running.pop(job.label, (job, []))
-            self.trained += self.planned.get(job.label, 0)
-            value = "      " if progress.value is None else f"{progress.value:.4f}"
-            spent = f" {job.epochs} epochs {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
-            mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]"}.get(progress.kind, "[red]failed[/]")
-            self.console.print(f"{name} {mark} {value}{spent}  {escape(progress.text)}".rstrip())
-
-    def render(self) -> RenderableType:
-        """A bar over the epochs of all jobs, and the running jobs."""
-        running = list(self.running.values())  # `update` may change it meanwhile: this runs in a thread of `Live`
-        if not running:
-            return ""
-        total = sum(self.planned.values())
-        done = self.trained + sum(len(epochs) for _, epochs in running)
-        shown = table("job", "epoch", "accuracy", compact=True)
-        for job, epochs in running:
-            shown.add_row(job.label, *_pace(epochs, job.epochs))
-        return Group(_bar(self.console, "epochs", min(done, total), total), shown)
-
-
-def _bar(console: Console, name: str, done: int, total: int, text: str = "") -> ProgressBar:
-    columns = (TextColumn(name), BarColumn(40), MofNCompleteColumn(), TextColumn("{task.description}"))
-    bar = ProgressBar(*columns, console=console)
-    bar.add_task(text, total=total, completed=done)
-    return bar
-
-
-def _pace(epochs: Sequence[Epoch], planned: int) -> tuple[str, str]:
-    value = epochs[-1].val_accuracy if epochs else None
-    return f"{len(epochs)}/{planned}" if planned else "-", _digits(value)
-
 
 # --- studies ----------------------------------------------------------------------------------------------------------
 
@@ -182,7 +48,7 @@ def study_table(studies: Iterable[StudyRecord]) -> Table:
     shown = table("study", "trials", *STYLES, "best", "data")
     for study in studies:
         counts = [f"{len(study.trials)}/{study.planned}", *(str(len(study.of(state))) for state in STYLES)]
-        best = _digits(study.best.value if study.best else None)
+        best = digits(study.best.value if study.best else None)
         shown.add_row(study.name, *counts, best, str(study.resolved["data"]["name"]))
     return shown
 
@@ -194,7 +60,7 @@ def trial_table(trials: Sequence[Trial], title: str) -> Table:
         shown.add_row(
             str(trial.number),
             Text(state(trial), STYLES[trial.state]),
-            _digits(trial.value),
+            digits(trial.value),
             str(len(trial.epochs)),
             f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "-",
             f"{trial.result.parameters:,}" if trial.result else "-",
@@ -364,9 +230,9 @@ def finalist_table(final: Final) -> Table:
         best = finalist.trial == final.winner
         shown.add_row(
             f"{finalist.trial}{' (wins)' if best else ''}",
-            _digits(finalist.value),
-            " ".join(map(_digits, finalist.values)),
-            _digits(finalist.mean),
+            digits(finalist.value),
+            " ".join(map(digits, finalist.values)),
+            digits(finalist.mean),
             f"{finalist.parameters:,}",
             megaflop(finalist.flops),
             style="green" if best else None,
@@ -467,5 +333,25 @@ def table(*columns: str, title: str | None = None, compact: bool = False, numeri
     return shown
 
 
-def _digits(value: float | None) -> str:
+def fitting(parts: Sequence[str], width: int) -> str:
+    """The first of the parts that fit into so many characters, with a space between them; then … if some do not."""
+    text = ""
+    for index, part in enumerate(parts):
+        longer = f"{text} {part}" if text else part
+        rest = 0 if index + 1 == len(parts) else 2  # for " …"
+        if cell_len(longer) + rest > width:
+            return f"{text} …" if text else "…"
+        text = longer
+    return text
+
+
+def note(trial: Trial, width: int) -> str:
+    """Why a trial ended as it did; of a complete one the params that fit into so many characters."""
+    if trial.twin is not None:
+        return f"twin of {trial.twin}"
+    return " ".join(trial.reason.split()) if trial.reason else fitting(param_texts(trial.params), width)
+
+
+def digits(value: float | None) -> str:
+    """An accuracy."""
     return "-" if value is None else f"{value:.4f}"

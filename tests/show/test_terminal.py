@@ -16,11 +16,12 @@ from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
-from searchfm.show.terminal import RetrainView, TuneView, describe_final, follow, show_end, show_final
+from searchfm.show.progress import RetrainView, TuneView, follow
+from searchfm.show.terminal import describe_final, show_end, show_final
 
 
-def console(*, terminal: bool = False) -> Console:
-    return Console(file=StringIO(), width=160, force_terminal=terminal, record=True, highlight=False, soft_wrap=True)
+def console(*, terminal: bool = False, width: int = 160) -> Console:
+    return Console(file=StringIO(), width=width, force_terminal=terminal, record=True, highlight=False, soft_wrap=True)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -40,12 +41,27 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
     follow(view, steps)
     text = shown.export_text()
     assert "toy: 2 trials on digits (1,201 images to train on, 212 to validate), workers: 2 x cpu" in text
-    assert "trial    0 lost: its worker died" in text
-    assert "1/2 trial    0 complete 0.8585 epoch 4/4" in text
-    assert text.count("best so far") == 1
-    assert "trial    1 resumes after epoch 1" in text
+    assert "trial 0 lost: its worker died" in text
+    assert "1/2 trial 0 complete 0.8585 best epoch 4/4" in text
+    assert text.count("best epoch") == 1
+    assert "trial 1 resumes after epoch 1" in text
     assert "loss is nan in epoch 2" in text
     assert not view.running
+
+
+def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home) -> None:
+    reason = "loss is nan in epoch 2: " + "a long sentence of a library " * 5
+    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.FAIL, epochs=1)])
+    first = replace(study.trials[0], params={f"model.mlp.a_long_key_{i}": 0.123456 * i for i in range(9)})
+    shown = console(width=80)
+    view = TuneView(shown, replace(study, trials=()), 2, ["cpu"])
+    for trial in (first, replace(study.trials[1], reason=reason)):
+        view.update(coordinator.Progress("started", trial.number, replace(trial, state="running", epochs=())))
+        view.update(coordinator.Progress("ended", trial.number, trial))
+    *_, complete, failed = shown.export_text().splitlines()
+    assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
+    assert complete.split("  ")[-1] == "a_long_key_0=0 …"
+    assert "loss is nan in epoch 2" in failed
 
 
 def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:

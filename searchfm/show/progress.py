@@ -1,0 +1,178 @@
+"""Live progress of `tune` and `retrain`; where the output is no terminal, plain lines."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as ProgressBar
+from rich.text import Text
+
+from searchfm.format import param_texts, plural, seconds
+from searchfm.records import Epoch, State, StudyRecord, Trial
+from searchfm.show.terminal import STYLES, digits, fitting, note, table
+
+if TYPE_CHECKING:
+    from searchfm import coordinator, retraining
+    from searchfm.jobs import Job
+
+LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
+
+
+def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
+    """Shows progress until it ends, without a terminal only the lines of `update`. Returns what a generator returns."""
+    steps = iter(steps)
+    with Live(get_renderable=view.render, console=view.console, refresh_per_second=4, transient=True):
+        while True:
+            try:
+                progress = next(steps)
+            except StopIteration as end:
+                return end.value
+            view.update(progress)
+
+
+class TuneView:
+    """Progress of a search: trials done, trials running, the best so far and the time left."""
+
+    def __init__(self, console: Console, study: StudyRecord, trials: int, workers: Sequence[str]) -> None:
+        self.console, self.trials, self.best = console, trials, study.best
+        self.counts: Counter[State] = Counter(trial.state for trial in study.trials if trial.state != "running")
+        self.before = self.counts.total()
+        self.running: dict[int, tuple[Trial, list[Epoch]]] = {}
+        self.began = time.monotonic()
+        devices = ", ".join(f"{n} x {device}" if n > 1 else device for device, n in Counter(workers).items())
+        console.print(
+            f"[bold]{escape(study.name)}[/]: {plural(trials, 'trial')} on {escape(str(study.resolved['data']['name']))}"
+            f" ({study.data.train:,} images to train on, {study.data.validation:,} to validate),"
+            f" workers: {devices or 'none needed'}",
+            soft_wrap=False,
+        )
+
+    def update(self, progress: "coordinator.Progress") -> None:
+        """Updates the table, and prints a line for the end of a trial."""
+        trial = progress.record
+        if progress.kind in ("started", "adopted") and trial is not None:
+            self.running[trial.number] = (trial, list(trial.epochs))
+            if progress.kind == "adopted":
+                where = f"after epoch {len(trial.reported)}" if trial.reported else "from its start"
+                self.console.print(f"{self._name(trial.number)} resumes {where}")
+        elif progress.kind == "epoch" and progress.epoch is not None and progress.trial in self.running:
+            self.running[progress.trial][1].append(progress.epoch)
+        elif progress.kind == "retried":
+            self.console.print(f"{self._name(progress.trial)} [red]lost[/]: {escape(progress.text)}", soft_wrap=False)
+        elif progress.kind == "packed":
+            self.console.print(escape(progress.text), soft_wrap=False)
+        elif progress.kind == "ended" and trial is not None:
+            self.running.pop(trial.number, None)
+            self.counts[trial.state] += 1
+            better = trial.value is not None and (self.best is None or trial.value > (self.best.value or 0.0))
+            if better:
+                self.best = trial
+            self.console.print(self._ended(trial, better), no_wrap=True, soft_wrap=False)
+
+    def _name(self, number: int) -> str:
+        return f"trial {number:>{len(str(self.trials - 1))}}"
+
+    def _ended(self, trial: Trial, better: bool) -> Text:
+        """One row: the params that fit, or why the trial ended."""
+        done = f"{self.counts.total():>{len(str(self.trials))}}/{self.trials}"
+        epochs = f"{len(trial.reported) or len(trial.epochs)}/{trial.planned_epochs or '?'}"
+        row = Text.from_markup(
+            f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{trial.state:<8}[/]"
+            f" {digits(trial.accuracy):>6} {'[bold green]best[/]' if better else '    '}"
+            f" epoch {epochs} {seconds(trial.seconds):>7}  "
+        )
+        row.append(note(trial, self.console.width - row.cell_len))
+        row.truncate(self.console.width, overflow="ellipsis")
+        return row
+
+    def render(self) -> RenderableType:
+        """A bar over the trials, the running ones, and the best."""
+        done = self.counts.total()
+        texts = [f"{n} {state}" for state in ("complete", "pruned", "failed") if (n := self.counts[state])]
+        if self.before < done < self.trials:
+            pace = (time.monotonic() - self.began) / (done - self.before)
+            texts.append(f"about {seconds(pace * (self.trials - done))} left")
+        shown = table("trial", "epoch", "accuracy", "params", compact=True)
+        for number, (trial, epochs) in sorted(self.running.items()):
+            params = fitting(param_texts(trial.params), self.console.width - 26)  # the other columns
+            shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(params))
+        best = "no complete trial yet"
+        if self.best is not None:
+            best = f"best: trial {self.best.number} with {self.best.value:.4f}, "
+            best += fitting(param_texts(self.best.params), self.console.width - len(best))
+        line = Text(best, "green", overflow="ellipsis", no_wrap=True)
+        return Group(_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown, line)
+
+
+class RetrainView:
+    """Progress of `retrain`: jobs done, jobs running with their epochs, and notes in between."""
+
+    def __init__(self, console: Console, study: str) -> None:
+        self.console, self.study = console, study
+        self.planned: dict[str, int] = {}  # epochs by job
+        self.running: dict[str, tuple[Job, list[Epoch]]] = {}
+        self.trained = 0  # epochs, of jobs that are done
+
+    def update(self, progress: "retraining.Progress") -> None:
+        """Updates the table, and prints a line for the end of a job."""
+        job = progress.job
+        if job is None:
+            self.console.print(f"{escape(self.study)}: {escape(progress.text)}", soft_wrap=False)
+            return
+        name = f"{job.label:<24}"
+        if progress.kind == "planned":
+            self.planned[job.label] = job.epochs
+        elif progress.kind == "started":
+            self.running[job.label] = (job, [])
+        elif progress.kind == "epoch" and progress.epoch is not None:
+            epoch = progress.epoch
+            self.running[job.label][1].append(epoch)
+            if not self.console.is_terminal and epoch.seconds > LONG:
+                self.console.print(f"{name} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
+        elif progress.kind == "retried":
+            self.console.print(
+                f"{name} [red]lost[/]: {escape(progress.text)}; goes on from its last checkpoint", soft_wrap=False
+            )
+        else:
+            _, epochs = self.running.pop(job.label, (job, []))
+            self.trained += self.planned.get(job.label, 0)
+            value = "      " if progress.value is None else f"{progress.value:.4f}"
+            spent = (
+                f" {plural(job.epochs, 'epoch')} {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
+            )
+            mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]"}.get(progress.kind, "[red]failed[/]")
+            self.console.print(f"{name} {mark} {value}{spent}  {escape(progress.text)}".rstrip(), soft_wrap=False)
+
+    def render(self) -> RenderableType:
+        """A bar over the epochs of all jobs, and the running jobs."""
+        running = list(self.running.values())  # `update` may change it meanwhile: this runs in a thread of `Live`
+        if not running:
+            return ""
+        total = sum(self.planned.values())
+        done = self.trained + sum(len(epochs) for _, epochs in running)
+        shown = table("job", "epoch", "accuracy", compact=True)
+        for job, epochs in running:
+            shown.add_row(job.label, *_pace(epochs, job.epochs))
+        return Group(_bar(self.console, "epochs", min(done, total), total), shown)
+
+
+def _bar(console: Console, name: str, done: int, total: int, text: str = "") -> ProgressBar:
+    columns = (
+        TextColumn(name),
+        BarColumn(min(40, max(10, console.width - 64))),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+    )
+    bar = ProgressBar(*columns, console=console)
+    bar.add_task(text, total=total, completed=done)
+    return bar
+
+
+def _pace(epochs: Sequence[Epoch], planned: int) -> tuple[str, str]:
+    value = epochs[-1].val_accuracy if epochs else None
+    return f"{len(epochs)}/{planned}" if planned else "-", digits(value)
