@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import searchfm
-from searchfm.config import DATASETS
+from searchfm.config import DATASETS, FREE
 from searchfm.errors import ConfigError, StudyError, UserError
 from searchfm.records import StudyRecord
-from searchfm.search.study import FREE, NAME, Study, check_name, resolve
+from searchfm.search.study import NAME, Study, check_name, resolve
 from searchfm.tables import show
 
 

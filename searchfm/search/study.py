@@ -15,99 +15,30 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.trial import BaseTrial, FixedTrial
 
-from searchfm.config import Config, Shape, Transfer, image_shape
+from searchfm.config import (
+    Asha,
+    CmaEs,
+    Config,
+    Gp,
+    Grid,
+    Hyperband,
+    Median,
+    NoPruner,
+    Patient,
+    Percentile,
+    Qmc,
+    Random,
+    SearchConfig,
+    Shape,
+    Tpe,
+    Transfer,
+    image_shape,
+)
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search import space
-from searchfm.tables import Table, branch, key, read_within
+from searchfm.tables import read_within
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class Tpe(Table, tag="tpe"):
-    """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
-
-    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
-    candidates: int = key(24, "candidates to compare for each proposal", ge=1)
-
-
-class Random(Table, tag="random"):
-    """Independent random draws (Bergstra & Bengio 2012)."""
-
-
-class Grid(Table, tag="grid"):
-    """Every point of a finite space, in order: trial i is point i."""
-
-
-class CmaEs(Table, tag="cmaes"):
-    """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
-
-    startup_trials: int = key(10, "random trials before the first proposal of the strategy", ge=1)
-
-
-class Gp(Table, tag="gp"):
-    """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
-
-    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
-
-
-class Qmc(Table, tag="qmc"):
-    """A scrambled Sobol sequence (Bergstra & Bengio 2012); choices and branches are drawn at random."""
-
-
-class Median(Table, tag="median"):
-    """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
-
-    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
-    min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
-
-
-class Percentile(Table, tag="percentile"):
-    """Stops a trial outside the best `keep` percent at the same epoch."""
-
-    keep: float = key(25.0, "percentage of trials that continue", gt=0, lt=100)
-    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
-    min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
-
-
-class Hyperband(Table, tag="hyperband"):
-    """Successive halving at several rates in parallel (Li et al. 2018, arXiv 1603.06560)."""
-
-    min_epochs: int = key(1, "epochs before the first halving", ge=1)
-    reduction: int = key(3, "reduction factor: one of this many trials continues at each halving", ge=2)
-
-
-class Asha(Table, tag="asha"):
-    """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
-
-    min_epochs: int = key(1, "epochs before the first halving", ge=1)
-    reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
-
-
-class Patient(Table, tag="patient"):
-    """Stops a trial after more than `patience` consecutive epochs below its own best."""
-
-    patience: int = key(3, "consecutive epochs allowed below the best before them", ge=0)
-    min_delta: float = key(0.0, "minimum difference in accuracy that counts as below", ge=0)
-
-
-class NoPruner(Table, tag="none"):
-    """Stops no trial."""
-
-
-class SearchConfig(Table):
-    """`[search]`: the number of trials, the sampler and the pruner."""
-
-    trials: int | None = key(None, "number of trials, failed ones included; default: all of a grid, else 20", ge=1)
-    seed: int = key(0, "seed of proposals and training", ge=0)
-    sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "proposes configs", inline=True)
-    pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(Median, "prunes trials", inline=True)
-    keep: int = key(3, "number of best trials to keep the weights of", ge=0)
-    retries: int = key(2, "retries of a trial whose worker died", ge=0)
-    checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
-
-
-# Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.
-FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
 
 
 @contextmanager

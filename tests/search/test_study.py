@@ -7,10 +7,10 @@ import optuna
 import pytest
 from optuna.trial import FixedTrial, TrialState
 
-from searchfm.config import Config
+from searchfm.config import Config, SearchConfig
 from searchfm.errors import ConfigError, StudyError
 from searchfm.search import files, space
-from searchfm.search.study import SearchConfig, Study, check_name
+from searchfm.search.study import Study, check_name
 from searchfm.tables import BranchKey
 from tests import toys
 from tests.driving import TABLES, toy
