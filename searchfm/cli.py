@@ -59,6 +59,7 @@ DeviceOption = Annotated[
 ]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
+CodeOption = Annotated[bool, typer.Option("--allow-code", help="Run the model's own code, if it is [model.custom].")]
 StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
 
 
@@ -98,6 +99,9 @@ def _engine_options(
     time_: Annotated[
         str | None, typer.Option("--time", rich_help_panel=WHERE, help="SLURM: time limit of a worker.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", rich_help_panel=WHERE, help="Run the code that [model.custom] names.")
+    ] = False,
     slurm_args: Annotated[
         str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: further flags of sbatch, in one string.")
     ] = None,
@@ -117,6 +121,7 @@ def _engine_options(
         "slurm.gres": gres,
         "slurm.time": time_,
         "slurm.args": tuple(shlex.split(slurm_args or "")),
+        "allow_code": allow_code or None,
     }
     return read_options(engine, flags)
 
@@ -215,6 +220,7 @@ def tune(
     }
     where, console = Home.find(home), _console(stderr=as_json)
     opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
+    opened.check_code(options.allow_code)
     if dry_run:
         terminal.show_plan(console, opened, stored)
         return
@@ -258,7 +264,8 @@ def retrain(
 
     name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
     where = Home.find(home)
-    plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder)
+    allowed = options.allow_code
+    plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder, allowed)
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(requested=partial(stop_requested, where, name)) as stop:
         final = progress.follow(progress.RetrainView(console, name), retraining.retrain(plan, stop, engine))
@@ -273,6 +280,7 @@ def worker(
     workers_per_gpu: PerGpuOption = None,
     tls_cert: Annotated[Path | None, typer.Option(help="The listener's certificate, as PEM.")] = None,
     retry: Annotated[float, typer.Option(min=0, help="Seconds to dial while no search answers.")] = 60.0,
+    allow_code: CodeOption = False,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
@@ -289,6 +297,7 @@ def worker(
         "workers": None if workers == "auto" else _number(workers),
         "workers_per_gpu": _number(workers_per_gpu),
         "tls_cert": tls_cert and str(tls_cert),
+        "allow_code": allow_code or None,
     }
     options = _with_data(read_options("listen", flags), data_folder(data_dir))
     agent.main(address, Home.find(home).path, options, retry, _notify)
@@ -339,6 +348,7 @@ def status(
 @app.command()
 def studies(
     name: Annotated[str | None, typer.Argument(help="Built-in study file, or a path.")] = None,
+    allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the built-in study files, or show one: its question, its space, the cost of a trial."""
@@ -357,10 +367,11 @@ def studies(
         raise StudyError(f"study file {name!r} is not there; those that ship: {', '.join(files.shipped())}")
     study = files.read(path).study()
     shape, cost = image_shape(study.first.data), None
-    if shape is not None:  # of a folder of images only reading it tells
+    if shape is not None and (allow_code or not study.customs()):  # of a folder of images only reading it tells
         from searchfm.learn.models import costs  # imports torch, which nothing else here does
+        from searchfm.learn.models.custom import Code
 
-        cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1])
+        cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1], Code(allow_code))
     _output(as_json, terminal.describe_plan(study, cost), lambda: terminal.show_plan(console, study, None, cost))
 
 
@@ -496,6 +507,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE")],
     top: Annotated[int, typer.Option(min=1, help="Number of most probable classes to print.")] = 1,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV; write it to FILE.csv if that follows.")] = False,
+    allow_code: CodeOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -513,7 +525,7 @@ def predict(
     if (as_csv and as_json) or len(files) > 1:
         raise UserError(f"--csv: must be without --json, and with one file at most (came {len(files)})")
     with registry.find_model(Home.find(home), model) as (_, source):
-        predictor = export.load(source)
+        predictor = export.load(source, allow_code=allow_code)
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
@@ -535,6 +547,7 @@ def export(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write, or its folder. [default: NAME.FORMAT]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
+    allow_code: CodeOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -550,7 +563,7 @@ def export(
 
     target = export.target(kind, output)
     with registry.find_model(Home.find(home), model) as (name, source):
-        network, spec = export.load_model(source)
+        network, spec = export.load_model(source, allow_code=allow_code)
     done = export.export(network, spec, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
     _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))

@@ -5,10 +5,12 @@ The same classes read a study file (where a leaf may be a range, see `search/spa
 payload of a job, so a key has one meaning everywhere. Defaults are here and nowhere else.
 """
 
-from typing import Literal
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from searchfm.errors import ConfigError
-from searchfm.tables import Table, branch, digest, key, table
+from searchfm.tables import Table, branch, digest, free, key, show, table
 
 Shape = tuple[int, int, int]  # channels, height, width
 Pool = Literal["none", "max", "average", "max-same"]
@@ -132,10 +134,22 @@ class Residual(Model, tag="residual"):
             raise ConfigError("stages", f"= {self.stages}: halves images of {shape[1]}x{shape[2]} pixels to nothing")
 
 
+class Custom(Model, tag="custom"):
+    """A model of your own code, `factory(shape, classes, **params) -> nn.Module`. Runs only with --allow-code."""
+
+    factory: str = key("", '"package.module:function", in the folder of the command or on PYTHONPATH', fixed=True)
+    params: Mapping[str, Any] = free("arguments of the factory: values, lists of them, and ranges")
+
+    def check(self) -> None:
+        """The factory must be named as an entry point is."""
+        if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.factory):
+            raise ConfigError("factory", f'= {show(self.factory)}: must be "package.module:function"')
+
+
 class ModelConfig(Table):
     """`[model]`: the architecture."""
 
-    kind: Mlp | Cnn | Vit | Transfer | Residual = branch(Mlp, "the architecture")
+    kind: Mlp | Cnn | Vit | Transfer | Residual | Custom = branch(Mlp, "the architecture")
 
 
 class Sgd(Table, tag="sgd"):

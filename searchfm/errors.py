@@ -62,6 +62,10 @@ class ModelError(UserError):
     """A model, or its weights, that is unknown, unreachable or of another shape."""
 
 
+class CodeError(ModelError):
+    """Code of the user that may not run on this host, cannot be imported, or has changed."""
+
+
 @contextmanager
 def model_errors(problem: str) -> Iterator[None]:
     """ModelError, a line that begins with `problem`, for any error inside: libraries raise many classes for a model."""

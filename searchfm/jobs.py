@@ -37,6 +37,7 @@ class Context:
     earlier: tuple[Path, ...]  # the folders of earlier attempts, the latest first
     device: str  # "cpu", "cuda:0", "mps"
     tick: Callable[[], None]  # call it every batch: the heartbeat; raises Stopped when the job must stop
+    allow_code: bool = False  # whether the user's code may run on this host: no job can grant it
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from searchfm.engines import Engine
-from searchfm.errors import DataError, ModelError, StorageError, WorldError
+from searchfm.errors import CodeError, DataError, ModelError, StorageError, WorldError
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Result, Retried, Started
 
 STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
@@ -150,6 +150,8 @@ class WorkerPool:
                 yield event
             case Failed(kind="DataError", reason=reason):  # every other job would meet it too
                 raise DataError(reason)
+            case Failed(kind="CodeError", reason=reason):
+                raise CodeError(reason)
             case Failed(kind="StorageError", reason=reason):
                 raise StorageError(reason)
             case Failed():

@@ -251,6 +251,7 @@ class Prepared(Record):
     train: int  # images to train on
     validation: int  # images to compare trials with
     validation_classes: tuple[int, ...] = ()  # validation images of each class; empty in studies begun before 0.4
+    code: str = ""  # sha256 of the user's code that makes the models; empty without such code
 
     @property
     def largest(self) -> float | None:
@@ -436,6 +437,8 @@ class PrepareJob(Record):
     models: tuple[tuple[str, str], ...]  # (transfer model, weights)
     data_dir: str | None
     fingerprint: str | None = None  # that the data must have; None: any
+    custom: tuple[Mapping[str, Any], ...] = ()  # tables of [model.custom] to build
+    code: str | None = None  # sha256 that their code must have; None: any
 
 
 @dataclass(frozen=True)
@@ -456,6 +459,7 @@ class TrainJob(Record):
     fingerprint: str  # of the data, as `prepare` gave it
     checkpoint_seconds: float  # least time between two checkpoints
     threads: int | None = None  # of the final training on a CPU
+    code: str = ""  # as in `Prepared`
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class RetrainOptions:
     again: bool = False  # train everything again, with seeds that were never used
     promote: bool = False  # make the model the champion whatever the comparison says
     data_dir: Path | None = None
+    allow_code: bool = False  # run the user's code that makes the models
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def retrain(
             if final is not None and exists:
                 yield Progress("note", text=_why_again(final, plan))
             search = reopen(None, study, {})
+            search.check_code(options.allow_code)
             with closing(engine()) as workers:
                 pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=lock.check)
                 _, devices = prepare(search, pool, options.data_dir, study.data)
@@ -118,7 +120,8 @@ def retrain(
             _keep(study, final, save)
         if final.model is None or (options.promote and not final.model.champion):
             yield Progress("note", text="registering the model with MLflow")
-            model = publish(home, study, final, study.folder / FOLDER, promote=options.promote)
+            folder, code = study.folder / FOLDER, options.allow_code
+            model = publish(home, study, final, folder, promote=options.promote, allow_code=code)
             final = replace(final, model=model)
             _keep(study, final, save)
     return final

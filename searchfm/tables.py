@@ -1,8 +1,9 @@
 """Frozen dataclasses that read and write TOML tables. An error is one line that names the key.
 
 A subclass of `Table` is a table of a study file. Its fields are keys: a leaf (`int`, `float`, `bool`, `str`, a
-`Literal`, or a union of these, such as `int | Literal["all"]`), a list of leaves (`tuple[int, ...]`), another table, or
-a branch. A branch is a union of tables: the key `name` chooses one, and only the chosen table is read:
+`Literal`, or a union of these, such as `int | Literal["all"]`), a list of leaves (`tuple[int, ...]`), another table, a
+table of names that are not ours (`free`), or a branch. A branch is a union of tables: the key `name` chooses one, and
+only the chosen table is read:
 
     [optimizer]                     class OptimizerConfig(Table):
     name = "sgd"                        lr: float = key(1e-3, "...")
@@ -48,6 +49,11 @@ def table(cls: "type[Table]") -> Any:
     return field(default_factory=cls, metadata={"key": lambda name, _: TableKey(name, cls)})
 
 
+def free(doc: str) -> Any:
+    """A table whose keys are arguments of the user's code: numbers, truth values and texts, or lists of them."""
+    return field(default_factory=dict, metadata={"key": lambda name, _: FreeKey(name, doc)})
+
+
 def branch(default: "type[Table]", doc: str = "", *, inline: bool = False) -> Any:
     """A union of tables, of which the key `name` (or, `inline`, the table's own `name`) chooses one."""
 
@@ -74,7 +80,7 @@ class LeafKey:
 
     def check(self, value: Any) -> Any:
         """One value, converted to the key's type. Raises ConfigError with the value and the allowed values."""
-        if type(value) is int and float in self.types:
+        if type(value) is int and float in self.types and int not in self.types:
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is float and float in self.types and not math.isfinite(value):
             raise ConfigError(self.name, f"= {value}: must be a finite number")
@@ -115,6 +121,27 @@ class TableKey:
 
 
 @dataclass(frozen=True)
+class FreeKey:
+    """A key with a table of names that are not ours."""
+
+    name: str
+    doc: str
+
+    def leaf(self, name: str) -> LeafKey:
+        """The key of one name. Raises ConfigError where that cannot be an argument of a function."""
+        if not name.isidentifier():
+            raise ConfigError(name, "must be the name of an argument: letters, digits and _")
+        return LeafKey(name, "", None, (int, float, bool, str))
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The checked values by name; a list becomes a tuple. Raises ConfigError."""
+        return {name: self._value(self.leaf(name), value) for name, value in values.items()}
+
+    def _value(self, leaf: LeafKey, value: Any) -> Any:
+        return tuple(map(leaf.check, value)) if isinstance(value, list | tuple) else leaf.check(value)
+
+
+@dataclass(frozen=True)
 class BranchKey:
     """A key that chooses one of several tables by its tag."""
 
@@ -132,7 +159,7 @@ class BranchKey:
         return read_within(tag, self.options[tag].from_table, values.get(tag, {}))
 
 
-Key = LeafKey | TableKey | BranchKey
+Key = LeafKey | TableKey | FreeKey | BranchKey
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(key, table, branch))
@@ -156,6 +183,8 @@ class Table:
         for item in self.schema.values():
             if isinstance(item, LeafKey):
                 object.__setattr__(self, item.name, item.check_all(self))  # the dataclass is frozen
+            elif isinstance(item, FreeKey):
+                object.__setattr__(self, item.name, read_within(item.name, item.read, getattr(self, item.name)))
         self.check()
 
     def check(self) -> None:
@@ -172,6 +201,8 @@ class Table:
                     arguments |= {name: values[name]} if name in values else {}
                 case TableKey(table=table):
                     arguments[name] = read_within(name, table.from_table, values.get(name, {}))
+                case FreeKey():
+                    arguments[name] = values.get(name, {})
                 case BranchKey(inline=True):
                     inner = values.get(name, {})
                     arguments[name] = read_within(name, item.read, {"name": inner} if isinstance(inner, str) else inner)
@@ -189,6 +220,9 @@ class Table:
                     table |= {} if value is None else {name: list(value) if item.many else value}
                 case TableKey():
                     table[name] = value.to_table()
+                case FreeKey():
+                    plain = {key: list(entry) if isinstance(entry, tuple) else entry for key, entry in value.items()}
+                    table |= {name: plain} if plain else {}
                 case BranchKey(inline=True):
                     table[name] = {"name": value.tag, **value.to_table()}
                 case BranchKey():

@@ -161,13 +161,15 @@ def find_study(
 def prepare(
     study: Study, pool: WorkerPool, data_dir: Path | None, before: Prepared | None
 ) -> tuple[Prepared, Sequence[str]]:
-    """Fetches and reads the data and looks for pretrained weights, in a worker, before anything is written; then takes
-    all workers, and lets every other node do the same. Returns what was found of the data, and the workers' devices.
+    """Fetches and reads the data, looks for pretrained weights and tries out the user's models, in a worker, before
+    anything is written; then takes all workers, and lets every other node do the same. Returns what was found of the
+    data, and the workers' devices.
 
-    before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, UserError,
-    WorldError, KeyboardInterrupt.
+    before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, CodeError,
+    UserError, WorldError, KeyboardInterrupt.
     """
-    payload = PrepareJob(study.data, tuple(study.transfers()), str(data_dir) if data_dir else None)
+    folder, code = str(data_dir) if data_dir else None, before.code if before else None
+    payload = PrepareJob(study.data, tuple(study.transfers()), folder, custom=study.customs(), code=code)
     job = Job("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
     result = PrepareResult.from_json(pool.run_one(job), "prepare")
     if before is not None and before.fingerprint != result.data.fingerprint:
@@ -176,7 +178,8 @@ def prepare(
             "put them back, or begin another study with --name"
         )
     devices = pool.engine.expand(result.devices)
-    pool.engine.each(replace(job, payload=replace(payload, fingerprint=result.data.fingerprint).to_json()))
+    expected = replace(payload, fingerprint=result.data.fingerprint, code=result.data.code)
+    pool.engine.each(replace(job, payload=expected.to_json()))
     return result.data, devices
 
 
@@ -185,4 +188,5 @@ def train_payload(
 ) -> dict[str, Any]:
     """The payload of a training job."""
     folder = str(data_dir) if data_dir else None
-    return TrainJob(config, identity, folder, data.fingerprint, study.search.checkpoint_seconds, threads).to_json()
+    seconds = study.search.checkpoint_seconds
+    return TrainJob(config, identity, folder, data.fingerprint, seconds, threads, data.code).to_json()

@@ -82,6 +82,7 @@ class EngineOptions(Table):
     tls_cert: str | None = key(None, "PEM file: certificate of the listener.")
     tls_key: str | None = key(None, "PEM file: its key.")
     data_dir: str | None = key(None, "Folder to search for data first, on every node.")
+    allow_code: bool = key(False, "Run the code that [model.custom] names.")
     slurm: SlurmOptions = table(SlurmOptions)
     ray: RayOptions = table(RayOptions)
 

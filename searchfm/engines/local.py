@@ -180,7 +180,10 @@ class LocalEngine:
     def _start(self, device: str) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=work, args=(theirs, device, self._warm), name=f"searchfm-{device}", daemon=True
+            target=work,
+            args=(theirs, device, self._warm, self._options.allow_code),
+            name=f"searchfm-{device}",
+            daemon=True,
         )
         # A signal to the whole process group must reach neither the forkserver, with which every worker would seem
         # dead, nor a worker that is not ready for it: signals blocked here stay blocked in them. (Python starts its

@@ -357,7 +357,8 @@ def launch(options: EngineOptions, home: Path, notify: Callable[[str], None], la
 def worker_command(options: EngineOptions, home: Path, address: str) -> list[str]:
     """The arguments of a worker that dials `address`; the key stands in the home."""
     flags = {"--home": str(home), "--data-dir": options.data_dir, "--tls-cert": options.tls_cert}
-    return ["worker", address, *(text for flag, value in flags.items() if value for text in (flag, value))]
+    allowed = ["--allow-code"] if options.allow_code else []
+    return ["worker", address, *(text for flag, value in flags.items() if value for text in (flag, value)), *allowed]
 
 
 def _warn_unencrypted(options: EngineOptions, host: str, notify: Callable[[str], None]) -> None:

@@ -51,7 +51,7 @@ class Heartbeat:
             raise Stopped from None
 
 
-def work(pipe: Connection, device: str, warm: str) -> None:
+def work(pipe: Connection, device: str, warm: str, allow_code: bool = False) -> None:
     """Runs jobs until the pipe closes or the process is terminated. Runs in the worker's own process."""
     heartbeat = Heartbeat(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
@@ -71,7 +71,8 @@ def work(pipe: Connection, device: str, warm: str) -> None:
             folder = job.folder / f"attempt-{job.attempt}" if job.folder else None
             paths = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
             earlier = tuple(path for path in paths if path.is_dir())
-            pipe.send(_run(job, Context(folder, earlier, device, partial(heartbeat.tick, job)), pipe))
+            context = Context(folder, earlier, device, partial(heartbeat.tick, job), allow_code)
+            pipe.send(_run(job, context, pipe))
         except (EOFError, OSError):
             return
         gc.collect()  # what a trial held (on a GPU above all) must not weigh on the next

@@ -19,9 +19,10 @@ import safetensors.torch
 from torch import Tensor
 
 from searchfm.config import Config
-from searchfm.errors import ModelError, one_line
+from searchfm.errors import CodeError, ModelError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.learn.models import Classifier, build
+from searchfm.learn.models.custom import Code
 from searchfm.records import Epoch
 
 log = logging.getLogger("searchfm")
@@ -121,9 +122,10 @@ def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> di
     }
 
 
-def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
+def load_classifier(path: Path, *, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:
     """The classifier in a folder of `save_weights` or in a .safetensors file, on the CPU in evaluation mode, and its
-    spec, which is in the file or beside it: NAME.json, or model.json. Raises ModelError.
+    spec, which is in the file or beside it: NAME.json, or model.json. allow_code: whether the user's code that makes
+    the model may run; it must be the code that was trained. Raises ModelError, CodeError.
     """
     with refusing(path):
         file = path / WEIGHTS if path.is_dir() else path
@@ -138,7 +140,7 @@ def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
         spec: dict[str, Any] = json.loads(text)
         if "sha256" in spec and (actual := tensors_sha256(tensors)) != spec["sha256"]:
             raise ValueError(f"damaged: its weights' sha256 is {actual[:12]}..., not {str(spec['sha256'])[:12]}...")
-        return rebuild(spec, tensors), spec
+        return rebuild(spec, tensors, allow_code=allow_code), spec
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -149,10 +151,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Classifier:
+def rebuild(spec: Mapping[str, Any], tensors: Mapping[str, Tensor], *, allow_code: bool) -> Classifier:
     """A spec's classifier, on the CPU in evaluation mode. Call it within `refusing`: a bad spec raises many errors."""
     config, (channels, height, width) = Config.from_table(spec["config"]), spec["shape"]
-    net = build(config.model, (channels, height, width), len(spec["classes"]), seed=0, pretrained=False)
+    code, shape, classes = Code(allow_code, spec.get("code", "")), (channels, height, width), len(spec["classes"])
+    net = build(config.model, shape, classes, seed=0, pretrained=False, code=code)
     model = Classifier(net, tensors["mean"], tensors["std"])
     model.load_state_dict(tensors)
     return model.eval()
@@ -167,5 +170,7 @@ def refusing(where: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
+    except CodeError as error:
+        raise CodeError(f"{where}: {error}") from None
     except Exception as error:  # a foreign file or spec raises anything
         raise ModelError(f"{where}: not a model of this version: {one_line(error)}") from error

@@ -19,13 +19,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from searchfm.config import Config, DataConfig, Transfer
+from searchfm.config import Config, Custom, DataConfig, Shape, Transfer
 from searchfm.errors import DataError, ModelError, Stopped, WorldError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
 from searchfm.learn.data import Splits, load, load_full, load_test
-from searchfm.learn.models import flops, parameters
+from searchfm.learn.models import custom, flops, parameters
+from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.train import Training, evaluate
 from searchfm.records import (
@@ -52,7 +53,8 @@ Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final 
 def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Makes a study's data and pretrained weights available, before the first trial.
 
-    payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError.
+    payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
+    not run here, or differs.
     """
     job = PrepareJob.from_json(payload, "prepare")
     splits = _data(load, DataConfig.from_table(job.data), job.data_dir, context.device)
@@ -63,11 +65,23 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
         )
     images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held, _counts(splits))
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), shape, len(splits.classes))
+    code = _try_out(job, shape, len(splits.classes), context)
+    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held, _counts(splits), code)
     yield from ()  # an entry is a generator, even one without epochs
     return PrepareResult(prepared, _accelerators()).to_json()
+
+
+def _try_out(job: PrepareJob, shape: Shape, classes: int, context: Context) -> str:
+    """Builds and runs the models of the user's code. Returns the sha256 of its source; empty without such models."""
+    code = ""
+    for table in job.custom:
+        kind = Custom.from_table(table)
+        code = custom.source_sha256(kind.factory)
+        net = custom.build(kind, shape, classes, Code(context.allow_code, job.code or ""))
+        custom.try_out(net, kind, shape, classes)
+    return code
 
 
 def devices(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -125,7 +139,7 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
             raise ModelError(f"{folder / name}: cannot be read ({error.strerror})") from None
         if actual != expected:
             raise ModelError(f"{folder / name}: damaged, its sha256 is not the one it was written with")
-    model, spec = checkpoint.load_classifier(folder)
+    model, spec = checkpoint.load_classifier(folder, allow_code=context.allow_code)
     config = Config.from_table(spec["config"])
     part = load_test(config.data, device=context.device, data_dir=Path(job.data_dir) if job.data_dir else None)
     yield from ()  # an entry is a generator, even one without epochs
@@ -170,7 +184,8 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     owner = {"trial": job.identity, "config": digest(table), "data": data.fingerprint}
     folders = [context.folder, *context.earlier]
     resume = checkpoint.newest(folders, owner)
-    training = Training(config, data, device=context.device, resume=resume, tick=context.tick)
+    code = Code(context.allow_code, job.code)
+    training = Training(config, data, device=context.device, resume=resume, tick=context.tick, code=code)
     if resume is not None:
         log.info("resumed after epoch %d", len(resume.epochs))
         yield from resume.epochs
@@ -194,6 +209,7 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
         "shape": list(training.shape),
         "fingerprint": data.fingerprint,
         "versions": _versions(),
+        **({"code": job.code} if job.code else {}),
     }
     files = checkpoint.save_weights(context.folder, training.classifier, spec)
     if validation is not None:

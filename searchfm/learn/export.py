@@ -84,17 +84,18 @@ def target(kind: str | None, output: Path | None) -> Callable[[str], Path]:
     return lambda name: path / f"{name}.{kind}" if folder else path
 
 
-def load(path: Path) -> Predictor:
+def load(path: Path, *, allow_code: bool = False) -> Predictor:
     """A predictor from an .onnx or .safetensors file, or a folder with weights.safetensors and model.json.
 
-    Raises ModelError for a file that is no model, or damaged; UserError for ONNX files if ONNX is not installed.
+    allow_code: as for `load_model`; an ONNX file needs no code. Raises ModelError for a file that is no model, or
+    damaged; CodeError; UserError for ONNX files if ONNX is not installed.
     """
     if path.suffix == ".onnx" and not path.is_dir():
         runtime = _onnxruntime()
         with refusing(path):
             spec, answer = _read_onnx(path.read_bytes(), runtime)
     else:
-        model, spec = load_model(path)
+        model, spec = load_model(path, allow_code=allow_code)
         answer = _answer(served(model))
     with refusing(path):
         interface = msgspec.convert(spec, Interface)
@@ -104,10 +105,10 @@ def load(path: Path) -> Predictor:
         return Predictor(interface.classes, interface.shape, answer)
 
 
-def load_model(path: Path) -> tuple[Classifier, dict[str, Any]]:
+def load_model(path: Path, *, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:
     """As `load_classifier`, with the reason for a file of another format."""
     if path.is_dir() or path.suffix == ".safetensors" or not path.exists():
-        return load_classifier(path)
+        return load_classifier(path, allow_code=allow_code)
     if path.suffix == ".onnx":
         raise ModelError(f"{path}: an ONNX file can only predict; export the original model")
     reason = "; a .pt2 would have to be unpickled" if path.suffix == ".pt2" else ""
@@ -144,7 +145,7 @@ def export(model: Classifier, spec: Mapping[str, Any], path: Path, *, force: boo
             answer = _answer(torch.export.load(io.BytesIO(content)).module())  # our own, so it may be unpickled
         case _:
             content = safetensors.torch.save(tensors, metadata)
-            answer = _answer(served(rebuild(spec, safetensors.torch.load(content))))
+            answer = _answer(served(rebuild(spec, safetensors.torch.load(content), allow_code=True)))
     largest = difference(_answer(module), answer, interface.shape)
     if not largest <= BOUND:  # a nan is refused too
         raise ModelError(f"{path}: outputs differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")

@@ -16,6 +16,7 @@ from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
+from searchfm.learn.models.custom import NO_CODE, Code
 from searchfm.records import Epoch, Predictions
 
 # The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
@@ -28,6 +29,7 @@ class Training(Iterator[Epoch]):
 
     data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
+    code: whether the user's code may run, and which.
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
@@ -46,6 +48,7 @@ class Training(Iterator[Epoch]):
         device: torch.device | str = "cpu",
         resume: Checkpoint | None = None,
         tick: Callable[[], None] = lambda: None,
+        code: Code = NO_CODE,
     ) -> None:
         self.config, self.data, self.device = config, data, torch.device(device)
         self._tick = tick
@@ -53,7 +56,9 @@ class Training(Iterator[Epoch]):
         config.fit_images(self.shape)
         self._seed = config.train.seed or 0
         seed, classes = _derive(self._seed, "weights"), len(data.classes)
-        self.model = classifier(config.model, self.shape, classes, data.mean, data.std, seed=seed, device=self.device)
+        self.model = classifier(
+            config.model, self.shape, classes, data.mean, data.std, seed=seed, device=self.device, code=code
+        )
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
         self._optimizer = optim.optimizer(self.model, config.optimizer)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None

@@ -16,7 +16,7 @@ from typing import Any, assert_never
 from optuna.trial import BaseTrial
 
 from searchfm.errors import ConfigError
-from searchfm.tables import NAMES, BranchKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
+from searchfm.tables import NAMES, BranchKey, FreeKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
 
 MAX_POINTS = 100_000  # of a grid, and of combinations that must agree
 
@@ -70,6 +70,8 @@ class Range:
         """Reads `{ low =, high =, log =, step = }`. Raises ConfigError."""
         low, high = item.check(raw["low"]), item.check(raw["high"])
         log, step = raw.get("log", False), raw.get("step")
+        if {type(low), type(high)} == {int, float}:  # of a key that takes both
+            low, high = float(low), float(high)
         if type(low) not in (int, float) or type(high) is not type(low):
             raise error("only a number has a range; use { choice = [...] }")
         if type(log) is not bool:
@@ -165,10 +167,9 @@ def parse(cls: type[Table], values: Mapping[str, Any]) -> Tree:
                 raw = values.get(name, item.default)
                 if raw is None:
                     continue  # an optional key
-                if item.many and isinstance(raw, list | tuple):
-                    nodes[name] = tuple(_leaf(item, entry, i) for i, entry in enumerate(raw, 1))
-                else:
-                    nodes[name] = _leaf(item, raw)
+                nodes[name] = _leaves(item, raw, many=item.many)
+            case FreeKey():
+                nodes[name] = read_within(name, partial(_parse_free, item), values.get(name, {}))
             case _:
                 assert_never(item)
     per = {name: item.per for name, item in cls.schema.items() if isinstance(item, LeafKey) and item.per}
@@ -300,6 +301,18 @@ def _combinations(tree: Tree, group: Sequence[str], values: Mapping[str, Any]) -
 
 def _below(name: str, group: Sequence[str]) -> bool:
     return any(name == key or name.startswith(f"{key}.") for key in group)
+
+
+def _parse_free(item: FreeKey, values: Mapping[str, Any]) -> Tree:
+    """A table of names that are not ours: each a leaf, or a list of leaves."""
+    return Tree({name: _leaves(item.leaf(name), raw, many=True) for name, raw in values.items()}, {}, (), {})
+
+
+def _leaves(item: LeafKey, raw: Any, *, many: bool) -> Leaf | tuple[Leaf, ...]:
+    """A leaf, or where a list may stand the leaves of its entries."""
+    if many and isinstance(raw, list | tuple):
+        return tuple(_leaf(item, entry, i) for i, entry in enumerate(raw, 1))
+    return _leaf(item, raw)
 
 
 def _leaf(item: LeafKey, raw: Any, index: int | None = None) -> Leaf:

@@ -19,6 +19,7 @@ from searchfm.config import (
     Asha,
     CmaEs,
     Config,
+    Custom,
     Gp,
     Grid,
     Hyperband,
@@ -34,9 +35,9 @@ from searchfm.config import (
     Transfer,
     image_shape,
 )
-from searchfm.errors import ConfigError, StudyError
+from searchfm.errors import CodeError, ConfigError, StudyError
 from searchfm.search import space
-from searchfm.tables import read_within
+from searchfm.tables import digest, read_within, show
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -112,6 +113,19 @@ class Study:
         leaves = space.all_leaves(self.tree)
         names = [f"model.{Transfer.tag}.{key}" for key in ("model", "weights")]
         return list(itertools.product(*(leaves[name].ends for name in names))) if names[0] in leaves else []
+
+    def customs(self) -> tuple[dict[str, Any], ...]:
+        """Tables of [model.custom] with each end of each argument; none where no trial enters it."""
+        kinds = (Config.from_table(table).model.kind for table in space.edge_cases(self.tree))
+        tables = {digest(kind.to_table()): kind.to_table() for kind in kinds if isinstance(kind, Custom)}
+        return tuple(tables.values())
+
+    def check_code(self, allowed: bool) -> None:
+        """Raises CodeError if a trial runs the user's code and that is not allowed."""
+        if not allowed and (tables := self.customs()):
+            factory = show(tables[0]["factory"])
+            problem = "is code: a host runs it only with --allow-code; give that if you trust it"
+            raise CodeError(f"{self.where or self.name}: model.custom.factory = {factory}: {problem}")
 
     def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""

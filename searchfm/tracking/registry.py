@@ -42,13 +42,15 @@ _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's er
 # --- registering a final model ----------------------------------------------------------------------------------------
 
 
-def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promote: bool = False) -> RegisteredModel:
+def publish(
+    home: Home, study: StudyRecord, final: Final, folder: Path, *, promote: bool = False, allow_code: bool = False
+) -> RegisteredModel:
     """Registers a study's final model as `searchfm-STUDY`. Hold the study's lock.
 
     The alias `champion` goes to the first version, to one that was better on the same test part than the champion so
     far, and to any with `promote`. A model that is registered already (known by the hash of its weights) is not
-    registered again. folder: of the model.
-    Raises StorageError where MLflow cannot be reached, ModelError where the folder holds no model.
+    registered again. folder: of the model. allow_code: whether the user's code that makes the model may run.
+    Raises StorageError where MLflow cannot be reached, CodeError, ModelError where the folder holds no model.
     """
     name = f"searchfm-{study.name}"
     with writer(home, study.name), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
@@ -63,7 +65,7 @@ def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promo
             registered = next((each for each in versions if each.tags.get("weights") == final.weights), None)
         if registered is None:
             path = Path(temporary) / "model"
-            save(folder, path, study)
+            save(folder, path, study, allow_code=allow_code)
             with reaching(home):
                 registered = _register(client, runs.experiment, study, final, run, path)
         with reaching(home):
@@ -73,15 +75,15 @@ def publish(home: Home, study: StudyRecord, final: Final, folder: Path, *, promo
     return model
 
 
-def save(folder: Path, path: Path, study: StudyRecord) -> None:
+def save(folder: Path, path: Path, study: StudyRecord, *, allow_code: bool = False) -> None:
     """Saves the model of a folder in MLflow's format: raw images (N, C, H, W) uint8 -> probabilities (N, K) float32.
 
-    Raises ModelError where the folder holds no model.
+    Raises ModelError where the folder holds no model, CodeError.
     """
     from searchfm.learn.checkpoint import load_classifier
     from searchfm.learn.models import served
 
-    classifier, spec = load_classifier(folder)
+    classifier, spec = load_classifier(folder, allow_code=allow_code)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow and torch.export warn of their own insides
         import mlflow.pytorch

@@ -17,9 +17,12 @@ from searchfm.config import ModelConfig, Shape
 from searchfm.errors import ConfigError, ModelError
 from searchfm.learn.data import Splits
 from searchfm.learn.models import Classifier, build, classifier, flops, parameters
+from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import Pretrained, weights_file
 from searchfm.learn.train import Training
 from tests.learn.toys import config
+
+ANY_CODE = Code(allowed=True)
 
 
 def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
@@ -38,14 +41,14 @@ class Contract:
     accuracy: ClassVar[float]
 
     def net(self, seed: int = 3) -> nn.Module:
-        return build(model_config(self.name, self.settings), self.shape, 10, seed=seed)
+        return build(model_config(self.name, self.settings), self.shape, 10, seed=seed, code=ANY_CODE)
 
     def images(self) -> torch.Tensor:
         return torch.randn(4, *self.shape, generator=torch.Generator().manual_seed(0))
 
     @pytest.mark.parametrize("channels", [1, 3])
     def test_images_in_logits_out(self, channels: int) -> None:
-        net = build(model_config(self.name, self.settings), (channels, *self.shape[1:]), 7, seed=0)
+        net = build(model_config(self.name, self.settings), (channels, *self.shape[1:]), 7, seed=0, code=ANY_CODE)
         logits = net(torch.randn(5, channels, *self.shape[1:]))
         assert logits.shape == (5, 7)
         assert logits.dtype == torch.float32
@@ -83,7 +86,7 @@ class Contract:
         assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
     def test_learns_digits(self, digits: Splits) -> None:
-        *_, last = Training(config(self.name, self.learner, **self.tables), digits)
+        *_, last = Training(config(self.name, self.learner, **self.tables), digits, code=ANY_CODE)
         assert last.val_accuracy is not None
         assert last.val_accuracy >= self.accuracy
 
@@ -94,6 +97,16 @@ class SlowToLearn(Contract):
     @pytest.mark.slow
     def test_learns_digits(self, digits: Splits) -> None:
         super().test_learns_digits(digits)
+
+
+class TestCustom(Contract):
+    """A factory of the user's own."""
+
+    name = "custom"
+    settings: ClassVar[dict[str, Any]] = {"factory": "tests.learn.nets:small", "params": {"width": 8, "sizes": [3, 5]}}
+    count = (9 * 8 + 8 + 16) + (25 * 8 * 8 + 8 + 16) + (28 * 28 * 8 * 10 + 10)
+    learner: ClassVar[dict[str, Any]] = settings
+    accuracy = 0.94
 
 
 class TestMlp(Contract):

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from searchfm.config import Cnn, Config, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
-from searchfm.learn.models import cnn, mlp, residual, transfer, vit
+from searchfm.config import Cnn, Config, Custom, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
+from searchfm.learn.models import cnn, custom, mlp, residual, transfer, vit
+from searchfm.learn.models.custom import NO_CODE, Code
 from searchfm.learn.models.transfer import Pretrained
 
 
-def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int, pretrained: bool = True) -> nn.Module:
+def build(
+    config: ModelConfig, shape: Shape, classes: int, *, seed: int, pretrained: bool = True, code: Code = NO_CODE
+) -> nn.Module:
     """The net: (N, *shape) float32, normalised -> (N, classes) float32 logits, on the CPU.
 
     The weights depend on `seed` alone; torch's global generator is left as it was. Unless `pretrained`, no weights are
     read. The config's `fit_images(shape)` must hold. Raises ModelError for pretrained models and their weights,
-    ConfigError for more tuned stages than there are.
+    ConfigError for more tuned stages than there are, CodeError for the user's code that `code` does not allow.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -34,6 +37,8 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int, pretrai
                 return transfer.build(kind if pretrained else replace(kind, weights="none"), shape, classes)
             case Residual():
                 return residual.build(kind, shape, classes)
+            case Custom():
+                return custom.build(kind, shape, classes, code)
             case _:
                 assert_never(kind)
 
@@ -67,17 +72,26 @@ def served(model: Classifier) -> nn.Module:
 
 
 def classifier(
-    config: ModelConfig, shape: Shape, classes: int, mean: Tensor, std: Tensor, *, seed: int, device: torch.device
+    config: ModelConfig,
+    shape: Shape,
+    classes: int,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    seed: int,
+    device: torch.device,
+    code: Code = NO_CODE,
 ) -> Classifier:
     """A classifier on its device, in the memory layout that is fastest there.
 
     mean, std: (C,) of the data; pretrained weights have their own. Raises as `build` does.
     """
-    net = build(config, shape, classes, seed=seed)
+    net = build(config, shape, classes, seed=seed, code=code)
     if isinstance(net, Pretrained) and net.moments:
         mean, std = net.moments
     model = Classifier(net, mean.cpu(), std.cpu())
-    layout = torch.channels_last if _channels_last(net, device) else torch.preserve_format
+    own = isinstance(config.kind, Custom)  # a user's `view` may not take another layout
+    layout = torch.channels_last if not own and _channels_last(net, device) else torch.preserve_format
     return model.to(device).to(memory_format=layout)
 
 
@@ -98,11 +112,15 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
-def costs(configs: Iterable[Config], shape: Shape, classes: int) -> dict[str, tuple[float, float]]:
+def costs(
+    configs: Iterable[Config], shape: Shape, classes: int, code: Code = NO_CODE
+) -> dict[str, tuple[float, float]]:
     """Minimum and maximum cost over the configs: `parameters`, and `mflop` of one image's forward pass."""
     rows = []
     for config in configs:
-        net = build(config.model, shape, classes, seed=0, pretrained=False)  # a cost does not depend on the weights
+        net = build(
+            config.model, shape, classes, seed=0, pretrained=False, code=code
+        )  # a cost does not depend on the weights
         model = Classifier(net, torch.zeros(shape[0]), torch.ones(shape[0]))
         rows.append((parameters(model)[0], flops(model, shape) / 1e6))
     sizes, work = zip(*rows, strict=True)
