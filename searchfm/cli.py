@@ -8,12 +8,11 @@ import atexit
 import errno
 import gc
 import inspect
-import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from searchfm.engines import EngineOptions
+    from searchfm.show.schema import Part
 
 app = typer.Typer(
     name="searchfm",
@@ -208,7 +208,7 @@ def tune(
     from searchfm.pool import StopRequest
     from searchfm.search import files
     from searchfm.search.lock import stop_requested
-    from searchfm.show import progress, terminal
+    from searchfm.show import progress, schema, summary, terminal
     from searchfm.tuning import Tuning, find_study
 
     values = {
@@ -222,7 +222,7 @@ def tune(
     opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
     opened.check_code(options.allow_code)
     if dry_run:
-        terminal.show_plan(console, opened, stored)
+        _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
         return
     began, folder = time.monotonic(), data_folder(data_dir)
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
@@ -232,9 +232,9 @@ def tune(
             progress.follow(view, tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
         if as_json:
-            typer.echo(json.dumps({**terminal.describe_study(result, where), "seconds": round(elapsed, 3)}))
+            typer.echo(schema.dump(schema.describe_study(result, where, listed=True, elapsed=round(elapsed, 3))))
         exhausted, missing = tuning.coordinator.exhausted, tuning.missing
-        terminal.show_end(console, result, trials=tuning.trials, exhausted=exhausted, missing=missing, elapsed=elapsed)
+        summary.show_end(console, result, trials=tuning.trials, exhausted=exhausted, missing=missing, elapsed=elapsed)
     tuning.check_success(result)
 
 
@@ -260,7 +260,7 @@ def retrain(
     from searchfm.pool import StopRequest
     from searchfm.search.files import study_name
     from searchfm.search.lock import stop_requested
-    from searchfm.show import progress, terminal
+    from searchfm.show import progress, schema, terminal
 
     name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
     where = Home.find(home)
@@ -269,7 +269,7 @@ def retrain(
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(requested=partial(stop_requested, where, name)) as stop:
         final = progress.follow(progress.RetrainView(console, name), retraining.retrain(plan, stop, engine))
-        _output(as_json, terminal.describe_final(final), lambda: terminal.show_final(console, final))
+        _output(as_json, schema.describe_final(final), lambda: terminal.show_final(console, final))
 
 
 @app.command()
@@ -307,6 +307,7 @@ def worker(
 def stop(
     study: StudyArgument,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Stop the search or final training of a study, from another terminal or machine, as SIGTERM does.
 
@@ -315,34 +316,95 @@ def stop(
     from searchfm.search.files import study_name
     from searchfm.search.lock import request_stop
     from searchfm.search.storage import read_study
+    from searchfm.show import schema
 
     where, name = Home.find(home), study_name(study)
     read_study(where, name)
-    typer.echo(f"study {name!r}: asked {request_stop(where, name) or 'its coordinator'} to stop")
+    asked = request_stop(where, name) or "its coordinator"
+    values = schema.StopRequested(study=name, coordinator=asked)
+    _output(as_json, values, lambda: typer.echo(f"study {name!r}: asked {asked} to stop"))
 
 
 @app.command()
 def status(
     study: Annotated[str | None, typer.Argument(help="Study name. [default: all studies]")] = None,
+    every: Annotated[bool, typer.Option("--all", help="List all trials of the study, not only the best.")] = False,
+    sort: Annotated[
+        str | None, typer.Option(metavar="KEY", help="With --all: value, number, epochs, seconds, parameters or a key.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="With --all: print CSV, a column for each key.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Redraw every two seconds, until Ctrl-C.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the studies, how far they are, and their best trials."""
     _skip_garbage_collection()
     from searchfm.search.files import study_name
-    from searchfm.search.storage import read_studies, read_study
-    from searchfm.show import terminal
+    from searchfm.search.lock import holder
+    from searchfm.search.storage import read_again, read_studies, read_study
+    from searchfm.show import progress, schema, summary
 
     where, console = Home.find(home), _console()
-    records = read_studies(where) if study is None else [read_study(where, study_name(study))]
+    name = None if study is None else study_name(study)
+    _check_status(name, every, sort, as_csv, watch, as_json)
+    if watch:
+        progress.watch(console, read_again(where, name), partial(summary.overview, where, name))
+        return
+    records = read_studies(where) if name is None else [read_study(where, name)]
+    if every:
+        trials, key = summary.sort_trials(records[0].trials, sort or ("number" if as_csv else "value"))
     if as_json:
-        typer.echo(json.dumps([terminal.describe_study(record, where) for record in records]))
-    elif study is not None:
-        terminal.show_study(console, records[0])
+        listed = name is not None
+        held = ((record, holder(where, record.name)) for record in records)
+        rows = [schema.describe_study(record, where, listed=listed, coordinator=process) for record, process in held]
+        typer.echo(schema.dump(rows))
+    elif as_csv:
+        typer.echo(schema.trials_csv(records[0], trials), nl=False)
+    elif every:
+        console.print(summary.trial_table(trials, console.width, first=key))
     elif records:
-        console.print(terminal.study_table(records))
+        console.print(summary.overview(where, name, console, records), soft_wrap=False)
+        if name is not None:
+            console.print(str(records[0].folder), style="dim", markup=False)
     else:
         typer.echo(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
+
+
+def _check_status(name: str | None, every: bool, sort: str | None, as_csv: bool, watch: bool, as_json: bool) -> None:
+    """Raises UserError for flags of `status` that do not go together."""
+    for flag, given, needs in [
+        ("--all", every, name is not None and not watch),
+        ("--csv", as_csv, every and not as_json),
+        (f"--sort {sort}", sort is not None, every),
+        ("--watch", watch, not as_json),
+    ]:
+        if given and not needs:
+            reason = {"--all": "STUDY, without --watch", "--csv": "--all, without --json", "--watch": "no --json"}
+            raise UserError(f"{flag}: needs {reason.get(flag, '--all')}")
+
+
+@app.command()
+def trial(
+    study: StudyArgument,
+    number: Annotated[int, typer.Argument(min=0, metavar="NUMBER", help="A trial of the study by its number.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one trial: its end, config, learning curve, log and files, and the commands that go on from it."""
+    _skip_garbage_collection()
+    from searchfm.search.files import study_name
+    from searchfm.search.storage import read_study
+    from searchfm.show import schema, summary
+
+    record = read_study(Home.find(home), study_name(study))
+    if number >= len(record.trials):
+        may_be = f"0 to {len(record.trials) - 1}" if record.trials else "none yet"
+        raise UserError(f"study {record.name!r}: trial {number} is unknown; may be {may_be}")
+    chosen = record.trials[number]
+    if as_json:
+        typer.echo(schema.dump(schema.describe_page(record, chosen)))
+    else:
+        summary.show_trial(_console(), record, chosen)
 
 
 @app.command()
@@ -354,13 +416,16 @@ def studies(
     """List the built-in study files, or show one: its question, its space, the cost of a trial."""
     from searchfm.config import DATASETS, image_shape
     from searchfm.search import files
-    from searchfm.show import terminal
+    from searchfm.show import schema, terminal
 
     console = _console()
     if name is None:
         questions = {i: files.question((files.folder() / f"{i}.toml").read_text("utf-8")) for i in files.shipped()}
-        values = [{"study": item, "question": text} for item, text in questions.items()]
-        _output(as_json, values, lambda: console.print(terminal.pair_table("study", "question", questions)))
+        rows = [
+            schema.StudyFile(study=item, question=text, group=item.rpartition("/")[0] or None)
+            for item, text in questions.items()
+        ]
+        _output(as_json, rows, lambda: terminal.show_studies(console, questions))
         return
     path = files.find(name)
     if path is None:
@@ -372,7 +437,7 @@ def studies(
         from searchfm.learn.models.custom import Code
 
         cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1], Code(allow_code))
-    _output(as_json, terminal.describe_plan(study, cost), lambda: terminal.show_plan(console, study, None, cost))
+    _output(as_json, schema.describe_plan(study, cost=cost), lambda: terminal.show_plan(console, study, None, cost))
 
 
 @app.command()
@@ -384,14 +449,13 @@ def data(
     """List the built-in data sets, their sources and local copies, or fetch one."""
     from searchfm.config import DATASETS
     from searchfm.learn import datasets
-    from searchfm.show import terminal
+    from searchfm.show import schema, terminal
 
     where = data_folder(data_dir)
     if name is not None:
         datasets.fetch(name, where)
     rows = [datasets.describe(item, where) for item in ([name] if name else DATASETS)]
-    values = [terminal.describe_data(row) for row in rows]
-    _output(as_json, values, lambda: _console().print(terminal.data_table(rows)))
+    _output(as_json, [schema.describe_data(row) for row in rows], lambda: terminal.show_data(_console(), rows))
 
 
 @app.command()
@@ -404,6 +468,7 @@ def dashboard(
     token_file: Annotated[Path | None, typer.Option(help="File of the token. [default: SEARCHFM_UI_TOKEN]")] = None,
     only: Annotated[Literal["optuna", "mlflow"] | None, typer.Option(help="Serve one of both, as a service.")] = None,
     home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve optuna-dashboard and the MLflow UI on loopback, until Ctrl-C."""
     from searchfm.search.files import study_name
@@ -417,9 +482,11 @@ def dashboard(
     if only is not None:
         if study is not None:
             raise UserError(f"{study}: --only serves all studies; leave out the name")
-        return serve_one(where, only, access, (port, mlflow_port), partial(terminal.show_address, console))
+        return serve_one(
+            where, only, access, (port, mlflow_port), partial(terminal.show_address, console, as_json, only)
+        )
     record = read_study(where, study_name(study)) if study else None
-    return serve(where, record, access, (port, mlflow_port), partial(terminal.show_addresses, console))
+    return serve(where, record, access, (port, mlflow_port), partial(terminal.show_addresses, console, as_json))
 
 
 @app.command()
@@ -435,7 +502,7 @@ def compare(
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import compare as comparing
-    from searchfm.show import terminal
+    from searchfm.show import schema, terminal
     from searchfm.tracking import registry
 
     if picture is not None and picture.suffix not in comparing.SUFFIXES:
@@ -449,7 +516,8 @@ def compare(
         write_whole(picture, comparing.comparison_picture(lines, picture.suffix))
     tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
     written = [path for path in (html, picture) if path is not None]
-    _output(as_json, values, lambda: terminal.show_comparison(console, tables, notes, written))
+    rows = schema.describe_comparison(lines)
+    _output(as_json, rows, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
     registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
 
@@ -460,11 +528,13 @@ def report(
     output: Annotated[Path | None, typer.Option(help="File to write. [default: report.html of the study]")] = None,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a report on one page: question, result, uncertainty, search space, errors. Also logged to MLflow."""
     _skip_garbage_collection()
     from searchfm.search.files import study_name
     from searchfm.search.storage import load_study, open_storage
+    from searchfm.show import schema
     from searchfm.show.report import report_page
     from searchfm.tracking import registry
 
@@ -477,7 +547,7 @@ def report(
     except StorageError:  # the page then has what the trials know; `log_report` raises the error again
         environment = {}
     write_whole(path, report_page(record, storage, environment, data_folder(data_dir)).encode())
-    typer.echo(path)
+    _output(as_json, schema.Report(study=record.name, report=str(path)), lambda: typer.echo(path))
     registry.log_report(where, record, path)
 
 
@@ -491,13 +561,13 @@ def sync(
     """Align MLflow with Optuna: list what is missing, doubled or different, and send it with --apply."""
     from searchfm.search.files import study_name
     from searchfm.search.storage import locked_study, read_study
-    from searchfm.show import terminal
+    from searchfm.show import schema, terminal
     from searchfm.tracking import follow
 
     where, name = Home.find(home), study_name(study)
     with locked_study(where, name) if apply else nullcontext((read_study(where, name), None)) as (record, _):
         differences = follow.sync(where, record, apply=apply)
-    values = [{"trial": item.trial, "problem": str(item), "mended": apply} for item in differences]
+    values = schema.describe_differences(differences, applied=apply)
     _output(as_json, values, lambda: terminal.show_differences(_console(), record, differences, applied=apply))
 
 
@@ -518,7 +588,7 @@ def predict(
     code in a model's file is run.
     """
     from searchfm.learn import export
-    from searchfm.show import terminal
+    from searchfm.show import schema, terminal
     from searchfm.tracking import registry
 
     files = [path for path in images if as_csv and path.suffix == ".csv"]
@@ -529,11 +599,11 @@ def predict(
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
-        typer.echo(json.dumps([terminal.describe_prediction(row, top) for row in rows]))
+        typer.echo(schema.dump([schema.describe_prediction(row, top) for row in rows]))
     elif files:
-        write_whole(files[0], terminal.prediction_csv(rows, top).encode())
+        write_whole(files[0], schema.prediction_csv(rows, top).encode())
     elif as_csv:
-        typer.echo(terminal.prediction_csv(rows, top), nl=False)
+        typer.echo(schema.prediction_csv(rows, top), nl=False)
     elif not all(row.error for row in rows):
         _console().print(terminal.prediction_table(rows, top))
     export.check_any(rows)
@@ -559,6 +629,7 @@ def export(
     it. `searchfm predict` reads onnx and safetensors.
     """
     from searchfm.learn import export
+    from searchfm.show import schema
     from searchfm.tracking import registry
 
     target = export.target(kind, output)
@@ -566,7 +637,7 @@ def export(
         network, spec = export.load_model(source, allow_code=allow_code)
     done = export.export(network, spec, target(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
-    _output(as_json, {"model": model, "format": done.format, **asdict(done)}, lambda: typer.echo(text))
+    _output(as_json, schema.describe_export(model, done), lambda: typer.echo(text))
 
 
 def _notify(line: str) -> None:
@@ -586,8 +657,10 @@ def _console(*, stderr: bool = False) -> "Console":
     return console
 
 
-def _output(as_json: bool, values: Any, show: Callable[[], object]) -> None:
+def _output(as_json: bool, values: "Part | Sequence[Part]", show: Callable[[], object]) -> None:
     if as_json:
-        typer.echo(json.dumps(values, default=str))  # paths as text
+        from searchfm.show.schema import dump
+
+        typer.echo(dump(values))
     else:
         show()

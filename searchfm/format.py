@@ -1,7 +1,8 @@
 """Numbers, names and results as text, for the terminal, pages, notes and MLflow."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,17 @@ def show_params(params: Mapping[str, Any]) -> str:
 def param_texts(params: Mapping[str, Any]) -> list[str]:
     """Each param with its key's shortest ending: `lr=0.01`."""
     return [f"{name}={short(params[key])}" for key, name in short_names(params).items()]
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Sequence[float], low: float, high: float, width: int) -> str:
+    """A curve as blocks, low at the bottom; of more values than `width` the last of each part."""
+    step = max(len(values) / width, 1)
+    shown = [values[min(math.ceil((i + 1) * step), len(values)) - 1] for i in range(math.ceil(len(values) / step))]
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((min(max(value, low), high) - low) * scale)] for value in shown)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:

@@ -176,6 +176,22 @@ class Trial:
         """Epochs that its config asks for; 0 without a config."""
         return int(self.config.get("train", {}).get("epochs", 0))
 
+    def log(self, count: int) -> list[str]:
+        """The last lines of its log; while it runs, of its latest attempt's."""
+        attempts = sorted(self.folder.glob("attempt-*/log.txt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in [*attempts, self.folder / "log.txt"]:
+            try:
+                lines = path.read_text(errors="replace").splitlines()
+            except OSError:  # moved, or not there yet
+                continue
+            if lines:
+                return lines[-count:]
+        return []
+
+    def files(self) -> list[str]:
+        """The names of the files in its folder."""
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.is_dir() else []
+
 
 @dataclass(frozen=True)
 class ClassFigures(Record):

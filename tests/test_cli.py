@@ -61,7 +61,8 @@ def test_without_a_terminal_output_is_plain_lines_with_the_next_commands(begun: 
 def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
     (study,) = json.loads(searchfm("status", "--json", "--home", str(home)).stdout)
     assert study["study"] == "mlp"
-    assert set(study) == {"study", "trials", "best", "seconds", "home"}
+    assert {"schema", "study", "trials", "running", "planned", "best", "seconds", "home", "data"} <= set(study)
+    assert set(study["trials"]) == {"complete", "pruned", "failed", "total"}
     assert sum(study["trials"][state] for state in ("complete", "pruned", "failed")) == study["trials"]["total"] == 4
     assert study["best"]["value"] > 0.15, "ten classes: better than chance"
     assert "optimizer.lr" in study["best"]["params"]

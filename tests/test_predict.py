@@ -106,7 +106,7 @@ def test_fashion_mnists_own_images_are_classified_correctly(
     assert code == 0
     rows = json.loads(out)
     assert [row["image"] for row in rows] == sorted(str(path) for path in images.rglob("*.png"))
-    assert all(set(row) == {"image", "class", "probability"} for row in rows)
+    assert all(set(row) == {"schema", "image", "class", "probability"} for row in rows)
     correct = [row for row in rows if row["class"] == CLOTHES[int(Path(row["image"]).parent.name)]]
     assert len(correct) >= 70
     sure = [row for row in rows if row["probability"] > 0.95]
@@ -227,7 +227,7 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(
     rows = json.loads(out)
     assert [row["image"] for row in rows] == [str(path) for path in paths]
     assert ["error" in row for row in rows] == [False, True, True, True, True, True, False]
-    assert all(set(row) == {"image", "error"} for row in rows[1:6])
+    assert all(set(row) == {"schema", "image", "error"} for row in rows[1:6])
     assert [row["error"] for row in rows[3:5]] == [
         "floating-point pixels have no known range",
         "No such file or directory",
@@ -249,7 +249,7 @@ def test_where_nothing_can_be_read_one_line_says_so(
     refused(searchfm("predict", model, *["nix"] * 5), "nix: No such file or directory; ...")
     code, out, err = searchfm("predict", model, "nix", "--json")
     assert (code, err.count("\n")) == (2, 1)
-    assert json.loads(out) == [{"image": "nix", "error": "No such file or directory"}]
+    assert json.loads(out) == [{"schema": 2, "image": "nix", "error": "No such file or directory"}]
 
 
 def test_a_folder_stands_for_the_images_in_it(
@@ -369,7 +369,7 @@ def test_export_writes_to_the_output_option(searchfm: Callable[..., Output], mod
         code, out, err = searchfm("export", model, *arguments, "--json")
         assert (code, err) == (0, "")
         answer = json.loads(out)
-        assert list(answer) == ["model", "format", "path", "bytes", "difference"]
+        assert list(answer) == ["schema", "model", "format", "path", "bytes", "difference"]
         assert (answer["model"], answer["path"], answer["format"]) == (str(model), path, path.rpartition(".")[2])
         assert answer["bytes"] == Path(path).stat().st_size
         assert 0 <= answer["difference"] < 1e-5

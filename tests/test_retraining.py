@@ -193,7 +193,8 @@ def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
         assert not left.value.code
         outputs[arguments] = capsys.readouterr().out
     promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
-    assert json.loads(outputs[("--json",)]) == {key: json.loads(json.dumps(final.to_json()))[key] for key in promised}
+    kept = json.loads(json.dumps(final.to_json()))
+    assert json.loads(outputs[("--json",)]) == {"schema": 2, **{key: kept[key] for key in promised}}
     text = " ".join(outputs[()].split())
     test, validation = final.test, final.validation
     assert f"A further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text

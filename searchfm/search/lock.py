@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import sqlalchemy
 from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
@@ -49,10 +50,14 @@ def study_lock(home: Home, name: str, stopping: Callable[[], bool] = never) -> A
     return _file_lock(url, name) if url.get_backend_name() == "sqlite" else _postgres_lock(url, name, stopping)
 
 
+def _lock_folder(url: sqlalchemy.URL, name: str) -> Path:
+    """Beside the database, whatever home it is used from."""
+    return Path(url.database or "").absolute().parent / "studies" / name
+
+
 @contextmanager
 def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Lock]:
-    database = Path(url.database or "").absolute()
-    folder = database.parent / "studies" / name  # beside the database, whatever home it is used from
+    database, folder = Path(url.database or "").absolute(), _lock_folder(url, name)
     owner = folder / "owner"  # beside the lock: in some versions an attempt to lock empties the lock's own file
     lock = FileLock(folder / ".lock")
     try:
@@ -156,6 +161,27 @@ def _locked(name: str, holder: str) -> LockedError:
     who = holder or "another process"
     text = f"study {name!r} is held by {who}; wait for it, stop it (searchfm stop), or begin another with --name"
     return LockedError(text, holder)
+
+
+def holder(home: Home, name: str) -> str | None:
+    """The process and host that hold the lock of a study; None if none does, as far as a reader can see: it takes no
+    lock, since a search that starts meanwhile would find the study held.
+    """
+    url = database_url(home)
+    if url.get_backend_name() != "sqlite":
+        with failures(f"study {name!r}"), postgres_engine(url).connect() as connection:
+            found = advisory(connection, HOLDER, f"study/{name}")
+            return None if found is None else str(found).removeprefix("searchfm ")
+    try:
+        owner = (_lock_folder(url, name) / "owner").read_text()
+    except OSError:
+        return None
+    words = owner.split()
+    if words[-1:] == process_name().split()[-1:]:  # of this host: a process that was killed leaves the file
+        with suppress(IndexError, ValueError):
+            if not psutil.pid_exists(int(words[1])):
+                return None
+    return owner or None
 
 
 # --- stop requests ----------------------------------------------------------------------------------------------------

@@ -114,6 +114,26 @@ def read_studies(home: Home) -> list[StudyRecord]:
     return [load_study(storage, home, name) for name in study_names(storage)]
 
 
+def read_again(home: Home, name: str | None = None) -> Iterator[list[StudyRecord]]:
+    """A study, or all of a home, as they stand at each step; a trial that has ended is read once. Raises StudyError for
+    an unknown study.
+    """
+    storage: BaseStorage | None = None
+    ended: dict[str, dict[int, Trial]] = {}
+    while True:
+        try:
+            storage = storage or open_storage(home)
+        except StudyError:  # no study yet
+            if name is not None:
+                raise
+            yield []
+            continue
+        names = study_names(storage) if name is None else [name]
+        studies = [load_study(storage, home, each, ended.get(each)) for each in names]
+        ended = {study.name: {t.number: t for t in study.trials if t.state != "running"} for study in studies}
+        yield studies
+
+
 def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, Trial] | None = None) -> StudyRecord:
     """`read_study` through an open storage. ended: trials that were read after their end, which are not read again."""
     try:

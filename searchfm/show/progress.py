@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,12 +16,14 @@ from rich.text import Text
 
 from searchfm.format import param_texts, plural, seconds
 from searchfm.records import Epoch, State, StudyRecord, Trial
+from searchfm.show.summary import study_line
 from searchfm.show.terminal import STYLES, digits, fitting, note, table
 
 if TYPE_CHECKING:
     from searchfm import coordinator, retraining
     from searchfm.jobs import Job
 
+WATCH_SECONDS = 2.0  # between two looks at the studies
 LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
 
 
@@ -33,6 +37,29 @@ def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
             except StopIteration as end:
                 return end.value
             view.update(progress)
+
+
+def watch(
+    console: Console,
+    studies: Iterable[Sequence[StudyRecord]],
+    shown: Callable[[Console, Sequence[StudyRecord]], RenderableType],
+) -> None:
+    """Shows studies as they stand every two seconds, until Ctrl-C; without a terminal, a line for each change."""
+    steps, before = iter(studies), list[str]()
+    with suppress(KeyboardInterrupt):
+        if not console.is_terminal:
+            while True:
+                lines = [study_line(study) for study in next(steps)]
+                for line in lines:
+                    if line not in before:
+                        console.print(line, markup=False)
+                before = lines
+                time.sleep(WATCH_SECONDS)
+        with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+            while True:
+                at = Text(f"{datetime.now():%H:%M:%S}; every {WATCH_SECONDS:g} s until Ctrl-C", "dim")
+                live.update(Group(shown(console, next(steps)), at), refresh=True)
+                time.sleep(WATCH_SECONDS)
 
 
 class TuneView:

@@ -1,105 +1,66 @@
 """The terminal: tables and sentences."""
 
-import csv
-import io
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.format import (
-    final_sentences,
-    megaflop,
-    param_texts,
-    plural,
-    saved_epochs,
-    seconds,
-    short,
-    show_params,
-    state,
-    states,
-)
-from searchfm.home import Home
+from searchfm.format import final_sentences, megaflop, param_texts, plural, short
 from searchfm.records import Final, State, StudyRecord, Trial
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
+from searchfm.show import schema
 
 if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
     from searchfm.tracking.mirror import Difference
 
-Costs = Mapping[str, tuple[float, float]]  # minimum and maximum of a trial's `parameters` and `mflop`
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SHOWN = 20  # classes, those with the lowest recall
 
-# --- studies ----------------------------------------------------------------------------------------------------------
+# --- study files, MLflow, pages ---------------------------------------------------------------------------------------
 
 
-def study_table(studies: Iterable[StudyRecord]) -> Table:
-    """A row per study: the number of trials in each state, and the best value."""
-    shown = table("study", "trials", *STYLES, "best", "data")
-    for study in studies:
-        counts = [f"{len(study.trials)}/{study.planned}", *(str(len(study.of(state))) for state in STYLES)]
-        best = digits(study.best.value if study.best else None)
-        shown.add_row(study.name, *counts, best, str(study.resolved["data"]["name"]))
-    return shown
-
-
-def trial_table(trials: Sequence[Trial], title: str) -> Table:
-    """A row per trial, with its params."""
-    shown = table("trial", "state", "value", "epochs", "s/epoch", "parameters", "params", title=title)
-    for trial in trials:
-        shown.add_row(
-            str(trial.number),
-            Text(state(trial), STYLES[trial.state]),
-            digits(trial.value),
-            str(len(trial.epochs)),
-            f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "-",
-            f"{trial.result.parameters:,}" if trial.result else "-",
-            escape(show_params(trial.params)),
-        )
-    return shown
-
-
-def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: Costs | None = None) -> None:
+def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: schema.Costs | None = None) -> None:
     """What a study would search: its question, its data and space, and the cost of a trial."""
-    plan, data = describe_plan(study, cost), study.data
-    console.print(f"[bold]{escape(study.name)}[/]  {escape(study.question)}")
+    data, searched = study.data, {name: _leaf(leaf) for name, leaf in leaves(study.tree)}
+    console.print(f"[bold]{escape(study.name)}[/]  {escape(study.question)}", soft_wrap=False)
     console.print(
         f"data: {escape(data['name'])}, subset {data['subset']:g}, validation {data['validation']:g};"
-        f" {study.epochs} epochs; {plan['sampler']}, pruner {plan['pruner']}",
+        f" {plural(study.epochs, 'epoch')}; {study.search.sampler.tag}, pruner {study.search.pruner.tag}",
+        soft_wrap=False,
     )
-    console.print(pair_table("key", "values", plan["space"]) if plan["space"] else "nothing is searched: one config")
-    points = "infinite" if plan["points"] is None else f"{plan['points']:,}"
-    earlier = f", {len(stored.trials)} of them exist already" if stored else ""
+    console.print(pair_table("key", "values", searched) if searched else "nothing is searched: one config")
+    points = "infinite" if study.points is None else f"{len(study.points):,}"
+    earlier = f"; {len(stored.trials)} exist already" if stored else ""
     console.print(f"points: {points}; trials: {study.trials}{earlier}")
     if cost is not None:
-        parameters, mflop = _span(cost["parameters"]), _span(cost["mflop"])
-        console.print(f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)")
+        parameters, mflop = _span(cost["parameters"]), _span(tuple(flops / 1e6 for flops in cost["flops"]))
+        line = f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)"
+        console.print(line, soft_wrap=False)
 
 
-def describe_plan(study: Study, cost: Costs | None) -> dict[str, Any]:
-    """A study file as plain values: what `studies NAME --json` prints."""
-    return {
-        "study": study.name,
-        "question": study.question,
-        "data": dict(study.data),
-        "epochs": study.epochs,
-        "sampler": study.search.sampler.tag,
-        "pruner": study.search.pruner.tag,
-        "trials": study.trials,
-        "points": None if study.points is None else len(study.points),
-        "space": {name: _leaf(leaf) for name, leaf in leaves(study.tree)},
-        **(cost or {}),
-    }
+def show_studies(console: Console, questions: Mapping[str, str]) -> None:
+    """The built-in study files: their questions; those in folders by name."""
+    console.print(pair_table("study", "question", {name: text for name, text in questions.items() if "/" not in name}))
+    groups: dict[str, list[str]] = {}
+    for name in questions:
+        folder, _, file = name.rpartition("/")
+        if folder:
+            groups.setdefault(folder, []).append(file)
+    for folder, names in groups.items():
+        console.print(
+            f"\n[bold]{escape(folder)}[/]  {len(names)} more, such as searchfm tune {escape(folder)}/{names[0]}"
+        )
+        console.print(labelled("", " ".join(names)), soft_wrap=False)
 
 
 def _leaf(leaf: Choice | Range) -> str:
@@ -109,60 +70,9 @@ def _leaf(leaf: Choice | Range) -> str:
     return f"{short(leaf.low)} to {short(leaf.high)}{scale}"
 
 
-def _span(ends: tuple[float, float]) -> str:
+def _span(ends: Iterable[float]) -> str:
     low, high = (f"{end:,.0f}" if end >= 10 else f"{end:.2g}" for end in ends)
     return low if low == high else f"{low} to {high}"
-
-
-def describe_study(study: StudyRecord, home: Home) -> dict[str, Any]:
-    """A study as plain values: what `tune --json` and `status --json` print."""
-    counts: dict[str, int] = {state: len(study.of(state)) for state in ("complete", "pruned", "failed")}
-    best = study.best
-    return {
-        "study": study.name,
-        "trials": {**counts, "total": len(study.trials)},
-        "best": {"trial": best.number, "value": best.value, "params": dict(best.params)} if best else None,
-        "seconds": round(study.seconds, 3),
-        "home": str(home.path),
-    }
-
-
-def show_study(console: Console, study: StudyRecord) -> None:
-    """One study: its question, the states of its trials, the best of them, and why others failed."""
-    if study.question:
-        console.print(escape(study.question))
-    console.print(study_table([study]))
-    _best(console, study)
-    if failed := study.of("failed"):
-        reasons = "; ".join(f"trial {trial.number}: {trial.reason}" for trial in failed[:3])
-        console.print(f"[red]failed:[/] {escape(reasons)}")
-    console.print(str(study.folder), style="dim", markup=False)
-
-
-def show_end(
-    console: Console, study: StudyRecord, *, trials: int, exhausted: bool, missing: int, elapsed: float
-) -> None:
-    """The end of `tune`: the result, and the next commands. missing: trials that MLflow lacks."""
-    _best(console, study)
-    saved = saved_epochs(study)
-    note = f"; pruning saved {saved}" if saved.epochs else ""
-    console.print(f"{states(study, zeros=False) or 'no trial'} of {trials} in {seconds(elapsed)}{note}")
-    if len(study.trials) < trials and exhausted:
-        console.print("the space has no further point")
-    if missing:
-        console.print(f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
-    if study.of("running"):
-        console.print("the same command resumes the running trials")
-    console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
-    if study.best is not None:
-        console.print(f"      searchfm retrain {study.name}")
-
-
-def _best(console: Console, study: StudyRecord, count: int = 5) -> None:
-    if complete := study.ranked(twins=False)[:count]:
-        console.print(trial_table(complete, "best trials"))
-    elif pruned := sorted(study.of("pruned"), key=lambda trial: -max(trial.reported.values(), default=0))[:count]:
-        console.print(trial_table(pruned, "no complete trial; pruned"))
 
 
 def show_differences(
@@ -170,7 +80,7 @@ def show_differences(
 ) -> None:
     """The differences of `sync` between Optuna and MLflow."""
     if not differences:
-        console.print(f"{study.name}: MLflow holds all {len(study.trials)} trials as Optuna has them")
+        console.print(f"{study.name}: MLflow holds all {plural(len(study.trials), 'trial')} as Optuna has them")
         return
     shown = table("trial", "in MLflow", "")
     for item in differences:
@@ -186,20 +96,29 @@ def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[s
         console.print(part)
         console.print()
     for note in notes:
-        console.print(escape(note), style="dim")
+        console.print(escape(note), style="dim", soft_wrap=False)
     for file in files:
         console.print(str(file), markup=False)
 
 
-def show_addresses(console: Console, dashboard: str, mlflow: str) -> None:
+def show_addresses(console: Console, as_json: bool, dashboard: str, mlflow: str) -> None:
     """The addresses of the two user interfaces."""
-    console.print(f"optuna-dashboard  {_login(console, dashboard)}\nMLflow            {_login(console, mlflow)}")
+    dashboard, mlflow = _login(console, dashboard), _login(console, mlflow)
+    if as_json:
+        console.print(schema.dump(schema.Addresses(optuna=dashboard, mlflow=mlflow)), markup=False)
+        return
+    console.print(f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
     console.print("Ctrl-C stops both", style="dim")
 
 
-def show_address(console: Console, address: str) -> None:
+def show_address(console: Console, as_json: bool, only: Literal["optuna", "mlflow"], address: str) -> None:
     """The address of one user interface, which runs as a service."""
-    console.print(f"serving at {_login(console, address)}")
+    address = _login(console, address)
+    if as_json:
+        optuna, mlflow = (address if name == only else None for name in ("optuna", "mlflow"))
+        console.print(schema.dump(schema.Addresses(optuna=optuna, mlflow=mlflow)), markup=False)
+    else:
+        console.print(f"serving at {address}")
 
 
 def _login(console: Console, address: str) -> str:
@@ -214,9 +133,8 @@ def show_final(console: Console, final: Final) -> None:
     """The end of `retrain`: finalists, winner, its accuracy with the uncertainty, and the next commands."""
     if final.finalists:
         console.print(finalist_table(final))
-    indent = "\n" + 12 * " "
     for subject, sentences in final_sentences(final).items():
-        console.print(f"[bold]{subject:<12}[/]{escape(indent.join(sentences))}")
+        console.print(labelled(subject, *sentences, indent=12))
     console.print(class_table(final))
     name = final.study
     console.print(f"[dim]next[/]  searchfm predict {name} IMAGE...\n      searchfm export {name}")
@@ -250,52 +168,22 @@ def class_table(final: Final) -> Table:
     return shown
 
 
-def describe_final(final: Final) -> dict[str, Any]:
-    """What `retrain --json` prints."""
-    keys = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
-    return {key: value for key, value in final.to_json().items() if key in keys}
-
-
 # --- data sets, predictions -------------------------------------------------------------------------------------------
 
 
-def describe_data(row: "Described") -> dict[str, Any]:
-    """A data set as plain values: what `data --json` prints."""
-    values = asdict(row)
-    values["found"] = values.pop("location")
-    return values
-
-
-def data_table(rows: "Iterable[Described]") -> Table:
-    """A row per data set: its size, its location here, and its origin."""
+def show_data(console: Console, rows: "Iterable[Described]") -> None:
+    """A row per data set: its size and origin; then the paths of those that are on this machine."""
+    rows = list(rows)
     shown = table("data set", "images", "classes", "training", "test", "here", "origin")
     for row in rows:
         size = "x".join(str(side) for side in row.shape) if row.shape else "-"
         test = "carved" if row.test is None else f"{row.test:,}"
-        here = escape(str(row.location)) if row.location else "[yellow]no[/]"
-        shown.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, row.origin)
-    return shown
-
-
-def describe_prediction(row: "Prediction", top: int) -> dict[str, Any]:
-    """The prediction for an image as plain values: what `predict --json` prints."""
-    if row.error:
-        return {"image": row.image, "error": row.error}
-    ranked = [{"class": name, "probability": round(probability, 6)} for name, probability in row.top]
-    return {"image": row.image, **ranked[0], **({"top": ranked} if top > 1 else {})}
-
-
-def prediction_csv(rows: "Sequence[Prediction]", top: int) -> str:
-    """A line per image: the most probable classes, each with its probability, or the error."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    suffixes = ["", *(f"_{rank}" for rank in range(2, top + 1))]
-    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
-    writer.writerow(["image", *columns, "error"])
+        here = "[green]yes[/]" if row.location else "[yellow]no[/]"
+        shown.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, escape(row.origin))
+    console.print(shown)
     for row in rows:
-        cells = [cell for name, probability in row.top for cell in (name, f"{probability:.6f}")]
-        writer.writerow([row.image, *cells, *[""] * (2 * top - len(cells)), row.error])
-    return text.getvalue()
+        if row.location is not None and str(row.location) != row.name:
+            console.print(f"[dim]{escape(row.name)}[/]  {escape(str(row.location))}")
 
 
 def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
@@ -331,6 +219,29 @@ def table(*columns: str, title: str | None = None, compact: bool = False, numeri
         cut = compact and column != "params"
         shown.add_column(column, justify="right" if column in numeric else "left", no_wrap=cut, overflow=overflow)
     return shown
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Lines beside a label. Each is wrapped between words, without the spaces to the right that a table has."""
+
+    label: str
+    lines: Sequence[str]
+    indent: int = 8
+    style: str = "bold"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wrapped = Text("\n".join(self.lines)).wrap(console, max(options.max_width - self.indent, 20))
+        for index, line in enumerate(wrapped):
+            head = self.label if index == 0 else ""
+            line.rstrip()
+            yield Text(f"{head:<{self.indent}}", self.style, end="") if line else Text(head, end="")
+            yield Text("", end="").append_text(line).append("\n")
+
+
+def labelled(label: str, *lines: str, indent: int = 8, style: str = "bold") -> Labelled:
+    """`Labelled` with its lines as arguments."""
+    return Labelled(label, lines, indent, style)
 
 
 def fitting(parts: Sequence[str], width: int) -> str:

@@ -173,6 +173,7 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     figure, side = tmp_path / "deep" / "front.svg", tmp_path / "side.html"
     assert command(monkeypatch, *arguments, "--picture", str(figure), "--html", str(side)) == 0
     printed = json.loads(capsys.readouterr().out)
+    assert [line.pop("schema") for line in printed] == [2, 2]
     assert printed == [asdict(line) for line in compare_studies(three[:2])]
     assert all(set(KEYS) < set(line) for line in printed)
     assert figure.read_bytes().startswith(b"<svg")

@@ -17,7 +17,9 @@ from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
 from searchfm.show.progress import RetrainView, TuneView, follow
-from searchfm.show.terminal import describe_final, show_end, show_final
+from searchfm.show.schema import describe_final
+from searchfm.show.summary import show_end
+from searchfm.show.terminal import show_final
 
 
 def console(*, terminal: bool = False, width: int = 160) -> Console:
@@ -116,8 +118,8 @@ def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
     assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in text
     assert "searchfm export toy" in text
     assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
-    keys = ["study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds"]
-    assert list(describe_final(final)) == keys
+    keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds"]
+    assert list(describe_final(final).__struct_fields__) == keys
 
 
 def test_durations_and_names_are_short() -> None:

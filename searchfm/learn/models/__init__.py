@@ -112,19 +112,17 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
 
 
-def costs(
-    configs: Iterable[Config], shape: Shape, classes: int, code: Code = NO_CODE
-) -> dict[str, tuple[float, float]]:
-    """Minimum and maximum cost over the configs: `parameters`, and `mflop` of one image's forward pass."""
+def costs(configs: Iterable[Config], shape: Shape, classes: int, code: Code = NO_CODE) -> dict[str, tuple[int, int]]:
+    """Minimum and maximum cost over the configs: `parameters`, and `flops` of one image's forward pass."""
     rows = []
     for config in configs:
         net = build(
             config.model, shape, classes, seed=0, pretrained=False, code=code
         )  # a cost does not depend on the weights
         model = Classifier(net, torch.zeros(shape[0]), torch.ones(shape[0]))
-        rows.append((parameters(model)[0], flops(model, shape) / 1e6))
+        rows.append((parameters(model)[0], flops(model, shape)))
     sizes, work = zip(*rows, strict=True)
-    return {"parameters": (min(sizes), max(sizes)), "mflop": (min(work), max(work))}
+    return {"parameters": (min(sizes), max(sizes)), "flops": (min(work), max(work))}
 
 
 def flops(model: Classifier, shape: Shape) -> int:

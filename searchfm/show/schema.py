@@ -1,0 +1,556 @@
+"""What `--json` and `--csv` print: one class for each object, with the meaning and unit of each key.
+
+`.github/JSON.md` and `.github/json-schema.json` are made from these classes (`python -m tests.json_page`). A key keeps
+its name and meaning within a version of the schema; new keys may be added.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType, field
+
+from searchfm.records import Final, State, StudyRecord
+from searchfm.records import Trial as TrialRecord
+from searchfm.search import space
+from searchfm.search.study import Study as Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from searchfm.home import Home
+    from searchfm.learn.datasets import Described
+    from searchfm.learn.export import Exported as ExportedFile
+    from searchfm.learn.export import Prediction as PredictedImage
+    from searchfm.tracking.mirror import Difference
+
+SCHEMA: Literal[2] = 2
+Costs = Mapping[str, tuple[int, int]]  # minimum and maximum of a trial's `parameters` and `flops`
+Params = Annotated[Mapping[str, Any], Meta(description="what the search chose, by dotted key")]
+LOG_LINES = 20  # of a trial's log
+
+
+def about(text: str) -> Meta:
+    """The meaning of a key."""
+    return Meta(description=text)
+
+
+class Part(Struct, kw_only=True, forbid_unknown_fields=True):
+    """An object within another."""
+
+
+class Printed(Part, kw_only=True):
+    """An object that a command prints, alone or as a row of a list."""
+
+    schema: Annotated[Literal[2], about("version of these keys")] = SCHEMA
+
+
+# --- studies and trials -----------------------------------------------------------------------------------------------
+
+
+class Counts(Part, kw_only=True):
+    """How many trials a study has. Running ones are in `total` alone."""
+
+    complete: Annotated[int, about("trials that trained to their end, or are twins of such")]
+    pruned: Annotated[int, about("trials that were stopped early")]
+    failed: Annotated[int, about("trials that failed")]
+    total: Annotated[int, about("trials that there are, running ones included")]
+
+
+class Best(Part, kw_only=True):
+    """The best trial of a study."""
+
+    trial: Annotated[int, about("its number")]
+    value: Annotated[float, about("validation accuracy after the last epoch, 0 to 1")]
+    params: Params
+
+
+class Data(Part, kw_only=True):
+    """The data of a study."""
+
+    name: Annotated[str, about("a data set by name, or a folder")]
+    shape: Annotated[tuple[int, int, int], about("channels, height and width of an image, in pixels")]
+    classes: Annotated[int, about("number of classes")]
+    subset: Annotated[float, about("fraction of the training part that is searched on, 0 to 1")]
+    train: Annotated[int, about("images that each trial is trained on")]
+    validation: Annotated[int, about("images that trials are compared on")]
+    largest: Annotated[
+        float | None, about("validation accuracy of always answering the largest class, 0 to 1; null if unknown")
+    ]
+    fingerprint: Annotated[str, about("hash of the data; equal ones are the same data")]
+
+
+class Trial(Part, kw_only=True):
+    """A trial of a study."""
+
+    number: Annotated[int, about("Optuna's number")]
+    state: Annotated[State, about("how it ended, or that it runs")]
+    value: Annotated[
+        float | None,
+        about("validation accuracy after the last epoch, 0 to 1, which the study maximises; null unless complete"),
+    ]
+    accuracy: Annotated[float | None, about("validation accuracy after the latest epoch, 0 to 1, in any state")]
+    params: Params
+    epochs: Annotated[int, about("epochs that were trained")]
+    planned_epochs: Annotated[int, about("epochs of its config")]
+    seconds: Annotated[float, about("training time of all epochs, validation included, in s")]
+    seconds_per_epoch: Annotated[float, about("mean of an epoch, in s; 0 without one")]
+    parameters: Annotated[int | None, about("parameters of its model; null unless complete")]
+    flops: Annotated[int | None, about("floating-point operations of one image's forward pass; null unless complete")]
+    twin: Annotated[int | None, about("an earlier trial of the same config, whose end this one copied")]
+    reason: Annotated[str | None, about("why it failed, or what pruned it")]
+    attempts: Annotated[int, about("attempts to train it: more than one after a worker died or was stopped")]
+    started: Annotated[float | None, about("seconds since 1970")]
+    ended: Annotated[float | None, about("seconds since 1970; null while it runs")]
+    folder: Annotated[str, about("path of its files")]
+
+
+class Study(Printed, kw_only=True):
+    """A study, as it stands."""
+
+    study: Annotated[str, about("its name")]
+    question: Annotated[str, about("first comment of the study file")]
+    trials: Annotated[Counts, about("how many there are")]
+    running: Annotated[int, about("trials that run, or wait for the same command to resume them")]
+    planned: Annotated[int, about("trials that were asked for in total, such as by `--trials`")]
+    best: Annotated[Best | None, about("the complete trial with the highest value, the earliest of equal ones")]
+    seconds: Annotated[float, about("from the first trial's start to the last one's end, in s")]
+    elapsed: Annotated[float | UnsetType, about("`tune` alone: wall time of the command, in s")] = UNSET
+    home: Annotated[str, about("path of the home folder")]
+    folder: Annotated[str, about("path of the study's files")]
+    data: Annotated[Data, about("what is searched on")]
+    coordinator: Annotated[
+        str | UnsetType | None, about("`status` alone: the process and host that search or retrain it; null if none")
+    ] = UNSET
+    trial_list: Annotated[list[Trial] | UnsetType, about("`tune` and `status NAME` alone: all trials, by number")] = (
+        UNSET
+    )
+
+
+class Epoch(Part, kw_only=True):
+    """An epoch of a trial."""
+
+    index: Annotated[int, about("from 1")]
+    train_loss: Annotated[float | None, about("mean cross-entropy on augmented images, in training mode")]
+    train_accuracy: Annotated[float, about("fraction correct on augmented images, in training mode, 0 to 1")]
+    val_loss: Annotated[float | None, about("mean cross-entropy on the validation part")]
+    val_accuracy: Annotated[float | None, about("fraction correct on the validation part, 0 to 1")]
+    lr: Annotated[float, about("learning rate of the last batch")]
+    seconds: Annotated[float, about("wall time, validation included, in s")]
+    samples_per_second: Annotated[float, about("training images over the time of training alone")]
+    time: Annotated[float, about("when it ended, in seconds since 1970")]
+
+
+class TrialPage(Printed, kw_only=True):
+    """A trial with its curves and files."""
+
+    study: Annotated[str, about("name of its study")]
+    trial: Annotated[Trial, about("the trial, as in `trial_list`")]
+    config: Annotated[Mapping[str, Any], about("the whole config, as in its config.toml")]
+    curve: Annotated[list[Epoch], about("its epochs, by index")]
+    log: Annotated[list[str], about(f"the last {LOG_LINES} lines of its log")]
+    files: Annotated[list[str], about("names of the files in its folder")]
+
+
+def describe_trial(trial: TrialRecord) -> Trial:
+    """A trial in a list of trials. Reads its epochs."""
+    return Trial(
+        number=trial.number,
+        state=trial.state,
+        value=trial.value,
+        accuracy=trial.accuracy,
+        params=trial.params,
+        epochs=len(trial.epochs),
+        planned_epochs=trial.planned_epochs,
+        seconds=round(trial.seconds, 3),
+        seconds_per_epoch=round(trial.seconds_per_epoch, 4),
+        parameters=trial.result.parameters if trial.result else None,
+        flops=trial.result.flops if trial.result else None,
+        twin=trial.twin,
+        reason=trial.reason,
+        attempts=trial.attempts,
+        started=trial.started,
+        ended=trial.ended,
+        folder=str(trial.folder),
+    )
+
+
+def describe_page(study: StudyRecord, trial: TrialRecord) -> TrialPage:
+    """A trial with its curves and files."""
+    return TrialPage(
+        study=study.name,
+        trial=describe_trial(trial),
+        config=trial.config,
+        curve=[msgspec.convert(epoch, Epoch, from_attributes=True) for epoch in trial.epochs],
+        log=trial.log(LOG_LINES),
+        files=trial.files(),
+    )
+
+
+def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **more: Any) -> Study:
+    """A study; listed: with all its trials; more: keys that not every command prints."""
+    data, best = study.data, study.best
+    return Study(
+        study=study.name,
+        question=study.question,
+        trials=Counts(
+            complete=len(study.of("complete")),
+            pruned=len(study.of("pruned")),
+            failed=len(study.of("failed")),
+            total=len(study.trials),
+        ),
+        running=len(study.of("running")),
+        planned=study.planned,
+        best=Best(trial=best.number, value=best.value or 0.0, params=best.params) if best else None,
+        seconds=round(study.seconds, 3),
+        home=str(home.path),
+        folder=str(study.folder),
+        data=Data(
+            name=str(study.resolved["data"]["name"]),
+            shape=data.shape,
+            classes=len(data.classes),
+            subset=float(study.resolved["data"].get("subset", 1.0)),
+            train=data.train,
+            validation=data.validation,
+            largest=data.largest,
+            fingerprint=data.fingerprint,
+        ),
+        trial_list=[describe_trial(trial) for trial in study.trials] if listed else UNSET,
+        **more,
+    )
+
+
+def trials_csv(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
+    """A line per trial: the keys of a trial in `--json`, then a column for each key of the search space."""
+    keys = list(dict.fromkeys(key for trial in study.trials for key in trial.params))
+    columns = [name for name in Trial.__struct_fields__ if name != "params"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, *keys])
+    for trial in trials:
+        row = describe_trial(trial)
+        writer.writerow([*(getattr(row, name) for name in columns), *(trial.params.get(key) for key in keys)])
+    return text.getvalue()
+
+
+# --- study files ------------------------------------------------------------------------------------------------------
+
+
+class StudyFile(Printed, kw_only=True):
+    """A built-in study file."""
+
+    study: Annotated[str, about("its name, for `tune`")]
+    question: Annotated[str, about("its first comment")]
+    group: Annotated[str | None, about("its folder: `reports` holds those of earlier reports; null for the others")]
+
+
+class Leaf(Part, kw_only=True):
+    """Values of a key: a range has `low`, `high`, `log` and `step`, a choice has `choice`."""
+
+    low: Annotated[float | UnsetType, about("lowest value of a range")] = UNSET
+    high: Annotated[float | UnsetType, about("highest value of a range")] = UNSET
+    log: Annotated[bool | UnsetType, about("whether proposals are even on a logarithmic scale")] = UNSET
+    step: Annotated[float | UnsetType | None, about("between two values; null: any number from low to high")] = UNSET
+    choice: Annotated[list[Any] | UnsetType, about("the values of a choice")] = UNSET
+
+
+class SearchPlan(Printed, kw_only=True):
+    """What a study would search."""
+
+    study: Annotated[str, about("its name")]
+    question: Annotated[str, about("first comment of the study file")]
+    data: Annotated[Mapping[str, Any], about("the table `[data]`")]
+    epochs: Annotated[int, about("maximum epochs of a trial")]
+    sampler: Annotated[str, about("its name")]
+    pruner: Annotated[str, about("its name")]
+    trials: Annotated[int, about("trials in total")]
+    existing: Annotated[int, about("trials of a study of this name that exist already")]
+    points: Annotated[int | None, about("points of the space; null for an infinite one, or more than 100,000")]
+    space: Annotated[Mapping[str, Leaf], about("what is searched, by dotted key")]
+    parameters: Annotated[
+        tuple[int, int] | None, about("minimum and maximum of a model, over 16 configs; null if not computed")
+    ]
+    flops: Annotated[
+        tuple[int, int] | None,
+        about("minimum and maximum floating-point operations of one image's forward pass; null if not computed"),
+    ]
+
+
+def describe_plan(study: Plan, stored: StudyRecord | None = None, cost: Costs | None = None) -> SearchPlan:
+    """A study file; stored: the study of this name that exists."""
+    return SearchPlan(
+        study=study.name,
+        question=study.question,
+        data=study.data,
+        epochs=study.epochs,
+        sampler=study.search.sampler.tag,
+        pruner=study.search.pruner.tag,
+        trials=study.trials,
+        existing=len(stored.trials) if stored else 0,
+        points=None if study.points is None else len(study.points),
+        space={name: _leaf(leaf) for name, leaf in space.leaves(study.tree)},
+        parameters=cost["parameters"] if cost else None,
+        flops=cost["flops"] if cost else None,
+    )
+
+
+def _leaf(leaf: space.Leaf) -> Leaf:
+    if isinstance(leaf, space.Choice):
+        return Leaf(choice=list(leaf.options))
+    return Leaf(low=leaf.low, high=leaf.high, log=leaf.log, step=leaf.step)
+
+
+# --- the final model --------------------------------------------------------------------------------------------------
+
+
+class Finalist(Part, kw_only=True):
+    """A trial that was trained again with fresh seeds."""
+
+    trial: Annotated[int, about("its number")]
+    value: Annotated[float, about("validation accuracy in the search, 0 to 1")]
+    values: Annotated[Sequence[float], about("validation accuracy with each fresh seed, 0 to 1")]
+    mean: Annotated[float, about("of `values`")]
+    seconds: Annotated[float, about("of a training, on average, in s")]
+    seeds: Annotated[Sequence[int], about("the fresh seeds")]
+    parameters: Annotated[int, about("parameters of its model")]
+    flops: Annotated[int, about("floating-point operations of one image's forward pass")]
+
+
+class ValidationPart(Part, kw_only=True):
+    """The winner on the validation part."""
+
+    accuracy: Annotated[float, about("mean over fresh seeds, 0 to 1; without fresh seeds, of the search")]
+    low: Annotated[float | None, about("lower end of the 95% prediction interval for one further seed")]
+    high: Annotated[float | None, about("its upper end")]
+    spread: Annotated[float | None, about("standard deviation of a training over seeds")]
+    n: Annotated[int, about("images")]
+
+
+class TestPart(Part, kw_only=True):
+    """The final model on the test part."""
+
+    accuracy: Annotated[float, about("fraction correct, 0 to 1")]
+    low: Annotated[float, about("lower end of the 95% interval (Wilson) of this one model")]
+    high: Annotated[float, about("its upper end")]
+    n: Annotated[int, about("images")]
+    reads: Annotated[int, about("readings of this test part by studies of this home so far, this one included")]
+    fingerprint: Annotated[str, about("hash of the test part")]
+
+
+class Model(Part, kw_only=True):
+    """A version in MLflow's registry."""
+
+    name: Annotated[str, about("of the registered model")]
+    version: Annotated[int, about("its version")]
+    uri: Annotated[str, about("`models:/NAME/VERSION`")]
+    champion: Annotated[bool, about("whether it has the alias `champion`")]
+
+
+class Retrained(Printed, kw_only=True):
+    """The final model of a study."""
+
+    study: Annotated[str, about("its name")]
+    finalists: Annotated[Sequence[Finalist], about("trials that were trained with fresh seeds")]
+    tie: Annotated[Sequence[int], about("trials that cannot be distinguished from the best mean; empty if all can")]
+    winner: Annotated[int, about("number of the trial whose config the final model has")]
+    optimism: Annotated[float | None, about("the winner's value in the search, less its mean over fresh seeds")]
+    validation: Annotated[ValidationPart, about("the winner on the validation part")]
+    test: Annotated[TestPart, about("the final model on the test part")]
+    model: Annotated[Model | None, about("where it is registered")]
+    seconds: Annotated[float | None, about("of the whole command, when it trained, in s")]
+
+
+def describe_final(final: Final) -> Retrained:
+    """The final model of a study."""
+    return msgspec.convert(final, Retrained, from_attributes=True)
+
+
+class Compared(Printed, kw_only=True):
+    """A study in a comparison. Seconds, parameters and FLOPs are of the model with that accuracy."""
+
+    study: Annotated[str, about("its name")]
+    accuracy: Annotated[float, about("fraction correct on `split`, 0 to 1")]
+    low: Annotated[float, about("lower end of the 95% interval (Wilson) of this one model")]
+    high: Annotated[float, about("its upper end")]
+    split: Annotated[Literal["test", "validation"], about("what the accuracy was measured on")]
+    difference: Annotated[
+        float | None, about("to the best study on the same images; 0 for that one, null where none is comparable")
+    ]
+    p: Annotated[float | None, about("of McNemar's test that there is no difference, Holm-corrected")]
+    seconds_per_epoch: Annotated[float, about("in s")]
+    parameters: Annotated[int, about("parameters of the model")]
+    flops: Annotated[int, about("floating-point operations of one image's forward pass")]
+    trials: Annotated[int, about("trials of the study")]
+    training_seconds: Annotated[float, about("over all epochs, in s")]
+    epochs: Annotated[int, about("epochs of the model's training")]
+    n: Annotated[int, about("images that the accuracy was measured on")]
+    reads: Annotated[int | None, about("readings of that test part by then; null for validation")]
+    search_seconds: Annotated[float, about("training of all trials, in s")]
+    data: Annotated[str, about("name of the data set")]
+
+
+def describe_comparison(lines: Iterable[Any]) -> list[Compared]:
+    """Studies side by side; lines: of `compare`."""
+    return [msgspec.convert(line, Compared, from_attributes=True) for line in lines]
+
+
+# --- data sets, models, predictions -----------------------------------------------------------------------------------
+
+
+class DataSet(Printed, kw_only=True):
+    """A data set."""
+
+    name: Annotated[str, about("for `--dataset`")]
+    shape: Annotated[tuple[int, int, int] | None, about("channels, height and width; null for a folder")]
+    classes: Annotated[int, about("number of classes")]
+    train: Annotated[int, about("images, those for validation included")]
+    test: Annotated[int | None, about("images; null where the test part will be carved out of `train`")]
+    origin: Annotated[str, about("where it comes from")]
+    found: Annotated[str | None, about("path on this machine; null if it is not here")]
+
+
+def describe_data(row: "Described") -> DataSet:
+    """A data set."""
+    values = asdict(row)
+    where: Path | None = values.pop("location")
+    return DataSet(**values, found=None if where is None else str(where))
+
+
+class Ranked(Part, kw_only=True):
+    """A class, and how probable it is."""
+
+    name: Annotated[str, about("the class")] = field(name="class")
+    probability: Annotated[float, about("0 to 1")]
+
+
+class Prediction(Printed, kw_only=True):
+    """The prediction for an image, or why there is none."""
+
+    image: Annotated[str, about("path of the file")]
+    name: Annotated[str | UnsetType, about("the most probable class; absent with `error`")] = field(
+        name="class", default=UNSET
+    )
+    probability: Annotated[float | UnsetType, about("of that class, 0 to 1; absent with `error`")] = UNSET
+    top: Annotated[list[Ranked] | UnsetType, about("with `--top`: the most probable classes, in order")] = UNSET
+    error: Annotated[str | UnsetType, about("why the file cannot be read; absent for an image")] = UNSET
+
+
+def describe_prediction(row: "PredictedImage", top: int) -> Prediction:
+    """The prediction for an image; top: classes."""
+    if row.error:
+        return Prediction(image=row.image, error=row.error)
+    ranked = [Ranked(name=name, probability=round(probability, 6)) for name, probability in row.top]
+    first = ranked[0]
+    more: list[Ranked] | UnsetType = ranked if top > 1 else UNSET
+    return Prediction(image=row.image, name=first.name, probability=first.probability, top=more)
+
+
+def prediction_csv(rows: "Sequence[PredictedImage]", top: int) -> str:
+    """A line per image: the most probable classes, each with its probability, or the error."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    suffixes = ["", *(f"_{rank}" for rank in range(2, top + 1))]
+    columns = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
+    writer.writerow(["image", *columns, "error"])
+    for row in rows:
+        cells = [cell for name, probability in row.top for cell in (name, f"{probability:.6f}")]
+        writer.writerow([row.image, *cells, *[""] * (2 * top - len(cells)), row.error])
+    return text.getvalue()
+
+
+class Exported(Printed, kw_only=True):
+    """A model in a file of another format."""
+
+    model: Annotated[str, about("the argument MODEL")]
+    format: Annotated[str, about("onnx, pt2 or safetensors")]
+    path: Annotated[str, about("of the file")]
+    bytes: Annotated[int, about("its size")]
+    difference: Annotated[float, about("largest difference of a probability to the model's own, over random images")]
+
+
+def describe_export(model: str, done: "ExportedFile") -> Exported:
+    """A file that was written."""
+    return Exported(model=model, **{**asdict(done), "path": str(done.path)})
+
+
+# --- pages, MLflow, a running search ----------------------------------------------------------------------------------
+
+
+class Report(Printed, kw_only=True):
+    """A report that was written."""
+
+    study: Annotated[str, about("its name")]
+    report: Annotated[str, about("path of the page")]
+
+
+class Addresses(Printed, kw_only=True):
+    """Pages that are served until the command is stopped; a token is left out unless a terminal shows it."""
+
+    optuna: Annotated[str | None, about("address of optuna-dashboard; null if it is not served")]
+    mlflow: Annotated[str | None, about("address of MLflow's pages; null if they are not served")]
+
+
+class Problem(Printed, kw_only=True):
+    """Something in which MLflow differs from Optuna's record."""
+
+    trial: Annotated[int | None, about("its number; null for the study's own run")]
+    problem: Annotated[str, about("what is missing, doubled or different")]
+    mended: Annotated[bool, about("whether it was sent: with `--apply`")]
+
+
+def describe_differences(differences: "Iterable[Difference]", *, applied: bool) -> list[Problem]:
+    """What `sync` found."""
+    return [Problem(trial=item.trial, problem=str(item), mended=applied) for item in differences]
+
+
+class StopRequested(Printed, kw_only=True):
+    """A search or final training that was asked to stop."""
+
+    study: Annotated[str, about("its name")]
+    coordinator: Annotated[str, about("process and host that were asked")]
+
+
+# --- all of it --------------------------------------------------------------------------------------------------------
+
+COMMANDS: Mapping[str, Any] = {
+    "tune": Study,
+    "tune --dry-run": SearchPlan,
+    "status": list[Study],
+    "status NAME": list[Study],
+    "trial": TrialPage,
+    "retrain": Retrained,
+    "stop": StopRequested,
+    "studies": list[StudyFile],
+    "studies NAME": SearchPlan,
+    "data": list[DataSet],
+    "compare": list[Compared],
+    "report": Report,
+    "sync": list[Problem],
+    "predict": list[Prediction],
+    "export": Exported,
+    "dashboard": Addresses,
+}
+
+
+def dump(values: Part | Sequence[Part]) -> str:
+    """What a command prints."""
+    return json.dumps(msgspec.to_builtins(values))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of all commands: `properties` by command, the objects in `$defs`."""
+    properties, definitions = msgspec.json.schema_components(COMMANDS.values(), ref_template="#/$defs/{name}")
+    for kind in definitions.values():
+        if "schema" in kind["properties"]:  # it has a default, and is always printed
+            kind["required"] = ["schema", *kind["required"]]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": f"What searchfm prints with --json, schema {SCHEMA}",
+        "type": "object",
+        "properties": dict(zip(COMMANDS, properties, strict=True)),
+        "$defs": definitions,
+    }
