@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from searchfm import __version__
-from searchfm.errors import SearchfmError, StorageError, StudyError, UserError
+from searchfm.errors import SearchfmError, StorageError, UserError
 from searchfm.home import Home, data_folder, write_whole
 
 if TYPE_CHECKING:
@@ -221,7 +221,10 @@ def tune(
     where, console = Home.find(home), _console(stderr=as_json)
     opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
     opened.check_code(options.allow_code)
+    for note in opened.notes:
+        _notify(note)
     if dry_run:
+        files.check_data_name(opened.data["name"])
         _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
         return
     began, folder = time.monotonic(), data_folder(data_dir)
@@ -429,7 +432,7 @@ def studies(
         return
     path = files.find(name)
     if path is None:
-        raise StudyError(f"study file {name!r} is not there; those that ship: {', '.join(files.shipped())}")
+        raise files.not_found(name)
     study = files.read(path).study()
     shape, cost = image_shape(study.first.data), None
     if shape is not None and (allow_code or not study.customs()):  # of a folder of images only reading it tells

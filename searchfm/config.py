@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from searchfm.errors import ConfigError
+from searchfm.errors import ConfigError, near
 from searchfm.tables import Table, branch, digest, free, key, show, table
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -149,7 +149,9 @@ class Custom(Model, tag="custom"):
 class ModelConfig(Table):
     """`[model]`: the architecture."""
 
-    kind: Mlp | Cnn | Vit | Transfer | Residual | Custom = branch(Mlp, "the architecture")
+    kind: Mlp | Cnn | Vit | Transfer | Residual | Custom = branch(
+        Mlp, "the architecture", hint='a timm model is model.name = "transfer" with model.transfer.model = {}'
+    )
 
 
 class Sgd(Table, tag="sgd"):
@@ -384,6 +386,13 @@ def image_shape(data: DataConfig) -> Shape | None:
         return None
     channels, height, width = DATASETS[data.name][0]
     return (channels, data.size or height, data.size or width)
+
+
+def unknown_data(name: str) -> str:
+    """The problem of a data set that is not there, for a message that begins with its key or flag."""
+    meant = near(name, DATASETS)
+    hint = f"; did you mean {meant}?" if meant else ""
+    return f"= {show(name)}: must be one of {', '.join(DATASETS)}, or an existing folder of images (CLASS/*.png){hint}"
 
 
 def _divisors(number: int) -> str:

@@ -3,8 +3,11 @@
 Each message is one line: where, what came, what may come.
 """
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+LISTED = 12  # names that a message lists in full
 
 
 class SearchfmError(Exception):
@@ -35,11 +38,15 @@ class ConfigError(UserError):
 
     def under(self, path: str) -> "ConfigError":
         """The same error, its key prefixed with the path of an outer table."""
-        return ConfigError(f"{path}.{self.key}" if path else self.key, self.problem, self.where)
+        return type(self)(f"{path}.{self.key}" if path else self.key, self.problem, self.where)
 
     def at(self, where: str) -> "ConfigError":
         """The same error with the file or command-line option that the key came from."""
-        return ConfigError(self.key, self.problem, self.where or where)
+        return type(self)(self.key, self.problem, self.where or where)
+
+
+class UnknownKeyError(ConfigError):
+    """A key that no table of its place has."""
 
 
 class StudyError(UserError):
@@ -64,6 +71,26 @@ class ModelError(UserError):
 
 class CodeError(ModelError):
     """Code of the user that may not run on this host, cannot be imported, or has changed."""
+
+
+def near(name: str, options: Iterable[str]) -> str:
+    """The option that a mistyped name most probably means, upper and lower case alike; "" if none is close."""
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(name.lower(), by_lower, 1)
+    return by_lower[found[0]] if found else ""
+
+
+def one_of(name: str, options: Iterable[str], form: Callable[[str], str] = str, hint: str = "") -> str:
+    """What may stand in place of a wrong name: `tpe, grid, gp; did you mean tpe?`. A long list is cut.
+
+    form: how a message shows an option. hint: ends the message where no option is close; `{}` stands for the name.
+    """
+    names = list(options)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    listed = ", ".join(map(form, names[:LISTED])) + more
+    if close := near(name, names):
+        return f"{listed}; did you mean {form(close)}?"
+    return f"{listed}; {hint.replace('{}', form(name))}" if hint and name else listed
 
 
 @contextmanager

@@ -70,6 +70,11 @@ class Home:
         """The folder of a study, whose name was checked."""
         return self.path / "studies" / name
 
+    def studies(self) -> list[str]:
+        """The names of the studies that have a folder, sorted."""
+        folder = self.path / "studies"
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
     def trial(self, name: str, number: int) -> Path:
         """The folder of a trial."""
         return self.study(name) / f"{number:04d}"

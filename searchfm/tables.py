@@ -19,11 +19,11 @@ import json
 import math
 import operator
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeVar, cast, dataclass_transform
 
-from searchfm.errors import ConfigError
+from searchfm.errors import ConfigError, UnknownKeyError, one_of
 
 T = TypeVar("T")
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -54,12 +54,15 @@ def free(doc: str) -> Any:
     return field(default_factory=dict, metadata={"key": lambda name, _: FreeKey(name, doc)})
 
 
-def branch(default: "type[Table]", doc: str = "", *, inline: bool = False) -> Any:
-    """A union of tables, of which the key `name` (or, `inline`, the table's own `name`) chooses one."""
+def branch(default: "type[Table]", doc: str = "", *, inline: bool = False, hint: str = "") -> Any:
+    """A union of tables, of which the key `name` (or, `inline`, the table's own `name`) chooses one.
 
-    def make(name: str, hint: Any) -> BranchKey:
-        options = {option.tag: option for option in _parts(hint)}
-        chooser = LeafKey("name", doc, default.tag, tuple(options))
+    hint: ends the message about another name, which stands for `{}` in it.
+    """
+
+    def make(name: str, union: Any) -> BranchKey:
+        options = {option.tag: option for option in _parts(union)}
+        chooser = LeafKey("name", doc, default.tag, tuple(options), hint=hint)
         return BranchKey(name if inline else "name", name, chooser, options, inline)
 
     return field(default_factory=default, metadata={"key": make})
@@ -77,16 +80,26 @@ class LeafKey:
     per: str | None = None
     bounds: Mapping[str, float] = field(default_factory=dict)
     fixed: bool = False
+    hint: str = ""  # see `branch`
 
     def check(self, value: Any) -> Any:
-        """One value, converted to the key's type. Raises ConfigError with the value and the allowed values."""
+        """One value, converted to the key's type: 1 of a float is 1.0, "AdamW" of the texts is "adamw". Raises
+        ConfigError with the value and the allowed values.
+        """
         if type(value) is int and float in self.types and int not in self.types:
             value = float(value) if abs(value) < 2**1023 else math.inf
         if type(value) is float and float in self.types and not math.isfinite(value):
             raise ConfigError(self.name, f"= {value}: must be a finite number")
+        if isinstance(value, str) and str not in self.types:
+            value = value.lower() if value.lower() in self.texts else value
         if not self._allows(value):
-            raise ConfigError(self.name, f"= {show(value)}: must be {self._expected()}")
+            raise ConfigError(self.name, f"= {show(value)}: must be {self._expected(value)}")
         return value
+
+    @property
+    def texts(self) -> list[str]:
+        """The values of a Literal."""
+        return [item for item in self.types if isinstance(item, str)]
 
     def check_all(self, owner: "Table") -> Any:
         """The checked value of this key in a table; a list has as many entries as `per` says."""
@@ -105,11 +118,11 @@ class LeafKey:
             return all(getattr(operator, name)(value, bound) for name, bound in self.bounds.items())
         return value in self.types
 
-    def _expected(self) -> str:
+    def _expected(self, value: Any) -> str:
         bounds = " and ".join(f"{SIGNS[name]} {bound:g}" for name, bound in self.bounds.items())
         kinds = [f"{NAMES[kind]} {bounds}".rstrip() for kind in self.types if kind in NAMES]
-        literals = [show(literal) for literal in self.types if literal not in NAMES]
-        return " or ".join([*kinds, "one of " * (len(literals) > 1) + ", ".join(literals)] if literals else kinds)
+        texts = one_of(value if isinstance(value, str) else "", self.texts, show, self.hint)
+        return " or ".join([*kinds, "one of " * (len(self.texts) > 1) + texts] if texts else kinds)
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,24 @@ class Table:
         return table
 
 
+def walk(cls: type[Table], prefix: str = "") -> Iterator[tuple[str, type[Table], LeafKey]]:
+    """(dotted key, its table, the key) of every leaf, in every option of every branch. Two options of an inline branch
+    may have the same dotted key.
+    """
+    for name, item in cls.schema.items():
+        match item:
+            case LeafKey():
+                yield prefix + name, cls, item
+            case TableKey(table=table):
+                yield from walk(table, f"{prefix}{name}.")
+            case FreeKey(doc=doc):
+                yield f"{prefix}{name}.NAME", cls, replace(item.leaf("NAME"), doc=doc)
+            case BranchKey(chooser=chooser, inline=inline):
+                yield f"{prefix}{name}{'.name' * inline}", cls, chooser
+                for tag, option in item.options.items():
+                    yield from walk(option, f"{prefix}{name if inline else tag}.")
+
+
 def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:
     """Raises ConfigError for the first unknown key, with the allowed keys."""
     allowed = list(cls.schema)
@@ -238,7 +269,7 @@ def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:
             allowed += [tag for tag, option in item.options.items() if option.schema]
     for name in values:
         if name not in allowed:
-            raise ConfigError(name, f"is unknown here; may be one of: {', '.join(allowed) or 'nothing'}")
+            raise UnknownKeyError(name, f"is unknown here; may be one of: {one_of(name, allowed) or 'nothing'}")
 
 
 def read_within(name: str, read: Callable[[Mapping[str, Any]], T], values: Any) -> T:

@@ -154,7 +154,7 @@ def find_study(
     if stored is not None:
         return files.reopen(file, stored, overrides), stored, file.study(name=chosen).resolved if file else stored.file
     if file is None:
-        raise StudyError(f"study {chosen!r}: no such study file, and no study of that name in {home.path}")
+        raise files.not_found(chosen, home)
     return file.study(overrides, name=chosen), None, file.study(name=chosen).resolved
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, assert_never, get_args
 
 from searchfm.engines import Engine, EngineName, EngineOptions
-from searchfm.errors import ConfigError, UserError
+from searchfm.errors import ConfigError, UserError, one_of
 from searchfm.tables import read_within
 
 NAMES = get_args(EngineName)
@@ -56,7 +56,7 @@ def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
             reason = "has no table [engine]" if isinstance(error, KeyError) else getattr(error, "strerror", 0) or error
             raise UserError(f"--engine {engine}: {reason}") from None
     elif engine not in NAMES:
-        raise UserError(f"--engine {engine}: must be {', '.join(NAMES)}, or a TOML file with a table [engine]")
+        raise UserError(f"--engine {engine}: must be {one_of(engine, NAMES, hint='or a TOML file with [engine]')}")
     for name, value in flags.items():
         if isinstance(values, dict) and value not in (None, ()):
             *parents, last = name.split(".")

@@ -35,7 +35,7 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from searchfm.config import DATASETS, DataConfig, Shape
+from searchfm.config import DATASETS, DataConfig, Shape, unknown_data
 from searchfm.errors import DataError, StorageError
 from searchfm.home import data_folder, write_whole
 from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, listing, read_folder, resized
@@ -200,9 +200,7 @@ def folder_of(name: str) -> Path | None:
         path = Path(name).expanduser()
         if name and path.is_dir():
             return path.resolve()
-    raise DataError(
-        f"data.name = {show(name)}: must be one of {', '.join(DATASETS)}, or an existing folder of images (CLASS/*.png)"
-    )
+    raise DataError(f"data.name {unknown_data(name)}")
 
 
 def read_named(name: str, part: PartName, size: int = 0, data_dir: Path | None = None) -> Arrays:

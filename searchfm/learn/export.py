@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from searchfm.config import Shape
-from searchfm.errors import DataError, ModelError, UserError, model_errors
+from searchfm.errors import DataError, ModelError, UserError, model_errors, one_of
 from searchfm.home import write_whole
 from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
 from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
@@ -78,7 +78,7 @@ def target(kind: str | None, output: Path | None) -> Callable[[str], Path]:
     folder = path.is_dir()
     kind = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
     if kind not in FORMATS:
-        raise UserError(f"format {kind!r}: must be one of {', '.join(FORMATS)}")
+        raise UserError(f"format {kind!r}: must be one of {one_of(kind, FORMATS)}")
     if not folder and path.suffix != f".{kind}":
         raise UserError(f"--output {path}: must be a folder, or end in .{kind}")
     return lambda name: path / f"{name}.{kind}" if folder else path

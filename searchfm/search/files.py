@@ -2,17 +2,21 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import searchfm
-from searchfm.config import DATASETS, FREE
-from searchfm.errors import ConfigError, StudyError, UserError
+from searchfm.config import DATASETS, FREE, unknown_data
+from searchfm.errors import ConfigError, StudyError, UserError, near
+from searchfm.home import Home
 from searchfm.records import StudyRecord
 from searchfm.search.study import NAME, Study, check_name, resolve
 from searchfm.tables import show
+
+# Names of timm models that are taken for studies; timm itself takes seconds to import.
+TIMM = re.compile(r"(resne|wide_res|densenet|efficientnet|mobilenet|regnet|convnext|vit_|deit|swin|beit|vgg)\w*\d")
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,33 @@ class StudyFile:
     name: str
     question: str
     table: Mapping[str, Any]
+    text: str = ""
 
     def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
-        """The study of this file with overrides by dotted key. Raises ConfigError."""
+        """The study of this file with overrides by dotted key. Its `notes` name tables that no trial enters. Raises
+        ConfigError, with the line.
+        """
         overrides = overrides or {}
         table = apply_overrides(self.table, overrides)
         try:
             study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
+            check_data_name(study.data["name"], elsewhere=True)
         except ConfigError as error:
-            overridden = any(f"{dotted}.".startswith(f"{error.key}.") for dotted in overrides)
-            raise ConfigError(error.key, error.problem, "command line") if overridden else error from None
+            raise self._located(error, overrides) from None
         _refuse_unused(study.resolved, overrides)
+        if unused := list(_unused(self.table, study.resolved)):
+            names = " and ".join(f"[{dotted}]" for dotted in unused)
+            study.notes.append(f"{self.path.name}: no trial enters {names}")
         return study
+
+    def _located(self, error: ConfigError, overrides: Mapping[str, Any]) -> ConfigError:
+        """The error with its place: the command line, or a line of the file."""
+        if any(_below(dotted, error.key) or _below(error.key, dotted) for dotted in overrides):
+            where = "command line"
+        else:
+            line = _line(self.text, error.key)
+            where = f"{self.path.name}:{line}" if line else self.path.name
+        return ConfigError(error.key, error.problem, where)
 
 
 def find(name: str) -> Path | None:
@@ -53,9 +72,23 @@ def folder() -> Path:
 
 
 def shipped() -> list[str]:
-    """The names of the built-in study files, as `find` accepts them."""
+    """The names of the built-in study files, as `find` accepts them; those in folders last."""
     root = folder()
-    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+    names = [path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml")]
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def not_found(name: str, home: Home | None = None) -> StudyError:
+    """The error for a name that is no study file and, where a home is given, no study of it."""
+    built_in = shipped()
+    if TIMM.match(name):
+        hint = f"for a timm model: searchfm tune resnet --set model.transfer.model={name}"
+    elif meant := near(name, [*(home.studies() if home else ()), *built_in]):
+        hint = f"did you mean {meant}?"
+    else:
+        hint = f"built-in are {', '.join(each for each in built_in if '/' not in each)}"
+    where = f", and no study of that name in {home.path}" if home else ""
+    return StudyError(f"study {name!r}: no such study file{where}; {hint}")
 
 
 def read(path: Path) -> StudyFile:
@@ -68,12 +101,14 @@ def read(path: Path) -> StudyFile:
     except UnicodeDecodeError:
         raise StudyError(f"{path}: is not UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
-        raise StudyError(f"{path}: is not TOML: {error}") from None
+        span = re.search(r"=\s*([\d.e-]*\d)\s*(?:\.\.+|to)\s*([\d.e-]+)", text)
+        hint = f"; did you mean {{ low = {span[1]}, high = {span[2]} }}?" if span else ""
+        raise StudyError(f"{path}: is not TOML: {error}{hint}") from None
     name = table.pop("name", path.stem)
     if not isinstance(name, str):
         raise ConfigError("name", f"= {show(name)}: must be a text", path.name)
     try:
-        return StudyFile(path, check_name(name), question(text), table)
+        return StudyFile(path, check_name(name), question(text), table, text)
     except StudyError as error:
         raise StudyError(f"{path.name}: {error}") from None
 
@@ -146,10 +181,49 @@ def apply_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> M
         table = _with(table, dotted.split("."), value, dotted)
     for dotted in ("data.name", "model.transfer.weights"):
         value = get(table, dotted)
-        if isinstance(value, str) and value not in (*DATASETS, "hub", "none") and _exists(Path(value)):
-            # Absolute, so that the study can be resumed from another folder.
-            table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
+        names = DATASETS if dotted == "data.name" else ("hub", "none")
+        if isinstance(value, str) and value not in names:
+            if _exists(Path(value)):
+                # Absolute, so that the study can be resumed from another folder.
+                table = _with(table, dotted.split("."), str(Path(value).expanduser().absolute()), dotted)
+            elif value.lower() in names:
+                table = _with(table, dotted.split("."), value.lower(), dotted)
     return table
+
+
+def check_data_name(name: str, *, elsewhere: bool = False) -> None:
+    """Raises ConfigError unless a data set or a file has the name. elsewhere: absolute paths may be another node's."""
+    if name not in DATASETS and not (elsewhere and Path(name).is_absolute()) and not _exists(Path(name)):
+        raise ConfigError("data.name", unknown_data(name))
+
+
+def _line(text: str, dotted: str) -> int:
+    """The line of a study file that sets a dotted key, or else begins a table around it; 0 if there is none."""
+    table, longest, found = "", 0, 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+\s*([\w.-]+)\s*\]", line):
+            table = written = header[1]
+        elif pair := re.match(r"\s*([\w.-]+)\s*=", line):
+            written = f"{table}.{pair[1]}".lstrip(".")
+        else:
+            continue
+        if _below(dotted, written) and len(written) > longest:
+            longest, found = len(written), number
+    return found
+
+
+def _below(dotted: str, table: str) -> bool:
+    return f"{dotted}.".startswith(f"{table}.")
+
+
+def _unused(table: Mapping[str, Any], resolved: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a file's outermost tables that no trial enters."""
+    for name, value in table.items():
+        inner = resolved.get(name)
+        if isinstance(value, Mapping) and value and inner is None:
+            yield prefix + name
+        elif isinstance(value, Mapping) and isinstance(inner, Mapping):
+            yield from _unused(value, inner, f"{prefix}{name}.")
 
 
 def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:

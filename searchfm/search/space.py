@@ -5,8 +5,11 @@ the replay of a trial all use it, so that they cannot disagree about the space. 
 keys (`model.vit.layers`), entries of a list by their index from 1 (`model.cnn.filters.2`).
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
@@ -322,7 +325,10 @@ def _leaf(item: LeafKey, raw: Any, index: int | None = None) -> Leaf:
         return ConfigError(item.name if index is None else f"{item.name}.{index}", f"= {show(raw)}: {problem}")
 
     if not isinstance(raw, Mapping):
-        return Choice((item.check(raw),))
+        try:
+            return Choice((item.check(raw),))
+        except ConfigError as problem:
+            raise ConfigError(problem.key, problem.problem + _meant(item, raw)) from None
     if item.fixed:
         raise error("takes a value here, not a range")
     leaf: Leaf
@@ -331,5 +337,25 @@ def _leaf(item: LeafKey, raw: Any, index: int | None = None) -> Leaf:
     elif {"low", "high"} <= set(raw) <= {"low", "high", "log", "step"}:
         leaf = Range.read(item, raw, error)
     else:
-        raise error("must be a value, { choice = [...] } or { low = ..., high = ... } with log or step")
+        raise error(
+            "must be a value, { choice = [...] } or { low = ..., high = ... } with log or step" + _meant(item, raw)
+        )
     return leaf if leaf.ends[0] != leaf.ends[-1] else Choice(leaf.ends[:1])
+
+
+def _meant(item: LeafKey, raw: Any) -> str:
+    """What a wrong leaf probably means, as the end of a message: a range or choice in the words of others."""
+    meant: dict[str, Any]
+    if isinstance(raw, Mapping):
+        words = {"min": "low", "max": "high", "from": "low", "to": "high", "values": "choice", "choices": "choice"}
+        meant = {words.get(str(name), str(name)): value for name, value in raw.items()}
+    elif isinstance(raw, str) and (ends := re.fullmatch(r"(-?[\d.e-]*\d)(?:\.\.+|:| to )(-?[\d.e-]+)", raw)):
+        low, high = sorted(json.loads(end) for end in ends.groups())
+        meant = {"low": low, "high": high} | ({"log": True} if float in item.types and 0 < 10 * low <= high else {})
+    else:
+        meant = {"choice": raw}
+    with suppress(ConfigError, ValueError):
+        if meant != raw:
+            _leaf(item, meant)
+            return f"; did you mean {show(meant)}?"
+    return ""

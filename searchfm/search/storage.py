@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from searchfm.errors import StorageError, StudyError, UserError
+from searchfm.errors import StorageError, StudyError, UserError, one_of
 from searchfm.home import STORAGE, Home, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
@@ -142,7 +142,7 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
     except KeyError:
         attrs = {}
     if STUDY not in attrs:
-        names = ", ".join(study_names(storage))
+        names = one_of(name, study_names(storage))
         raise StudyError(f"study {name!r} is not in {home.path}; there {'are ' + names if names else 'is none yet'}")
     header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
     final = attrs.get(FINAL)

@@ -35,11 +35,19 @@ from searchfm.config import (
     Transfer,
     image_shape,
 )
-from searchfm.errors import CodeError, ConfigError, StudyError
+from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
 from searchfm.search import space
-from searchfm.tables import digest, read_within, show
+from searchfm.tables import digest, read_within, show, walk
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What other libraries call our keys.
+WORDS = {
+    **dict.fromkeys(("learning_rate", "learningrate", "eta"), "lr"),
+    **dict.fromkeys(("wd", "decay", "l2"), "weight_decay"),
+    **dict.fromkeys(("batch", "bs", "batchsize"), "batch_size"),
+    **dict.fromkeys(("n_epochs", "num_epochs", "max_epochs"), "epochs"),
+    **dict.fromkeys(("n_trials", "num_trials", "max_trials"), "trials"),
+}
 
 
 @contextmanager
@@ -51,12 +59,26 @@ def _experimental() -> Iterator[None]:
 
 def parse(table: Mapping[str, Any]) -> tuple[SearchConfig, space.Tree]:
     """Reads the table of a study. Checks each key, but no combination of keys. Raises ConfigError."""
-    tables = ["search", *Config.schema]
-    for name in table:
-        if name not in tables:
-            raise ConfigError(name, f"is unknown here; may be one of: name, {', '.join(tables)}")
-    search = read_within("search", SearchConfig.from_table, table.get("search", {}))
-    return search, space.parse(Config, {name: table[name] for name in table if name != "search"})
+    tables = ["name", "search", *Config.schema]
+    try:
+        for name in table:
+            if name not in tables:
+                raise UnknownKeyError(name, f"is unknown here; may be one of: {one_of(name, tables)}")
+        search = read_within("search", SearchConfig.from_table, table.get("search", {}))
+        return search, space.parse(Config, {name: table[name] for name in table if name != "search"})
+    except UnknownKeyError as error:
+        raise _elsewhere(error) from None
+
+
+def _elsewhere(error: UnknownKeyError) -> UnknownKeyError:
+    """The error with the places that have a key of this name; the same error if they are none, or many."""
+    name = error.key.rpartition(".")[2].lower()
+    name = WORDS.get(name, name)
+    dotted = [dotted for dotted, _, _ in [*walk(SearchConfig, "search."), *walk(Config)]]
+    found = [each for each in dict.fromkeys(dotted) if each.endswith(f".{name}") and each != f"{error.key}.name"]
+    if "did you mean" in error.problem or not 0 < len(found) <= 3:
+        return error
+    return UnknownKeyError(error.key, f"{error.problem}; did you mean {' or '.join(found)}?")
 
 
 def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -73,6 +95,7 @@ class Study:
 
     def __init__(self, name: str, table: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
         self.name, self.question, self.where = name, question, where
+        self.notes: list[str] = []  # lines for the user: what has no effect, or was left out
         try:
             self.search, self.tree = parse(table)
             self.first = Config.from_table(next(space.edge_cases(self.tree)))

@@ -8,7 +8,7 @@ import pytest
 from searchfm.errors import ConfigError, StudyError
 from searchfm.records import StudyRecord
 from searchfm.search import files
-from searchfm.search.files import StudyFile, changed, find, get, parse_override, question, read, reopen, shipped
+from searchfm.search.files import StudyFile, changed, find, folder, get, parse_override, question, read, reopen, shipped
 from searchfm.search.study import Study
 from tests import rows
 
@@ -222,8 +222,12 @@ def test_a_path_means_the_same_from_everywhere(path: Path, monkeypatch: pytest.M
     transfer = {"model.name": "transfer", "model.transfer.weights": "weights.safetensors"}
     assert read(path).study(transfer).transfers() == [("resnet18", str(path.parent / "weights.safetensors"))]
     assert read(path).study({**transfer, "model.transfer.weights": "hub"}).transfers() == [("resnet18", "hub")]
-    for name in ("x" * 600, "a\0b", "~nobody-of-that-name/x"):
-        assert read(path).study({"data.name": name}).data["name"] == name  # for the data to refuse, by name
+    for name in ("x" * 600, "a\0b", "~nobody-of-that-name/x", "digit"):
+        with pytest.raises(ConfigError, match=r"command line: data.name = .* must be one of fashion-mnist"):
+            read(path).study({"data.name": name})
+    elsewhere = "/a/folder/of/another/node"
+    assert read(path).study({"data.name": elsewhere}).data["name"] == elsewhere
+    assert read(path).study({"data.name": "MNIST"}).data["name"] == "mnist"
 
 
 # --- differences ------------------------------------------------------------------------------------------------------
@@ -361,3 +365,36 @@ def test_the_environment_is_no_part_of_a_study(path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SEARCHFM_STORAGE", "postgresql://somebody:secret@nowhere/x")
     assert read(path).study().resolved == before
     assert "secret" not in str(read(path).study().resolved)
+
+
+def test_a_wrong_key_is_located_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.toml"
+    for text, line in (
+        ("[train]\n# epochs\nepochs = 3\nbatch = 3\n", 4),
+        ("[model]\nname = 'vit'\nvit.heads = 3\n", 3),
+        ("[model]\nname = 'vit'\n\n[model.vit]\nheads = 3\n", 5),
+        ("[model]\nname = 'vit'\n\n[model.vit]\npatch_size = 7\n[train]\nepochs = 'x'\n", 7),
+        ("\n[search]\nsampler = 'tpee'\n", 3),
+        ("[model]\nname = 'cnn'\n[model.cnn]\nfilters = [\n  1,\n  0,\n]\n", 4),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            read(path).study()
+        assert str(caught.value).startswith(f"lines.toml:{line}: ")
+
+
+def test_tables_that_no_trial_enters_are_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "unused.toml"
+    path.write_text(
+        "[model]\nname = { choice = ['cnn', 'mlp'] }\n[model.vit]\nlayers = 3\nheads = 2\n[model.cnn]\nstages = 1\n"
+        "[optimizer]\nname = 'AdamW'\n[optimizer.sgd]\nmomentum = 0.1\n"
+    )
+    assert read(path).study().notes == ["unused.toml: no trial enters [model.vit] and [optimizer.sgd]"]
+    assert not [name for name in shipped() if read(folder() / f"{name}.toml").study().notes]
+
+
+def test_a_range_in_words_that_are_not_toml_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "dots.toml"
+    path.write_text("[optimizer]\nlr = 0.01..0.1\n")
+    with pytest.raises(StudyError, match=r"line 2, column 10\); did you mean { low = 0.01, high = 0.1 }\?"):
+        read(path)

@@ -400,6 +400,15 @@ WRONG = [
     ("model.cnn.filters = [8, { low = 9, high = 8 }]\nmodel.name = 'cnn'", "filters.2", "low must not be above high"),
     ("model.cnn.filters = [0, 8]\nmodel.name = 'cnn'", "filters", "= 0: must be a whole number >= 1"),
     ("model.cnn.kernels = 3", "kernels", "is unknown here; may be one of: stages, filters"),  # of no branch entered
+    ("optimizer.lrr = 0.1", "lrr", "clip, sgd, adagrad, rmsprop, adam, adamw; did you mean lr?"),
+    ("optimizer.name = 'sdg'", "name", '"adam", "adamw"; did you mean "sgd"?'),
+    ("model.name = 'resnet18'", "name", 'is model.name = "transfer" with model.transfer.model = "resnet18"'),
+    ("optimizer.lr = [0.1, 0.01]", "lr", "= [0.1, 0.01]: must be a number > 0; did you mean { choice = [0.1, 0.01] }?"),
+    ("optimizer.lr = [0.1, -0.01]", "lr", "= [0.1, -0.01]: must be a number > 0"),
+    ("optimizer.lr = '0.1..1e-3'", "lr", "did you mean { low = 0.001, high = 0.1, log = true }?"),
+    ("train.batch_size = '8..64'", "batch_size", "did you mean { low = 8, high = 64 }?"),
+    ("optimizer.lr = { min = 0.1, max = 1 }", "lr", "did you mean { low = 0.1, high = 1 }?"),
+    ("optimizer.name = ['sgd', 'AdamW']", "name", 'did you mean { choice = ["sgd", "AdamW"] }?'),
     ("model = 3", "model", "= 3: must be a table"),
     ("model.cnn = 3", "cnn", "= 3: must be a table"),
     ("augment.flip = true", "flip", "= true: must be a number >= 0 and <= 1"),
@@ -413,6 +422,16 @@ def test_an_invalid_range_is_named_with_its_value_and_the_valid_ones(text: str, 
     assert caught.value.key.endswith(name)
     assert problem in caught.value.problem
     assert "\n" not in str(caught.value)
+
+
+def test_texts_of_a_choice_are_read_in_any_case() -> None:
+    table = space.to_toml(
+        real("optimizer.name = { choice = ['AdamW', 'SGD'] }\nmodel.name = 'CNN'\nmodel.cnn.pool = 'Max'")
+    )
+    assert table["optimizer"]["name"] == {"choice": ["adamw", "sgd"]}
+    assert table["model"]["name"] == "cnn"
+    assert table["model"]["cnn"]["pool"] == "max"
+    assert 'names "cnn" twice' in broken("model.name = { choice = ['cnn', 'CNN'] }")
 
 
 def test_lists_with_too_few_entries_for_the_longest_trial_are_refused_by_the_edge_cases() -> None:

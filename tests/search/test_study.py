@@ -253,6 +253,9 @@ WRONG = [
     ("search.trials = 0", "search.trials = 0: must be a whole number >= 1"),
     ("search.trials = { choice = [1, 2] }", "search.trials = { choice = [1, 2] }: must be a whole number >= 1"),
     ("search.tirals = 1", "search.tirals is unknown here; may be one of: trials, seed, sampler, pruner, keep, retries"),
+    ("train.lr = 0.1", "precision, seed; did you mean optimizer.lr?"),
+    ("optimizer.learning_rate = 0.1", "adamw; did you mean optimizer.lr?"),
+    ("n_trials = 10", "did you mean search.trials?"),
     ("search = 3", "search = 3: must be a table"),
     ("model = 3", "model = 3: must be a table"),
     (
