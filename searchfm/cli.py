@@ -643,6 +643,51 @@ def export(
     _output(as_json, schema.describe_export(model, done), lambda: typer.echo(text))
 
 
+@app.command()
+def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List the models that `retrain` registered: version, champion, study, trial, test accuracy."""
+    from searchfm.show import schema, terminal
+    from searchfm.tracking import registry
+
+    rows = registry.models(Home.find(home))
+    if not rows and not as_json:
+        typer.echo("no model is registered yet; first: searchfm tune STUDY, then searchfm retrain STUDY")
+        return
+    _output(as_json, schema.describe_models(rows), lambda: _console().print(terminal.model_table(rows)))
+
+
+@app.command()
+def remove(
+    study: StudyArgument,
+    with_models: Annotated[
+        bool, typer.Option("--models", help="Also delete its versions in MLflow's registry.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove a study: its trials in Optuna, its runs in MLflow, its folder.
+
+    Its versions in MLflow's registry stay unless --models is given. The record of test reads stays.
+    """
+    from searchfm import upkeep
+    from searchfm.search.files import study_name
+    from searchfm.search.storage import read_study
+    from searchfm.show import schema
+
+    where, name = Home.find(home), study_name(study)
+    if not yes:
+        record = read_study(where, name)
+        if not sys.stdin.isatty():
+            raise UserError(f"remove {name}: asks first, and there is no terminal to answer; --yes removes it")
+        gone = f"{len(record.trials)} trials in Optuna and MLflow, {upkeep.size(record):,} bytes in {record.folder}"
+        typer.confirm(f"Remove study {name!r} ({gone})?", abort=True, err=True)
+    removed = upkeep.remove(where, name, models=with_models)
+    text = f"removed study {name!r}: {removed.trials} trials, {removed.bytes:,} bytes"
+    kept = f"; kept in the registry: {', '.join(removed.kept)}" if removed.kept else ""
+    _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text + kept))
+
+
 def _notify(line: str) -> None:
     print(f"searchfm: {line}", file=sys.stderr, flush=True)
 

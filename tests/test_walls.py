@@ -26,7 +26,7 @@ LAYERS = (
     {"tracking"},
     {"coordinator"},
     {"tuning"},
-    {"retraining"},
+    {"retraining", "upkeep"},
     {"show"},
     {"cli"},
     {"__main__", "__init__"},

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import BaseStorage
+
 from searchfm.format import escape, plural, states
 from searchfm.home import Home, shown, write_whole
 from searchfm.records import StudyRecord, Trial
@@ -135,6 +137,12 @@ def study_lines(study: StudyRecord) -> list[str]:
 def artifact_folder(home: Home) -> Path:
     """Where the dashboard's pictures are."""
     return home.path / "optuna-artifacts"
+
+
+def artifact_files(home: Home, storage: BaseStorage, study: StudyRecord) -> list[Path]:
+    """The files that the dashboard keeps of a study: pictures, and what users uploaded."""
+    keys = [key for key in storage.get_study_system_attrs(study.number) if key.startswith("dashboard:artifacts:")]
+    return [artifact_folder(home) / key.rpartition(":")[2] for key in keys]
 
 
 def web_address(uri: str) -> str | None:

@@ -170,6 +170,7 @@ class ReconnectingStorage(RowStorage):
         return retry(call, self._where, self._stopping, self._check_lock)
 
     create_new_study = _repeated(RDBStorage.create_new_study)  # repeated, it may raise DuplicatedStudyError
+    delete_study = _repeated(RDBStorage.delete_study)  # repeated, it may raise KeyError
     set_study_user_attr = _repeated(RDBStorage.set_study_user_attr)
     set_study_system_attr = _repeated(RDBStorage.set_study_system_attr)
     get_study_id_from_name = _repeated(RDBStorage.get_study_id_from_name)

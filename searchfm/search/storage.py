@@ -3,7 +3,7 @@
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +200,12 @@ def create_study(storage: BaseStorage, name: str, header: StudyHeader) -> int:
     storage.set_study_system_attr(number, "study:metric_names", ["validation accuracy"])
     write_record(storage, number, header)  # last: without it, the study does not exist
     return number
+
+
+def delete_study(storage: BaseStorage, number: int) -> None:
+    """Deletes a study with its trials. A repeated call, after a lost connection, deletes nothing more."""
+    with suppress(KeyError):
+        storage.delete_study(number)
 
 
 def write_record(storage: BaseStorage, number: int, record: StudyHeader | Final) -> None:

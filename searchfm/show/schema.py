@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from searchfm.learn.export import Exported as ExportedFile
     from searchfm.learn.export import Prediction as PredictedImage
     from searchfm.tracking.mirror import Difference
+    from searchfm.tracking.registry import Version
+    from searchfm.upkeep import Removed
 
 SCHEMA: Literal[2] = 2
 Costs = Mapping[str, tuple[int, int]]  # minimum and maximum of a trial's `parameters` and `flops`
@@ -367,6 +369,39 @@ class Retrained(Printed, kw_only=True):
 def describe_final(final: Final) -> Retrained:
     """The final model of a study."""
     return msgspec.convert(final, Retrained, from_attributes=True)
+
+
+class Registered(Printed, kw_only=True):
+    """A version in MLflow's registry, as `models` lists it."""
+
+    name: Annotated[str, about("of the registered model")]
+    version: Annotated[int, about("its version")]
+    uri: Annotated[str, about("`models:/NAME/VERSION`")]
+    champion: Annotated[bool, about("whether it has the alias `champion`")]
+    study: Annotated[str, about("name of the study that it is from")]
+    trial: Annotated[int | None, about("number of the trial whose config it has")]
+    test_accuracy: Annotated[float | None, about("fraction correct on the test part, 0 to 1")]
+    created: Annotated[float, about("when it was registered, in seconds since 1970")]
+
+
+def describe_models(rows: "Iterable[Version]") -> list[Registered]:
+    """Versions of the registry."""
+    return [msgspec.convert(row, Registered, from_attributes=True) for row in rows]
+
+
+class RemovedStudy(Printed, kw_only=True):
+    """A study that was removed."""
+
+    study: Annotated[str, about("its name")]
+    trials: Annotated[int, about("trials that it had")]
+    bytes: Annotated[int, about("of its files in the home")]
+    models: Annotated[Sequence[str], about("versions that were removed from the registry, as URIs")]
+    kept: Annotated[Sequence[str], about("versions of it that stay in the registry, as URIs")]
+
+
+def describe_removal(removed: "Removed") -> RemovedStudy:
+    """What `remove` deleted."""
+    return msgspec.convert(removed, RemovedStudy, from_attributes=True)
 
 
 class Compared(Printed, kw_only=True):

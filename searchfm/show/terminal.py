@@ -3,6 +3,7 @@
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
     from searchfm.tracking.mirror import Difference
+    from searchfm.tracking.registry import Version
 
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SHOWN = 20  # classes, those with the lowest recall
@@ -165,6 +167,17 @@ def class_table(final: Final) -> Table:
     shown = table("class", "precision", "recall", "images", title=f"classes, on test{more}")
     for item in classes[:SHOWN]:
         shown.add_row(escape(item.name), f"{item.precision:.4f}", f"{item.recall:.4f}", f"{item.n:,}")
+    return shown
+
+
+def model_table(rows: "Iterable[Version]") -> Table:
+    """A row per registered version, the newest of each model first."""
+    shown = table("model", "study", "trial", "test accuracy", "registered")
+    for row in rows:
+        accuracy = "-" if row.test_accuracy is None else f"{row.test_accuracy:.4f}"
+        when = datetime.fromtimestamp(row.created).strftime("%Y-%m-%d %H:%M")
+        champion = "  [green]champion[/]" * row.champion
+        shown.add_row(f"{escape(row.uri)}{champion}", escape(row.study), str(row.trial), accuracy, when)
     return shown
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -60,6 +61,7 @@ REPLACED = "replaced"  # the role of runs that we deleted ourselves; they stay d
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat traces
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
 PAGE = 1000  # runs a page
+MODELS = "models"  # MLflow's folder of logged models, in that of their experiment
 
 # --- the client -------------------------------------------------------------------------------------------------------
 
@@ -702,6 +704,33 @@ def find(home: Home, study: StudyRecord, role: str = "") -> Mirror:
     with reaching(home):
         mirror.open(role)
     return mirror
+
+
+def delete_experiment(home: Home, study: StudyRecord, *, keep_models: bool) -> int:
+    """Deletes a study's experiment with its runs, and their files where MLflow keeps them in the home; returns the
+    bytes of these. keep_models: leave the files of models, which the registry's versions need.
+
+    Hold the lock of `writer`. On a server MLflow marks runs as deleted, and its `mlflow gc` frees the disk.
+    Raises StorageError.
+    """
+    from mlflow.entities import ViewType
+
+    with reaching(home):
+        client = connect(home)
+        for each in client.search_experiments(ViewType.ALL, filter_string=f"tags.study_uuid = '{study.uuid}'"):
+            if each.lifecycle_stage != "deleted":
+                if each.name == study.name:  # a new study may take the name
+                    client.rename_experiment(each.experiment_id, f"{study.name}-{study.uuid[:8]}")
+                client.delete_experiment(each.experiment_id)
+    freed = 0
+    folder = home.artifacts / study.uuid
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name != MODELS or not keep_models:
+            freed += sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
+            shutil.rmtree(entry, ignore_errors=True)
+    with suppress(OSError):  # not empty: it has models
+        folder.rmdir()
+    return freed
 
 
 def run_links(home: Home, study: StudyRecord) -> Links:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,70 @@ def _check(folder: Path, expected: str | None) -> None:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
     if expected is not None and sha256 != expected:
         raise ModelError(f"{path}: damaged, its sha256 is {sha256[:12]}..., not {expected[:12]}...")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version in MLflow's registry, as `searchfm models` lists it."""
+
+    name: str
+    version: int
+    uri: str
+    champion: bool
+    study: str
+    trial: int | None
+    test_accuracy: float | None
+    created: float  # seconds since 1970
+
+
+def models(home: Home) -> list[Version]:
+    """The versions that `retrain` registered, by name, the newest first. Raises StorageError."""
+    with reaching(home):
+        client, found = _search(home, "name LIKE 'searchfm-%'")
+        names = {each.name for each in found}
+        champions = {(name, str(client.get_registered_model(name).aliases.get(CHAMPION))) for name in names}
+    rows = [_listed(each, champion=(each.name, str(each.version)) in champions) for each in found]
+    return sorted(rows, key=lambda row: (row.name, -row.version))
+
+
+def versions(home: Home, study: StudyRecord) -> tuple[str, ...]:
+    """The versions of a study's models, as URIs. Raises StorageError."""
+    with reaching(home):
+        _, found = _search(home, f"tags.study_uuid = '{study.uuid}'")
+    return tuple(f"models:/{each.name}/{each.version}" for each in sorted(found, key=lambda each: int(each.version)))
+
+
+def delete_versions(home: Home, study: StudyRecord) -> None:
+    """Deletes the versions of a study's models, and a registered model that has no other. Raises StorageError."""
+    with reaching(home):
+        client, found = _search(home, f"tags.study_uuid = '{study.uuid}'")
+        for each in found:
+            client.delete_model_version(each.name, each.version)
+        for name in {each.name for each in found}:
+            if not client.search_model_versions(f"name = '{name}'", max_results=1):
+                client.delete_registered_model(name)
+
+
+def _search(home: Home, condition: str) -> tuple[Any, list[Any]]:
+    """A client, and the registry's versions that meet a condition; none where there is no database yet."""
+    if (file := database(home)) is not None and not file.is_file():
+        return None, []
+    client = connect(home)
+    return client, list(client.search_model_versions(condition, max_results=10_000))
+
+
+def _listed(found: Any, *, champion: bool) -> Version:
+    tags, number = found.tags, int(found.version)
+    return Version(
+        name=found.name,
+        version=number,
+        uri=f"models:/{found.name}/{number}",
+        champion=champion,
+        study=tags.get("study", ""),
+        trial=int(tags["trial"]) if "trial" in tags else None,
+        test_accuracy=float(tags["test_accuracy"]) if "test_accuracy" in tags else None,
+        created=found.creation_timestamp / 1000,
+    )
 
 
 # --- reports and comparisons ------------------------------------------------------------------------------------------

@@ -1,0 +1,68 @@
+"""Removes a study from a home: its trials in Optuna, its experiment in MLflow, its folder.
+
+Optuna's record goes last but for an empty folder: after a crash the study is still there, and the same command resumes.
+"""
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from searchfm.home import Home
+from searchfm.records import StudyRecord
+from searchfm.search.database import failures
+from searchfm.search.notes import artifact_files
+from searchfm.search.storage import delete_study, locked_study, open_storage
+from searchfm.tracking import registry
+from searchfm.tracking.mirror import delete_experiment, writer
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What `remove` deleted."""
+
+    study: str
+    trials: int
+    bytes: int  # of files
+    models: tuple[str, ...]  # versions of the registry
+    kept: tuple[str, ...]  # versions of the registry that stay
+
+
+def size(study: StudyRecord) -> int:
+    """Bytes in the study's folder."""
+    return _size(study.folder)
+
+
+def remove(home: Home, name: str, *, models: bool = False) -> Removed:
+    """Removes a study. Its versions in MLflow's registry stay, with their files, unless `models`; the record of test
+    reads stays too.
+
+    Raises StudyError for an unknown study, LockedError while a search or a final training of it runs, StorageError
+    where a database fails; then the same call goes on.
+    """
+    with locked_study(home, name) as (study, _), failures(f"study {name!r}"):
+        versions = registry.versions(home, study)
+        with writer(home, name):
+            if models:
+                registry.delete_versions(home, study)
+            freed = delete_experiment(home, study, keep_models=bool(versions) and not models)
+        storage = open_storage(home)
+        files = artifact_files(home, storage, study)
+        freed += _size(study.folder) + sum(_size(file) for file in files)
+        for file in files:
+            file.unlink(missing_ok=True)
+        for entry in list(study.folder.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+        delete_study(storage, study.number)
+    shutil.rmtree(study.folder, ignore_errors=True)
+    kept, deleted = ((), versions) if models else (versions, ())
+    return Removed(name, len(study.trials), freed, deleted, kept)
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
