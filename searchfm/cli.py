@@ -221,8 +221,7 @@ def tune(
     where, console = Home.find(home), _console(stderr=as_json)
     opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
     opened.check_code(options.allow_code)
-    for note in opened.notes:
-        _notify(note)
+    _notify_all(opened.notes)
     if dry_run:
         files.check_data_name(opened.data["name"])
         _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
@@ -231,6 +230,7 @@ def tune(
     engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
     with StopRequest(timeout, partial(stop_requested, where, opened.name)) as stop:
         with Tuning(opened, where, file, stored, folder, retry_failed, stop, engine) as tuning:
+            _notify_all(opened.notes)
             view = progress.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
             progress.follow(view, tuning.run())
         result, elapsed = tuning.result(), time.monotonic() - began
@@ -434,6 +434,7 @@ def studies(
     if path is None:
         raise files.not_found(name)
     study = files.read(path).study()
+    _notify_all(study.notes)
     shape, cost = image_shape(study.first.data), None
     if shape is not None and (allow_code or not study.customs()):  # of a folder of images only reading it tells
         from searchfm.learn.models import costs  # imports torch, which nothing else here does
@@ -690,6 +691,12 @@ def remove(
 
 def _notify(line: str) -> None:
     print(f"searchfm: {line}", file=sys.stderr, flush=True)
+
+
+def _notify_all(notes: list[str]) -> None:
+    """Prints lines for the user, once."""
+    while notes:
+        _notify(notes.pop(0))
 
 
 def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions":

@@ -7,7 +7,7 @@ payload of a job, so a key has one meaning everywhere. Defaults are here and now
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from searchfm.errors import ConfigError, near
 from searchfm.tables import Table, branch, digest, free, key, show, table
@@ -38,8 +38,14 @@ class DataConfig(Table):
 class Model(Table):
     """An architecture."""
 
+    fits: ClassVar[str] = ""  # the key that `fit_images` and `doubt` are about: other values of it may fit
+
     def fit_images(self, shape: Shape) -> None:
         """Checks the keys against the images' (channels, height, width). Raises ConfigError."""
+
+    def doubt(self) -> str:
+        """Why the keys make little sense together, though they train; "" if they do not."""
+        return ""
 
 
 class Mlp(Model, tag="mlp"):
@@ -54,7 +60,7 @@ class Mlp(Model, tag="mlp"):
 class Cnn(Model, tag="cnn"):
     """Stages of convolutions, each followed by pooling; then dense layers."""
 
-    agree = (("stages", "pool"), ("kernel",))
+    agree, fits = (("stages", "pool"), ("kernel",)), "stages"
     stages: int = key(2, "stages; a stage is `convs` convolutions and one pooling", ge=1, le=32)
     filters: tuple[int, ...] = key(32, "filters of each stage's convolutions", ge=1, per="stages")
     convs: int = key(1, "convolutions per stage", ge=1, le=8)
@@ -85,7 +91,7 @@ class Cnn(Model, tag="cnn"):
 class Vit(Model, tag="vit"):
     """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
 
-    agree = (("patch_size",), ("hidden_dim", "heads"))
+    agree, fits = (("patch_size",), ("hidden_dim", "heads")), "patch_size"
     patch_size: int = key(4, "side of a patch in pixels; must divide the image side", ge=1)
     hidden_dim: int = key(64, "width of a token", ge=1)
     layers: int = key(6, "encoder layers", ge=1, le=64)
@@ -111,17 +117,27 @@ class Vit(Model, tag="vit"):
 class Transfer(Model, tag="transfer"):
     """Any timm model by name. Training updates its head and its last `tuned_blocks` stages; the others are frozen."""
 
+    fits = "tuned_blocks"
+
     model: str = key("resnet18", "name of a timm model")
     tuned_blocks: int | Literal["all"] = key(0, 'stages to train, from the top; 0: only the head; "all": all', ge=0)
     weights: str = key("hub", '"hub", "none", or the path of a .safetensors or .pth file')
     dropout: float = key(0.0, "probability of dropping a feature before the head", ge=0, lt=1)
     layer_decay: float = key(1.0, "learning rate of a stage, as a fraction of that of the stage above it", gt=0, le=1)
 
+    def doubt(self) -> str:
+        """Frozen stages need pretrained weights."""
+        if self.weights != "none" or self.tuned_blocks == "all":
+            return ""
+        return (
+            f'= {self.tuned_blocks} with model.transfer.weights = "none" keeps random weights frozen; "all" trains them'
+        )
+
 
 class Residual(Model, tag="residual"):
     """A residual network for small images (He et al. 2016, arXiv 1512.03385, section 4.2); its stem is 3x3."""
 
-    agree = (("stages",),)
+    agree, fits = (("stages",),), "stages"
     stages: int = key(3, "stages of residual blocks; each but the first halves the image", ge=1, le=6)
     blocks: int = key(2, "residual blocks per stage", ge=1, le=64)
     block: tuple[Literal["basic", "bottleneck"], ...] = key("basic", "block type of each stage", per="stages")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from searchfm import __version__, cli
 from searchfm.home import Home
@@ -235,3 +237,23 @@ def test_module_and_command_are_one() -> None:
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "8")
     assert 0 < output["trials"]["total"] < 500
+
+
+@pytest.mark.slow
+def test_a_built_in_study_runs_and_resumes_on_images_that_some_values_do_not_fit(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 20), np.uint8)).save(path)
+    arguments = ("tune", "vit", "--dataset", str(tmp_path / "images"), "--epochs", "2", "--workers", "1")
+    home = ("--home", str(new_home(tmp_path / "home").path))
+    begun = searchfm_here(*arguments, "--trials", "1", *home)
+    assert begun.returncode == 0, begun.stderr
+    assert "patch_size = 7 must divide the images' side of 20 pixels (1, 2, 4, 5, 10, 20): left out" in begun.stderr
+    assert searchfm_here(*arguments, "--trials", "2", *home).returncode == 0
+    study = load_study(open_storage(Home(tmp_path / "home")), Home(tmp_path / "home"), "vit")
+    assert [trial.state for trial in study.trials] == ["complete"] * 2
+    assert study.resolved["model"]["vit"]["patch_size"] == 4

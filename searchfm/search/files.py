@@ -36,7 +36,9 @@ class StudyFile:
         overrides = overrides or {}
         table = apply_overrides(self.table, overrides)
         try:
-            study = Study(check_name(name or self.name), table, question=self.question, where=self.path.name)
+            given = overrides if folder() in self.path.parents else None  # of a built-in file, all else may be left out
+            chosen = check_name(name or self.name)
+            study = Study(chosen, table, question=self.question, where=self.path.name, given=given)
             check_data_name(study.data["name"], elsewhere=True)
         except ConfigError as error:
             raise self._located(error, overrides) from None

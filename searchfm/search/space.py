@@ -10,11 +10,11 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 from optuna.trial import BaseTrial
 
@@ -264,6 +264,27 @@ def all_leaves(tree: Tree) -> dict[str, Leaf]:
     leaves: dict[str, Leaf] = {}
     fill(tree, leaves.setdefault, every=True)
     return leaves
+
+
+def without(tree: Tree, path: Sequence[str], value: Any) -> Tree | None:
+    """The tree without one value of a leaf with options. Where none is left it lacks the option of the branch that has
+    the leaf; None where there is no other option. path: the leaf's dotted key, split.
+    """
+    name, *below = path
+    if below:
+        inner = without(tree.options[name] if name in tree.options else cast(Tree, tree.nodes[name]), below, value)
+        if name not in tree.options:
+            return inner and replace(tree, nodes={**tree.nodes, name: inner})
+        options = {tag: inner if tag == name else option for tag, option in tree.options.items()}
+        left = {tag: option for tag, option in options.items() if option is not None}
+        return replace(tree, nodes={**tree.nodes, "name": Choice(tuple(left))}, options=left) if left else None
+    leaf = cast(Leaf, tree.nodes[name])
+    rest = [each for each in leaf.options or () if each != value]
+    if not rest:
+        return None
+    if isinstance(leaf, Range) and len(rest) > 1 and value in leaf.ends:
+        return replace(tree, nodes={**tree.nodes, name: replace(leaf, low=rest[0], high=rest[-1])})
+    return replace(tree, nodes={**tree.nodes, name: Choice(tuple(rest))})
 
 
 def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:

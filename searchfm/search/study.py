@@ -4,8 +4,9 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, assert_never
 
@@ -24,6 +25,7 @@ from searchfm.config import (
     Grid,
     Hyperband,
     Median,
+    Model,
     NoPruner,
     Patient,
     Percentile,
@@ -91,10 +93,22 @@ def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 
 class Study:
-    """A checked study: every config of its search space is valid. Raises ConfigError; `where` names the file."""
+    """A checked study: every config of its search space is valid. Raises ConfigError.
 
-    def __init__(self, name: str, table: Mapping[str, Any], *, question: str = "", where: str = "") -> None:
-        self.name, self.question, self.where = name, question, where
+    where: the file. given: for a built-in file, the dotted keys that the user gave. Of other keys, values that do not
+    fit the images are left out. None: all keys are the user's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        table: Mapping[str, Any],
+        *,
+        question: str = "",
+        where: str = "",
+        given: Collection[str] | None = None,
+    ) -> None:
+        self.name, self.question, self.where, self.given = name, question, where, given
         self.notes: list[str] = []  # lines for the user: what has no effect, or was left out
         try:
             self.search, self.tree = parse(table)
@@ -162,14 +176,67 @@ class Study:
         return [self.sample(trial) for trial in trials]
 
     def check_images(self, shape: Shape | None) -> None:
-        """Checks all configs, and their models against (channels, height, width) if known. Raises ConfigError."""
+        """Checks all configs, and their models against (channels, height, width) if known. `notes` name the values that
+        are left out, or that make little sense. Raises ConfigError, with a `--set` that mends it.
+        """
+        left_out: dict[str, dict[Any, ConfigError]] = {}
         try:
-            for table in space.edge_cases(self.tree):
-                config = Config.from_table(table)
-                if shape is not None:
-                    config.fit_images(shape)
+            while misfits := self._misfits(shape):  # again, since other values are first in the edge cases now
+                for (dotted, value), misfit in misfits.items():
+                    self._leave_out(dotted, value, misfit)
+                    left_out.setdefault(dotted, {})[value] = misfit.error
         except ConfigError as error:
             raise error.at(self.where) from None
+        for dotted, errors in left_out.items():
+            (value, error), *more = sorted(errors.items())
+            also = f", as {'are' if len(more) > 1 else 'is'} {', '.join(str(each) for each, _ in more)}" if more else ""
+            reason = "" if error.key == dotted else f"{dotted} = {value}: "
+            self._note(f"{reason}{error}: left out{also}")
+
+    def _misfits(self, shape: Shape | None) -> "dict[tuple[str, Any], _Misfit]":
+        """What must be left out, by (dotted key, value). Raises ConfigError where the user gave that key."""
+        misfits: dict[tuple[str, Any], _Misfit] = {}
+        doubts: dict[tuple[str, Any], ConfigError] = {}
+        good: set[tuple[str, Any]] = set()
+        for table in space.edge_cases(self.tree):
+            config = Config.from_table(table)
+            kind = config.model.kind
+            point = f"model.{kind.tag}.{kind.fits}", getattr(kind, kind.fits, None)
+            try:
+                if shape is not None:
+                    config.fit_images(shape)
+            except ConfigError as error:
+                misfit = _Misfit(error, _mend(kind, shape))
+                if not kind.fits or self._is_given(point[0]):
+                    raise misfit.mended from None
+                misfits.setdefault(point, misfit)
+            else:
+                if doubt := kind.doubt():
+                    doubts.setdefault(point, ConfigError(point[0], doubt))
+                else:
+                    good.add(point)
+        for point, error in doubts.items():
+            if self._is_given(point[0]) or point in good:
+                self._note(str(error.at(self.where)))
+            else:
+                misfits[point] = _Misfit(error)
+        return misfits
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def _is_given(self, dotted: str) -> bool:
+        return self.given is None or any(f"{dotted}.".startswith(f"{key}.") for key in self.given)
+
+    def _leave_out(self, dotted: str, value: Any, misfit: "_Misfit") -> None:
+        """Takes a value out of the space. Raises ConfigError where no other is left, or a model that the user named."""
+        tree = space.without(self.tree, dotted.split("."), value)
+        if tree is None or (self._is_given("model.name") and _models(tree) != _models(self.tree)):
+            raise misfit.mended
+        self.tree = tree
+        self.first = Config.from_table(next(space.edge_cases(tree)))
+        self.__dict__.pop("points", None)  # cached
 
     @_experimental()
     def sampler(self, number: int) -> BaseSampler:
@@ -246,6 +313,32 @@ class Study:
         min_epochs = getattr(self.search.pruner, "min_epochs", 1)
         if min_epochs > self.epochs:
             raise ConfigError("search.pruner.min_epochs", f"= {min_epochs}: must be <= train.epochs = {self.epochs}")
+
+
+def _models(tree: space.Tree) -> space.Leaf:
+    return space.all_leaves(tree)["model.name"]
+
+
+@dataclass(frozen=True)
+class _Misfit:
+    """Why a value does not fit."""
+
+    error: ConfigError
+    mend: str = ""  # a flag with a value that fits
+
+    @property
+    def mended(self) -> ConfigError:
+        """The error with what mends it."""
+        return ConfigError(self.error.key, self.error.problem + self.mend)
+
+
+def _mend(kind: Model, shape: Shape | None) -> str:
+    """A flag with a value that fits the images, as the end of a message."""
+    for value in range(getattr(kind, kind.fits, 1) - 1, 0, -1):
+        with suppress(ConfigError):
+            replace(kind, **{kind.fits: value}).fit_images(shape)
+            return f"; for example --set model.{kind.tag}.{kind.fits}={value}"
+    return ""
 
 
 @_experimental()

@@ -398,3 +398,45 @@ def test_a_range_in_words_that_are_not_toml_is_recognised(tmp_path: Path) -> Non
     path.write_text("[optimizer]\nlr = 0.01..0.1\n")
     with pytest.raises(StudyError, match=r"line 2, column 10\); did you mean { low = 0.01, high = 0.1 }\?"):
         read(path)
+
+
+def built_in(name: str, **overrides: Any) -> Study:
+    path = find(name)
+    assert path is not None
+    return read(path).study({key.replace("__", "."): value for key, value in overrides.items()})
+
+
+def test_values_of_a_built_in_study_that_do_not_fit_the_images_are_left_out() -> None:
+    study = built_in("vit", data__name="digits")
+    assert study.notes == ["model.vit.patch_size = 7 must divide the images' side of 8 pixels (1, 2, 4, 8): left out"]
+    assert study.resolved["model"]["vit"]["patch_size"] == 4
+    any_ = built_in("any", data__name="/elsewhere")
+    any_.check_images((3, 30, 30))
+    assert any_.resolved["model"]["name"] == {"choice": ["mlp", "cnn", "residual", "transfer"]}
+    assert len(any_.notes) == 1
+    tiny = built_in("any", data__name="/elsewhere")
+    tiny.check_images((3, 2, 2))
+    assert tiny.resolved["model"]["cnn"]["stages"] == 1
+    assert tiny.resolved["model"]["residual"]["stages"] == 2
+    assert all(config.fit_images((3, 2, 2)) is None for config in tiny.samples(20))
+
+
+def test_a_value_that_the_user_gave_is_refused_with_one_that_fits() -> None:
+    for value in (7, {"choice": [4, 7]}):
+        with pytest.raises(ConfigError, match=r"8 pixels \(1, 2, 4, 8\); for example --set model.vit.patch_size=4$"):
+            built_in("vit", data__name="digits", model__vit__patch_size=value)
+    study = built_in("any", data__name="/elsewhere", model__name={"choice": ["mlp", "vit"]})
+    with pytest.raises(ConfigError, match=r"; for example --set model.vit.patch_size=3$"):
+        study.check_images((3, 30, 30))
+
+
+def test_frozen_stages_of_random_weights_are_left_out_or_named() -> None:
+    study = built_in("resnet", model__transfer__weights="none")
+    assert study.resolved["model"]["transfer"]["tuned_blocks"] == "all"
+    (note,) = study.notes
+    assert note.startswith('model.transfer.tuned_blocks = 0 with model.transfer.weights = "none" keeps random weights')
+    assert note.endswith('; "all" trains them: left out, as are 1, 2, 3, 4')
+    own = built_in("resnet", model__transfer__weights="none", model__transfer__tuned_blocks=2)
+    assert own.resolved["model"]["transfer"]["tuned_blocks"] == 2
+    assert len(own.notes) == 1
+    assert not built_in("resnet", model__transfer__weights="none", model__transfer__tuned_blocks="all").notes

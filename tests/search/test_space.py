@@ -443,3 +443,24 @@ def test_every_table_of_a_config_can_be_a_space() -> None:
     tree = space.parse(Config, {})
     assert Config.from_table(space.sample(optuna.trial.FixedTrial({}), tree)) == Config()
     assert set(tree.nodes) == set(Config.schema)
+
+
+def test_a_space_without_a_value_has_all_others() -> None:
+    text = (
+        "model.name = { choice = ['vit', 'mlp'] }\nmodel.vit.patch_size = { low = 2, high = 5 }\nmodel.mlp.layers = 2"
+    )
+
+    def left(*values: int) -> Any:
+        tree: space.Tree | None = real(text)
+        for value in values:
+            assert tree is not None
+            tree = space.without(tree, ["model", "vit", "patch_size"], value)
+        assert tree is not None
+        return space.to_toml(tree)["model"]
+
+    assert left(5)["vit"]["patch_size"] == {"low": 2, "high": 4}
+    assert left(3)["vit"]["patch_size"] == {"choice": [2, 4, 5]}
+    assert left(2, 3, 4)["vit"]["patch_size"] == 5
+    assert left(2, 3, 4, 5)["name"] == "mlp"
+    assert "vit" not in left(2, 3, 4, 5)
+    assert space.without(real("model.mlp.layers = 2"), ["model", "mlp", "layers"], 2) is None
