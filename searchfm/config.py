@@ -309,10 +309,13 @@ class Config(Table):
         return digest(values)
 
 
+START = "default: a quarter of search.trials, from 4 to 10"
+
+
 class Tpe(Table, tag="tpe"):
     """Tree-structured Parzen estimator (Bergstra et al. 2011; multivariate: Falkner et al. 2018)."""
 
-    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
+    startup_trials: int | None = key(None, f"random trials before the first proposal of the model; {START}", ge=1)
     candidates: int = key(24, "candidates to compare for each proposal", ge=1)
 
 
@@ -327,13 +330,13 @@ class Grid(Table, tag="grid"):
 class CmaEs(Table, tag="cmaes"):
     """CMA-ES (Hansen 2016, arXiv 1604.00772); choices and branches are drawn at random."""
 
-    startup_trials: int = key(10, "random trials before the first proposal of the strategy", ge=1)
+    startup_trials: int | None = key(None, f"random trials before the first proposal of the strategy; {START}", ge=1)
 
 
 class Gp(Table, tag="gp"):
     """Gaussian process with log expected improvement (Ament et al. 2023, arXiv 2310.20708)."""
 
-    startup_trials: int = key(10, "random trials before the first proposal of the model", ge=1)
+    startup_trials: int | None = key(None, f"random trials before the first proposal of the model; {START}", ge=1)
 
 
 class Qmc(Table, tag="qmc"):
@@ -343,7 +346,7 @@ class Qmc(Table, tag="qmc"):
 class Median(Table, tag="median"):
     """Stops a trial whose best value so far is below the median of the others' at the same epoch."""
 
-    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
+    startup_trials: int | None = key(None, f"trials that must end before the first is pruned; {START}", ge=0)
     min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
@@ -351,21 +354,21 @@ class Percentile(Table, tag="percentile"):
     """Stops a trial outside the best `keep` percent at the same epoch."""
 
     keep: float = key(25.0, "percentage of trials that continue", gt=0, lt=100)
-    startup_trials: int = key(5, "trials that must end before the first is pruned", ge=0)
+    startup_trials: int | None = key(None, f"trials that must end before the first is pruned; {START}", ge=0)
     min_epochs: int = key(1, "minimum epochs of every trial", ge=1)
 
 
 class Hyperband(Table, tag="hyperband"):
     """Successive halving at several rates in parallel (Li et al. 2018, arXiv 1603.06560)."""
 
-    min_epochs: int = key(1, "epochs before the first halving", ge=1)
+    min_epochs: int = key(1, "epochs before the first halving; there is none in the last third of the epochs", ge=1)
     reduction: int = key(3, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
 class Asha(Table, tag="asha"):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934)."""
 
-    min_epochs: int = key(1, "epochs before the first halving", ge=1)
+    min_epochs: int = key(1, "epochs before the first halving; there is none in the last third of the epochs", ge=1)
     reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
 
 
@@ -394,6 +397,8 @@ class SearchConfig(Table):
 
 # Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.
 FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
+# Keys whose default depends on another key: a file without them goes on with what its study was begun with.
+DEPENDENT = ("search.sampler.startup_trials", "search.pruner.startup_trials")
 
 
 def image_shape(data: DataConfig) -> Shape | None:

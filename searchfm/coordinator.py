@@ -8,7 +8,7 @@ notes) is a projection that can be made again at any time.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from searchfm.search.study import Study, fixed_sampler
 TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
 SLOW_SECONDS = 0.1  # of an ask; the asks after it are made ahead
+CHANCE, AT_CHANCE = "pruned at chance", 3  # reason; trials so pruned, with none above chance, that end this rule
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ class Coordinator:
         self.next: Future[tuple[optuna.Trial, Config]] | None = None  # asked for, of no worker yet
         self.slow = False  # whether the last ask took long
         self.failures: list[str] = []  # reasons since this coordinator began: the user may have fixed earlier ones
-        self.useful = 0  # complete or pruned
+        self.useful = 0  # complete or pruned; one at chance too, since no error of every trial stops it
+        self.chance, self.above, self.at_chance = study.chance(stored.data), False, 0  # trials above it, pruned at it
         self.kept: list[Trial] = []  # the best, whose weights are kept
         for trial in stored.trials:
+            self._compare(trial.reported.values())
             if trial.state != "running":
                 self._count(trial)
                 self.seen.add(trial.digest)
@@ -237,15 +240,30 @@ class Coordinator:
         current.epochs.append(epoch)
         write_epochs(current.folder / EPOCHS, current.epochs)
         if epoch.val_accuracy is not None:
-            current.trial.report(round(epoch.val_accuracy, 6), epoch.index)
-            # Not after the last epoch: a trial that is trained has its value. And once an epoch: successive halving
-            # marks its rung before it answers, so an epoch judged twice would be answered differently.
-            if epoch.index < current.config.train.epochs and current.trial.should_prune():
-                current.pruned = f"pruned by {self.study.search.pruner.tag} after epoch {epoch.index}"
+            accuracy = round(epoch.val_accuracy, 6)
+            current.trial.report(accuracy, epoch.index)
+            if reason := self._prune(current, epoch.index, accuracy):
+                current.pruned = f"{reason} after epoch {epoch.index}"
                 current.trial.set_user_attr("pruned", current.pruned)  # its worker may take a while to stop
         yield Progress("epoch", current.number, epoch=epoch)
         if current.pruned:
             self.pool.stop(str(current.number))
+
+    def _prune(self, current: LiveTrial, epoch: int, accuracy: float) -> str:
+        """Why the trial is to be pruned; empty if it goes on.
+
+        Once an epoch: successive halving marks its rung before it answers, so it would answer differently again.
+        """
+        halts = self.study.judges(current.config, epoch) and current.trial.should_prune()
+        self._compare([accuracy])
+        applies = self.above or self.at_chance < AT_CHANCE  # else the task may be hard, and takes all epochs
+        if applies and self.study.at_chance(current.config, epoch, accuracy, self.stored.data):
+            return CHANCE
+        return f"pruned by {self.study.search.pruner.tag}" if halts else ""
+
+    def _compare(self, accuracies: Iterable[float]) -> None:
+        """Notes whether a trial was above chance."""
+        self.above = self.above or (self.chance is not None and any(value >= self.chance for value in accuracies))
 
     def _finish(self, current: LiveTrial, result: Result) -> Iterator[Progress]:
         value = result.get("value")
@@ -297,6 +315,7 @@ class Coordinator:
     def _count(self, trial: Trial) -> None:
         """Counts a trial that ended, and drops the weights that are not among the best any more."""
         self.useful += trial.state in ("complete", "pruned")
+        self.at_chance += trial.twin is None and (trial.reason or "").startswith(CHANCE)
         candidates = [*self.kept, trial]
         self.kept = ranked(candidates, twins=False)[: self.study.search.keep]
         for other in candidates:

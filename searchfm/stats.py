@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, ndtr, ndtri, stdtrit
+from scipy.special import bdtr, bdtri, ndtr, ndtri, stdtrit
 
 LEVEL = 0.95  # of every interval we show
 Correct = NDArray[np.bool_]  # whether a model is correct about each image
@@ -41,6 +41,12 @@ class Accuracy:
         low = 0.0 if self.correct == 0 else (center - half) / scale  # exactly: rounding leaves 1e-17
         high = 1.0 if self.correct == n else (center + half) / scale
         return low, high
+
+    def upper(self, level: float) -> float:
+        """The exact one-sided upper bound of the fraction (Clopper & Pearson 1934): with a higher one, this few correct
+        answers or fewer would have a probability below 1 - level.
+        """
+        return 1.0 if self.correct == self.n else float(bdtri(self.correct, self.n, 1 - level))
 
 
 def mcnemar(first: Correct, second: Correct) -> float:

@@ -53,9 +53,11 @@ def search(
     trials: int | None = None,
     payload: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
+    data: Mapping[str, Any] | None = None,
     watch: Callable[[Progress, Any], bool | None] = lambda *_: None,
 ) -> StudyRecord:
     """Starts or resumes the study, up to `trials`; returns its record. engine: in place of local workers; stays open.
+    data: of `Prepared`, where it differs from that of `rows.header`.
 
     `watch` receives all progress, and stops the search, as a signal would, by returning True.
     """
@@ -65,8 +67,9 @@ def search(
         try:
             stored = load_study(storage, home, study.name)
         except StudyError:
+            about = {"fingerprint": "toy", **(data or {})}
             header = rows.header(
-                study.resolved, uuid_="u", digest=digest(study.resolved), planned=study.trials, fingerprint="toy"
+                study.resolved, uuid_="u", digest=digest(study.resolved), planned=study.trials, **about
             )
             create_study(storage, study.name, header)
             stored = load_study(storage, home, study.name)

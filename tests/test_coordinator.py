@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from scipy.stats import binom
 
 from searchfm import coordinator, pool
 from searchfm.coordinator import HOPELESS, Progress
@@ -89,6 +90,62 @@ def test_a_trial_is_not_pruned_after_its_last_epoch(home: Home) -> None:
     pruned = search(home, toy("longer", search=halving, train={"epochs": 2}))
     check(pruned, 8)
     assert pruned.of("pruned"), "the pruner does stop trials before their last epoch"
+
+
+# --- trials at chance -------------------------------------------------------------------------------------------------
+
+COUNTED: dict[str, Any] = {"validation": 1000, "validation_classes": (100,) * 10}
+LATE = {"pruner": {"name": "median", "startup_trials": 99}}  # prunes nothing itself
+
+
+def at_chance(row: Trial) -> bool:
+    """Whether it is at chance after its first epoch: at 1% or less, one of 1000 images with probability 0.12 each."""
+    return binom.cdf(round(1000 * toys.curve(row.config, 1)), 1000, 0.12) < 0.01
+
+
+def test_a_trial_at_chance_is_pruned_and_says_so(home: Home) -> None:
+    study = search(home, toy(search={**LATE, "trials": 20, "seed": 1}), data=COUNTED)
+    check(study, 20)
+    assert {row.number for row in study.of("pruned")} == {row.number for row in study.trials if at_chance(row)}
+    assert 0 < len(study.of("pruned")) < 10
+    assert {row.reason for row in study.of("pruned")} == {"pruned at chance after epoch 1"}
+
+
+@pytest.mark.parametrize(
+    ("search_table", "data"),
+    [
+        ({"pruner": {"name": "none"}}, COUNTED),
+        ({**LATE, **GRID}, COUNTED),
+        (LATE, {}),  # as in studies begun before images were counted
+        (LATE, {**COUNTED, "validation_classes": (9, 991)}),
+    ],
+)
+def test_no_trial_is_at_chance_without_a_pruner_in_a_grid_or_with_few_images(
+    home: Home, search_table: dict[str, Any], data: dict[str, Any]
+) -> None:
+    space = {**SIX, "optimizer": {"lr": {"choice": [0.1, 0.01]}}}
+    study = search(home, toy(search=search_table, **space), data=data)
+    assert len(study.of("complete")) == 8
+    assert any(at_chance(row) for row in study.trials)
+
+
+def test_on_a_task_where_all_trials_are_at_chance_those_after_the_third_are_trained(home: Home) -> None:
+    hard = {"optimizer": {"lr": {"low": 0.2, "high": 0.9}}}
+    study = search(home, toy(search={**LATE, "trials": 6}, **hard), data=COUNTED)
+    assert [row.state for row in study.trials] == ["pruned"] * 3 + ["complete"] * 3
+    other = {**COUNTED, "validation_classes": (900, 100)}  # no accuracy is above 1.2 times the largest class's
+    assert len(search(home, toy("larger", search=LATE, **hard), data=other).of("complete")) == 8
+
+
+def test_trials_at_chance_are_the_same_however_the_study_was_stopped(tmp_path: Path) -> None:
+    def make() -> Any:
+        return toy(search={"pruner": {"name": "asha", "reduction": 2}, "trials": 9, "seed": 1}, train={"epochs": 4})
+
+    unbroken = search(Home(tmp_path / "unbroken"), make(), data=COUNTED)
+    assert len({row.reason for row in unbroken.of("pruned")}) > 1
+    broken, stops = in_pieces(Home(tmp_path / "broken"), make, [3, 8, 1, 6], COUNTED)
+    assert stops > 3
+    assert facts(broken) == facts(unbroken)
 
 
 # --- trials that fail -------------------------------------------------------------------------------------------------
@@ -219,10 +276,10 @@ def stop_every(count: int) -> Callable[[Progress, LocalEngine], bool]:
     return lambda *_: next(seen) == count
 
 
-def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int]) -> tuple[StudyRecord, int]:
+def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int], data: Any = None) -> tuple[StudyRecord, int]:
     """The study, stopped after each of `lengths` progress events in turn and resumed; and the number of stops."""
     for stops in itertools.count():
-        study = search(home, make(), watch=stop_every(lengths[stops % len(lengths)]))
+        study = search(home, make(), data=data, watch=stop_every(lengths[stops % len(lengths)]))
         if len(study.trials) == make().trials and not study.of("running"):
             return study, stops
     raise AssertionError

@@ -26,6 +26,12 @@ def test_wilson_is_scipys(correct: int, n: int) -> None:
     assert Accuracy(correct, n).interval == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (1, 1), (97, 1000), (500, 1000), (9_999, 10_000)])
+def test_the_upper_bound_is_scipys_exact_one(correct: int, n: int) -> None:
+    expected = binomtest(correct, n, alternative="less").proportion_ci(0.99, method="exact")
+    assert Accuracy(correct, n).upper(0.99) == pytest.approx(expected.high, abs=1e-9)
+
+
 def test_wilson_covers_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     for fraction in (0.5, 0.9, 0.97):

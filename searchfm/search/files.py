@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import searchfm
-from searchfm.config import DATASETS, FREE, unknown_data
+from searchfm.config import DATASETS, DEPENDENT, FREE, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
 from searchfm.home import Home
 from searchfm.records import StudyRecord
@@ -273,7 +273,7 @@ def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where
     for dotted, old, new in differences:
         if dotted in FREE:
             search |= {} if new is None else {dotted.removeprefix("search."): new}
-        elif old != new:
+        elif old != (new := _as_begun(dotted, old, new)):
             after, before = ("nothing" if value is None else show(value) for value in (new, old))
             raise ConfigError(
                 dotted,
@@ -281,6 +281,15 @@ def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where
                 where,
             )
     return search
+
+
+def _as_begun(dotted: str, old: Any, new: Any) -> Any:
+    """The new value; where it lacks a key of `DEPENDENT`, with that of the study as it was begun."""
+    if new is None and dotted in DEPENDENT:
+        return old
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and old.get("name") == new.get("name"):
+        return {**{name: old[name] for name in old if f"{dotted}.{name}" in DEPENDENT}, **new}
+    return new
 
 
 def _refuse_unused(resolved: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from searchfm.config import (
     Median,
     Model,
     NoPruner,
+    OneCycle,
     Patient,
     Percentile,
     Qmc,
@@ -38,10 +39,15 @@ from searchfm.config import (
     image_shape,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
+from searchfm.records import Prepared
 from searchfm.search import space
+from searchfm.stats import Accuracy
 from searchfm.tables import digest, read_within, show, walk
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+CHANCE_FACTOR = 1.2  # of the largest class's fraction: below it an accuracy is at chance
+CHANCE_LEVEL = 0.99  # of the bound that must be below it
+CHANCE_IMAGES = 10  # validation images of each class that this takes
 # What other libraries call our keys.
 WORDS = {
     **dict.fromkeys(("learning_rate", "learningrate", "eta"), "lr"),
@@ -247,7 +253,7 @@ class Study:
             case Tpe(startup_trials=startup, candidates=candidates):
                 # Branches make the space conditional; the multivariate TPE supports that only in groups.
                 return optuna.samplers.TPESampler(
-                    n_startup_trials=startup,
+                    n_startup_trials=self._startup(startup),
                     n_ei_candidates=candidates,
                     seed=seed,
                     multivariate=True,
@@ -260,9 +266,10 @@ class Study:
                 assert self.points is not None
                 return fixed_sampler(self.points[number % len(self.points)])  # after the last point, the first
             case CmaEs(startup_trials=startup):
-                return optuna.samplers.CmaEsSampler(n_startup_trials=startup, seed=seed, independent_sampler=random)
+                count = self._startup(startup)
+                return optuna.samplers.CmaEsSampler(n_startup_trials=count, seed=seed, independent_sampler=random)
             case Gp(startup_trials=startup):
-                return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed)
+                return optuna.samplers.GPSampler(n_startup_trials=self._startup(startup), seed=seed)
             case Qmc():
                 # One sequence for the whole study; Optuna stores the index of the next point.
                 return optuna.samplers.QMCSampler(scramble=True, seed=self.search.seed, independent_sampler=random)
@@ -274,9 +281,9 @@ class Study:
         """The pruner; epochs are counted from 1."""
         match self.search.pruner:
             case Median(startup_trials=startup, min_epochs=min_epochs):
-                return optuna.pruners.MedianPruner(startup, min_epochs)
+                return optuna.pruners.MedianPruner(self._startup(startup), min_epochs)
             case Percentile(keep=keep, startup_trials=startup, min_epochs=min_epochs):
-                return optuna.pruners.PercentilePruner(keep, startup, min_epochs)
+                return optuna.pruners.PercentilePruner(keep, self._startup(startup), min_epochs)
             case Hyperband(min_epochs=min_epochs, reduction=reduction):
                 return optuna.pruners.HyperbandPruner(min_epochs, self.epochs, reduction)
             case Asha(min_epochs=min_epochs, reduction=reduction):
@@ -287,6 +294,39 @@ class Study:
                 return optuna.pruners.NopPruner()
             case _ as never:
                 assert_never(never)
+
+    def judges(self, config: Config, epoch: int) -> bool:
+        """Whether the pruner is asked after this epoch of a trial, from 1. Not after the last one: a trial that is
+        trained has its value. Halving stops in the last third, where it would save little and lose a candidate.
+        """
+        epochs = config.train.epochs
+        halving = isinstance(self.search.pruner, Asha | Hyperband)
+        return epoch < epochs and not (halving and 3 * epoch > 2 * epochs)
+
+    def chance(self, data: Prepared) -> float | None:
+        """The validation accuracy that shows nothing learnt: 1.2 times that of always answering the largest class.
+
+        None if no trial is judged by it: without a pruner, in a grid, with too few validation images of a class, or
+        with a class so large that none could be above it.
+        """
+        counts = data.validation_classes
+        judged = not isinstance(self.search.pruner, NoPruner) and not isinstance(self.search.sampler, Grid)
+        if not judged or data.largest is None or min(counts) < CHANCE_IMAGES:
+            return None
+        return chance if (chance := CHANCE_FACTOR * data.largest) < 1 else None
+
+    def at_chance(self, config: Config, epoch: int, accuracy: float, data: Prepared) -> bool:
+        """Whether a trial has learnt nothing: the 99% upper bound of its validation accuracy is below `chance`. Warm-up
+        and a tenth of the epochs must be over; not after the last epoch.
+        """
+        schedule, epochs, chance = config.schedule, config.train.epochs, self.chance(data)
+        warmup = schedule.kind.rise * epochs if isinstance(schedule.kind, OneCycle) else schedule.warmup
+        if chance is None or not (warmup < epoch and epochs / 10 <= epoch < epochs):
+            return False
+        return Accuracy(round(accuracy * data.validation), data.validation).upper(CHANCE_LEVEL) < chance
+
+    def _startup(self, trials: int | None) -> int:
+        return min(10, max(4, self.trials // 4)) if trials is None else trials
 
     def seed(self, name: int | str) -> int:
         """The 31-bit seed of a trial's proposal and training, by its number; of a fresh training, by another name."""

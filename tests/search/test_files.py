@@ -321,6 +321,19 @@ def test_another_value_is_refused_by_name(path: Path, key: str, value: Any, show
         assert str(caught.value).endswith("; name another study with --name to begin afresh")
 
 
+def test_start_up_trials_of_an_older_study_stay_where_the_file_does_not_name_them(path: Path) -> None:
+    """Studies begun when these keys had numbers as defaults hold these numbers."""
+    file = read(path)
+    older = {"name": "tpe", "startup_trials": 10, "candidates": 24}
+    table = {**file.table, "search": {**file.table["search"], "sampler": older}}
+    stored = begun(StudyFile(path, "deep", "", table).study(), StudyFile(path, "deep", "", table))
+    now = StudyFile(path, "deep", "", {**table, "search": {**table["search"], "sampler": "tpe"}})
+    for overrides in ({}, {"search.sampler": "tpe"}):
+        assert reopen(now, stored, overrides).resolved["search"]["sampler"] == older
+    with pytest.raises(ConfigError, match=r"search.sampler.startup_trials = 4: study 'deep' was begun with 10"):
+        reopen(now, stored, {"search.sampler.startup_trials": 4})
+
+
 def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
     file = read(path)
     with pytest.raises(ConfigError, match=r"model.mlp.depth is unknown here"):

@@ -1,6 +1,7 @@
 """A checked study: samplers, pruners, and errors before a search starts."""
 
 import tomllib
+from functools import partial
 from typing import Any
 
 import optuna
@@ -9,6 +10,7 @@ from optuna.trial import FixedTrial, TrialState
 
 from searchfm.config import Config, SearchConfig
 from searchfm.errors import ConfigError, StudyError
+from searchfm.records import Prepared
 from searchfm.search import files, space
 from searchfm.search.study import Study, check_name
 from searchfm.tables import BranchKey
@@ -35,7 +37,7 @@ def tune(study: Study, trials: int) -> optuna.Study:
         config = study.sample(trial).to_table()
         for index in range(1, study.epochs + 1):
             trial.report(toys.curve(config, index), index)
-            if index < study.epochs and trial.should_prune():
+            if study.judges(study.sample(FixedTrial(trial.params)), index) and trial.should_prune():
                 record.tell(trial, state=TrialState.PRUNED)
                 break
         else:
@@ -123,6 +125,65 @@ def test_every_trial_trains_its_minimum_of_epochs_and_pruned_ones_no_more(pruner
     record = tune(study, 30)
     pruned = [trial.last_step for trial in record.get_trials(states=(TrialState.PRUNED,))]
     assert min(pruned) == minimum
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "asha"])
+def test_no_rung_is_in_the_last_third_of_the_epochs(pruner: str) -> None:
+    settings = {"name": pruner, "min_epochs": 2, "reduction": 3}
+    record = tune(toy(search={"pruner": settings}, train={"epochs": 7}, **OPEN), 30)
+    assert {trial.last_step for trial in record.trials} == {2, 7}, "6 would be the next"
+    config = toy(search={"pruner": settings}, train={"epochs": 6}).first
+    judged = [
+        index for index in range(1, 7) if toy(search={"pruner": settings}, train={"epochs": 6}).judges(config, index)
+    ]
+    assert judged == [1, 2, 3, 4]
+    assert toy(search={"pruner": "median"}, train={"epochs": 6}).judges(config, 5), (
+        "this one stops a trial at any epoch"
+    )
+
+
+@pytest.mark.parametrize(("trials", "expected"), [(1, 4), (12, 4), (20, 5), (50, 10), (1000, 10)])
+def test_start_up_trials_are_a_quarter_of_all_from_four_to_ten(trials: int, expected: int) -> None:
+    study = toy(search={"trials": trials, "sampler": "tpe", "pruner": "median"}, **OPEN)
+    assert study.sampler(0)._n_startup_trials == expected  # type: ignore[attr-defined]
+    assert study.pruner()._n_startup_trials == expected  # type: ignore[attr-defined]
+    named = toy(search={"trials": trials, "pruner": {"name": "median", "startup_trials": 0}})
+    assert named.pruner()._n_startup_trials == 0  # type: ignore[attr-defined]
+
+
+def counted(*counts: int) -> Prepared:
+    return Prepared("f", (1, 8, 8), tuple(map(str, counts)), 100, sum(counts), counts)
+
+
+def test_at_chance_means_that_the_bound_is_below_that_of_the_largest_class() -> None:
+    study, even = toy(search={"pruner": "median"}, train={"epochs": 30}), counted(*[100] * 10)
+    judged = partial(study.at_chance, study.first, 3, data=even)
+    assert study.chance(even) == pytest.approx(0.12)
+    assert judged(accuracy=0.096)  # whose exact bound is 0.1198
+    assert not judged(accuracy=0.097)
+    assert study.chance(counted(300, 100)) == pytest.approx(0.9)
+    assert study.chance(counted(9, 10)) is None
+    assert study.chance(counted()) is None
+
+
+@pytest.mark.parametrize(
+    ("epochs", "schedule", "first"),
+    [
+        (5, {}, 1),
+        (10, {}, 1),
+        (25, {}, 3),
+        (10, {"warmup": 1.0}, 2),
+        (10, {"warmup": 2.5}, 3),
+        (10, {"name": "one-cycle"}, 4),
+        (10, {"warmup": 9.0}, None),
+    ],
+)
+def test_a_trial_is_not_at_chance_in_warm_up_nor_after_its_last_epoch(
+    epochs: int, schedule: dict[str, Any], first: int | None
+) -> None:
+    study = toy(search={"pruner": "median"}, train={"epochs": epochs}, schedule=schedule)
+    judged = [i for i in range(1, epochs + 1) if study.at_chance(study.first, i, 0.05, counted(*[100] * 10))]
+    assert judged == ([] if first is None else list(range(first, epochs)))
 
 
 def test_asha_continues_one_of_each_reduction() -> None:
