@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import optuna
 import tomli_w
@@ -193,11 +193,11 @@ class Study:
                     left_out.setdefault(dotted, {})[value] = misfit.error
         except ConfigError as error:
             raise error.at(self.where) from None
-        for dotted, errors in left_out.items():
-            (value, error), *more = sorted(errors.items())
+        for dotted, problems in left_out.items():
+            (value, problem), *more = sorted(problems.items())
             also = f", as {'are' if len(more) > 1 else 'is'} {', '.join(str(each) for each, _ in more)}" if more else ""
-            reason = "" if error.key == dotted else f"{dotted} = {value}: "
-            self._note(f"{reason}{error}: left out{also}")
+            reason = "" if problem.key == dotted else f"{dotted} = {value}: "
+            self._note(f"{reason}{problem}: left out{also}")
 
     def _misfits(self, shape: Shape | None) -> "dict[tuple[str, Any], _Misfit]":
         """What must be left out, by (dotted key, value). Raises ConfigError where the user gave that key."""
@@ -212,7 +212,7 @@ class Study:
                 if shape is not None:
                     config.fit_images(shape)
             except ConfigError as error:
-                misfit = _Misfit(error, _mend(kind, shape))
+                misfit = _Misfit(error, _mend(kind, cast(Shape, shape)))
                 if not kind.fits or self._is_given(point[0]):
                     raise misfit.mended from None
                 misfits.setdefault(point, misfit)
@@ -221,11 +221,11 @@ class Study:
                     doubts.setdefault(point, ConfigError(point[0], doubt))
                 else:
                     good.add(point)
-        for point, error in doubts.items():
+        for point, problem in doubts.items():
             if self._is_given(point[0]) or point in good:
-                self._note(str(error.at(self.where)))
+                self._note(str(problem.at(self.where)))
             else:
-                misfits[point] = _Misfit(error)
+                misfits[point] = _Misfit(problem)
         return misfits
 
     def _note(self, line: str) -> None:
@@ -372,7 +372,7 @@ class _Misfit:
         return ConfigError(self.error.key, self.error.problem + self.mend)
 
 
-def _mend(kind: Model, shape: Shape | None) -> str:
+def _mend(kind: Model, shape: Shape) -> str:
     """A flag with a value that fits the images, as the end of a message."""
     for value in range(getattr(kind, kind.fits, 1) - 1, 0, -1):
         with suppress(ConfigError):
