@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
@@ -36,19 +36,24 @@ from searchfm.stats import Accuracy
 Ticks = list[tuple[float, str]]  # height from 0 to 1, and text
 DPI = 110
 
-# Each colour has one meaning in all figures.
+# Each colour has one meaning in all figures. A page gives each a second value for dark screens: see `svg`.
 INK = "#1f2933"
 SOFT = "#52606d"
 QUIET = "#9aa5b1"
 TRAIN = "#8fb3d9"
 VALIDATION = "#1f5fa8"
 MARK = "#d1495b"
-SHADES = LinearSegmentedColormap.from_list("searchfm", ["#ffffff", "#c6dbef", VALIDATION, "#0b2c52"])
-WORST_TO_BEST = LinearSegmentedColormap.from_list("trials", ["#d3dae2", "#8fb3d9", VALIDATION])
+PAPER = "#ffffff"
+GRID = "#e4e7eb"
+OTHER = "#cbd2d9"  # trials that are not among the best
+VARIABLES = {INK: "ink", SOFT: "soft", QUIET: "quiet", VALIDATION: "blue", MARK: "mark", PAPER: "paper", GRID: "line"}
+VARIABLES[OTHER] = "other"
+LIGHT = "#fefefe"  # text on dark cells, also on dark screens
 
 WIDE = 10.0  # inches, of a page's column
 COUNTED = 24  # classes up to which a confusion matrix holds its counts as text
 BELOW = -0.12  # where parallel coordinates pass a key that a trial does not have, below the axis from 0 to 1
+SUPPORT = 3  # trials of a value that a median needs
 FEW = 12  # values up to which a stepped range is drawn value by value
 
 
@@ -65,7 +70,7 @@ class Measured:
 
 def _blank(width: float, height: float) -> Figure:
     """A white figure, in inches, that needs no pyplot."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 
@@ -82,7 +87,7 @@ def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=INK, labelsize=8, length=3)
-    axes.grid(axis=grid, color="#e4e7eb", linewidth=0.6)
+    axes.grid(axis=grid, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
 
@@ -120,7 +125,8 @@ def png(figure: Figure) -> bytes:
 def svg(figure: Figure, salt: str) -> str:
     """The figure as an element of a page, its texts as text. salt: unique in the page; it goes into the inner ids.
 
-    Of the ids that artists were given (`gid`), those that begin with `trial-` stay.
+    Of the ids that artists were given (`gid`), those that begin with `trial-` stay. Our colours become variables of CSS
+    which a page may set; elsewhere they have their values.
     """
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none of them
@@ -130,18 +136,26 @@ def svg(figure: Figure, salt: str) -> str:
     text = buffer.getvalue()
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
     # Groups are numbered from 1 in every figure, and nothing refers to them.
-    return re.sub(r' id="(?!trial-)[a-z][\w.]*_\d+"', "", text)
+    text = re.sub(r' id="(?!trial-)[a-z][\w.]*_\d+"', "", text)
+    text = re.sub(
+        r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', text
+    )  # of hatched areas; an attribute takes no variable
+    return re.sub(r'(?<=: )#[0-9a-f]{6}(?=[;"])', lambda found: _variable(found[0]), text)
+
+
+def _variable(colour: str) -> str:
+    return f"var(--{VARIABLES[colour]}, {colour})" if colour in VARIABLES else colour
 
 
 # --- one trial --------------------------------------------------------------------------------------------------------
 
 
-def curves(epochs: Sequence[Epoch]) -> Figure:
+def curves(epochs: Sequence[Epoch], width: float = 7.6) -> Figure:
     """Loss (left) and accuracy (right) over the epochs, training and validation, the best validation accuracy marked.
 
-    What is None or not finite leaves a gap.
+    What is None or not finite leaves a gap. width: in inches.
     """
-    figure = _blank(7.6, 2.9)
+    figure = _blank(width, 2.9)
     loss, accuracy = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
     steps = [epoch.index for epoch in epochs]
@@ -181,8 +195,10 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     width, height = side + margin + 0.25, side + margin + 0.45
     figure = _blank(width, height)
     axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
-    # The square root makes rare confusions visible, and those matter most.
-    axes.imshow(np.sqrt(fractions), cmap=SHADES, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+    # The square root makes rare confusions visible, and those matter most. Its shade is an opacity, for dark screens.
+    shades = np.empty((classes, classes, 4))
+    shades[..., :3], shades[..., 3] = to_rgb(VALIDATION), np.sqrt(fractions)
+    axes.imshow(shades, interpolation="nearest", aspect="auto")
     # parse_math: a class name may contain $.
     axes.set_xticks(range(classes), shown, rotation=90, fontsize=size, color=INK, parse_math=False)
     axes.set_yticks(range(classes), shown, fontsize=size, color=INK, parse_math=False)
@@ -194,7 +210,7 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
     _title(axes, f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})", size=9)
     if counted:
         for row, column in np.argwhere(counts):
-            colour = "white" if fractions[row, column] > 0.25 else INK
+            colour = LIGHT if fractions[row, column] > 0.25 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
     return figure
 
@@ -236,7 +252,7 @@ def history(
     axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
     tops = np.maximum.accumulate(list(values.values()))
     axes.step(list(values), tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
-    ring = {"color": "white", "markeredgecolor": QUIET, "markeredgewidth": 0.9}
+    ring = {"color": PAPER, "markeredgecolor": QUIET, "markeredgewidth": 0.9}
     for number, value in pruned.items():
         if drawn is None or number in drawn:
             _dot(axes, "history", number, (number, value), floor, **ring)
@@ -284,8 +300,9 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
         ]
         heights.append(accuracy_height(value))
         best = rank == len(complete) - 1
-        color, width = (MARK, 2.0) if best else (WORST_TO_BEST(rank / (len(complete) - 1)), 1.1)
-        style: dict[str, Any] = {"color": color, "linewidth": width, "zorder": 3 + rank / len(complete)}
+        style: dict[str, Any] = {"color": MARK, "linewidth": 2.0} if best else {"color": VALIDATION, "linewidth": 1.1}
+        style |= {"alpha": 1.0 if best else 0.12 + 0.88 * (rank / (len(complete) - 1)) ** 2}
+        style["zorder"] = 3 + rank / len(complete)
         axes.plot(range(len(heights)), heights, gid=f"trial-parallel-{trial.number}", **style)
     return figure
 
@@ -299,14 +316,16 @@ def factor(
     best: int,
     drawn: Container[int] | None = None,
 ) -> Figure:
-    """Validation accuracy over one key of the space: a dot per complete trial, and the median of each of few values.
+    """Validation accuracy over one key of the space: a dot per complete trial, and the median of each value that three
+    trials or more have, where values are few.
 
-    A line joins the medians where the values are numbers. name: of the key; figure_name: for the dots' ids; best:
-    number of the trial that is marked. drawn: the trials that have a dot, None for all; medians are of all.
+    A line joins the medians where the values are numbers. trials: also those without the key, since all keys of a study
+    have one scale. name: of the key; figure_name: for the dots' ids; best: number of the trial that is marked. drawn:
+    the trials that have a dot, None for all; medians are of all.
     """
     figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.815, 0.72))
     points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
-    floor = _limits(axes, [value for _, _, value in points])
+    floor = _limits(axes, [row.value for row in trials if row.value is not None])
     options = _options(leaf)
     by_option: dict[int, list[float]] = {}  # values by the option's index
     for number, x, value in sorted(points, key=lambda point: point[0] == best):  # the marked one on top
@@ -319,7 +338,8 @@ def factor(
         style: dict[str, Any] = {"color": MARK} if number == best else {"color": VALIDATION, "alpha": 0.75}
         _dot(axes, figure_name, number, (x, value), floor, **style)
     if isinstance(leaf, Choice) or options:
-        _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in sorted(by_option)})
+        supported = [index for index in sorted(by_option) if len(by_option[index]) >= SUPPORT]
+        _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in supported})
     elif leaf.log:
         axes.set(xscale="log", xlim=(leaf.low / 1.2, leaf.high * 1.2))
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if leaf.high / leaf.low > 30 else (1, 2, 5)))
@@ -352,9 +372,9 @@ def progress(trials: Sequence[Trial], top: Sequence[Trial]) -> Figure:
     for trial in trials:
         if trial.reported and trial not in top and trial.twin is None:
             xs, ys = list(trial.reported), list(trial.reported.values())
-            axes.plot(xs, ys, color="#cbd2d9", linewidth=0.9, zorder=2, gid=f"trial-progress-{trial.number}")
+            axes.plot(xs, ys, color=OTHER, linewidth=0.9, zorder=2, gid=f"trial-progress-{trial.number}")
             if trial.state == "pruned":
-                axes.plot(xs[-1:], ys[-1:], "o", color=QUIET, markersize=3, markerfacecolor="white", zorder=3)
+                axes.plot(xs[-1:], ys[-1:], "o", color=QUIET, markersize=3, markerfacecolor=PAPER, zorder=3)
     style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.5, "zorder": 4}
     for trial, shade in reversed(list(zip(top, (MARK, VALIDATION, "#3f7cc0", "#6d9fd3", "#8fb3d9"), strict=False))):
         style |= {"color": shade, "label": f"trial {trial.number}", "gid": f"trial-progress-{trial.number}"}
@@ -373,7 +393,7 @@ def survival(trials: Sequence[Trial], epochs: int) -> Figure:
     reached = [sum(count >= epoch for count in counts) for epoch in steps]
     saved = [len(counts) - count for count in reached]
     axes.bar(steps, reached, color=VALIDATION, width=0.82)
-    axes.bar(steps, saved, bottom=reached, color="white", edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
+    axes.bar(steps, saved, bottom=reached, color=PAPER, edgecolor=QUIET, hatch="////", width=0.82, linewidth=0)
     _count(axes, "epoch")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
@@ -381,14 +401,15 @@ def survival(trials: Sequence[Trial], epochs: int) -> Figure:
 
 def importance(fractions: Mapping[str, float]) -> Figure:
     """Bars, the longest first. fractions: name -> fraction of the differences in accuracy, 0 to 1."""
-    height = 0.5 + 0.27 * len(fractions)
-    figure = _blank(5.6, height)
-    axes = figure.add_axes((0.32, 0.2 / height, 0.6, 1 - 0.3 / height))
+    height = 0.3 + 0.27 * len(fractions)
+    figure = _blank(WIDE, height)
+    left = 0.02 + 0.0075 * max(map(len, fractions), default=0)
+    axes = figure.add_axes((left, 0.1 / height, 0.985 - left, 1 - 0.2 / height))
     names = list(fractions)
     bars = axes.barh(range(len(names)), list(fractions.values()), color=VALIDATION, height=0.66)
     axes.bar_label(bars, fmt="{:.0%}", padding=2, fontsize=8, color=INK)
     axes.set_yticks(range(len(names)), names, fontsize=8.5, color=INK, parse_math=False)
-    axes.set(xticks=[], xlim=(0, 1.12 * max(fractions.values())), ylim=(len(names) - 0.5, -0.5))
+    axes.set(xticks=[], xlim=(0, 1.06 * max(fractions.values())), ylim=(len(names) - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.spines["left"].set_color(QUIET)
@@ -432,7 +453,7 @@ def _limits(axes: Axes, values: Sequence[float], more: Iterable[float] = ()) -> 
 
 def _dot(axes: Axes, figure: str, trial: int, point: tuple[float, float], floor: float, **style: Any) -> None:
     """The mark of a trial; a triangle at the lower edge where the point is below the scale."""
-    style = {"markeredgecolor": "white", "markeredgewidth": 0.5, "markersize": 5.5, "zorder": 3, **style}
+    style = {"markeredgecolor": PAPER, "markeredgewidth": 0.5, "markersize": 5.5, "zorder": 3, **style}
     x, y = point
     axes.plot([x], [max(y, floor)], "o" if y >= floor else "v", gid=f"trial-{figure}-{trial}", **style)
 
@@ -466,7 +487,7 @@ def _vertical(axes: Axes, x: float, name: str, ticks: Ticks, side: int = -1) -> 
     """One axis of many, its texts on the left (side -1) or on the right (1)."""
     axes.plot([x, x], [0, 1], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
     axes.text(x, 1.09, name, fontsize=8.5, color=INK, ha="center", va="bottom", parse_math=False)
-    box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6}
+    box = {"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.6}
     for height, text in ticks:
         axes.plot([x, x + 0.02 * side], [height, height], color=QUIET, linewidth=0.9, zorder=2, clip_on=False)
         label = axes.text(x + 0.035 * side, height, text, fontsize=7.5, color=SOFT, va="center", zorder=5, bbox=box)

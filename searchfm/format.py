@@ -8,6 +8,7 @@ from typing import Any
 
 from searchfm.records import Final, State, StudyRecord, Trial, trained
 
+INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
 NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
 
@@ -18,9 +19,9 @@ def escape(text: str) -> str:
 
 
 def seconds(count: float) -> str:
-    """A duration: 4.1 s, 3 min 20 s, 2 h 5 min."""
+    """A duration: 0.034 s, 4.1 s, 3 min 20 s, 2 h 5 min."""
     if count < 60:
-        return f"{count:.1f} s"
+        return f"{count:.2g} s" if 0 < count < 0.95 else f"{count:.1f} s"
     minutes, rest = divmod(round(count), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
@@ -125,6 +126,14 @@ def accuracy_sentence(accuracy: float, n: int, part: str, low: float, high: floa
     )
 
 
+def _optimism(searched: float, fresh: float) -> str:
+    """The search's accuracy against that of fresh trainings, by the figures as they are shown."""
+    points = round(100 * searched, 2) - round(100 * fresh, 2)
+    if abs(points) < 0.005:
+        return "no difference"
+    return f"the search was {abs(points):.2f} points too {'optimistic' if points > 0 else 'pessimistic'}"
+
+
 def sentence(final: Final) -> str:
     """The accuracy of a final model on the test part, and how often that part has been read."""
     return " ".join(final_sentences(final)["Test"])
@@ -147,12 +156,15 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
     if final.optimism is None:
         searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
     else:
+        found = validation.accuracy + final.optimism
         searched = [
-            f"{validation.accuracy + final.optimism:.2%} of the validation images correct in the search, "
-            f"{validation.accuracy:.2%} with {plural(final.plan.seeds, 'fresh seed')}: "
-            f"an optimism of {100 * final.optimism:+.2f} points."
+            f"{found:.2%} of the validation images correct in the search, {validation.accuracy:.2%} with "
+            f"{plural(final.plan.seeds, 'fresh seed')}: {_optimism(found, validation.accuracy)}."
         ]
-    if validation.low is not None and validation.high is not None and validation.spread is not None:
+    if final.optimism is not None and final.plan.seeds < INTERVAL_SEEDS:
+        few = f"{plural(final.plan.seeds, 'seed')} {'is' if final.plan.seeds == 1 else 'are'} too few"
+        searched.append(f"{few} for an interval of a further one; --seeds 5 gives it.")
+    elif validation.low is not None and validation.high is not None and validation.spread is not None:
         searched.append(
             f"A further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction interval, on the "
             f"search's data and epochs and the same {validation.n:,} images); seeds vary by "

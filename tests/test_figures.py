@@ -155,6 +155,19 @@ def test_numbers_to_choose_from_are_sorted_and_names_are_not() -> None:
         assert [round(float(marks[number][0, 0])) for number in (0, 1)] == order
 
 
+def test_all_keys_have_one_scale_and_a_median_needs_three_trials() -> None:
+    values = [0.5, 0.9, 0.91, 0.92, 0.93, 0.94, 0.95]
+    trials = [trial(i, value, momentum=[0.0, *[0.5] * 3, *[0.9] * 3][i]) for i, value in enumerate(values)]
+    trials.append(trial(9, 0.96, lr=0.1))
+    figure = figures.factor(trials, "momentum", Choice((0.0, 0.5, 0.9)), "momentum", "f", best=9)
+    other = figures.factor(trials, "lr", LR, "lr", "f", best=9)
+    assert figure.axes[0].get_ylim() == other.axes[0].get_ylim()
+    (medians,) = figure.axes[0].collections
+    assert [segment[0][1] for segment in medians.get_segments()] == pytest.approx([0.91, 0.94])  # type: ignore[attr-defined]
+    (line,) = [line for line in figure.axes[0].lines if line.get_gid() is None]
+    assert_allclose(line.get_xdata(), [1, 2])
+
+
 def test_a_number_with_rounding_noise_has_its_step() -> None:
     dropout = Range(0.0, 0.5, log=False, step=0.05)
     trials = [trial(0, 0.8, dropout=0.30000000000000004), trial(1, 0.9, dropout=0.35000000000000003)]
@@ -229,6 +242,15 @@ def test_inner_ids_differ_from_figure_to_figure_but_not_from_run_to_run() -> Non
     assert drawn("one") == drawn("one")
     assert inner(drawn("one"))
     assert not inner(drawn("one")) & inner(drawn("two"))
+
+
+def test_a_page_sets_the_colours_of_figures_and_elsewhere_they_have_their_own() -> None:
+    trials = [replace(trial(i, 0.5), epochs=tuple(rows.epochs(i, count))) for i, count in enumerate((3, 1))]
+    for figure in (figures.history(trials, 0, (0.4, 0.6)), figures.survival(trials, 3)):
+        text = figures.svg(figure, "one")
+        assert f"var(--ink, {figures.INK})" in text
+        assert f"var(--paper, {figures.PAPER})" in text
+        assert not re.search(f'[:"] ?{figures.PAPER}', text), "white would stay white on a dark screen"
 
 
 def test_pyplot_stays_out() -> None:

@@ -15,9 +15,18 @@ from optuna.storages import BaseStorage
 from searchfm import figures
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
-from searchfm.format import accuracy_sentence, final_sentences, saved_epochs, seconds, short, short_names, states
+from searchfm.format import (
+    accuracy_sentence,
+    final_sentences,
+    plural,
+    saved_epochs,
+    seconds,
+    short,
+    short_names,
+    states,
+)
 from searchfm.learn.datasets import training_images
-from searchfm.records import EPOCHS, Predictions, StudyRecord, Trial, read_epochs
+from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs
 from searchfm.search.space import leaves
 from searchfm.search.study import Study
 from searchfm.show import pages
@@ -27,6 +36,8 @@ ALPHA = 0.05  # two trials with a p-value of at least this are tied
 ENOUGH = 10  # complete trials that importance needs
 RANKED = 15  # trials in the figure of ties
 KEYS = 10  # axes of the parallel coordinates
+IMPORTANT = 0.05  # fraction of the differences that a key explains, to be shown without unfolding
+ROW = 3  # figures of keys side by side
 TOP = 5  # trials whose curves are in colour
 DRAWN = 300  # trials in a figure or table: each costs 2 ms a figure, and 10,000 made a page of 14 MB
 
@@ -180,20 +191,33 @@ def result_sentences(study: StudyRecord) -> list[str]:
 
 
 def tie(study: StudyRecord, ranked: Sequence[Rank]) -> str:
-    """Which trials are tied with the best, and which of those trained fastest."""
+    """Which trials are tied with the best, as they were trained in the search, and which of those trained fastest."""
     n, tied = study.data.validation, [rank for rank in ranked if rank.tied]
     if len(ranked) == 1:
         return "Only one trial is complete: there is nothing to compare it with."
     if len(tied) == 1:
-        return f"No tie: on {n:,} validation images, the best trial differs from every other."
-    together = all(rank.tied for rank in ranked[: len(tied)])
-    subject = f"The top {len(tied)} are tied" if together else f"{len(tied)} trials are tied, the best among them"
-    floor = 100 * -min(rank.difference for rank in tied)
-    text = (
-        f"{subject}: {n:,} validation images cannot distinguish them, although they differ by up to {floor:.2f} points."
-    )
-    fast = min((rank.trial for rank in tied if rank.trial.epochs), key=lambda trial: trial.seconds, default=None)
-    return text if fast is None else f"{text} Of these, trial {fast.number} trained fastest ({seconds(fast.seconds)})."
+        text = f"As trained in the search, the best trial differs from every other on {n:,} validation images."
+    else:
+        together = all(rank.tied for rank in ranked[: len(tied)])
+        subject = f"the top {len(tied)} are tied" if together else f"{len(tied)} trials are tied, the best among them"
+        floor = 100 * -min(rank.difference for rank in tied)
+        text = f"As trained in the search, {subject}: {n:,} validation images cannot distinguish them"
+        text += f", although they differ by up to {floor:.2f} points." if floor >= 0.005 else "."
+        fast = min((rank.trial for rank in tied if rank.trial.epochs), key=lambda trial: trial.seconds, default=None)
+        if fast is not None:
+            text += f" Of these, trial {fast.number} trained fastest ({seconds(fast.seconds)})."
+    if study.final is not None and len(study.final.finalists) > 1:
+        text += f" {_fresh(study.final)}"
+    return text
+
+
+def _fresh(final: Final) -> str:
+    """What fresh seeds say of the finalists. It counts more than one training each."""
+    seeds = plural(final.plan.seeds, "fresh seed")
+    if not final.tie:
+        return f"Trained again with {seeds}, trial {final.winner} is better than the other finalists."
+    numbers = ", ".join(map(str, final.tie))
+    return f"Trained again with {seeds}, trials {numbers} cannot be distinguished: that result counts more."
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -222,7 +246,8 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
     space = {key: leaf for key, leaf in leaves(tree) if len(values.get(key, ())) > 1}  # what differs between trials
     keys = sorted(space, key=lambda key: -importance.get(key, 0.0))
     fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
-    axes = {key: leaf for key, leaf in space.items() if key in keys[:KEYS]}
+    axes = {key: space[key] for key in keys[:KEYS]}
+    important = sum(fraction >= IMPORTANT for fraction in importance.values())
     numbers, lines = {trial.number for trial in drawn}, [trial for trial in drawn if trial.twin is None]
     return {
         "importance": figures.importance(fractions) if fractions else None,
@@ -233,6 +258,7 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
             figures.factor(trials, key, space[key], names[key], f"f{i}", trials[0].number, numbers)
             for i, key in enumerate(keys)
         ],
+        "open": max(ROW, -(-important // ROW) * ROW) if importance else 2 * ROW,
         "sweep": len(names) == 1,
     }
 
@@ -241,7 +267,7 @@ def _curves(study: StudyRecord, chosen: Trial, drawn: Sequence[Trial]) -> dict[s
     fitted = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
     epochs, saved = fitted or chosen.epochs, saved_epochs(study)
     return {
-        "curves": figures.curves(epochs) if epochs else None,
+        "curves": figures.curves(epochs, figures.WIDE) if epochs else None,
         "fitted": fitted,
         "progress": figures.progress(drawn, study.ranked(twins=False)[:TOP]),
         "survival": figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if saved.epochs else None,

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,10 +23,10 @@ from searched import Ending
 from searchfm import cli
 from searchfm.config import DataConfig
 from searchfm.errors import DataError, StudyError
-from searchfm.format import saved_epochs
+from searchfm.format import final_sentences, saved_epochs
 from searchfm.home import Home
 from searchfm.learn.datasets import training_images
-from searchfm.records import Predictions, StudyRecord
+from searchfm.records import FinalistFigures, Predictions, StudyRecord
 from searchfm.search import files
 from searchfm.search.storage import load_study, open_storage
 from searchfm.show import report
@@ -148,7 +149,7 @@ def test_a_final_model_is_described_by_its_test_and_the_readings_of_that_part(ho
     assert "test part of these data had been read 3 times" in sentences[1]
     assert "configuration of trial 1" in sentences[2]
     assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in sentences[3]
-    assert "optimism of +1.00 points" in sentences[3]
+    assert sentences[3].endswith(": the search was 1.00 points too optimistic.")
     assert "A further seed would give 88.00% to 92.00%" in sentences[4]
     assert "Trials 0, 1 cannot be distinguished" in sentences[5]
 
@@ -156,11 +157,44 @@ def test_a_final_model_is_described_by_its_test_and_the_readings_of_that_part(ho
 def test_the_tie_is_named_and_the_fastest_of_it(home: Home) -> None:
     study = searched.search(home, [Ending(range(60)), Ending(range(100, 112)), Ending(BEST)])
     text = report.tie(study, report.ranks(study))
-    assert text.startswith("The top 2 are tied: 212 validation images cannot distinguish them")
+    assert text.startswith(
+        "As trained in the search, the top 2 are tied: 212 validation images cannot distinguish them"
+    )
     assert "up to 0.94 points" in text
     assert "trial 1 trained fastest (12.0 s)" in text  # 3 s an epoch, trial 2 takes 4
     alone = searched.search(home, [Ending(BEST), Ending(range(60))], "alone")
-    assert report.tie(alone, report.ranks(alone)).startswith("No tie")
+    assert report.tie(alone, report.ranks(alone)).startswith("As trained in the search, the best trial differs")
+
+
+def test_single_trainings_and_fresh_seeds_do_not_contradict_each_other(home: Home) -> None:
+    """The winner is tied with a trial by fresh seeds, and differs from it as trained in the search."""
+    study = searched.retrained(home, searched.search(home, [Ending(BEST), Ending(range(60))]), range(30))
+    assert study.final is not None
+    figures = [FinalistFigures(number, 0.9, (0.9, 0.91), 0.905, 1.0, (1, 2), 10, 10) for number in (0, 1)]
+    study = replace(study, final=replace(study.final, finalists=tuple(figures)))
+    text = report.tie(study, report.ranks(study))
+    assert text.startswith("As trained in the search, the best trial differs from every other")
+    assert text.endswith("with 3 fresh seeds, trials 0, 1 cannot be distinguished: that result counts more.")
+
+
+@pytest.mark.parametrize(
+    ("optimism", "seeds", "expected"),
+    [
+        (0.01, 3, ("too optimistic", "A further seed would give")),
+        (-0.0247, 2, ("the search was 2.47 points too pessimistic", "2 seeds are too few for an interval")),
+        (-0.00004, 3, ("with 3 fresh seeds: no difference.", "A further seed would give")),
+    ],
+)
+def test_a_difference_that_rounds_away_and_an_interval_of_two_seeds_are_not_stated(
+    home: Home, optimism: float, seeds: int, expected: tuple[str, str]
+) -> None:
+    final = searched.retrained(home, searched.search(home, [Ending(BEST)]), range(30)).final
+    assert final is not None
+    first, second, *_ = final_sentences(
+        replace(final, optimism=optimism, plan=replace(final.plan, seeds=seeds), tie=())
+    )["Validation"]
+    assert expected[0] in first
+    assert second.startswith(expected[1])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
