@@ -11,7 +11,6 @@ import inspect
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -26,9 +25,12 @@ from searchfm.errors import SearchfmError, StorageError, UserError
 from searchfm.home import Home, data_folder, write_whole
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.console import Console
 
     from searchfm.engines import EngineOptions
+    from searchfm.show.live import Region
     from searchfm.show.schema import Part
 
 app = typer.Typer(
@@ -105,25 +107,26 @@ def _engine_options(
     slurm_args: Annotated[
         str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: further flags of sbatch, in one string.")
     ] = None,
-) -> "EngineOptions":
-    from searchfm.engines.start import read_options
-
-    flags = {
+) -> dict[str, Any]:
+    """The arguments of `api.tune` and `api.retrain`."""
+    return {
+        "engine": engine,
         "device": device,
         "workers": None if workers == "auto" else _number(workers),
         "workers_per_gpu": _number(workers_per_gpu),
-        "listen": listen,
-        "tls_cert": tls_cert and str(tls_cert.absolute()),
-        "tls_key": tls_key and str(tls_key.absolute()),
-        "ray.gpus_per_worker": gpus_per_worker,
-        "ray.cpus_per_worker": cpus_per_worker,
-        "slurm.partition": partition,
-        "slurm.gres": gres,
-        "slurm.time": time_,
-        "slurm.args": tuple(shlex.split(slurm_args or "")),
-        "allow_code": allow_code or None,
+        "allow_code": allow_code,
+        "engine_options": {
+            "listen": listen,
+            "tls_cert": tls_cert and str(tls_cert.absolute()),
+            "tls_key": tls_key and str(tls_key.absolute()),
+            "ray.gpus_per_worker": gpus_per_worker,
+            "ray.cpus_per_worker": cpus_per_worker,
+            "slurm.partition": partition,
+            "slurm.gres": gres,
+            "slurm.time": time_,
+            "slurm.args": tuple(shlex.split(slurm_args or "")),
+        },
     }
-    return read_options(engine, flags)
 
 
 def _number(text: str | None) -> int | str | None:
@@ -201,44 +204,57 @@ def tune(
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
     *,
-    options: "EngineOptions",
+    options: dict[str, Any],
 ) -> None:
     """Search a study: propose, train, prune and record trials. The same command again resumes it."""
-    from searchfm.engines.start import start_engine
-    from searchfm.pool import StopRequest
-    from searchfm.search import files
-    from searchfm.search.lock import stop_requested
-    from searchfm.show import progress, schema, summary, terminal
-    from searchfm.tuning import Tuning, find_study
+    from searchfm import api
+    from searchfm.stopping import StopRequest
 
-    values = {
-        "search.trials": trials,
-        "search.seed": seed,
-        "data.name": dataset,
-        "data.subset": subset,
-        "train.epochs": epochs,
-    }
-    where, console = Home.find(home), _console(stderr=as_json)
-    opened, stored, file = find_study(study, name, files.overrides(values, set_ or []), where)
-    opened.check_code(options.allow_code)
-    _notify_all(opened.notes)
+    console = _console(stderr=as_json)
+    values: dict[str, Any] = {"name": name, "trials": trials, "dataset": dataset, "subset": subset, "epochs": epochs}
+    values |= {"set": set_ or (), "seed": seed}
     if dry_run:
-        files.check_data_name(opened.data["name"])
+        with _doing("reading the study"):
+            from searchfm.search import files
+            from searchfm.show import live, schema, terminal
+
+            opened, stored, _ = api.find_plan(study, Home.find(home), **values)
+            opened.check_code(options["allow_code"])
+            files.check_data_name(opened.data["name"])
+        for note in opened.notes:
+            live.notify(note)
         _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
         return
-    began, folder = time.monotonic(), data_folder(data_dir)
-    engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
-    with StopRequest(timeout, partial(stop_requested, where, opened.name)) as stop:
-        with Tuning(opened, where, file, stored, folder, retry_failed, stop, engine) as tuning:
-            _notify_all(opened.notes)
-            view = progress.TuneView(console, tuning.result(), tuning.trials, tuning.devices)
-            progress.follow(view, tuning.run())
-        result, elapsed = tuning.result(), time.monotonic() - began
+    with StopRequest(exits=True) as stop:
+        tuned = api.tune(
+            study,
+            timeout=timeout,
+            retry_failed=retry_failed,
+            home=home,
+            data_dir=data_dir,
+            progress=console,
+            stopping=stop,
+            **values,
+            **options,
+        )
+        from searchfm import tuning
+        from searchfm.show import schema, summary
+
+        ended = tuned.ended
+        assert ended is not None
         if as_json:
-            typer.echo(schema.dump(schema.describe_study(result, where, listed=True, elapsed=round(elapsed, 3))))
-        exhausted, missing = tuning.coordinator.exhausted, tuning.missing
-        summary.show_end(console, result, trials=tuning.trials, exhausted=exhausted, missing=missing, elapsed=elapsed)
-    tuning.check_success(result)
+            elapsed = round(ended.seconds, 3)
+            described = schema.describe_study(tuned.record, Home(tuned.home), listed=True, elapsed=elapsed)
+            typer.echo(schema.dump(described))
+        summary.show_end(
+            console,
+            tuned.record,
+            trials=ended.trials,
+            exhausted=ended.exhausted,
+            missing=ended.missing,
+            elapsed=ended.seconds,
+        )
+    tuning.check_success(tuned.record)
 
 
 @app.command()
@@ -255,23 +271,30 @@ def retrain(
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
     *,
-    options: "EngineOptions",
+    options: dict[str, Any],
 ) -> None:
     """Train the best trials with fresh seeds, the winner on all training data, test it once, and register it."""
-    from searchfm import retraining
-    from searchfm.engines.start import start_engine
-    from searchfm.pool import StopRequest
-    from searchfm.search.files import study_name
-    from searchfm.search.lock import stop_requested
-    from searchfm.show import progress, schema, terminal
+    from searchfm import api
+    from searchfm.stopping import StopRequest
 
-    name, console, folder = study_name(study), _console(stderr=as_json), data_folder(data_dir)
-    where = Home.find(home)
-    allowed = options.allow_code
-    plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder, allowed)
-    engine = partial(start_engine, _with_data(options, folder), where.path, _notify)
-    with StopRequest(requested=partial(stop_requested, where, name)) as stop:
-        final = progress.follow(progress.RetrainView(console, name), retraining.retrain(plan, stop, engine))
+    console = _console(stderr=as_json)
+    with StopRequest(exits=True) as stop:
+        final = api.retrain(
+            study,
+            top=top,
+            seeds=seeds,
+            trial=trial,
+            epochs=epochs,
+            again=again,
+            promote=promote,
+            home=home,
+            data_dir=data_dir,
+            progress=console,
+            stopping=stop,
+            **options,
+        )
+        from searchfm.show import schema, terminal
+
         _output(as_json, schema.describe_final(final), lambda: terminal.show_final(console, final))
 
 
@@ -294,6 +317,7 @@ def worker(
     """
     from searchfm.engines import agent
     from searchfm.engines.start import read_options
+    from searchfm.show import live
 
     flags = {
         "device": device,
@@ -303,7 +327,7 @@ def worker(
         "allow_code": allow_code or None,
     }
     options = _with_data(read_options("listen", flags), data_folder(data_dir))
-    agent.main(address, Home.find(home).path, options, retry, _notify)
+    agent.main(address, Home.find(home).path, options, retry, live.notify)
 
 
 @app.command()
@@ -689,16 +713,6 @@ def remove(
     _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text + kept))
 
 
-def _notify(line: str) -> None:
-    print(f"searchfm: {line}", file=sys.stderr, flush=True)
-
-
-def _notify_all(notes: list[str]) -> None:
-    """Prints lines for the user, once."""
-    while notes:
-        _notify(notes.pop(0))
-
-
 def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions":
     return replace(options, data_dir=str(folder)) if folder else options
 
@@ -710,6 +724,14 @@ def _console(*, stderr: bool = False) -> "Console":
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 1000  # a file or a pipe has every row whole
     return console
+
+
+def _doing(text: str, as_json: bool = False) -> "AbstractContextManager[Region | None]":
+    """Shows what is being done, with the seconds, while the body runs; nothing where somebody else reads the output."""
+    from searchfm.show import live
+
+    shown = sys.stdout.isatty() and sys.stderr.isatty() and not as_json
+    return live.Region(_console(stderr=True), text) if shown else nullcontext()
 
 
 def _output(as_json: bool, values: "Part | Sequence[Part]", show: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from searchfm.config import Config
 from searchfm.errors import WorldError
+from searchfm.events import Note, SearchEvent, TrialEnded, TrialEpoch, TrialRetried, TrialStarted
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
@@ -32,17 +33,6 @@ TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
 SLOW_SECONDS = 0.1  # of an ask; the asks after it are made ahead
 CHANCE, AT_CHANCE = "pruned at chance", 3  # reason; trials so pruned, with none above chance, that end this rule
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A progress event for the terminal."""
-
-    kind: Literal["started", "adopted", "epoch", "ended", "retried", "packed"]
-    trial: int
-    record: Trial | None = None  # of a trial that started or ended
-    epoch: Epoch | None = None
-    text: str = ""
 
 
 @dataclass
@@ -106,7 +96,7 @@ class Coordinator:
 
     # --- the spine ----------------------------------------------------------------------------------------------------
 
-    def run(self) -> Iterator[Progress]:
+    def run(self) -> Iterator[SearchEvent]:
         """Runs the study to its number of trials, or until the pool is to stop.
 
         Raises WorldError for a hopeless study, and what every trial would meet: StorageError, DataError.
@@ -120,7 +110,7 @@ class Coordinator:
                 for event in self.pool.events():
                     yield from self._on(event)
 
-    def _adopt(self) -> Iterator[Progress]:
+    def _adopt(self) -> Iterator[SearchEvent]:
         """Takes over the trials of a coordinator that is gone, under their own numbers, from their last checkpoints."""
         trials = self.optuna.get_trials(deepcopy=False)  # also what lets `optuna.Trial` suggest for an old trial
         self.asked = len(trials)
@@ -138,7 +128,7 @@ class Coordinator:
             current.job = replace(current.job, attempt=attempt, lost=lost, received=len(current.epochs))
             yield from self._begin(current, adopted=complete)
 
-    def _ask(self) -> Iterator[Progress]:
+    def _ask(self) -> Iterator[SearchEvent]:
         """Asks for a trial for each free worker, while the study is not full; after a slow ask, for one more ahead."""
         while self.next is not None or self._may_ask():
             if self.pool.free == 0 and not self._ahead:
@@ -181,7 +171,7 @@ class Coordinator:
         busy = len(self.running) > 1 and not self.pool.stopping()
         return busy and self.slow and self.next is None and self.useful > 0
 
-    def _on(self, event: Event) -> Iterator[Progress]:
+    def _on(self, event: Event) -> Iterator[SearchEvent]:
         current = self.running[int(event.job)]
         match event:
             case EpochDone(epoch=epoch):
@@ -196,7 +186,7 @@ class Coordinator:
                 current.trial.set_user_attr("attempt", attempt)
                 if reason:  # else its worker was stopped, which is no fault of the trial
                     current.trial.set_user_attr("lost", lost)
-                    yield Progress("retried", current.number, text=f"{reason}; goes on from its last checkpoint")
+                    yield TrialRetried(current.number, f"{reason}; goes on from its last checkpoint")
 
     # --- one trial ----------------------------------------------------------------------------------------------------
 
@@ -215,7 +205,7 @@ class Coordinator:
         (folder / "config.toml").write_text(self.study.replay(number, table))
         return current
 
-    def _begin(self, current: LiveTrial, adopted: bool = False) -> Iterator[Progress]:
+    def _begin(self, current: LiveTrial, adopted: bool = False) -> Iterator[SearchEvent]:
         """Submits the trial, unless an equal one makes that needless."""
         number = current.number
         self.seen.add(current.digest)
@@ -233,9 +223,9 @@ class Coordinator:
             attempt = self.pool.submit(current.job)
             if attempt > 1:
                 current.trial.set_user_attr("attempt", attempt)
-            yield Progress("adopted" if adopted else "started", number, self._record(number))
+            yield TrialStarted(number, self._record(number), "adopted" if adopted else "started")
 
-    def _judge(self, current: LiveTrial, epoch: Epoch) -> Iterator[Progress]:
+    def _judge(self, current: LiveTrial, epoch: Epoch) -> Iterator[SearchEvent]:
         """Takes an epoch down, and asks the pruner about it once."""
         current.epochs.append(epoch)
         write_epochs(current.folder / EPOCHS, current.epochs)
@@ -245,7 +235,7 @@ class Coordinator:
             if reason := self._prune(current, epoch.index, accuracy):
                 current.pruned = f"{reason} after epoch {epoch.index}"
                 current.trial.set_user_attr("pruned", current.pruned)  # its worker may take a while to stop
-        yield Progress("epoch", current.number, epoch=epoch)
+        yield TrialEpoch(current.number, epoch)
         if current.pruned:
             self.pool.stop(str(current.number))
 
@@ -265,7 +255,7 @@ class Coordinator:
         """Notes whether a trial was above chance."""
         self.above = self.above or (self.chance is not None and any(value >= self.chance for value in accuracies))
 
-    def _finish(self, current: LiveTrial, result: Result) -> Iterator[Progress]:
+    def _finish(self, current: LiveTrial, result: Result) -> Iterator[SearchEvent]:
         value = result.get("value")
         if not isinstance(value, float) or not math.isfinite(value):
             drop_weights(current.folder)
@@ -273,11 +263,11 @@ class Coordinator:
         else:
             yield from self._end(current, TrialState.COMPLETE, round(value, 6), result=result)
             if result.get("memory") and (text := self.pool.engine.pack(result["memory"])):
-                yield Progress("packed", current.number, text=text)
+                yield Note(text)
 
     def _end(
         self, current: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any
-    ) -> Iterator[Progress]:
+    ) -> Iterator[SearchEvent]:
         """Attributes (reason, result, twin), then `tell`: the trial has ended."""
         number = current.number
         for name, attr in attrs.items():
@@ -290,13 +280,13 @@ class Coordinator:
             self.failures.append(record.reason or "")
             del self.trained[current.digest]
         self._count(record)
-        yield Progress("ended", number, record, text=record.reason or "")
+        yield TrialEnded(number, record)
         if record.twin is None:
             for follower in [other for other in self.waiting.values() if other.digest == current.digest]:
                 del self.waiting[follower.number]
                 yield from self._begin(follower)
 
-    def _follow(self, current: LiveTrial, first: int) -> Iterator[Progress]:
+    def _follow(self, current: LiveTrial, first: int) -> Iterator[SearchEvent]:
         """Ends a trial as its twin ended: the same value, or the same reports and state, without training."""
         twin, reported = self._record(first), self._record(current.number).reported
         for index in sorted(twin.reported.keys() - reported.keys()):

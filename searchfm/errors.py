@@ -20,6 +20,12 @@ class WorldError(SearchfmError):
     """A failure outside the user's control: disk, database, network, every trial. The same command resumes."""
 
 
+class OutOfTimeError(SearchfmError):
+    """The timeout was over before the study was opened: nothing was begun, and nothing is left behind."""
+
+    exit_code = 0
+
+
 class UserError(SearchfmError):
     """A mistake in the command or a file; nothing was started and nothing is left behind."""
 

@@ -4,24 +4,20 @@ Callers submit jobs and read events. They never see a worker that died or left: 
 goes on from its newest checkpoint, and the caller a notice (`Retried`).
 """
 
-import os
 import shutil
-import signal
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 from searchfm.engines import Engine
-from searchfm.errors import CodeError, DataError, ModelError, StorageError, WorldError
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Result, Retried, Started
+from searchfm.errors import CodeError, DataError, ModelError, StorageError
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Retried, Started
 
 STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
-REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
 
 
@@ -62,6 +58,21 @@ class WorkerPool:
         stop = self._stop_requested_at
         return stop is not None and (not self.engine.busy or self._clock() > stop + STOP_SECONDS)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Where the caller leaves in the middle (a generator that is closed, Ctrl-C), stops all jobs first, and waits
+        until they have written their checkpoints. Their events are dropped: the next attempts yield them again.
+        """
+        if kind not in (GeneratorExit, KeyboardInterrupt) or self._stop_requested_at is not None:
+            return
+        for job in self._running:
+            self.engine.stop(job)
+        until = self._clock() + STOP_SECONDS
+        while self.engine.busy and self._clock() < until:
+            self.engine.next_event(EVENT_SECONDS)
+
     def submit(self, job: Job) -> int:
         """Gives a job to a free worker, or queues it; returns the number of its attempt."""
         job = _next_attempt(job)
@@ -93,7 +104,7 @@ class WorkerPool:
         if event is not None and event.job in self._running and self._running[event.job].attempt == event.attempt:
             yield from self._on(self._running[event.job], event)  # any other is of an attempt that was given up
 
-    def run_all(self, jobs: Collection[Job]) -> Iterator[Event]:
+    def run_all(self, jobs: Collection[Job]) -> Generator[Event, None, None]:
         """Brings jobs to their ends. Raises KeyboardInterrupt once all have left, if the pool is to stop; DataError,
         ModelError or StorageError where a job meets one, since all others would meet it too.
         """
@@ -110,18 +121,6 @@ class WorkerPool:
                 yield event
             if self.stopped:
                 raise KeyboardInterrupt
-
-    def run_one(self, job: Job) -> Result:
-        """The result of one job. Raises the job's own DataError, ModelError or StorageError, WorldError for any other
-        failure, KeyboardInterrupt if the pool is to stop.
-        """
-        for event in self.run_all([job]):
-            match event:
-                case Finished(result=result):
-                    return result
-                case Failed(reason=reason):
-                    raise WorldError(f"{job.label}: {reason}")
-        raise AssertionError(job)
 
     def _start_waiting(self) -> None:
         while self._waiting and not self.stopping() and self.engine.free > 0:
@@ -173,44 +172,6 @@ class WorkerPool:
         job = _next_attempt(job)
         self._waiting.append(job)
         return Retried(job.id, job.attempt, reason, job.lost)
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM, --timeout and `searchfm stop`: the first asks all jobs to stop, a second signal ends the process
-    at once.
-
-    timeout: seconds, or None. requested: whether another process asked for a stop; it acts as SIGTERM does.
-    """
-
-    def __init__(self, timeout: float | None = None, requested: Callable[[], bool] = lambda: False) -> None:
-        self.signal = 0
-        self._requested, self._due = requested, 0.0
-        self._deadline = time.monotonic() + timeout if timeout is not None else None
-
-    def __call__(self) -> bool:
-        """Whether the command is to stop."""
-        if not self.signal and time.monotonic() > self._due:
-            self._due = time.monotonic() + REQUEST_SECONDS
-            if self._requested():
-                self._on_signal(signal.SIGTERM, None)
-        return bool(self.signal) or (self._deadline is not None and time.monotonic() > self._deadline)
-
-    def __enter__(self) -> Self:
-        self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends the command as the signal would have, if one came."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        if self.signal and kind in (None, KeyboardInterrupt):
-            raise SystemExit(128 + self.signal)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        print("\nsearchfm: stopping; running trials are kept and go on with the same command", file=sys.stderr)
 
 
 def gather(folder: Path | None, *, keep: bool) -> None:

@@ -396,6 +396,11 @@ class TestFigures(Record):
     reads: int  # of this test part by studies of this home so far, this one included
     fingerprint: str  # of the test part
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval (Wilson) of the accuracy of this one model."""
+        return self.low, self.high
+
 
 @dataclass(frozen=True)
 class RegisteredModel(Record):

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -26,6 +26,7 @@ from searchfm.coordinator import TRIAL, drop_weights
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
+from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
 from searchfm.format import state
 from searchfm.home import Home, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
@@ -78,20 +79,9 @@ class RetrainOptions:
     allow_code: bool = False  # run the user's code that makes the models
 
 
-@dataclass(frozen=True)
-class Progress:
-    """A progress event for the terminal."""
-
-    kind: Literal["planned", "started", "epoch", "finished", "found", "failed", "retried", "note"]
-    job: Job | None = None
-    epoch: Epoch | None = None
-    value: float | None = None  # accuracy of a job that finished, or had finished before
-    text: str = ""
-
-
 def retrain(
     options: RetrainOptions, stopping: Callable[[], bool], engine: Callable[[], Engine] = LocalEngine
-) -> Generator[Progress, None, Final]:
+) -> Generator[StudyFound | Phase | Note | JobEvent, None, Final]:
     """Brings a study to its final model; yields progress, returns what is kept.
 
     Raises StudyError, DataError and other UserErrors before anything is begun, WorldError where every finalist or the
@@ -100,6 +90,7 @@ def retrain(
     began = time.monotonic()
     home = options.home
     with locked_study(home, options.name, stopping) as (study, lock):
+        yield StudyFound(study.name, study.question, str(study.resolved["data"]["name"]), resumed=True)
         storage = open_storage(home, stopping=stopping, check_lock=lock.check)
         save = partial(write_record, storage, study.number)
         plan = make_plan(study, options)
@@ -107,19 +98,22 @@ def retrain(
         exists = (study.folder / FOLDER / WEIGHTS).is_file()
         if final is None or final.plan != plan or not exists:
             if final is not None and exists:
-                yield Progress("note", text=_why_again(final, plan))
+                yield Note(_why_again(final, plan))
             search = reopen(None, study, {})
             search.check_code(options.allow_code)
-            with closing(engine()) as workers:
-                pool = WorkerPool(workers, retries=search.search.retries, stopping=stopping, check_lock=lock.check)
-                _, devices = prepare(search, pool, options.data_dir, study.data)
-                yield Progress("note", text=f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
+            retries = search.search.retries
+            with (
+                closing(engine()) as workers,
+                WorkerPool(workers, retries=retries, stopping=stopping, check_lock=lock.check) as pool,
+            ):
+                _, devices = yield from prepare(search, pool, options.data_dir, study.data)
+                yield Note(f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
                 final = yield from work.final((yield from work.select()))
             final = replace(final, seconds=round(time.monotonic() - began, 3))
             _keep(study, final, save)
         if final.model is None or (options.promote and not final.model.champion):
-            yield Progress("note", text="registering the model with MLflow")
+            yield Phase("registering the model with MLflow")
             folder, code = study.folder / FOLDER, options.allow_code
             model = publish(home, study, final, folder, promote=options.promote, allow_code=code)
             final = replace(final, model=model)
@@ -240,33 +234,33 @@ class Task:
 
 def run_tasks(
     pool: WorkerPool, tasks: Collection[Task]
-) -> Generator[Progress, None, tuple[dict[str, Result], dict[str, str]]]:
+) -> Generator[JobEvent, None, tuple[dict[str, Result], dict[str, str]]]:
     """Brings tasks to their ends; those that are done are known again. Returns results and reasons of failures."""
     results = {task.job.id: result for task in tasks if (result := task.result()) is not None}
     failures: dict[str, str] = {}
     for task in tasks:
         result = results.get(task.job.id)
-        yield Progress("planned" if result is None else "found", task.job, value=_accuracy(result))
+        yield JobPlanned(task.job) if result is None else JobEnded(task.job, "found", _accuracy(result))
     waiting = {task.job.id: task for task in tasks if task.job.id not in results}
     epochs: dict[str, list[Epoch]] = {job: [] for job in waiting}
     for event in pool.run_all([task.job for task in waiting.values()]):
         task = waiting[event.job]
         match event:
             case Started():
-                yield Progress("started", task.job)
+                yield JobStarted(task.job)
             case EpochDone(epoch=epoch):
                 epochs[event.job].append(epoch)
                 write_epochs(task.folder / EPOCHS, epochs[event.job])
-                yield Progress("epoch", task.job, epoch)
+                yield JobEpoch(task.job, epoch)
             case Retried(reason=reason) if reason:
-                yield Progress("retried", task.job, text=reason)
+                yield JobRetried(task.job, reason)
             case Failed(reason=reason):
                 failures[event.job] = reason
-                yield Progress("failed", task.job, text=reason)
+                yield JobEnded(task.job, "failed", text=reason)
             case Finished(result=result):
                 write_json(task.folder / task.record, JobRecord(task.identity, result).to_json())
                 results[event.job] = result
-                yield Progress("finished", task.job, value=_accuracy(result))
+                yield JobEnded(task.job, "finished", _accuracy(result))
     return results, failures
 
 
@@ -280,7 +274,7 @@ class _Retraining:
     workers: int
     data_dir: Path | None
 
-    def select(self) -> Generator[Progress, None, Selection]:
+    def select(self) -> Generator[JobEvent | Note, None, Selection]:
         """Trains every finalist with every fresh seed, and chooses the winner. A single one with a single seed, or a
         trial named by --trial, is not trained again before the final training.
         """
@@ -298,7 +292,7 @@ class _Retraining:
             failed = [failures[task.job.id] for task in mine if task.job.id in failures]
             if failed:
                 reason = failed[0]
-                yield Progress("note", text=f"trial {number} is no finalist: with a fresh seed, {reason}")
+                yield Note(f"trial {number} is no finalist: with a fresh seed, {reason}")
                 continue
             trained = [TrainResult.from_json(results[task.job.id], str(task.folder)) for task in mine]
             predictions = [Predictions.read(task.folder) for task in mine]
@@ -319,7 +313,7 @@ class _Retraining:
             raise WorldError(f"study {self.study.name!r}: every finalist failed, the last with: {reason}")
         return choose(finalists, answers)
 
-    def final(self, selection: Selection) -> Generator[Progress, None, Final]:
+    def final(self, selection: Selection) -> Generator[JobEvent, None, Final]:
         """Trains the winner on all training data, then reads the test part with it, and writes everything down."""
         number, seed = selection.winner, self._seed(selection.winner, 0)
         config = _with_seed(self.study.trials[number].config, seed, self.plan.epochs)
@@ -373,7 +367,7 @@ class _Retraining:
             weights=fitted.files[WEIGHTS],
         )
 
-    def _one(self, task: Task) -> Generator[Progress, None, Result]:
+    def _one(self, task: Task) -> Generator[JobEvent, None, Result]:
         results, failures = yield from run_tasks(self.pool, [task])
         if failures:
             raise WorldError(f"study {self.study.name!r}: {task.job.label}: {failures[task.job.id]}")

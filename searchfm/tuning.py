@@ -1,20 +1,21 @@
 """One study from open to close: locked, prepared, given its workers, tuned, followed into MLflow."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import searchfm
-from searchfm.coordinator import Coordinator, Progress
+from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, StudyError, WorldError
+from searchfm.events import Note, Phase, SearchEvent, StudyOpened
 from searchfm.home import Home
-from searchfm.jobs import Job
+from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
 from searchfm.search import files
@@ -31,10 +32,10 @@ TRACKING_SECONDS = 60.0  # for MLflow to catch up at the end
 
 @dataclass
 class Tuning:
-    """A study being tuned. Use as a context manager, then iterate over `run()`.
+    """A study to be tuned; `run` does it, once.
 
-    Everything that can be wrong is found on the way in, before anything is written: UserError means that nothing was
-    begun. `file` is the resolved study file without overrides, `stored` what was begun earlier.
+    Everything that can be wrong is found before anything is written: UserError means that nothing was begun. `file` is
+    the resolved study file without overrides, `stored` what was begun earlier.
     """
 
     study: Study
@@ -46,32 +47,49 @@ class Tuning:
     stopping: Callable[[], bool] = lambda: False
     engine: Callable[[], Engine] = LocalEngine
     follow: bool = True  # into MLflow
-    devices: Sequence[str] = field(default_factory=list, init=False)
-    missing: int = field(default=0, init=False)  # trials that MLflow does not hold yet, once closed
-    _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    missing: int = field(default=0, init=False)  # trials that MLflow does not hold yet, once `run` has ended
+    exhausted: bool = field(default=False, init=False)  # whether a finite space has no further point; likewise
 
-    def __enter__(self) -> Self:
-        with failures(f"study {self.study.name!r}"), ExitStack() as stack:
-            self._open(stack)
-            self._stack = stack.pop_all()
-        return self
+    def run(self) -> Iterator[Phase | Note | StudyOpened | SearchEvent]:
+        """The study from open to close. Closed early, it stops its trials, which the next search resumes.
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def run(self) -> Iterator[Progress]:
-        """The search itself. Raises WorldError."""
-        with failures(f"study {self.study.name!r}"):
-            yield from self.coordinator.run()
+        Raises UserError, WorldError; KeyboardInterrupt where it is stopped before the study is opened.
+        """
+        study = self.study
+        self.home.probe()
+        yield from self._notes()
+        with failures(f"study {study.name!r}"), ExitStack() as stack:
+            lock: Lock | None = None
+            if self.stored is not None:  # from here on, no other process changes it
+                self.stored, lock = stack.enter_context(locked_study(self.home, study.name, self.stopping))
+            data, work = self.stored.data if self.stored else None, self._work()
+            devices: Sequence[str] = ()
+            engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
+            pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
+            if work:
+                data, devices = yield from prepare(study, pool, self.data_dir, data)
+                study.check_images(data.shape)
+                yield from self._notes()
+            assert data is not None
+            if lock is None:
+                lock = stack.enter_context(study_lock(self.home, study.name, self.stopping))
+            pool.check_lock = lock.check
+            yield Phase("opening the database")
+            self.storage = open_storage(self.home, create=True, stopping=self.stopping, check_lock=lock.check)
+            self._write_down(data, lock)
+            if self.follow:
+                stack.callback(self._close, Tracking(self.home, study.name))
+            stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
+            yield StudyOpened(self.result(), self.trials, tuple(devices))
+            coordinator = self._coordinator(data, pool)
+            yield from coordinator.run()
+            self.exhausted = coordinator.exhausted
+            if self.follow:
+                yield Phase("waiting for MLflow")
 
     def result(self) -> StudyRecord:
         """The study as it stands."""
         return load_study(self.storage, self.home, self.study.name)
-
-    def check_success(self, study: StudyRecord) -> None:
-        """Raises WorldError if every trial failed."""
-        if study.trials and all(trial.state == "failed" for trial in study.trials):
-            raise WorldError(f"study {study.name!r}: every trial failed, the last with: {study.trials[-1].reason}")
 
     @property
     def trials(self) -> int:
@@ -79,35 +97,24 @@ class Tuning:
         replaced = len(self.stored.of("failed")) if self.stored and self.retry_failed else 0
         return self.study.trials + replaced
 
-    def _open(self, stack: ExitStack) -> None:
-        study, home = self.study, self.home
-        home.probe()
-        lock: Lock | None = None
-        if self.stored is not None:  # from here on, no other process changes it
-            self.stored, lock = stack.enter_context(locked_study(home, study.name, self.stopping))
+    def _work(self) -> bool:
+        """Whether anything is left to train."""
         stored = self.stored
-        data = stored.data if stored else None
-        work = stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
-        engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
-        pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
-        if work:
-            data, self.devices = prepare(study, pool, self.data_dir, data)
-            study.check_images(data.shape)
-        assert data is not None
-        if lock is None:
-            lock = stack.enter_context(study_lock(home, study.name, self.stopping))
-        pool.check_lock = lock.check
-        self.storage = open_storage(home, create=True, stopping=self.stopping, check_lock=lock.check)
-        self._write_down(data, lock)
-        if self.follow:
-            stack.callback(self._close, Tracking(home, study.name))
-        self.coordinator = Coordinator(
-            study,
+        return stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
+
+    def _notes(self) -> Iterator[Note]:
+        """What the study has to say to the user, once."""
+        while self.study.notes:
+            yield Note(self.study.notes.pop(0))
+
+    def _coordinator(self, data: Prepared, pool: WorkerPool) -> Coordinator:
+        return Coordinator(
+            self.study,
             self.result(),
             self.storage,
             pool,
             trials=self.trials,
-            payload=partial(train_payload, study, data, self.data_dir, threads=None),
+            payload=partial(train_payload, self.study, data, self.data_dir, threads=None),
             retry_failed=self.retry_failed,
         )
 
@@ -133,20 +140,31 @@ class Tuning:
         self.missing = tracking.close(TRACKING_SECONDS)
 
 
+def check_success(study: StudyRecord) -> None:
+    """Raises WorldError if every trial failed."""
+    if study.trials and all(trial.state == "failed" for trial in study.trials):
+        raise WorldError(f"study {study.name!r}: every trial failed, the last with: {study.trials[-1].reason}")
+
+
 def find_study(
-    argument: str, name: str | None, overrides: Mapping[str, Any], home: Home
+    argument: str | Mapping[str, Any], name: str | None, overrides: Mapping[str, Any], home: Home
 ) -> tuple[Study, StudyRecord | None, Mapping[str, Any]]:
     """The study to tune, as its file says or as it was begun earlier; what is stored of it; and its resolved file
     without overrides.
 
-    argument: a study file by name or path, or the name of a study of the home. name: of the study, which may differ
-    from the file's. Raises UserError. Writes nothing.
+    argument: a study file by name or path, its table, or the name of a study of the home. name: of the study, which
+    may differ from the file's. Raises UserError. Writes nothing.
     """
-    path = files.find(argument)
-    if path is None and argument.endswith(".toml"):
-        raise StudyError(f"{argument}: no such file")
-    file = files.read(path) if path else None
-    chosen = check_name(name or (file.name if file else files.study_name(argument)))
+    file: files.StudyFile | None
+    if isinstance(argument, Mapping):
+        file = files.from_table(argument, name)
+        chosen = file.name
+    else:
+        path = files.find(argument)
+        if path is None and argument.endswith(".toml"):
+            raise StudyError(f"{argument}: no such file")
+        file = files.read(path) if path else None
+        chosen = check_name(name or (file.name if file else files.study_name(argument)))
     try:
         stored = read_study(home, chosen)
     except StudyError:
@@ -160,7 +178,7 @@ def find_study(
 
 def prepare(
     study: Study, pool: WorkerPool, data_dir: Path | None, before: Prepared | None
-) -> tuple[Prepared, Sequence[str]]:
+) -> Generator[Phase, None, tuple[Prepared, Sequence[str]]]:
     """Fetches and reads the data, looks for pretrained weights and tries out the user's models, in a worker, before
     anything is written; then takes all workers, and lets every other node do the same. Returns what was found of the
     data, and the workers' devices.
@@ -171,12 +189,22 @@ def prepare(
     folder, code = str(data_dir) if data_dir else None, before.code if before else None
     payload = PrepareJob(study.data, tuple(study.transfers()), folder, custom=study.customs(), code=code)
     job = Job("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
-    result = PrepareResult.from_json(pool.run_one(job), "prepare")
+    yield Phase("starting a worker")
+    with closing(pool.run_all([job])) as events:
+        for event in events:
+            match event:
+                case Started():
+                    yield Phase(f"reading {study.data['name']}")
+                case Failed(reason=reason):
+                    raise WorldError(f"{job.label}: {reason}")
+                case Finished(result=values):
+                    result = PrepareResult.from_json(values, "prepare")
     if before is not None and before.fingerprint != result.data.fingerprint:
         raise DataError(
             f"{study.data['name']}: the data have changed since study {study.name!r} was begun; "
             "put them back, or begin another study with --name"
         )
+    yield Phase("starting the workers")
     devices = pool.engine.expand(result.devices)
     expected = replace(payload, fingerprint=result.data.fingerprint, code=result.data.code)
     pool.engine.each(replace(job, payload=expected.to_json()))

@@ -8,10 +8,11 @@ from typing import Any
 
 from optuna.storages import BaseStorage
 
-from searchfm.coordinator import Coordinator, Progress
+from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine, EngineOptions
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError
+from searchfm.events import SearchEvent
 from searchfm.home import Home
 from searchfm.pool import WorkerPool
 from searchfm.records import StudyRecord
@@ -54,7 +55,7 @@ def search(
     payload: Mapping[str, Any] | None = None,
     retry_failed: bool = False,
     data: Mapping[str, Any] | None = None,
-    watch: Callable[[Progress, Any], bool | None] = lambda *_: None,
+    watch: Callable[[SearchEvent, Any], bool | None] = lambda *_: None,
 ) -> StudyRecord:
     """Starts or resumes the study, up to `trials`; returns its record. engine: in place of local workers; stays open.
     data: of `Prepared`, where it differs from that of `rows.header`.

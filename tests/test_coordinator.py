@@ -18,9 +18,10 @@ import pytest
 from scipy.stats import binom
 
 from searchfm import coordinator, pool
-from searchfm.coordinator import HOPELESS, Progress
+from searchfm.coordinator import HOPELESS
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, WorldError
+from searchfm.events import SearchEvent
 from searchfm.home import Home
 from searchfm.jobs import EpochDone, Event, Finished, Lost
 from searchfm.pool import STOP_SECONDS
@@ -58,7 +59,7 @@ def test_ten_trials_are_exactly_ten(any_home: Home) -> None:
 
 def test_the_same_search_again_trains_nothing_and_three_more_trials_are_three(home: Home) -> None:
     first = search(home, toy(), trials=5)
-    progress: list[Progress] = []
+    progress: list[SearchEvent] = []
     assert facts(search(home, toy(), trials=5, watch=lambda item, _: progress.append(item))) == facts(first)
     assert progress == []
     more = search(home, toy(), trials=8)
@@ -73,7 +74,7 @@ def test_with_one_worker_each_trial_ends_before_the_next_is_asked_for(home: Home
 
 
 def test_a_second_coordinator_is_refused_while_the_first_goes_on(any_home: Home) -> None:
-    def second(item: Progress, _: LocalEngine) -> None:
+    def second(item: SearchEvent, _: LocalEngine) -> None:
         if item.kind == "started":
             with pytest.raises(LockedError, match=f"process {os.getpid()} on "):
                 search(any_home, toy())
@@ -208,20 +209,20 @@ def test_a_trial_that_kills_its_worker_every_time_fails_and_the_study_goes_on(ho
 
 
 def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home) -> None:
-    progress: list[Progress] = []
+    progress: list[SearchEvent] = []
     study = search(home, toy(), trials=3, payload={"kill": {"1": 2}}, watch=lambda item, _: progress.append(item))
     check(study, 3)
     row = study.trials[1]
     assert (row.state, row.attempts) == ("complete", 3)
     assert goes_on_after(row) == [0, 1, 1]
-    assert [item.epoch.index for item in progress if item.trial == 1 and item.epoch] == [1, 2, 3]
+    assert [item.epoch.index for item in progress if item.trial == 1 and item.kind == "epoch"] == [1, 2, 3]
     assert [item.kind for item in progress if item.trial == 1].count("retried") == 2
 
 
 def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> None:
     pids: list[int] = []
 
-    def terminate(item: Progress, engine: LocalEngine) -> None:
+    def terminate(item: SearchEvent, engine: LocalEngine) -> None:
         if item.kind == "epoch" and item.trial == 1 and len(pids) < 3:
             (worker,) = engine._workers
             pid = worker.process.pid or 0
@@ -271,7 +272,7 @@ def test_late_and_repeated_events_change_nothing(tmp_path: Path, monkeypatch: py
 # --- coordinators that stop or die ------------------------------------------------------------------------------------
 
 
-def stop_every(count: int) -> Callable[[Progress, LocalEngine], bool]:
+def stop_every(count: int) -> Callable[[SearchEvent, LocalEngine], bool]:
     seen = itertools.count(1)
     return lambda *_: next(seen) == count
 
@@ -400,7 +401,7 @@ def with_twins(pattern: str, falling: bool = False, **search: Any) -> Any:
 
 
 def test_a_twin_of_a_complete_trial_takes_its_value_without_training(home: Home) -> None:
-    progress: list[Progress] = []
+    progress: list[SearchEvent] = []
     study = search(home, with_twins("abab"), watch=lambda item, _: progress.append(item))
     check(study, 4)
     for first, twin in ((0, 2), (1, 3)):
@@ -449,7 +450,7 @@ def test_twins_that_wait_when_a_search_stops_are_adopted_by_the_next(home: Home)
     study = with_twins("aab")
     began = time.monotonic()
 
-    def stop_once_0_trains(item: Progress, _: object) -> bool:
+    def stop_once_0_trains(item: SearchEvent, _: object) -> bool:
         """Once trial 2 has started, and trial 0 cannot be stopped any more before it fails."""
         if (item.kind, item.trial) != ("started", 2):
             return False
@@ -527,7 +528,7 @@ def test_a_trials_folder_holds_a_study_file_that_repeats_this_trial(home: Home, 
 def test_a_database_that_disappears_stops_the_study_and_is_not_created_again(home: Home, monkeypatch: Any) -> None:
     monkeypatch.setattr(pool, "LOCK_SECONDS", 0.0)
 
-    def remove(item: Progress, _: LocalEngine) -> None:
+    def remove(item: SearchEvent, _: LocalEngine) -> None:
         if item.kind == "ended":
             (home.path / "optuna.db").rename(home.path / "kept.db")
 
@@ -539,7 +540,7 @@ def test_a_database_that_disappears_stops_the_study_and_is_not_created_again(hom
 
 
 def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) -> None:
-    def lock_database(item: Progress, _: LocalEngine) -> None:
+    def lock_database(item: SearchEvent, _: LocalEngine) -> None:
         if item.kind == "started" and item.trial == 1:
             other = sqlite3.connect(home.path / "optuna.db", check_same_thread=False)
             other.execute("BEGIN EXCLUSIVE")
@@ -570,8 +571,8 @@ def unstarted(home: Home, name: str = "toy") -> list[int]:
 def test_with_two_workers_the_next_trial_is_asked_for_while_they_train(any_home: Home) -> None:
     ahead: list[int] = []
 
-    def watch(item: Progress, _: LocalEngine) -> None:
-        if item.kind == "epoch" and item.epoch and item.epoch.index == 2 and not ahead:
+    def watch(item: SearchEvent, _: LocalEngine) -> None:
+        if item.kind == "epoch" and item.epoch.index == 2 and not ahead:
             ahead.extend(unstarted(any_home))
 
     check(search(any_home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch), 9)
@@ -595,7 +596,7 @@ def test_a_fast_ask_waits_for_a_free_worker(home: Home, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("slow_asks")
 def test_a_trial_asked_ahead_is_adopted_after_a_stop(home: Home) -> None:
-    def watch(item: Progress, _: LocalEngine) -> bool:
+    def watch(item: SearchEvent, _: LocalEngine) -> bool:
         return item.kind == "epoch" and item.trial > 2 and bool(unstarted(home))
 
     stopped = search(home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch)

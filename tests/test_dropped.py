@@ -12,9 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from searchfm.coordinator import Progress
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StorageError
+from searchfm.events import SearchEvent
 from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search import database as database_module
 from searchfm.search.lock import study_lock
@@ -103,8 +103,8 @@ def test_a_study_waits_for_a_server_that_restarts(
     monkeypatch.setenv(STORAGE, database)
     back = threading.Timer(6.0, postgres_server.start)
 
-    def restart(item: Progress, _: LocalEngine) -> None:
-        if (item.kind, item.trial, item.epoch and item.epoch.index) == ("epoch", 2, 1):
+    def restart(item: SearchEvent, _: LocalEngine) -> None:
+        if item.kind == "epoch" and (item.trial, item.epoch.index) == (2, 1):
             postgres_server.stop()
             back.start()
 
@@ -121,7 +121,7 @@ def test_a_study_that_another_coordinator_took_while_the_connection_was_lost_is_
 ) -> None:
     monkeypatch.setenv(STORAGE, database)
 
-    def take(item: Progress, _: LocalEngine) -> None:
+    def take(item: SearchEvent, _: LocalEngine) -> None:
         if (item.kind, item.trial) == ("ended", 1):
             drop_all(database)
             storage = open_storage(home)
@@ -140,8 +140,8 @@ def test_a_study_asked_to_stop_while_its_database_is_away_ends_soon_and_resumes(
 ) -> None:
     monkeypatch.setattr(database_module, "STOP_SECONDS", 1.0)
 
-    def stop(item: Progress, _: LocalEngine) -> bool:
-        if (item.kind, item.trial, item.epoch and item.epoch.index) != ("epoch", 2, 1):
+    def stop(item: SearchEvent, _: LocalEngine) -> bool:
+        if item.kind != "epoch" or (item.trial, item.epoch.index) != (2, 1):
             return False
         proxy.close()
         return True

@@ -92,10 +92,10 @@ def test_a_trial_records_its_gpu_and_memory_and_auto_packs_by_it(tmp_path: Path)
         engines.append(LocalEngine(options=options))
         return engines[0]
 
-    with Tuning(study, home, study.resolved, None, engine=start, follow=False) as tuning:
-        packed = [item.text for item in tuning.run() if item.kind == "packed"]
-        record = tuning.result()
-        let_go(tuning.storage)
+    tuning = Tuning(study, home, study.resolved, None, engine=start, follow=False)
+    packed = [item.text for item in tuning.run() if item.kind == "note"]
+    record = tuning.result()
+    let_go(tuning.storage)
     assert len(record.of("complete")) == 6
     for trial in record.trials:
         assert trial.result is not None

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from searchfm.engines.local import LocalEngine
-from searchfm.errors import DataError, ModelError, StorageError, WorldError
+from searchfm.errors import DataError, ModelError, StorageError
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
-from searchfm.retraining import Progress, Task, run_tasks
+from searchfm.retraining import Task, run_tasks
 from tests.driving import LIGHT
 from tests.toys import curve
 
@@ -57,14 +57,19 @@ def run(engine: LocalEngine, tasks: list[Task], retries: int = 2) -> tuple[list[
 # --- the pool ---------------------------------------------------------------------------------------------------------
 
 
-def test_run_one_returns_the_result_or_raises_the_jobs_error(engine: LocalEngine, tmp_path: Path) -> None:
+def test_a_job_ends_with_its_result_or_its_failure_and_raises_what_all_others_would_meet(
+    engine: LocalEngine, tmp_path: Path
+) -> None:
     pool = WorkerPool(engine)
-    assert pool.run_one(job(tmp_path, 0))["value"] == curve(config(0, 3), 3)
+    *_, finished = pool.run_all([job(tmp_path, 0)])
+    assert isinstance(finished, Finished)
+    assert finished.result["value"] == curve(config(0, 3), 3)
     for number, kind in enumerate((DataError, StorageError, ModelError), 1):
         with pytest.raises(kind, match=r"^made to fail$"):
-            pool.run_one(job(tmp_path, number, **{"raise": {str(number): kind.__name__}}))
-    with pytest.raises(WorldError, match=r"^job 4: ValueError: made to fail$"):
-        pool.run_one(job(tmp_path, 4, fail=[4]))
+            list(pool.run_all([job(tmp_path, number, **{"raise": {str(number): kind.__name__}})]))
+    *_, failed = pool.run_all([job(tmp_path, 4, fail=[4])])
+    assert isinstance(failed, Failed)
+    assert failed.reason == "ValueError: made to fail"
 
 
 def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: LocalEngine, tmp_path: Path) -> None:
@@ -156,8 +161,8 @@ def test_a_job_that_raises_fails_with_its_reason(engine: LocalEngine, tmp_path: 
 
 def test_after_a_stop_request_all_jobs_stop_and_the_same_tasks_resume(engine: LocalEngine, tmp_path: Path) -> None:
     tasks = [task(tmp_path, number, epochs=4, ticks=20, seconds=0.005) for number in range(3)]
-    seen: list[Progress] = []
-    stopping: Callable[[], bool] = lambda: any(item.epoch and item.epoch.index == 2 for item in seen)  # noqa: E731
+    seen: list[Any] = []
+    stopping: Callable[[], bool] = lambda: any(item.kind == "epoch" and item.epoch.index == 2 for item in seen)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         seen.extend(run_tasks(WorkerPool(engine, stopping=stopping), tasks))
     assert not engine.busy

@@ -16,7 +16,7 @@ from searchfm import cli
 from searchfm.errors import DataError, StorageError, StudyError, UserError
 from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
-from searchfm.retraining import Progress, RetrainOptions, make_plan, retrain
+from searchfm.retraining import RetrainOptions, make_plan, retrain
 from searchfm.search.storage import load_study, open_storage, write_record
 from searchfm.search.study import Study
 from searchfm.stats import Accuracy
@@ -51,23 +51,22 @@ def tune(home: Home, trials: int = 4) -> None:
         stored = load_study(open_storage(home), home, study.name)
     except StudyError:
         stored = None
-    with Tuning(study, home, study.resolved, stored, engine=local_engine(2), follow=False) as tuning:
-        for _ in tuning.run():
-            pass
+    for _ in Tuning(study, home, study.resolved, stored, engine=local_engine(2), follow=False).run():
+        pass
 
 
-def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[Final, list[Progress]]:
-    """Retrains to the end; returns the final record and the progress."""
+def finish(home: Home, name: str = "digits", **asked: Any) -> tuple[Final, list[Any]]:
+    """Retrains to the end; returns the final record, and the events from the first job or note on."""
     progress, running = [], retrain(RetrainOptions(home, name, **asked), never, local_engine(2))
     while True:
         try:
             progress.append(next(running))
         except StopIteration as end:
-            return end.value, progress
+            return end.value, [item for item in progress if item.kind not in ("study", "phase")]
 
 
-def done(progress: list[Progress]) -> list[str]:
-    return [item.job.label for item in progress if item.job and item.kind == "finished"]
+def done(progress: list[Any]) -> list[str]:
+    return [item.job.label for item in progress if item.kind == "finished"]
 
 
 def reads(home: Home) -> list[dict[str, Any]]:
@@ -93,7 +92,7 @@ def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Final, list[Progress]]:
+def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Final, list[Any]]:
     home = Home(tmp_path_factory.mktemp("retrained") / "home")
     shutil.copytree(tuned.path, home.path)
     final, progress = finish(home, top=2, seeds=2)
@@ -101,7 +100,7 @@ def retrained(tuned: Home, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ho
 
 
 @pytest.fixture
-def copied(retrained: tuple[Home, Final, list[Progress]], tmp_path: Path) -> Home:
+def copied(retrained: tuple[Home, Final, list[Any]], tmp_path: Path) -> Home:
     """A copy of the retrained study, for one test."""
     home = Home(tmp_path / "home")
     shutil.copytree(retrained[0].path, home.path)
@@ -111,7 +110,7 @@ def copied(retrained: tuple[Home, Final, list[Progress]], tmp_path: Path) -> Hom
 # --- the result -------------------------------------------------------------------------------------------------------
 
 
-def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, list[Progress]]) -> None:
+def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, list[Any]]) -> None:
     home, final, _ = retrained
     assert row(home).final == final
     assert final == Final.from_json(json.loads((home.study("digits") / "final" / "final.json").read_text()))
@@ -120,7 +119,7 @@ def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, l
 
 
 def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
-    retrained: tuple[Home, Final, list[Progress]],
+    retrained: tuple[Home, Final, list[Any]],
 ) -> None:
     home, final, progress = retrained
     study = row(home)
@@ -143,7 +142,7 @@ def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(
 
 
 def test_the_final_model_saw_all_training_images_and_the_test_part_once(
-    retrained: tuple[Home, Final, list[Progress]],
+    retrained: tuple[Home, Final, list[Any]],
 ) -> None:
     home, final, _ = retrained
     folder = home.study("digits") / "final"
@@ -165,7 +164,7 @@ def test_the_final_model_saw_all_training_images_and_the_test_part_once(
     assert (final.epochs, final.seconds_per_epoch) == (2, pytest.approx(final.training_seconds / 2))
 
 
-def test_the_model_is_registered_as_champion(retrained: tuple[Home, Final, list[Progress]]) -> None:
+def test_the_model_is_registered_as_champion(retrained: tuple[Home, Final, list[Any]]) -> None:
     home, final, _ = retrained
     assert final.model == RegisteredModel("searchfm-digits", 1, "models:/searchfm-digits/1", champion=True)
     version = registry.connect(home).get_model_version_by_alias("searchfm-digits", "champion")
@@ -173,14 +172,14 @@ def test_the_model_is_registered_as_champion(retrained: tuple[Home, Final, list[
     assert version.tags["test_accuracy"] == repr(final.test.accuracy)
 
 
-def test_nothing_is_left_half_done(retrained: tuple[Home, Final, list[Progress]]) -> None:
+def test_nothing_is_left_half_done(retrained: tuple[Home, Final, list[Any]]) -> None:
     home = retrained[0]
     assert not [path for path in home.path.rglob("*") if "attempt-" in path.name or path.name.endswith(".tmp")]
     assert not list(home.study("digits").glob("final-*"))
 
 
 def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
-    retrained: tuple[Home, Final, list[Progress]],
+    retrained: tuple[Home, Final, list[Any]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -209,7 +208,7 @@ def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tm
     home = Home(tmp_path / "home")
     shutil.copytree(tuned.path, home.path)
     running = retrain(RetrainOptions(home, "digits", trial=0), never, local_engine(1))
-    first = next(item for item in running if item.job and item.job.label == "test")
+    first = next(item for item in running if hasattr(item, "job") and item.job.label == "test")
     running.close()  # as a kill would, before the test job begins
     assert first.kind == "planned"
     assert len(reads(home)) == 1
@@ -218,7 +217,7 @@ def test_a_reading_of_the_test_part_is_counted_before_it_happens(tuned: Home, tm
 # --- the same command again -------------------------------------------------------------------------------------------
 
 
-def test_the_same_command_again_trains_and_reads_nothing(retrained: tuple[Home, Final, list[Progress]]) -> None:
+def test_the_same_command_again_trains_and_reads_nothing(retrained: tuple[Home, Final, list[Any]]) -> None:
     home, final, _ = retrained
     again, progress = finish(home)
     assert (again, progress) == (final, [])
@@ -230,7 +229,7 @@ def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -
     assert before is not None
     other = next(trial.number for trial in row(copied).ranked() if trial.number != before.winner)
     final, progress = finish(copied, trial=other)
-    assert any("won under other settings" in item.text for item in progress)
+    assert any("won under other settings" in item.text for item in progress if item.kind == "note")
     assert done(progress) == ["final training", "test"]
     assert (final.winner, final.finalists, final.optimism) == (other, (), None)
     assert final.validation.accuracy == row(copied).trials[other].value
@@ -239,7 +238,7 @@ def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -
     assert (finish(copied)[0].winner, len(reads(copied))) == (other, 2), "what was chosen stays chosen"
     back, progress = finish(copied, top=2)
     assert back.winner == before.winner
-    assert [item.kind for item in progress if item.job and "seed" in item.job.label] == ["found"] * 4
+    assert [item.kind for item in progress if hasattr(item, "job") and "seed" in item.job.label] == ["found"] * 4
     assert back.test.accuracy == before.test.accuracy, "the same model, trained again"
     assert back.test.reads == 2 == len(reads(copied)), "a model is counted once"
 
@@ -255,7 +254,7 @@ def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(co
     assert progress[0].text == f"the finalists are trials {best[0]}, {best[1]} now, and were " + ", ".join(
         map(str, before.plan.trials)
     )
-    labels = {item.job.label for item in progress if item.job and item.kind == "found"}
+    labels = {item.job.label for item in progress if item.kind == "found"}
     kept = set(best) & set(before.plan.trials)
     assert {label for label in labels if "seed" in label} == {f"trial {n}, seed {k} of 2" for n in kept for k in (1, 2)}
     assert final.test.reads == (1 if final.winner == before.winner else 2)

@@ -169,11 +169,11 @@ def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> S
     path = files.find(name)
     assert path is not None
     study = files.read(path).study(overrides, name=rename)
-    with Tuning(study, home, study.resolved, None, engine=local_engine(1), follow=False) as tuning:
-        for _ in tuning.run():
-            pass
-        record = tuning.result()
-        let_go(tuning.storage)
+    tuning = Tuning(study, home, study.resolved, None, engine=local_engine(1), follow=False)
+    for _ in tuning.run():
+        pass
+    record = tuning.result()
+    let_go(tuning.storage)
     return record
 
 

@@ -8,7 +8,6 @@ import optuna
 import pytest
 import tomli_w
 
-from searchfm.coordinator import Progress
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine, choose_devices, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
@@ -62,11 +61,11 @@ def tune(
     engines: Engines | None = None,
     stopping: Any = lambda: False,
     **plan: Any,
-) -> tuple[StudyRecord, list[Progress]]:
+) -> tuple[StudyRecord, list[Any]]:
     study, before, plain = find_study(file_of(home) if file else "toy", None, overrides or {}, home)
     options = {"stopping": stopping, "engine": engines or Engines(), **plan}
-    with Tuning(study, home, plain, before, follow=False, **options) as tuning:
-        progress = list(tuning.run())
+    tuning = Tuning(study, home, plain, before, follow=False, **options)
+    progress = [event for event in tuning.run() if event.kind not in ("phase", "opened")]
     result = tuning.result()
     let_go(tuning.storage)
     return result, progress
@@ -161,9 +160,9 @@ def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) ->
     study, before, _ = find_study(file_of(home), None, {"search.trials": 3}, home)
     other, _ = tune(home, {"search.trials": 4})
     engines = Engines()
-    with Tuning(study, home, first.file, before, engine=engines, follow=False) as tuning:
-        assert list(tuning.run()) == []
-        assert facts(tuning.result()) == facts(other)
+    tuning = Tuning(study, home, first.file, before, engine=engines, follow=False)
+    assert [event.kind for event in tuning.run()] == ["phase", "opened"]
+    assert facts(tuning.result()) == facts(other)
     assert engines.started == []
     let_go(tuning.storage)
 

@@ -18,9 +18,10 @@ PACKAGE = Path(searchfm.__file__).parent
 # others of its layer. The bare package (the version) may be imported from anywhere.
 LAYERS = (
     {"errors"},
-    {"stats", "home"},
+    {"stats", "home", "stopping"},
     {"tables", "records"},
     {"config", "jobs", "format"},
+    {"events"},
     {"search", "learn", "engines"},
     {"figures", "pool"},
     {"tracking"},
@@ -28,24 +29,27 @@ LAYERS = (
     {"tuning"},
     {"retraining", "upkeep"},
     {"show"},
+    {"api"},
     {"cli"},
     {"__main__", "__init__"},
 )
 LAYER = {part: layer for layer, modules in enumerate(LAYERS) for part in modules}
-STANDARD_LIBRARY_ONLY = {"errors", "home", "tables", "config"}
+STANDARD_LIBRARY_ONLY = {"errors", "home", "stopping", "tables", "config"}
 # Libraries that only some modules and packages may import.
 ALLOWED = {
     "torch": {"learn"},
     "torchvision": {"learn"},
     "timm": {"learn"},
-    "optuna": {"search", "coordinator", "show", "tracking"},
+    "optuna": {"search", "coordinator", "show", "tracking", "api"},
     "optuna_dashboard": {"search", "show"},
     "mlflow": {"tracking"},
     "uvicorn": {"show"},
     "starlette": {"show"},
     "a2wsgi": {"show"},
     "ray": {"engines"},
-    "matplotlib": {"figures"},
+    "matplotlib": {"figures", "show", "api"},
+    "pandas": {"api"},
+    "IPython": {"show"},
     "typer": {"cli"},
 }
 # The only code with the name `load_test`: learn/data.py, which defines it, and the entry that tests a final model.

@@ -7,6 +7,7 @@ pays for its own imports.
 
 import math
 import multiprocessing
+import multiprocessing.spawn
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,6 +31,7 @@ from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
 HEADROOM = 0.25  # fraction of a GPU's memory that packed workers leave free: other configs may take more
+NAME = "searchfm-"  # the beginning of a worker's name
 WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
 
 
@@ -182,7 +185,7 @@ class LocalEngine:
         process = self._context.Process(
             target=work,
             args=(theirs, device, self._warm, self._options.allow_code),
-            name=f"searchfm-{device}",
+            name=f"{NAME}{device}",
             daemon=True,
         )
         # A signal to the whole process group must reach neither the forkserver, with which every worker would seem
@@ -239,6 +242,23 @@ def usable_cores() -> int:
 def default_workers() -> int:
     """Workers on a CPU: one per usable core, as far as the free memory goes."""
     return max(1, min(usable_cores(), int(psutil.virtual_memory().available // WORKER_BYTES)))
+
+
+_preparation_data = multiprocessing.spawn.get_preparation_data
+
+
+def _without_main(name: str) -> dict[str, Any]:
+    """What multiprocessing sends ahead to a new process. Not `__main__`, which it would run again in each of our
+    workers: a script that calls `tune` outside of `if __name__ == "__main__"` would start a search in every worker.
+    """
+    data: dict[str, Any] = _preparation_data(name)
+    if name.startswith(NAME):
+        for key in ("init_main_from_name", "init_main_from_path"):
+            data.pop(key, None)
+    return data
+
+
+multiprocessing.spawn.get_preparation_data = _without_main  # there is no setting for it
 
 
 def _context(warm: str) -> ForkServerContext | SpawnContext:

@@ -19,13 +19,14 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from PIL.Image import Image
 from torch import nn
 
 from searchfm.config import Shape
 from searchfm.errors import DataError, ModelError, UserError, model_errors, one_of
 from searchfm.home import write_whole
 from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
-from searchfm.learn.images import SUFFIXES, Pixels, decode, image_files, in_channels, resized
+from searchfm.learn.images import SUFFIXES, Pixels, as_pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, served
 
 FORMATS = ("onnx", "pt2", "safetensors")
@@ -244,6 +245,27 @@ def predict(model: Predictor, arguments: Sequence[Path], *, top: int = 1) -> Ite
                     yield Prediction(name, tuple((model.classes[i], float(row[i])) for i in best))
 
 
+def predict_images(model: Predictor, images: Any) -> Probabilities:
+    """(N, K) for an array (N, H, W[, C]) uint8, or one or several paths, PIL images or arrays (H, W[, C]).
+
+    Raises DataError for an image that cannot be read; ModelError where the model does not return probabilities.
+    """
+    if isinstance(images, np.ndarray) and images.ndim not in (3, 4):
+        raise DataError(f"images: an array of {images.shape}: must be (N, H, W) or (N, H, W, C)")
+    items = [images] if isinstance(images, str | Path | Image) else list(images)
+    with ThreadPoolExecutor() as pool:
+        batches = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+        rows = [_answers(model, list(pool.map(lambda item: _readable(item, model.shape), batch))) for batch in batches]
+    return np.concatenate(rows) if rows else _answers(model, [])
+
+
+def _readable(image: Any, shape: Shape) -> Pixels:
+    pixels = read(Path(image), shape) if isinstance(image, str | Path) else _fitted(image, shape)
+    if isinstance(pixels, str):
+        raise DataError(f"{image if isinstance(image, str | Path) else 'image'}: {pixels}")
+    return pixels
+
+
 def check_any(predictions: Sequence[Prediction]) -> None:
     """Raises DataError if no image could be read."""
     errors = [f"{each.image}: {each.error}" for each in predictions if each.error]
@@ -256,8 +278,13 @@ def read(path: Path, shape: Shape) -> Pixels | str:
     """An image file as training reads it for images of `shape` (C, H, W), or the reason why it cannot be read."""
     if path.is_dir():
         return f"holds no image; may hold {', '.join(sorted(SUFFIXES))}"
+    return _fitted(path, shape)
+
+
+def _fitted(image: Any, shape: Shape) -> Pixels | str:
     try:
-        return np.ascontiguousarray(in_channels(resized(decode(path), shape[1:]), shape[0]))
+        pixels = decode(image) if isinstance(image, Path) else as_pixels(image)
+        return np.ascontiguousarray(in_channels(resized(pixels, shape[1:]), shape[0]))
     except ValueError as error:
         return str(error)
 

@@ -24,6 +24,7 @@ PartName = Literal["train", "val", "test"]
 
 TEST_FRACTION = 0.2  # of data without a test part of their own; a constant, so that no setting ever moves the part
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_CHANNELS = ((), (1,), (3,), (4,))  # of an array, behind height and width
 NAMED = 3  # unreadable files that an error names, before it counts
 
 
@@ -80,10 +81,21 @@ def decode(path: Path) -> Pixels:
     """
     try:
         with Image.open(path) as file:
-            return _pixels(ImageOps.exif_transpose(file))
+            return as_pixels(file)
     except Exception as error:  # decoders raise anything for a hostile or broken file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(" ".join(reason.replace(str(path), "it").split()) or type(error).__name__) from None
+
+
+def as_pixels(image: Image.Image | Pixels) -> Pixels:
+    """As `decode`, of an image that is open already, or an array (H, W) or (H, W, C) uint8 with 1, 3 or 4 channels."""
+    if isinstance(image, Image.Image):
+        return _pixels(ImageOps.exif_transpose(image))
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"a {type(image).__name__}: must be a path, a PIL image or an array")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.size == 0 or image.shape[2:] not in _CHANNELS:
+        raise ValueError(f"{image.dtype} {image.shape}: must be uint8 (H, W) or (H, W, C) with 1, 3 or 4 channels")
+    return _pixels(Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image))
 
 
 def _pixels(image: Image.Image) -> Pixels:

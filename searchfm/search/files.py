@@ -127,13 +127,24 @@ def study_name(argument: str) -> str:
     return read(path).name if path else argument.removesuffix(".toml").rpartition("/")[2]
 
 
-def overrides(options: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    """Overrides by dotted key, from options (None: absent) and `--set`. Raises ConfigError, UserError for a repeat."""
+def from_table(table: Mapping[str, Any], name: str | None = None) -> StudyFile:
+    """A study file's table, from a program. Raises StudyError, ConfigError where it has no name and none is given."""
+    rest = dict(table)
+    name = rest.pop("name", None) if name is None else name
+    if not isinstance(name, str):
+        raise ConfigError("name", "is missing: a study that is a table needs one")
+    return StudyFile(Path(f"study {name!r}"), check_name(name), "", rest)  # what errors show in place of a file
+
+
+def overrides(options: Mapping[str, Any], more: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """Overrides by dotted key, from options (None: absent) and `--set`, whose texts may be parsed already. Raises
+    ConfigError, UserError for a repeat.
+    """
     values = {key: value for key, value in options.items() if value is not None}
-    for text in texts:
-        key, value = parse_override(text)
+    pairs = more.items() if isinstance(more, Mapping) else [parse_override(text) for text in more]
+    for key, value in pairs:
         if key in values:
-            raise UserError(f"--set {text}: {key} is given twice")
+            raise UserError(f"--set {key}: is given twice")
         values[key] = value
     return values
 

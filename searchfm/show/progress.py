@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,29 +13,48 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as ProgressBar
 from rich.text import Text
 
+from searchfm.events import (
+    JobEnded,
+    JobEpoch,
+    JobPlanned,
+    JobRetried,
+    JobStarted,
+    Note,
+    RetrainEvent,
+    StudyFound,
+    StudyOpened,
+    TrialEnded,
+    TrialEpoch,
+    TrialRetried,
+    TrialStarted,
+    TuneEvent,
+)
 from searchfm.format import param_texts, plural, seconds
+from searchfm.jobs import Job
 from searchfm.records import Epoch, State, StudyRecord, Trial
 from searchfm.show.summary import study_line
 from searchfm.show.terminal import STYLES, digits, fitting, note, table
-
-if TYPE_CHECKING:
-    from searchfm import coordinator, retraining
-    from searchfm.jobs import Job
 
 WATCH_SECONDS = 2.0  # between two looks at the studies
 LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
 
 
-def follow(view: "TuneView | RetrainView", steps: Iterable[Any]) -> Any:
-    """Shows progress until it ends, without a terminal only the lines of `update`. Returns what a generator returns."""
-    steps = iter(steps)
-    with Live(get_renderable=view.render, console=view.console, refresh_per_second=4, transient=True):
-        while True:
-            try:
-                progress = next(steps)
-            except StopIteration as end:
-                return end.value
-            view.update(progress)
+def tune_view(console: Console, event: TuneEvent) -> "TuneView | None":
+    """The view that an event of a search begins; prints what is known of a study before it is opened."""
+    match event:
+        case StudyFound():
+            text = event.question or ("a study of this home" if event.resumed else "")
+            console.print(f"[bold]{escape(event.name)}[/]  {escape(text)}".rstrip(), soft_wrap=False)
+        case Note(text):
+            console.print(escape(text), soft_wrap=False)
+        case StudyOpened():
+            return TuneView(console, event.study, event.trials, event.workers)
+    return None
+
+
+def retrain_view(console: Console, event: RetrainEvent) -> "RetrainView | None":
+    """The view that an event of a final training begins."""
+    return RetrainView(console, event.name) if isinstance(event, StudyFound) else None
 
 
 def watch(
@@ -79,27 +97,27 @@ class TuneView:
             soft_wrap=False,
         )
 
-    def update(self, progress: "coordinator.Progress") -> None:
+    def update(self, event: TuneEvent) -> None:
         """Updates the table, and prints a line for the end of a trial."""
-        trial = progress.record
-        if progress.kind in ("started", "adopted") and trial is not None:
-            self.running[trial.number] = (trial, list(trial.epochs))
-            if progress.kind == "adopted":
-                where = f"after epoch {len(trial.reported)}" if trial.reported else "from its start"
-                self.console.print(f"{self._name(trial.number)} resumes {where}")
-        elif progress.kind == "epoch" and progress.epoch is not None and progress.trial in self.running:
-            self.running[progress.trial][1].append(progress.epoch)
-        elif progress.kind == "retried":
-            self.console.print(f"{self._name(progress.trial)} [red]lost[/]: {escape(progress.text)}", soft_wrap=False)
-        elif progress.kind == "packed":
-            self.console.print(escape(progress.text), soft_wrap=False)
-        elif progress.kind == "ended" and trial is not None:
-            self.running.pop(trial.number, None)
-            self.counts[trial.state] += 1
-            better = trial.value is not None and (self.best is None or trial.value > (self.best.value or 0.0))
-            if better:
-                self.best = trial
-            self.console.print(self._ended(trial, better), no_wrap=True, soft_wrap=False)
+        match event:
+            case TrialStarted(number, trial, kind):
+                self.running[number] = (trial, list(trial.epochs))
+                if kind == "adopted":
+                    where = f"after epoch {len(trial.reported)}" if trial.reported else "from its start"
+                    self.console.print(f"{self._name(number)} resumes {where}")
+            case TrialEpoch(number, epoch) if number in self.running:
+                self.running[number][1].append(epoch)
+            case TrialRetried(number, text):
+                self.console.print(f"{self._name(number)} [red]lost[/]: {escape(text)}", soft_wrap=False)
+            case Note(text):
+                self.console.print(escape(text), soft_wrap=False)
+            case TrialEnded(number, trial):
+                self.running.pop(number, None)
+                self.counts[trial.state] += 1
+                better = trial.value is not None and (self.best is None or trial.value > (self.best.value or 0.0))
+                if better:
+                    self.best = trial
+                self.console.print(self._ended(trial, better), no_wrap=True, soft_wrap=False)
 
     def _name(self, number: int) -> str:
         return f"trial {number:>{len(str(self.trials - 1))}}"
@@ -145,35 +163,32 @@ class RetrainView:
         self.running: dict[str, tuple[Job, list[Epoch]]] = {}
         self.trained = 0  # epochs, of jobs that are done
 
-    def update(self, progress: "retraining.Progress") -> None:
+    def update(self, event: RetrainEvent) -> None:
         """Updates the table, and prints a line for the end of a job."""
-        job = progress.job
-        if job is None:
-            self.console.print(f"{escape(self.study)}: {escape(progress.text)}", soft_wrap=False)
-            return
-        name = f"{job.label:<24}"
-        if progress.kind == "planned":
-            self.planned[job.label] = job.epochs
-        elif progress.kind == "started":
-            self.running[job.label] = (job, [])
-        elif progress.kind == "epoch" and progress.epoch is not None:
-            epoch = progress.epoch
-            self.running[job.label][1].append(epoch)
-            if not self.console.is_terminal and epoch.seconds > LONG:
-                self.console.print(f"{name} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
-        elif progress.kind == "retried":
-            self.console.print(
-                f"{name} [red]lost[/]: {escape(progress.text)}; goes on from its last checkpoint", soft_wrap=False
-            )
-        else:
-            _, epochs = self.running.pop(job.label, (job, []))
-            self.trained += self.planned.get(job.label, 0)
-            value = "      " if progress.value is None else f"{progress.value:.4f}"
-            spent = (
-                f" {plural(job.epochs, 'epoch')} {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
-            )
-            mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]"}.get(progress.kind, "[red]failed[/]")
-            self.console.print(f"{name} {mark} {value}{spent}  {escape(progress.text)}".rstrip(), soft_wrap=False)
+        match event:
+            case Note(text):
+                self.console.print(f"{escape(self.study)}: {escape(text)}", soft_wrap=False)
+            case JobPlanned(job):
+                self.planned[job.label] = job.epochs
+            case JobStarted(job):
+                self.running[job.label] = (job, [])
+            case JobEpoch(job, epoch):
+                self.running[job.label][1].append(epoch)
+                if not self.console.is_terminal and epoch.seconds > LONG:
+                    self.console.print(f"{job.label:<24} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
+            case JobRetried(job, text):
+                self.console.print(f"{job.label:<24} [red]lost[/]: {escape(text)}; goes on from its last checkpoint")
+            case JobEnded():
+                self.console.print(self._ended(event))
+
+    def _ended(self, event: JobEnded) -> str:
+        job = event.job
+        _, epochs = self.running.pop(job.label, (job, []))
+        self.trained += self.planned.get(job.label, 0)
+        value = "      " if event.value is None else f"{event.value:.4f}"
+        spent = f" {job.epochs} epochs {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
+        mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]", "failed": "[red]failed[/]"}[event.kind]
+        return f"{job.label:<24} {mark} {value}{spent}  {escape(event.text)}".rstrip()
 
     def render(self) -> RenderableType:
         """A bar over the epochs of all jobs, and the running jobs."""

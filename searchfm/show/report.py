@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import optuna
 import tomli_w
+from matplotlib.figure import Figure
 from optuna.storages import BaseStorage
 
 from searchfm import figures
 from searchfm.config import DataConfig
-from searchfm.errors import DataError, StudyError
+from searchfm.errors import DataError, StudyError, UserError
 from searchfm.format import (
     accuracy_sentence,
     final_sentences,
@@ -39,6 +40,7 @@ KEYS = 10  # axes of the parallel coordinates
 IMPORTANT = 0.05  # fraction of the differences that a key explains, to be shown without unfolding
 ROW = 3  # figures of keys side by side
 TOP = 5  # trials whose curves are in colour
+FIGURES = ("history", "importance", "slice", "parallel", "progress", "ranking", "survival", "curves", "confusion")
 DRAWN = 300  # trials in a figure or table: each costs 2 ms a figure, and 10,000 made a page of 14 MB
 
 
@@ -319,6 +321,60 @@ def _reproduce(study: StudyRecord, chosen: Trial, environment: Mapping[str, str]
         "environment": {name: text for name, text in facts.items() if text},
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+# --- a single figure --------------------------------------------------------------------------------------------------
+
+
+def study_figure(
+    study: StudyRecord, storage: BaseStorage, kind: str, *, key: str | None = None, trial: int | None = None
+) -> Figure:
+    """One figure of the page. kind: see `FIGURES`; key: of "slice"; trial: of "curves" and "confusion".
+
+    Raises StudyError where the trials do not suffice for it, UserError for an unknown kind, key or trial.
+    """
+    complete = study.ranked(twins=False)
+    if kind not in FIGURES:
+        raise UserError(f"figure {kind!r}: must be one of {', '.join(FIGURES)}")
+    if trial is not None and not 0 <= trial < len(study.trials):
+        raise UserError(f"trial {trial}: study {study.name!r} has {len(study.trials)} trials, counted from 0")
+    if not complete and trial is None:
+        raise StudyError(f"study {study.name!r} has no complete trial to draw")
+    chosen = study.trials[trial] if trial is not None else complete[0]
+    shown = drawn(study, chosen)
+    made: Figure | None
+    match kind:
+        case "curves":
+            made = figures.curves(chosen.epochs) if chosen.epochs else None
+        case "confusion":
+            predictions = Predictions.read(chosen.folder)
+            made = figures.confusion(predictions, study.data.classes) if predictions else None
+        case "slice":
+            made = _slice(study, storage, key)
+        case "history" | "ranking":
+            made = _search(study, shown)[kind]
+        case "importance" | "parallel":
+            made = _space(study, storage, shown)[kind]
+        case _:
+            made = _curves(study, chosen, shown)[kind]
+    if made is None:
+        raise StudyError(f"study {study.name!r}: its trials do not suffice for the figure {kind!r}")
+    return made
+
+
+def _slice(study: StudyRecord, storage: BaseStorage, key: str | None) -> Figure | None:
+    """Accuracy over one key of the space, by default the most important, else the first that differs."""
+    trials = study.ranked(twins=False)
+    space = dict(leaves(Study(study.name, study.resolved).tree))
+    keys = [name for name in space if len({trial.params.get(name) for trial in trials}) > 1]
+    if key is not None and key not in space:
+        raise UserError(f"key {key!r}: must be one of {', '.join(space)}")
+    importance = importances(study, storage)
+    best = max(keys, key=lambda name: importance.get(name, 0.0), default=None)
+    if (name := key or best) is None:
+        return None
+    label = short_names(space)[name]
+    return figures.factor(trials, name, space[name], label, "slice", trials[0].number)
 
 
 def _tip(trial: Trial) -> str:

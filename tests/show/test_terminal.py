@@ -11,12 +11,26 @@ from optuna.trial import TrialState
 from rich.console import Console
 from searched import Ending
 
-from searchfm import coordinator, retraining
+from searchfm.events import (
+    JobEnded,
+    JobEpoch,
+    JobPlanned,
+    JobRetried,
+    JobStarted,
+    Note,
+    RetrainEvent,
+    SearchEvent,
+    TrialEnded,
+    TrialEpoch,
+    TrialRetried,
+    TrialStarted,
+)
 from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
-from searchfm.show.progress import RetrainView, TuneView, follow
+from searchfm.show.live import follow
+from searchfm.show.progress import RetrainView, TuneView
 from searchfm.show.schema import describe_final
 from searchfm.show.summary import show_end
 from searchfm.show.terminal import show_final
@@ -32,15 +46,15 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
     first, second = study.trials
     shown = console(terminal=terminal)
     view = TuneView(shown, replace(study, trials=()), 2, ["cpu", "cpu"])
-    steps = [
-        coordinator.Progress("started", 0, replace(first, state="running", epochs=())),
-        coordinator.Progress("epoch", 0, epoch=first.epochs[0]),
-        coordinator.Progress("retried", 0, text="its worker died"),
-        coordinator.Progress("ended", 0, first),
-        coordinator.Progress("adopted", 1, replace(second, state="running")),
-        coordinator.Progress("ended", 1, second, text=second.reason or ""),
+    events: list[SearchEvent] = [
+        TrialStarted(0, replace(first, state="running", epochs=())),
+        TrialEpoch(0, first.epochs[0]),
+        TrialRetried(0, "its worker died"),
+        TrialEnded(0, first),
+        TrialStarted(1, replace(second, state="running"), "adopted"),
+        TrialEnded(1, second),
     ]
-    follow(view, steps)
+    follow(shown, (event for event in events), lambda *_: view)
     text = shown.export_text()
     assert "toy: 2 trials on digits (1,201 images to train on, 212 to validate), workers: 2 x cpu" in text
     assert "trial 0 lost: its worker died" in text
@@ -58,8 +72,8 @@ def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home)
     shown = console(width=80)
     view = TuneView(shown, replace(study, trials=()), 2, ["cpu"])
     for trial in (first, replace(study.trials[1], reason=reason)):
-        view.update(coordinator.Progress("started", trial.number, replace(trial, state="running", epochs=())))
-        view.update(coordinator.Progress("ended", trial.number, trial))
+        view.update(TrialStarted(trial.number, replace(trial, state="running", epochs=())))
+        view.update(TrialEnded(trial.number, trial))
     *_, complete, failed = shown.export_text().splitlines()
     assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
     assert complete.split("  ")[-1] == "a_long_key_0=0 …"
@@ -84,20 +98,21 @@ def test_retraining_prints_a_line_for_each_job_and_returns_the_record(home: Home
     jobs = [Job(f"job-{i}", None, "none", {}, label=f"trial 0, seed {i} of 3", epochs=2) for i in range(3)]
     epoch = replace(rows.epochs(0, 1)[0], seconds=11.0)
 
-    def steps() -> Generator[retraining.Progress, None, Final]:
-        yield retraining.Progress("note", text="workers: 1 x cpu")
-        yield retraining.Progress("planned", jobs[0])
-        yield retraining.Progress("found", jobs[1], value=0.5)
-        yield retraining.Progress("started", jobs[0])
-        yield retraining.Progress("epoch", jobs[0], epoch)
-        yield retraining.Progress("retried", jobs[0], text="its worker died")
-        yield retraining.Progress("finished", jobs[0], value=0.9123)
-        yield retraining.Progress("failed", jobs[2], text="loss is nan")
+    def steps() -> Generator[RetrainEvent, None, Final]:
+        yield Note("workers: 1 x cpu")
+        yield JobPlanned(jobs[0])
+        yield JobEnded(jobs[1], "found", 0.5)
+        yield JobStarted(jobs[0])
+        yield JobEpoch(jobs[0], epoch)
+        yield JobRetried(jobs[0], "its worker died")
+        yield JobEnded(jobs[0], "finished", 0.9123)
+        yield JobEnded(jobs[2], "failed", text="loss is nan")
         assert study.final is not None
         return study.final
 
     shown = console(terminal=terminal)
-    assert follow(RetrainView(shown, "toy"), steps()) == study.final
+    view = RetrainView(shown, "toy")
+    assert follow(shown, steps(), lambda *_: view) == study.final
     text = shown.export_text()
     assert "toy: workers: 1 x cpu" in text
     assert ("epoch 1/2  11.0 s" in text) is not terminal

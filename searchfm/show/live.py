@@ -1,0 +1,151 @@
+"""What is being done, with the seconds it has taken, from a command's first moment on; below it a view of a search.
+
+Imports nothing but rich, so that it can show that torch, Optuna or MLflow are being imported.
+"""
+
+import io
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, Self, TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+
+Ended = TypeVar("Ended")
+
+REFRESH_SECONDS = 0.25
+SLOW_SECONDS = 2.0  # of a phase that gets a line where there is no live region
+NOTEBOOK_WIDTH = 110  # characters
+
+
+class View(Protocol):
+    """What shows the events of a search or a final training."""
+
+    def update(self, event: Any, /) -> None:
+        """Takes an event, and prints lines that stay."""
+
+    def render(self) -> RenderableType:
+        """The state, for the live region."""
+
+
+class Region:
+    """A live region of a terminal or a notebook, while it is entered.
+
+    lines: whether a phase of more than two seconds gets a line where the output is neither.
+    """
+
+    def __init__(self, console: Console, text: str = "starting", *, lines: bool = False) -> None:
+        self.console = console
+        self.view: View | None = None
+        self._lines, self._timer = lines, threading.Timer(0, lambda: None)
+        self._text, self._began, self._spinner = text, time.monotonic(), Spinner("dots")
+        self._live: AbstractContextManager[Any]
+        if _in_notebook():
+            self._live = _Cell(self.render)
+        else:
+            rate = 1 / REFRESH_SECONDS
+            self._live = Live(get_renderable=self.render, console=console, refresh_per_second=rate, transient=True)
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._timer.cancel()
+        self._live.__exit__(*error)
+
+    def phase(self, text: str) -> None:
+        """Shows what is being done from now on; nothing: no phase."""
+        self._text, self._began = text, time.monotonic()
+        self._timer.cancel()
+        if text and self._lines and not self.console.is_terminal:
+            self._timer = threading.Timer(SLOW_SECONDS, self.console.print, [f"[dim]{text}[/]"])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def render(self) -> RenderableType:
+        """The view, and below it the phase."""
+        parts: list[RenderableType] = [] if self.view is None else [self.view.render()]
+        if self._text:
+            seconds = int(time.monotonic() - self._began)
+            self._spinner.update(text=f"{self._text}{f'  {seconds} s' if seconds else ''}")
+            parts.append(self._spinner)
+        return Group(*parts)
+
+
+def follow(
+    console: Console | None, events: Generator[Any, None, Ended], view_of: Callable[[Console, Any], View | None]
+) -> Ended:
+    """Shows events until they end; returns what their generator returns. console: None shows nothing.
+
+    view_of: called with each event until it returns a view, which this and all later events update.
+    """
+    with Region(console, lines=True) if console else nullcontext() as region:
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                ended: Ended = end.value
+                return ended
+            if region is not None:
+                region.phase(event.text if event.kind == "phase" else "")
+                region.view = region.view or view_of(region.console, event)
+                if region.view is not None:
+                    region.view.update(event)
+
+
+def open_console() -> Console:
+    """Where a program of somebody else shows progress: its standard output, in a notebook as plain lines."""
+    if _in_notebook():
+        return Console(highlight=False, force_jupyter=False, force_terminal=False, width=NOTEBOOK_WIDTH)
+    return Console(highlight=False, soft_wrap=True)
+
+
+def notify(line: str) -> None:
+    """A line for the user, on standard error."""
+    print(f"searchfm: {line}", file=sys.stderr, flush=True)
+
+
+def _in_notebook() -> bool:
+    return Console().is_jupyter
+
+
+class _Cell:
+    """A live region below a notebook's cell. rich's own needs ipywidgets, and shows nothing without them."""
+
+    def __init__(self, render: Callable[[], RenderableType]) -> None:
+        self._render, self._html, self._ended = render, "", threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        from IPython.display import HTML, display
+
+        self._handle = display(HTML(""), display_id=True)
+        self._draw()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._show("")
+
+    def _refresh(self) -> None:
+        while not self._ended.wait(2 * REFRESH_SECONDS):
+            self._draw()
+
+    def _draw(self) -> None:
+        page = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_jupyter=False, highlight=False)
+        page.print(self._render())
+        self._show(page.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))
+
+    def _show(self, html: str) -> None:
+        from IPython.display import HTML
+
+        if html != self._html:
+            self._html = html
+            self._handle.update(HTML(html))
