@@ -221,8 +221,7 @@ def tune(
             opened, stored, _ = api.find_plan(study, Home.find(home), **values)
             opened.check_code(options["allow_code"])
             files.check_data_name(opened.data["name"])
-        for note in opened.notes:
-            live.notify(note)
+        live.notify(*opened.notes)
         _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
         return
     with StopRequest(exits=True) as stop:
@@ -443,7 +442,7 @@ def studies(
     """List the built-in study files, or show one: its question, its space, the cost of a trial."""
     from searchfm.config import DATASETS, image_shape
     from searchfm.search import files
-    from searchfm.show import schema, terminal
+    from searchfm.show import live, schema, terminal
 
     console = _console()
     if name is None:
@@ -458,7 +457,7 @@ def studies(
     if path is None:
         raise files.not_found(name)
     study = files.read(path).study()
-    _notify_all(study.notes)
+    live.notify(*study.notes)
     shape, cost = image_shape(study.first.data), None
     if shape is not None and (allow_code or not study.customs()):  # of a folder of images only reading it tells
         from searchfm.learn.models import costs  # imports torch, which nothing else here does

@@ -127,7 +127,7 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
 @pytest.mark.parametrize(
     ("overrides", "plan", "error", "message"),
     [
-        ({"data.name": "no/such/folder"}, {}, DataError, "no/such/folder"),
+        ({"data.name": "no/such/folder"}, {}, ConfigError, "no/such/folder"),
         ({}, {"engines": Engines(device="cuda:7")}, UserError, "--device cuda:7"),
         ({"model.name": "transfer", "model.transfer.model": "resnet0"}, {}, UserError, "resnet0"),
     ],

@@ -105,9 +105,10 @@ def open_console() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
-def notify(line: str) -> None:
-    """A line for the user, on standard error."""
-    print(f"searchfm: {line}", file=sys.stderr, flush=True)
+def notify(*lines: str) -> None:
+    """Lines for the user, on standard error."""
+    for line in lines:
+        print(f"searchfm: {line}", file=sys.stderr, flush=True)
 
 
 def _in_notebook() -> bool:
