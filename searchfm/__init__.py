@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         TrialStarted,
         TuneEvent,
     )
+    from searchfm.learn.models.custom import check_model
     from searchfm.records import Epoch, Final, Trial
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "TuneEvent",
     "UserError",
     "WorldError",
+    "check_model",
     "iter_retrain",
     "iter_tune",
     "load_model",
@@ -111,7 +113,7 @@ if not TYPE_CHECKING:  # for a type checker, an unknown name stays an error
     def __getattr__(name: str) -> Any:
         """Imports a public name when it is first used (PEP 562)."""
         if name in __all__:
-            for module in ("api", "errors", "records", "events"):
+            for module in ("api", "errors", "records", "events", "learn.models.custom"):
                 value = getattr(importlib.import_module(f"searchfm.{module}"), name, None)
                 if value is not None:
                     globals()[name] = value

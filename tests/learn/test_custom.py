@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
+import searchfm
 from searchfm.config import Config, Custom
 from searchfm.engines import EngineOptions
 from searchfm.engines.remote import worker_command
 from searchfm.errors import CodeError, ConfigError, ModelError
 from searchfm.jobs import Context
 from searchfm.learn.entries import prepare
-from searchfm.learn.models.custom import NO_CODE, Code, build, check_model, source_sha256
+from searchfm.learn.models.custom import NO_CODE, Code, build, source_sha256
 from searchfm.search.study import Study
 from tests.learn.toys import drain
 
@@ -128,12 +129,12 @@ def test_the_hash_of_a_package_covers_all_its_files(tmp_path: Path, monkeypatch:
 )
 def test_check_model_names_what_is_wrong(factory: str, params: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=f'"tests.learn.nets:{factory}": .*{message}') as caught:
-        check_model(f"tests.learn.nets:{factory}", SHAPE, 10, **params)
+        searchfm.check_model(f"tests.learn.nets:{factory}", SHAPE, 10, **params)
     assert "\n" not in str(caught.value)
 
 
 def test_check_model_passes_a_model_that_is_right() -> None:
-    check_model("tests.learn.nets:small", (3, 12, 8), 7, width=4, sizes=[3, 5], dropout=0.5)
+    searchfm.check_model("tests.learn.nets:small", (3, 12, 8), 7, width=4, sizes=[3, 5], dropout=0.5)
 
 
 def job(**changes: Any) -> dict[str, Any]:
