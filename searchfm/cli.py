@@ -356,9 +356,9 @@ def status(
     study: Annotated[str | None, typer.Argument(help="Study name. [default: all studies]")] = None,
     every: Annotated[bool, typer.Option("--all", help="List all trials of the study, not only the best.")] = False,
     sort: Annotated[
-        str | None, typer.Option(metavar="KEY", help="With --all: value, number, epochs, seconds, parameters or a key.")
+        str | None, typer.Option(metavar="KEY", help="List all by value, number, epochs, seconds, parameters or a key.")
     ] = None,
-    as_csv: Annotated[bool, typer.Option("--csv", help="With --all: print CSV, a column for each key.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print all trials as CSV, a column for each key.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Redraw every two seconds, until Ctrl-C.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -372,7 +372,11 @@ def status(
 
     where, console = Home.find(home), _console()
     name = None if study is None else study_name(study)
-    _check_status(name, every, sort, as_csv, watch, as_json)
+    every = every or as_csv or sort is not None
+    if every and (name is None or watch):
+        raise UserError("--all, --csv and --sort: need a study, and no --watch")
+    if as_json and (as_csv or watch):
+        raise UserError("--json: must be without --csv and --watch")
     if watch:
         progress.watch(console, read_again(where, name), partial(summary.overview, where, name))
         return
@@ -394,19 +398,6 @@ def status(
             console.print(str(records[0].folder), style="dim", markup=False)
     else:
         typer.echo(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
-
-
-def _check_status(name: str | None, every: bool, sort: str | None, as_csv: bool, watch: bool, as_json: bool) -> None:
-    """Raises UserError for flags of `status` that do not go together."""
-    for flag, given, needs in [
-        ("--all", every, name is not None and not watch),
-        ("--csv", as_csv, every and not as_json),
-        (f"--sort {sort}", sort is not None, every),
-        ("--watch", watch, not as_json),
-    ]:
-        if given and not needs:
-            reason = {"--all": "STUDY, without --watch", "--csv": "--all, without --json", "--watch": "no --json"}
-            raise UserError(f"{flag}: needs {reason.get(flag, '--all')}")
 
 
 @app.command()

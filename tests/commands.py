@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from searchfm import cli
+from tests.json_page import check
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,14 @@ def searchfm(*arguments: str, **environment: str) -> Done:
         timeout=300,
         check=False,
     )
-    return Done(done.returncode, done.stdout, done.stderr)
+    return _checked(arguments, Done(done.returncode, done.stdout, done.stderr))
+
+
+def _checked(arguments: Sequence[str], done: Done) -> Done:
+    """What is printed with `--json` is what `.github/JSON.md` documents."""
+    if done.returncode == 0 and "--json" in arguments:
+        check(arguments, done.stdout)
+    return done
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
@@ -70,4 +78,5 @@ def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) 
         with pytest.raises(SystemExit) as ended:
             cli.main()
     code = ended.value.code
-    return Done(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
+    number = code if isinstance(code, int) else int(code is not None)
+    return _checked(arguments, Done(number, out.getvalue(), err.getvalue()))

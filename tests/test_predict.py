@@ -26,6 +26,7 @@ from searchfm.learn.datasets import CLOTHES
 from searchfm.learn.images import Arrays, listing, read_folder
 from searchfm.learn.train import Training
 from tests.commands import searchfm_here
+from tests.json_page import check
 
 Output = tuple[int, str, str]  # exit code, stdout, stderr
 
@@ -83,6 +84,8 @@ def searchfm(
         with pytest.raises(SystemExit) as left:
             cli.main()
         out, err = capsys.readouterr()
+        if "--json" in arguments and out:
+            check([str(argument) for argument in arguments], out)
         code = left.value.code
         return (code if isinstance(code, int) else 0), out, err
 

@@ -24,6 +24,7 @@ from searchfm.tracking import registry
 from searchfm.tuning import Tuning
 from tests import rows
 from tests.driving import local_engine
+from tests.json_page import check
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 
@@ -192,6 +193,7 @@ def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
         assert not left.value.code
         outputs[arguments] = capsys.readouterr().out
     promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
+    check(["retrain"], outputs[("--json",)])
     kept = json.loads(json.dumps(final.to_json()))
     assert json.loads(outputs[("--json",)]) == {"schema": 2, **{key: kept[key] for key in promised}}
     text = " ".join(outputs[()].split())

@@ -41,7 +41,7 @@ def about(text: str) -> Meta:
     return Meta(description=text)
 
 
-class Part(Struct, kw_only=True, forbid_unknown_fields=True):
+class Part(Struct, kw_only=True):
     """An object within another."""
 
 

@@ -317,7 +317,8 @@ def show_trial(console: Console, study: StudyRecord, trial: Trial) -> None:
     parts: list[RenderableType] = []
     if trial.params:
         parts += ["", _pairs({key: short(value) for key, value in trial.params.items()})]
-    rest = {key: value for key, value in flat(trial.config).items() if key not in trial.params}
+    chosen = [f"{key}." for key in trial.params]
+    rest = {key: value for key, value in _flat(trial.config).items() if not f"{key}.".startswith(tuple(chosen))}
     if rest:
         parts += ["", labelled("config", " ".join(f"{key}={short(value)}" for key, value in rest.items()))]
     parts += ["", *_curves(trial, console.width), labelled("time", _times(trial))]
@@ -337,12 +338,12 @@ def _pairs(rows: Mapping[str, str]) -> Table:
     return shown
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A config by dotted key; entries of a list are counted from 1."""
     values: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{key}.")
+            values |= _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list | tuple):
             values |= {f"{prefix}{key}.{i}": entry for i, entry in enumerate(value, 1)}
         else:

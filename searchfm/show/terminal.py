@@ -185,18 +185,20 @@ def model_table(rows: "Iterable[Version]") -> Table:
 
 
 def show_data(console: Console, rows: "Iterable[Described]") -> None:
-    """A row per data set: its size and origin; then the paths of those that are on this machine."""
+    """A row per data set; then the origin of each, and its path if it is on this machine."""
     rows = list(rows)
-    shown = table("data set", "images", "classes", "training", "test", "here", "origin")
+    shown = table("data set", "images", "classes", "training", "test", "here")
     for row in rows:
         size = "x".join(str(side) for side in row.shape) if row.shape else "-"
         test = "carved" if row.test is None else f"{row.test:,}"
         here = "[green]yes[/]" if row.location else "[yellow]no[/]"
-        shown.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here, escape(row.origin))
+        shown.add_row(escape(row.name), size, str(row.classes), f"{row.train:,}", test, here)
     console.print(shown)
+    indent = max((len(row.name) for row in rows), default=0) + 2
     for row in rows:
+        console.print(labelled(row.name, row.origin, indent=min(indent, 30)), soft_wrap=False)
         if row.location is not None and str(row.location) != row.name:
-            console.print(f"[dim]{escape(row.name)}[/]  {escape(str(row.location))}")
+            console.print(str(row.location), style="dim", markup=False)
 
 
 def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:

@@ -28,6 +28,7 @@ from searchfm.show.compare import (
 )
 from searchfm.stats import Accuracy, holm, mcnemar
 from searchfm.tracking.mirror import connect
+from tests.json_page import check
 
 KEYS = ["study", "accuracy", "low", "high", "split", "difference", "p", "seconds_per_epoch", "parameters", "flops"]
 
@@ -172,7 +173,9 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     arguments = ["compare", "near", "best", "--home", str(read_only.path), "--json"]
     figure, side = tmp_path / "deep" / "front.svg", tmp_path / "side.html"
     assert command(monkeypatch, *arguments, "--picture", str(figure), "--html", str(side)) == 0
-    printed = json.loads(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    check(arguments, output)
+    printed = json.loads(output)
     assert [line.pop("schema") for line in printed] == [2, 2]
     assert printed == [asdict(line) for line in compare_studies(three[:2])]
     assert all(set(KEYS) < set(line) for line in printed)
