@@ -46,6 +46,7 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 
 
+MANY = 1000  # trials whose keys' importance takes more than half a second
 WHERE = "Where workers run"  # a panel of --help
 WorkersOption = Annotated[str | None, typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs]")]
 PerGpuOption = Annotated[
@@ -367,7 +368,7 @@ def status(
     _skip_garbage_collection()
     from searchfm.search.files import study_name
     from searchfm.search.lock import holder
-    from searchfm.search.storage import read_again, read_studies, read_study
+    from searchfm.search.storage import importances, load_study, open_storage, read_again, read_studies
     from searchfm.show import progress, schema, summary
 
     where, console = Home.find(home), _console()
@@ -380,24 +381,28 @@ def status(
     if watch:
         progress.watch(console, read_again(where, name), partial(summary.overview, where, name))
         return
-    records = read_studies(where) if name is None else [read_study(where, name)]
+    storage = None if name is None else open_storage(where)
+    records = read_studies(where) if name is None or storage is None else [load_study(storage, where, name)]
     if every:
         trials, key = summary.sort_trials(records[0].trials, sort or ("number" if as_csv else "value"))
     if as_json:
-        listed = name is not None
         held = ((record, holder(where, record.name)) for record in records)
-        rows = [schema.describe_study(record, where, listed=listed, coordinator=process) for record, process in held]
-        typer.echo(schema.dump(rows))
+        values = [
+            schema.describe_study(record, where, listed=name is not None, coordinator=process)
+            for record, process in held
+        ]
+        typer.echo(schema.dump(values))
     elif as_csv:
         typer.echo(schema.trials_csv(records[0], trials), nl=False)
     elif every:
-        console.print(summary.trial_table(trials, console.width, first=key))
-    elif records:
-        console.print(summary.overview(where, name, console, records), soft_wrap=False)
+        console.print(summary.trial_table(trials, console.width, importance={key: 1.0} if key else None))
+    elif not records:
+        typer.echo(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
+    else:
+        importance = importances(records[0], storage) if storage and len(records[0].trials) <= MANY else None
+        console.print(summary.overview(where, name, console, records, importance), soft_wrap=False)
         if name is not None:
             console.print(str(records[0].folder), style="dim", markup=False)
-    else:
-        typer.echo(f"{where.path} holds no study yet; begin with: searchfm tune mlp")
 
 
 @app.command()

@@ -1,14 +1,12 @@
 """`searchfm report`: one page with what a study asked, its result, and the uncertainty of each figure."""
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import tomli_w
 from matplotlib.figure import Figure
 from optuna.storages import BaseStorage
@@ -29,12 +27,12 @@ from searchfm.format import (
 from searchfm.learn.datasets import training_images
 from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs
 from searchfm.search.space import leaves
+from searchfm.search.storage import ENOUGH, importances
 from searchfm.search.study import Study
 from searchfm.show import pages
 from searchfm.stats import Accuracy, holm, mcnemar
 
 ALPHA = 0.05  # two trials with a p-value of at least this are tied
-ENOUGH = 10  # complete trials that importance needs
 RANKED = 15  # trials in the figure of ties
 KEYS = 10  # axes of the parallel coordinates
 IMPORTANT = 0.05  # fraction of the differences that a key explains, to be shown without unfolding
@@ -135,26 +133,6 @@ def ranks(study: StudyRecord) -> list[Rank]:
         tied = p >= ALPHA if p is not None else measured.fraction >= top.interval[0]
         ranked.append(Rank(trial, measured, measured.fraction - top.fraction, p, tied))
     return ranked
-
-
-def importances(study: StudyRecord, storage: BaseStorage) -> dict[str, float]:
-    """Fraction of the difference between good trials and others that each key explains, in descending order (PED-ANOVA:
-    Watanabe, Bansal & Hutter 2023, arXiv 2304.10255), from complete trials that are no twins.
-
-    Empty where those are fewer than 10, or all of one value.
-    """
-    trials = study.ranked(twins=False)
-    if len(trials) < ENOUGH or len({trial.value for trial in trials}) == 1:
-        return {}
-    numbers = {trial.number for trial in trials}
-    if len(numbers) == len(study.of("complete")):
-        trained = optuna.load_study(study_name=study.name, storage=storage)
-    else:  # a copy takes a second for a thousand trials
-        trained = optuna.create_study(direction="maximize")
-        trained.add_trials([t for t in storage.get_all_trials(study.number, deepcopy=False) if t.number in numbers])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)  # the report says how few they are
-        return optuna.importance.get_param_importances(trained)
 
 
 def confused(predictions: Predictions, *, most: int = 6, each: int = 6) -> list[Confused]:

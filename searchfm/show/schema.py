@@ -568,6 +568,8 @@ COMMANDS: Mapping[str, Any] = {
     "predict": list[Prediction],
     "export": Exported,
     "dashboard": Addresses,
+    "models": list[Registered],
+    "remove": RemovedStudy,
 }
 
 

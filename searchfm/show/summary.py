@@ -60,13 +60,19 @@ def study_line(study: StudyRecord) -> str:
     return f"{study.name}: {states(study, zeros=False) or 'no trial'} of {study.planned}{best}"
 
 
-def study_page(study: StudyRecord, coordinator: str | None, width: int, count: int = BEST) -> RenderableType:
+def study_page(
+    study: StudyRecord, coordinator: str | None, width: int, importance: Mapping[str, float]
+) -> RenderableType:
     """One study: its question, the states of its trials, the best, why others failed, and which run.
 
-    coordinator: the process that holds its lock. count: of the best trials.
+    coordinator: the process that holds its lock. importance: of keys, in descending order; empty if unknown.
     """
     parts: list[RenderableType] = [Text(study.question)] if study.question else []
-    parts += [study_table([study], width), "", *_best(study, count, width)]
+    parts += [study_table([study], width), "", *_best(study, BEST, width, importance)]
+    if importance:
+        names = short_names(importance)
+        texts = [f"{names[key]} {fraction:.0%}" for key, fraction in list(importance.items())[:BEST]]
+        parts.append(labelled("importance", ", ".join(texts), indent=12))
     if failed := study.of("failed"):
         parts.append(labelled("failed", *_reasons(failed), style="red"))
     if running := study.of("running"):
@@ -126,7 +132,9 @@ def show_end(
         console.print(f"      searchfm retrain {study.name}")
 
 
-def _best(study: StudyRecord, count: int, width: int) -> list[RenderableType]:
+def _best(
+    study: StudyRecord, count: int, width: int, importance: Mapping[str, float] | None = None
+) -> list[RenderableType]:
     """The best trial in full, and a row for each of the best."""
     if complete := study.ranked(twins=False)[:count]:
         best = complete[0]
@@ -136,17 +144,23 @@ def _best(study: StudyRecord, count: int, width: int) -> list[RenderableType]:
             facts += f", {best.result.parameters:,} parameters"
         shown: list[RenderableType] = [labelled("best", facts, " ".join(param_texts(best.params)), style="bold green")]
         rest = complete[1:]
-        return [*shown, "", trial_table(complete, width, title="best trials")] if rest else shown
+        return [*shown, "", trial_table(complete, width, "best trials", importance or {})] if rest else shown
     if pruned := sorted(study.of("pruned"), key=lambda trial: -max(trial.reported.values(), default=0))[:count]:
-        return [trial_table(pruned, width, title="no complete trial; pruned")]
+        return [trial_table(pruned, width, "no complete trial; pruned")]
     return []
 
 
-def overview(home: Home, name: str | None, console: Console, studies: Sequence[StudyRecord]) -> RenderableType:
+def overview(
+    home: Home,
+    name: str | None,
+    console: Console,
+    studies: Sequence[StudyRecord],
+    importance: Mapping[str, float] | None = None,
+) -> RenderableType:
     """What `status` shows: of one study its page, else a row for each."""
     if name is None:
         return study_table(studies, console.width)
-    return study_page(studies[0], holder(home, name), console.width)
+    return study_page(studies[0], holder(home, name), console.width, importance or {})
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -181,15 +195,13 @@ class Column:
 
 
 def trial_table(
-    trials: Sequence[Trial], width: int, title: str | None = None, first: str | None = None
+    trials: Sequence[Trial], width: int, title: str | None = None, importance: Mapping[str, float] | None = None
 ) -> RenderableType:
-    """A row per trial. Keys whose values differ are columns, as many as fit; what all trials share, and what is left
-    out, stands beneath. first: a key that is a column in any case.
+    """A row per trial. Keys whose values differ are columns, as many as fit, the most important first; what all trials
+    share, and what is left out, stands beneath.
     """
-    shared, differing = _keys(trials)
+    shared, differing = _keys(trials, importance or {})
     names = short_names({key: None for trial in trials for key in trial.params})
-    if first in names:
-        differing = [first, *(key for key in differing if key != first)]
     columns, found = _fixed(trials), []
     for key in differing:
         cells = [short(trial.params[key]) if key in trial.params else "-" for trial in trials]
@@ -217,15 +229,17 @@ def trial_table(
     return Group(*parts)
 
 
-def _keys(trials: Sequence[Trial]) -> tuple[list[str], list[str]]:
-    """Keys of one value in all trials, and keys that differ: first those that most trials have, and of these those of
-    most values.
+def _keys(trials: Sequence[Trial], importance: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Keys of one value in all trials, and keys that differ: by importance, then by the number of trials that have one,
+    then by the number of its values.
     """
     every = list(dict.fromkeys(key for trial in trials for key in trial.params))
     having = {key: [trial.params[key] for trial in trials if key in trial.params] for key in every}
     shared = [key for key in every if len(having[key]) == len(trials) and len(set(having[key])) == 1]
     others = [key for key in every if key not in shared]
-    return shared, sorted(others, key=lambda key: (-len(having[key]), -len(set(having[key]))))
+    return shared, sorted(
+        others, key=lambda key: (-importance.get(key, 0.0), -len(having[key]), -len(set(having[key])))
+    )
 
 
 def _fixed(trials: Sequence[Trial]) -> list[Column]:
