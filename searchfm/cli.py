@@ -523,6 +523,7 @@ def compare(
     """Compare studies: accuracy with its interval, paired tests, time and size. Also logged to MLflow."""
     _skip_garbage_collection()
     from searchfm.search.files import study_name
+    from searchfm.search.notes import web_address
     from searchfm.search.storage import read_study
     from searchfm.show import compare as comparing
     from searchfm.show import schema, terminal
@@ -542,7 +543,9 @@ def compare(
     rows = schema.describe_comparison(lines)
     _output(as_json, rows, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
-    registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
+    table = registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
+    if not as_json:
+        terminal.show_page(console, web_address(where.tracking_uri), table)
 
 
 @app.command()

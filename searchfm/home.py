@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,16 @@ def data_folder(option: Path | None = None) -> Path | None:
 def shown(uri: str) -> str:
     """The address of a database or server without user, password and query, for messages."""
     return re.sub("//[^/]*@", "//", uri).partition("?")[0]
+
+
+def command_line() -> str:
+    """The command that this process runs, for the record: `searchfm tune ...`, addresses without user and password. Of
+    another program only its file's name, since its arguments may hold anything; empty without a file.
+    """
+    program = Path(sys.argv[0] if sys.argv else "")
+    if program.stem == "searchfm" or program.parts[-2:] == ("searchfm", "__main__.py"):
+        return re.sub(r"//[^/@\s]*@", "//", shlex.join(["searchfm", *sys.argv[1:]]))
+    return program.name if program.suffix == ".py" else ""
 
 
 def unwritable(path: Path, error: OSError) -> UserError:

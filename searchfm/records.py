@@ -283,7 +283,7 @@ def _study_2(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class StudyHeader(Record):
-    """What is written down of a study when it is opened: the study attribute `searchfm`."""
+    """What is written down of a study when it is opened: its system attribute `searchfm` in Optuna."""
 
     upgrades = (_study_2,)
 
@@ -295,6 +295,7 @@ class StudyHeader(Record):
     planned: int  # trials in all
     data: Prepared
     version: str = ""  # of searchfm, that wrote it last
+    command: str = ""  # the command line that opened it last; empty: another program did
     format: int = FORMAT
 
 
@@ -420,7 +421,7 @@ def _final_2(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Final(Record):
-    """What `retrain` keeps: the study attribute `final`, and `final.json` in the model's folder."""
+    """What `retrain` keeps: the system attribute `final` of the study, and `final.json` in the model's folder."""
 
     upgrades = (_final_2,)
 

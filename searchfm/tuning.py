@@ -14,7 +14,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened
-from searchfm.home import Home
+from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
@@ -130,6 +130,7 @@ class Tuning:
             planned=study.trials,
             data=data,
             version=searchfm.__version__,
+            command=command_line(),
         )
         if stored is None:
             lock.claim(self.storage, create_study(self.storage, study.name, header))

@@ -37,7 +37,7 @@ EPOCHS = [
 ]
 HEADER: dict[str, Any] = {
     "uuid": "u",
-    "resolved": {"search": {"keep": 1}},
+    "resolved": {"search": {"keep": 1}, "data": {"name": "digits"}},
     "file": {},
     "question": "why?",
     "digest": "d",
@@ -276,12 +276,18 @@ def test_readers_leave_an_old_record_alone_and_the_lock_holder_upgrades_it_with_
     assert read_study(home, "toy").planned == 3
     assert storage.get_study_user_attrs(number) == {"searchfm": through_json(STUDY_1), "final": through_json(FINAL_1)}
     with locked_study(home, "toy") as (study, _):
-        attrs = storage.get_study_user_attrs(number)
+        attrs = storage.get_study_system_attrs(number)
         assert attrs["searchfm"] == through_json(StudyHeader.from_json(STUDY_1).to_json())
         assert study.final is not None
         assert attrs["final"] == through_json(study.final.to_json())
+        shown = storage.get_study_user_attrs(number)
+        assert {"question", "data"} < shown.keys(), "what optuna-dashboard shows can be read"
+        assert all(len(json.dumps(value)) < 300 for value in shown.values())
+        with pytest.raises(StorageError, match="study 'toy': format 3"):  # as 0.3.0 reads it
+            StudyHeader.from_json(shown["searchfm"], "study 'toy'")
     for key, old in (("searchfm", STUDY_1), ("final", FINAL_1)):
         assert json.loads((home.study("toy") / f"{key}-format-1.json").read_text()) == through_json(old)
-    storage.set_study_user_attr(number, "searchfm", {**STUDY_1, "format": FORMAT + 1})
+    assert read_study(home, "toy").planned == 3
+    storage.set_study_system_attr(number, "searchfm", {**STUDY_1, "format": FORMAT + 1})
     with pytest.raises(StorageError, match="study 'toy': format 3"), locked_study(home, "toy"):
         pass

@@ -150,6 +150,8 @@ def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, p
     assert run.info.status == "FINISHED"
     assert run.data.metrics["test/accuracy"] == 0.9
     assert "value" not in run.data.metrics, "what studies maximise is validation accuracy"
+    assert (run.data.metrics["accuracy"], run.data.tags["split"]) == (0.9, "test")
+    assert "90.00% of 900 test images correct" in run.data.tags["mlflow.note.content"]
     assert [m.step for m in client(home).get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
     names = {info.path for info in client(home).list_artifacts(run.info.run_id)}
     assert {"epochs.csv", "final.json", "predictions.csv"} <= names

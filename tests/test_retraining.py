@@ -350,7 +350,7 @@ def test_data_that_changed_are_refused_before_anything_is_trained(tuned: Home, t
     shutil.copytree(tuned.path, home.path)
     storage, study = open_storage(home), row(home)
     data = dataclasses.replace(study.data, fingerprint="0" * 64)
-    header = StudyHeader.from_json(storage.get_study_user_attrs(study.number)["searchfm"])
+    header = StudyHeader.from_json(storage.get_study_system_attrs(study.number)["searchfm"])
     write_record(storage, study.number, dataclasses.replace(header, data=data))
     with pytest.raises(DataError, match="the data have changed since study 'digits' was begun"):
         finish(home)

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import logging
 import os
 import random
@@ -24,9 +25,9 @@ from optuna.trial import TrialState
 from searchfm.errors import StorageError
 from searchfm.format import escape
 from searchfm.home import STORAGE, TRACKING, Home, shown
-from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyRecord
+from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyHeader, StudyRecord
 from searchfm.search.notes import Notes, artifact_folder, web_address
-from searchfm.search.storage import open_storage
+from searchfm.search.storage import open_storage, write_record
 from searchfm.tracking import mirror
 from searchfm.tracking.follow import Follower, Passes, Tracking, sync
 from searchfm.tracking.mirror import Mirror, make_schema, run_links
@@ -129,7 +130,8 @@ def test_the_content_of_a_run(synced: Home) -> None:
     assert float(run.data.params["optimizer.lr"]) == pytest.approx(row.params["optimizer.lr"])
     assert len(run.data.params["optimizer.lr"]) < 14  # rounded for reading
     assert run.data.params["model.mlp.width"] == "[200" + ", 200" * (row.params["model.mlp.layers"] - 1) + "]"
-    assert run.data.metrics["value"] == row.value
+    assert run.data.metrics["value"] == run.data.metrics["accuracy"] == row.value
+    assert run.data.tags["split"] == "validation"
     assert run.data.metrics["total_seconds"] == 3.5
     assert run.data.metrics["seconds"] == row.epochs[-1].seconds
     assert run.info.start_time == round(row.started * 1000)
@@ -163,9 +165,58 @@ def test_the_table_opens_with_what_was_searched(synced: Home) -> None:
     tags = client(synced).get_experiment(links.experiment).tags
     view = tags["mlflow.sharedViewState.searchfm"]
     assert links.table().endswith("viewStateShareKey=searchfm")
+    assert json.loads(view)["searchFilter"] == "tags.role != 'study'", "the study's own run is no trial"
+    shown = client(synced).search_runs([links.experiment], json.loads(view)["searchFilter"])
+    assert len(shown) == 4
+    first = ["metrics.`accuracy`", "tags.`split`", "tags.`state`", "metrics.`seconds`", "metrics.`parameters`"]
+    assert json.loads(view)["selectedColumns"][:5] == first
     assert mirror.searched(study.resolved) == ["model.mlp.layers", "optimizer.name", "optimizer.lr"]
     assert all(f"params.`{key}`" in view for key in mirror.searched(study.resolved))
     assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_the_page_of_a_run_has_its_sentence_and_its_pictures(synced: Home) -> None:
+    active = runs(synced, rows.study(synced))
+    run = active["toy-0003"]
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("**complete**: ")
+    assert "optimizer=" in note.replace("\\", "")
+    for name in ("curves", "confusion"):
+        assert f"![{name}](get-artifact?path={name}.png&run_uuid={run.info.run_id})" in note
+    failed = active["toy-0002 (failed)"].data.tags["mlflow.note.content"]
+    assert "loss is nan in epoch 2" in failed
+    assert "confusion.png" not in failed
+
+
+def test_a_description_that_a_user_edited_stays_and_one_of_0_3_0_is_written_anew(synced: Home) -> None:
+    study = rows.study(synced)
+    failed, complete = run_links(synced, study).runs[2], run_links(synced, study).runs[3]
+    before = client(synced).get_run(failed).data.tags["mlflow.note.content"]
+    client(synced).set_tag(failed, "mlflow.note.content", "failed: loss is nan in epoch 2")
+    client(synced).set_tag(complete, "mlflow.note.content", "mine")
+    (listed,) = sync(synced, study)
+    assert str(listed) == "trial 2: tags differ: mlflow.note.content"
+    sync(synced, study, apply=True)
+    assert client(synced).get_run(failed).data.tags["mlflow.note.content"] == before
+    assert client(synced).get_run(complete).data.tags["mlflow.note.content"] == "mine"
+    client(synced).set_tag(complete, "mlflow.note.content", "")
+    sync(synced, study, apply=True)
+
+
+def test_the_source_of_a_run_is_the_command_line_and_of_the_study_the_last_one(home: Home) -> None:
+    study = rows.begin(home)
+    header = StudyHeader.from_json(open_storage(home).get_study_system_attrs(study.number)["searchfm"])
+    for command in ("searchfm tune toy --trials 1", "searchfm tune toy --trials 2"):
+        write_record(open_storage(home), study.number, replace(header, command=command))
+        rows.tell(home, rows.ask(home), TrialState.FAIL, reason="out of memory")
+        follow(home, rows.study(home))
+    sources = {name: run.data.tags["mlflow.source.name"] for name, run in runs(home, rows.study(home)).items()}
+    assert sources == {
+        "toy": "searchfm tune toy --trials 2",
+        "toy-0000 (failed)": "searchfm tune toy --trials 1",
+        "toy-0001 (failed)": "searchfm tune toy --trials 2",
+    }
+    assert sync(home, rows.study(home)) == []
 
 
 def test_predictions_are_a_readable_table(synced: Home) -> None:

@@ -115,7 +115,7 @@ def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home:
     before, _ = tune(home)
     storage = open_storage(home)
     data = dataclasses.replace(before.data, fingerprint="another")
-    header = StudyHeader.from_json(storage.get_study_user_attrs(before.number)["searchfm"])
+    header = StudyHeader.from_json(storage.get_study_system_attrs(before.number)["searchfm"])
     write_record(storage, before.number, dataclasses.replace(header, data=data))
     let_go(storage)
     with pytest.raises(DataError, match="digits: the data have changed since study 'toy' was begun; put them back"):

@@ -35,9 +35,9 @@ class Links:
     parent: str | None
     runs: Mapping[int, str]
 
-    def table(self) -> str:
+    def table(self, view: str = VIEW) -> str:
         """Path of the study's table, opened with the useful columns, sorted; append it to the server's address."""
-        return f"/#/experiments/{self.experiment}/runs?{MODE}&viewStateShareKey={VIEW}"
+        return f"/#/experiments/{self.experiment}/runs?{MODE}&viewStateShareKey={view}"
 
     def run(self, number: int) -> str:
         """Path of a trial's page."""

@@ -16,13 +16,17 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import StorageError, StudyError, UserError, one_of
+from searchfm.format import sentence
 from searchfm.home import STORAGE, Home, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.rdb import ReconnectingStorage, RowStorage, no_collection
 
-STUDY, FINAL = "searchfm", "final"  # Optuna's study attributes that hold our records
+# Optuna's system attributes of a study that hold our records. Up to 0.3.0 they were user attributes, which
+# optuna-dashboard shows: user attributes of these names are now a format that 0.3.0 refuses, and a sentence.
+STUDY, FINAL = "searchfm", "final"
+MOVED = 3
 STATES: Mapping[TrialState, State] = {  # the others are "running"
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -140,7 +144,7 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
     """`read_study` through an open storage. ended: trials that were read after their end, which are not read again."""
     try:
         number = storage.get_study_id_from_name(name)
-        attrs = storage.get_study_user_attrs(number)
+        attrs = read_attrs(storage, number)
     except KeyError:
         attrs = {}
     if STUDY not in attrs:
@@ -218,7 +222,7 @@ def create_study(storage: BaseStorage, name: str, header: StudyHeader) -> int:
         number = storage.get_study_id_from_name(name)
         if storage.get_n_trials(number) or storage.get_study_user_attrs(number):
             raise StudyError(f"study {name!r} is in this database already; try again, or use --name") from None
-        # Another coordinator died between the two writes below; this one begins its study.
+        # Another coordinator died between the writes below; this one begins its study.
     storage.set_study_system_attr(number, "study:metric_names", ["validation accuracy"])
     write_record(storage, number, header)  # last: without it, the study does not exist
     return number
@@ -231,15 +235,39 @@ def delete_study(storage: BaseStorage, number: int) -> None:
 
 
 def write_record(storage: BaseStorage, number: int, record: StudyHeader | Final) -> None:
-    """Writes the header or the final model of a study, in place of an earlier one."""
-    storage.set_study_user_attr(number, FINAL if isinstance(record, Final) else STUDY, record.to_json())
+    """Writes the header or the final model of a study, in place of an earlier one, and what optuna-dashboard shows."""
+    if isinstance(record, Final):
+        storage.set_study_system_attr(number, FINAL, record.to_json())
+        storage.set_study_user_attr(number, FINAL, sentence(record))
+        return
+    storage.set_study_system_attr(number, STUDY, record.to_json())
+    marker = {"format": MOVED, "version": record.version}
+    storage.set_study_user_attr(number, STUDY, marker)  # see `study_names`
+    data, name = record.data, record.resolved["data"]["name"]
+    counts = f"{data.train:,} images to train on, {data.validation:,} to validate, {len(data.classes)} classes"
+    table = {
+        "question": record.question,
+        "data": f"{name}: {counts}",
+        "command": record.command,
+    }
+    for key, text in table.items():
+        if text:
+            storage.set_study_user_attr(number, key, text)
+
+
+def read_attrs(storage: BaseStorage, number: int) -> dict[str, Any]:
+    """The records of a study as plain values, wherever this or an earlier version wrote them. Raises KeyError."""
+    shown, attrs = storage.get_study_user_attrs(number), storage.get_study_system_attrs(number)
+    old = {key: shown[key] for key in (STUDY, FINAL) if isinstance(shown.get(key), dict) and key not in attrs}
+    return old | {key: attrs[key] for key in (STUDY, FINAL) if key in attrs}
 
 
 @contextmanager
 def locked_study(home: Home, name: str, stopping: Callable[[], bool] = never) -> Iterator[tuple[StudyRecord, Lock]]:
     """Holds the lock of a study that exists (see `study_lock`), and claims it.
 
-    Upgrades records of an older format and keeps a copy of each in the study's folder. Raises StudyError for an
+    Upgrades records of an older format, with a copy of each in the study's folder, and moves them from where 0.3.0 kept
+    them. Raises StudyError for an
     unknown study, before its lock makes a folder.
     """
     storage = open_storage(home, stopping=stopping)
@@ -247,10 +275,11 @@ def locked_study(home: Home, name: str, stopping: Callable[[], bool] = never) ->
     with failures(f"study {name!r}"), study_lock(home, name, stopping) as lock:
         study = load_study(storage, home, name)
         lock.claim(storage, study.number)
-        attrs = storage.get_study_user_attrs(study.number)
+        attrs, system = read_attrs(storage, study.number), storage.get_study_system_attrs(study.number)
         for key, kind in ((STUDY, StudyHeader), (FINAL, Final)):
             number = attrs.get(key, {}).get("format", 1)
             if key in attrs and number < FORMAT:
                 write_json(study.folder / f"{key}-format-{number}.json", attrs[key])
+            if key in attrs and (number < FORMAT or key not in system):
                 write_record(storage, study.number, kind.from_json(attrs[key]))
         yield study, lock

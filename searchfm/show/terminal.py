@@ -103,6 +103,12 @@ def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[s
         console.print(str(file), markup=False)
 
 
+def show_page(console: Console, server: str | None, path: str) -> None:
+    """The address of a page of MLflow. server: of MLflow; None: `searchfm dashboard` serves it at its usual port."""
+    address = f"{server or 'http://127.0.0.1:5000'}{path}"
+    console.print(f"MLflow  {address}{'' if server else '  (while searchfm dashboard runs)'}", markup=False)
+
+
 def show_addresses(console: Console, as_json: bool, dashboard: str, mlflow: str) -> None:
     """The addresses of the two user interfaces."""
     dashboard, mlflow = _login(console, dashboard), _login(console, mlflow)

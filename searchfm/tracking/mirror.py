@@ -31,8 +31,8 @@ from filelock import FileLock
 import searchfm
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
-from searchfm.format import sentence
-from searchfm.home import Home, shown
+from searchfm.format import escape, final_sentences, show_params
+from searchfm.home import Home, command_line, shown
 from searchfm.records import (
     EPOCHS,
     PREDICTIONS,
@@ -46,7 +46,7 @@ from searchfm.records import (
     Trial,
     read_epochs,
 )
-from searchfm.search.notes import VIEW, Links, web_address
+from searchfm.search.notes import PICTURES, VIEW, Links, trial_lines, web_address
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
 # FINISHED, and its name and its tag `state` contain that it was pruned.
@@ -59,7 +59,10 @@ COMMIT = "mlflow.source.git.commit"
 MARKER = "seconds"  # a metric that every epoch has
 REPLACED = "replaced"  # the role of runs that we deleted ourselves; they stay deleted
 KIND = {"mlflow.experimentKind": "custom_model_development"}  # else the pages are those for chat traces
-VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+VIEWS = "mlflow.sharedViewState."
+VIEW_TAG = f"{VIEWS}{VIEW}"
+NOTE, SOURCE = "mlflow.note.content", "mlflow.source.name"
+NOTED = 4000  # characters of a note; MLflow's servers took 5000 in a tag, then 8000
 PAGE = 1000  # runs a page
 MODELS = "models"  # MLflow's folder of logged models, in that of their experiment
 
@@ -152,6 +155,7 @@ class Content:
 
     trial: Trial | None = None  # of a trial's run
     tags: Mapping[str, str]
+    note: Sequence[str] = ()  # the description, paragraphs of Markdown; pictures are added. Empty: as it is
     params: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Point]
     files: Mapping[str, str | Path]  # artifacts by name: a text, or a file that may yet have to be drawn
@@ -180,20 +184,27 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
         tags["twin_of"] = str(trial.twin)
     if trial.reason:
         tags["reason"] = trial.reason[:1000]
-        tags["mlflow.note.content"] = f"{trial.state}: {trial.reason[:1000]}"
+    if trial.value is not None:
+        tags["split"] = "validation"
     if trial.result is not None and trial.result.device:
         tags["device"] = trial.result.device
     points = [point for epoch in trial.epochs for point in epoch_points(epoch)]
     if trial.ended is not None:
         values: dict[str, Any] = {} if trial.result is None else dict(vars(trial.result))
         values["total_seconds"] = values.pop("seconds", None)  # `seconds` is an epoch's
-        values |= {"value": trial.value, "epochs": trial.epochs[-1].index if trial.epochs else 0}
+        values |= {
+            "value": trial.value,
+            "accuracy": trial.value,
+            "epochs": trial.epochs[-1].index if trial.epochs else 0,
+        }
         points += make_points(values, trial.ended, values["epochs"])
     predicted = trial.state == "complete" and (trial.folder / PREDICTIONS).is_file()
     drawn = ["curves.png"] * bool(trial.epochs) + ["confusion.png"] * predicted
+    note = [*trial_lines(trial), escape(show_params(trial.params))] if trial.ended is not None else ()
     return Content(
         trial=trial,
         tags=tags,
+        note=note,
         params={key: _text(value) for key, value in (*flatten(trial.config), *trial.params.items())},
         points=points,
         files={} if trial.state == "running" else folder_files(trial.folder, drawn),
@@ -205,14 +216,16 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
 
 def study_content(study: StudyRecord, status: str | None) -> Content:
     """The content of the study's own run."""
-    lines = [study.question, f"`searchfm tune {study.name}`"]
+    command = study.command or f"searchfm tune {study.name}"
+    lines = [study.question, f"`{command.replace('`', '')}`"]
     if (best := study.best) is not None:
         lines.append(f"Best so far: trial {best.number} with {best.value:.2%} of the validation part correct.")
     state = "running" if study.of("running") or not study.trials else "complete"
     return Content(
         tags={
             **_tags(study, "study", study.name, state),
-            "mlflow.note.content": "\n\n".join(line for line in lines if line),
+            NOTE: "\n\n".join(line for line in lines if line),
+            SOURCE: command,
             "study_digest": study.digest,
         },
         points=study_points(study.trials),
@@ -231,17 +244,19 @@ def final_content(study: StudyRecord, final: Final, folder: Path, parent: str) -
     tags = {
         **_tags(study, "final", f"{study.name}-final", "complete"),
         "mlflow.parentRunId": parent,
-        "mlflow.source.name": f"searchfm retrain {study.name}",
-        "mlflow.note.content": sentence(final),
+        SOURCE: command_line() or f"searchfm retrain {study.name}",
+        "split": "test",
         "trial": str(final.winner),
         "weights": final.weights,
     }
     epochs = read_epochs(folder / EPOCHS)
-    # No `value`: that is validation accuracy.
-    values = {f"test/{key}": getattr(final.test, key) for key in ("accuracy", "low", "high", "reads")}
+    # No `value`: that is validation accuracy. `accuracy` has a tag beside it, `split`, as in a comparison.
+    values = {"accuracy": final.test.accuracy}
+    values |= {f"test/{key}": getattr(final.test, key) for key in ("accuracy", "low", "high", "reads")}
     values |= {key: getattr(final, key) for key in ("parameters", "flops", "training_seconds", "epochs", "optimism")}
     return Content(
         tags=tags,
+        note=[escape(text) for texts in final_sentences(final).values() for text in texts],
         params={key: str(value)[:6000] for key, value in final.params.items()},
         points=[point for epoch in epochs for point in epoch_points(epoch)]
         + make_points(values, final.time, len(epochs)),
@@ -311,24 +326,28 @@ def searched(resolved: Mapping[str, Any]) -> list[str]:
     return [key for key, _, last in keys if last in ("choice", "low") and not key.startswith("search.")]
 
 
-def study_view(study: StudyRecord, parent: str) -> str:
-    """The table of a study's trials: value, state, what the search chose, then the rest; the best on top."""
-    value, state, reason = "metrics.`value`", "tags.`state`", "tags.`reason`"
-    chosen = {f"params.`{key}`": min(max(110, 8 * len(key) - 6), 240) for key in searched(study.resolved)}
-    keys = ("val/accuracy", "val/loss", "train/accuracy", "best_epoch", "epochs", "total_seconds", "parameters")
-    rest = {f"metrics.`{key}`": 110 for key in keys}
-    return view({value: 110, state: 90, **chosen, **rest, reason: 260}, order=value, expanded=parent, name=190)
+def study_view(study: StudyRecord) -> str:
+    """The table of a study's trials and its final model: accuracy and on what, state, cost, what the search chose, then
+    the rest; the best on top. The study's own run, which has the best trial's value, is left out.
+    """
+    accuracy, reason = "metrics.`accuracy`", "tags.`reason`"
+    first = {accuracy: 100, "tags.`split`": 90, "tags.`state`": 90}
+    cost = {"metrics.`seconds`": 90, "metrics.`parameters`": 115}
+    chosen = {f"params.`{key}`": min(max(100, 7 * len(key) + 34), 260) for key in searched(study.resolved)}
+    rest = {f"metrics.`{key}`": 110 for key in ("epochs", "best_epoch", "val/loss", "train/accuracy", "total_seconds")}
+    columns = {**first, **cost, **chosen, **rest, reason: 260}
+    return view(columns, order=accuracy, condition="tags.role != 'study'", name=190)
 
 
-def view(columns: Mapping[str, int], *, order: str, expanded: str, name: int) -> str:
+def view(columns: Mapping[str, int], *, order: str, condition: str, name: int) -> str:
     """The state of a table of runs: MLflow's undocumented `mlflow.sharedViewState`, as JSON.
 
-    columns: their widths, from left to right; order: the column to sort by, descending; expanded: the id of the run
-    whose children are shown; name: the width of the run's name.
+    columns: their widths, from left to right; order: the column to sort by, descending; condition: of the runs that are
+    shown, as MLflow searches; name: the width of the run's name.
     """
     return json.dumps(
         {
-            "searchFilter": "",
+            "searchFilter": condition,
             "orderByKey": order,
             "orderByAsc": False,
             "startTime": "ALL",
@@ -339,7 +358,7 @@ def view(columns: Mapping[str, int], *, order: str, expanded: str, name: int) ->
             # "0" holds the boxes to tick; the run's age goes last.
             "columnOrder": ["0", "attributes.`Run Name`", *columns, "runDateAndNestInfo"],
             "columnWidths": {**columns, "attributes.`Run Name`": name, "0": 60},
-            "runsExpanded": {expanded: True},
+            "runsExpanded": {},
             "runsPinned": [],
             "runsHidden": [],
             "viewMaximized": True,
@@ -492,7 +511,7 @@ class Mirror:
         if experiment is None:
             taken = self.client.get_experiment_by_name(study.name) is not None  # by an older study of that name
             name = f"{study.name}-{study.uuid[:8]}" if taken else study.name
-            tags = {"study": study.name, "study_uuid": study.uuid, "mlflow.note.content": study.question}
+            tags = {"study": study.name, "study_uuid": study.uuid, NOTE: study.question}
             self.experiment = create_experiment(self.client, self.home, name, study.uuid, tags)
         elif differences:
             self.client.restore_experiment(self.experiment)  # with all its runs, even those that we had replaced
@@ -501,7 +520,7 @@ class Mirror:
                 if not run.deleted:
                     self._remove(run)
         differences += self.align(study_content(study, None))
-        self.client.set_experiment_tag(self.experiment, VIEW_TAG, study_view(study, self.parent))
+        self.client.set_experiment_tag(self.experiment, VIEW_TAG, study_view(study))
         return differences
 
     def forget(self) -> None:
@@ -529,7 +548,7 @@ class Mirror:
             return [Difference(number, "has no run")]
         run, *surplus = runs
         surplus = [each for each in surplus if not each.deleted]
-        tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
+        tags, params = _changed(run.tags, _with_note(run, content)), _changed(run.params, content.params)
         points, foreign = self._missing_points(run, content)
         metrics = ", ".join(dict.fromkeys([*foreign, *(point.key for point in points)]))
         files = self._missing_files(run, content)
@@ -605,14 +624,15 @@ class Mirror:
         return []
 
     def _create(self, content: Content) -> Run:
-        tags = {"mlflow.source.name": f"searchfm tune {self.study.name}", **environment(), **content.tags}
+        command = self.study.command or f"searchfm tune {self.study.name}"
+        tags = {SOURCE: command, **environment(), **content.tags}
         start = None if content.started is None else round(content.started * 1000)
         return Run(self.client.create_run(self.experiment, start, tags, tags["mlflow.runName"]), created=True)
 
     def _write(self, run: Run, content: Content, points: list[Point], files: list[str]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        tags, params = _changed(run.tags, content.tags), _changed(run.params, content.params)
+        tags, params = _changed(run.tags, _with_note(run, content)), _changed(run.params, content.params)
         if run.deleted:
             self.client.restore_run(run.id)
             run.deleted = False
@@ -742,6 +762,22 @@ def create_experiment(client: Any, home: Home, name: str, folder: str, tags: Map
     """A new experiment; its artifacts are in that folder of the home unless a server keeps them."""
     location = None if web_address(home.tracking_uri) else (home.artifacts / folder).as_uri()
     return str(client.create_experiment(name, artifact_location=location, tags=KIND | dict(tags)))
+
+
+def described(paragraphs: Iterable[str], pictures: Iterable[str], run: str, *, first: bool = False) -> str:
+    """A note for MLflow's page of a run: Markdown with pictures among the run's artifacts, below or `first`."""
+    text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)[:NOTED]
+    images = [f"![{Path(name).stem}](get-artifact?path={name}&run_uuid={run})" for name in pictures]
+    return "\n\n".join([*images, text] if first else [text, *images])
+
+
+def _with_note(run: Run, content: Content) -> Mapping[str, str]:
+    """The tags that a run must have. A trial's note is written once: a user may then edit it."""
+    held, earlier = run.tags.get(NOTE), f"{content.tags['state']}: {content.tags.get('reason')}"  # of 0.3.0
+    if not content.note or (content.trial is not None and held not in (None, "", earlier)):
+        return content.tags
+    pictures = [name for name in PICTURES if name in content.files]
+    return {**content.tags, NOTE: described(content.note, pictures, run.id)}
 
 
 def _changed(held: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, str]:

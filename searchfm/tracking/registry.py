@@ -20,12 +20,13 @@ import numpy as np
 
 from searchfm.errors import ModelError, StorageError, StudyError
 from searchfm.format import sentence
-from searchfm.home import Home, file_sha256, shown
+from searchfm.home import Home, command_line, file_sha256, shown
 from searchfm.records import SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
+from searchfm.search.notes import Links
 from searchfm.search.storage import read_study
 from searchfm.tables import digest
 from searchfm.tracking import mirror
-from searchfm.tracking.mirror import COMMIT, PACKAGES, Mirror, connect, database, reaching, writer
+from searchfm.tracking.mirror import COMMIT, NOTE, PACKAGES, SOURCE, Mirror, connect, database, reaching, writer
 
 log = logging.getLogger("searchfm")
 
@@ -43,7 +44,13 @@ _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's er
 
 
 def publish(
-    home: Home, study: StudyRecord, final: Final, folder: Path, *, promote: bool = False, allow_code: bool = False
+    home: Home,
+    study: StudyRecord,
+    final: Final,
+    folder: Path,
+    *,
+    promote: bool = False,
+    allow_code: bool = False,
 ) -> RegisteredModel:
     """Registers a study's final model as `searchfm-STUDY`. Hold the study's lock.
 
@@ -339,22 +346,25 @@ def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
 
 
-def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Mapping[str, str | bytes]) -> None:
+def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Mapping[str, str | bytes]) -> str:
     """Logs a comparison: a run with a note (Markdown), a table and the files by name, below it a run for each study.
+    Returns the path of its table, the best study first; append it to the server's address.
 
-    lines: of one study each, with `study` and plain values. The same lines are logged once. Raises StorageError.
+    lines: of one study each, with `study` and plain values. The same lines are logged once. files: the picture of the
+    note is `front.png`. Raises StorageError.
     """
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
 
     with reaching(home):
         client = connect(home)
         experiment = _comparisons(client, home)
         lines_digest = digest({"lines": [dict(line) for line in lines]})
+        table = Links(experiment, None, {}).table(lines_digest[:12])
         if client.search_runs([experiment], f"tags.digest = '{lines_digest}'", max_results=1):
-            return
+            return table
         name, now = ", ".join(line["study"] for line in lines)[:250], time.time()
-        common = mirror.environment() | {"mlflow.source.name": "searchfm compare"}
-        tags = common | {"role": "comparison", "mlflow.note.content": note}
+        common = mirror.environment() | {SOURCE: command_line() or "searchfm compare"}
+        tags = common | {"role": "comparison"}
         run = client.create_run(experiment, run_name=name, tags=tags).info.run_id
         for line in lines:
             texts = {key: value for key, value in line.items() if isinstance(value, str)}
@@ -367,13 +377,18 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
             for file, content in files.items():
                 (Path(folder) / file).write_bytes(content.encode() if isinstance(content, str) else content)
             client.log_artifacts(run, folder)
-        # The table opens at the newest comparison, with a column for each value.
+        # The table has the studies of this comparison alone, with a column for each value.
         columns = {f"{'tags' if isinstance(value, str) else 'metrics'}.`{key}`": 100 for key, value in lines[0].items()}
         del columns["tags.`study`"]
-        view = mirror.view(columns, order="attributes.start_time", expanded=run, name=220)
-        client.set_experiment_tag(experiment, mirror.VIEW_TAG, view)
-        client.set_tag(run, "digest", lines_digest)  # the last: what a crash leaves half-way is not taken for whole
+        below = f"tags.`mlflow.parentRunId` = '{run}'"
+        view = mirror.view(columns, order="metrics.`accuracy`", condition=below, name=220)
+        for tag in (mirror.VIEW_TAG, f"{mirror.VIEWS}{lines_digest[:12]}"):  # the newest, and this one
+            client.set_experiment_tag(experiment, tag, view)
+        # The last: what a crash leaves half-way is not taken for whole.
+        described = {NOTE: mirror.described([note], ["front.png"], run, first=True), "digest": lines_digest}
+        client.log_batch(run, tags=[RunTag(*tag) for tag in described.items()])
         client.set_terminated(run, "FINISHED")
+    return table
 
 
 def _comparisons(client: Any, home: Home) -> str:
@@ -381,7 +396,7 @@ def _comparisons(client: Any, home: Home) -> str:
     experiment = client.get_experiment_by_name(COMPARISONS)
     if experiment is None:
         text = "Studies compared: a run a comparison, below it a run a study."
-        return mirror.create_experiment(client, home, COMPARISONS, "comparisons", {"mlflow.note.content": text})
+        return mirror.create_experiment(client, home, COMPARISONS, "comparisons", {NOTE: text})
     if experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)

@@ -27,7 +27,7 @@ from tests import rows
 from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import let_go
 
-HEADER = rows.header({"search": {"trials": 3}}, uuid_="u", planned=3)
+HEADER = rows.header({"search": {"trials": 3}, "data": {"name": "digits"}}, uuid_="u", planned=3)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests import rows
 from tests.driving import let_go, stored
 from tests.test_records import FINAL_1
 
-HEADER = rows.header({"search": {"trials": 3}}, uuid_="u", question="why?", planned=3)
+HEADER = rows.header({"search": {"trials": 3}, "data": {"name": "digits"}}, uuid_="u", question="why?", planned=3)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_study_is_loaded_as_it_was_written(any_home: Home, storage: BaseStorag
     create_study(storage, "toy", HEADER)
     study = load_study(storage, any_home, "toy")
     assert (study.name, study.uuid, study.question, study.digest) == ("toy", "u", "why?", "d" * 64)
-    assert StudyHeader.from_json(storage.get_study_user_attrs(study.number)["searchfm"]) == HEADER
+    assert StudyHeader.from_json(storage.get_study_system_attrs(study.number)["searchfm"]) == HEADER
     assert (study.trials, study.best, study.folder) == ((), None, any_home.path / "studies" / "toy")
     write_record(storage, study.number, dataclasses.replace(HEADER, planned=5))
     assert load_study(storage, any_home, "toy").planned == 5

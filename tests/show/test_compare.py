@@ -181,13 +181,23 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     assert all(set(KEYS) < set(line) for line in printed)
     assert figure.read_bytes().startswith(b"<svg")
     assert "best" in side.read_text()
-    assert command(monkeypatch, *arguments) == 0  # once more
+    assert command(monkeypatch, *arguments[:-1]) == 0  # once more
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLflow")]
 
     client = connect(read_only)
     experiment = client.get_experiment_by_name("searchfm comparisons")
     runs = client.search_runs([experiment.experiment_id])
     (parent,) = [run for run in runs if run.data.tags["role"] == "comparison"]
     assert parent.info.run_name == "near, best"
+    assert parent.data.tags["mlflow.source.name"].startswith("searchfm compare near best --home ")
+    key = line.partition("viewStateShareKey=")[2].split()[0]
+    assert f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?" in line
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`accuracy`", False)
+    flat = client.search_runs([experiment.experiment_id], view["searchFilter"])
+    assert {run.info.run_name for run in flat} == {"near", "best"}, "the table has the studies, not folded"
+    picture = f"![front](get-artifact?path=front.png&run_uuid={parent.info.run_id})"
+    assert parent.data.tags["mlflow.note.content"].startswith(picture)
     assert "| near | 94.34% |" in parent.data.tags["mlflow.note.content"].replace("\\", "")
     assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {
         "comparison.html",

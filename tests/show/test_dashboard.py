@@ -428,9 +428,10 @@ def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Pat
     assert indices == sorted(indices)  # the better one first
     assert "toy-0001 (pruned)" in page
     assert "toy-0002 (failed)" in page
+    assert not re.search(r">toy</", page[page.index("Run Name") :]), "the study's own run is no trial"
     columns = re.findall(r'col-id="([^"]*)"[^>]*style="[^"]*left: (\d+)px', page)
     shown = [name for name, left in sorted(set(columns), key=lambda column: int(column[1]))]
-    expected = ["metrics.`value`", "tags.`state`", "params.`model.mlp.layers`", "params.`optimizer.name`"]
+    expected = ["metrics.`accuracy`", "tags.`split`", "tags.`state`", "metrics.`seconds`", "params.`model.mlp.layers`"]
     assert [name for name in shown if name in expected] == expected
     page, _ = look(f"{served.mlflow}&compareRunsMode=CHART", tmp_path, "mlflow-curves")
     assert "val/accuracy" in page
@@ -443,6 +444,8 @@ def test_a_trial_is_seen_in_mlflow_with_its_pictures(served: Served, synced: Hom
     base = f"http://127.0.0.1:{served.ports[1]}/#/experiments/{links.experiment}/runs/{links.runs[3]}"
     page, _ = look(base, tmp_path, "mlflow-trial")
     assert "searchfm tune toy" in page
+    assert "of the validation part correct after 4 epochs" in page
+    assert page.count("get-artifact?path=") == 2  # pictures of the description
     assert "fashion-mnist" in page
     page, pixels = look(f"{base}/artifacts/curves.png", tmp_path, "mlflow-trial-curves")
     assert "predictions.csv" in page
