@@ -365,7 +365,8 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the studies, how far they are, and their best trials."""
-    _skip_garbage_collection()
+    if not watch:
+        _skip_garbage_collection()
     from searchfm.search.files import study_name
     from searchfm.search.lock import holder
     from searchfm.search.storage import importances, load_study, open_storage, read_again, read_studies

@@ -67,6 +67,13 @@ class Region:
             self._timer.daemon = True
             self._timer.start()
 
+    @property
+    def lock(self) -> Any:
+        """Held while lines are printed above the region. If rich's thread draws the region while a line is on its way,
+        and its height has changed, lines above it are erased: 16 of 400 with a height that changes each time.
+        """
+        return self._live._lock if isinstance(self._live, Live) else nullcontext()
+
     def render(self) -> RenderableType:
         """The view, and below it the phase."""
         parts: list[RenderableType] = [] if self.view is None else [self.view.render()]
@@ -92,10 +99,11 @@ def follow(
                 ended: Ended = end.value
                 return ended
             if region is not None:
-                region.phase(event.text if event.kind == "phase" else "")
-                region.view = region.view or view_of(region.console, event)
-                if region.view is not None:
-                    region.view.update(event)
+                with region.lock:
+                    region.phase(event.text if event.kind == "phase" else "")
+                    region.view = region.view or view_of(region.console, event)
+                    if region.view is not None:
+                        region.view.update(event)
 
 
 def open_console() -> Console:

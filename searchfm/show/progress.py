@@ -177,16 +177,18 @@ class RetrainView:
                 if not self.console.is_terminal and epoch.seconds > LONG:
                     self.console.print(f"{job.label:<24} epoch {epoch.index}/{job.epochs}  {seconds(epoch.seconds)}")
             case JobRetried(job, text):
-                self.console.print(f"{job.label:<24} [red]lost[/]: {escape(text)}; goes on from its last checkpoint")
+                self.console.print(
+                    f"{job.label:<24} [red]lost[/]: {escape(text)}; goes on from its last checkpoint", soft_wrap=False
+                )
             case JobEnded():
-                self.console.print(self._ended(event))
+                self.console.print(self._ended(event), soft_wrap=False)
 
     def _ended(self, event: JobEnded) -> str:
         job = event.job
         _, epochs = self.running.pop(job.label, (job, []))
         self.trained += self.planned.get(job.label, 0)
         value = "      " if event.value is None else f"{event.value:.4f}"
-        spent = f" {job.epochs} epochs {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
+        spent = f" {plural(job.epochs, 'epoch')} {seconds(sum(epoch.seconds for epoch in epochs)):>8}" if epochs else ""
         mark = {"finished": "[green]done[/]  ", "found": "[dim]earlier[/]", "failed": "[red]failed[/]"}[event.kind]
         return f"{job.label:<24} {mark} {value}{spent}  {escape(event.text)}".rstrip()
 

@@ -248,7 +248,8 @@ def _fixed(trials: Sequence[Trial]) -> list[Column]:
     if {trial.state for trial in trials} != {"complete"} or any(trial.twin is not None for trial in trials):
         ends = [trial.state + (f" ={trial.twin}" if trial.twin is not None else "") for trial in trials]
         columns.append(Column("state", ends, right=False))
-    columns.append(Column("value", [digits(trial.accuracy) for trial in trials]))
+    value = "value" if len(columns) == 1 else "accuracy"  # of a trial that did not complete, the last one reported
+    columns.append(Column(value, [digits(trial.accuracy) for trial in trials]))
     if len({len(trial.epochs) for trial in trials}) > 1:
         columns.append(Column("epochs", [str(len(trial.epochs)) for trial in trials]))
     columns.append(Column("s/epoch", [f"{trial.seconds_per_epoch:.2f}" if trial.epochs else "-" for trial in trials]))

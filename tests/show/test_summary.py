@@ -1,7 +1,10 @@
 """Studies and trials on the terminal: `status`, `trial` and the end of `tune`."""
 
+import random
 import re
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from io import StringIO
 
@@ -10,14 +13,16 @@ import rows
 import searched
 from optuna.trial import TrialState
 from rich.console import Console, RenderableType
+from rich.text import Text
 from searched import Ending
 
 from searchfm.errors import UserError
+from searchfm.events import Note
 from searchfm.format import sparkline
 from searchfm.home import Home
 from searchfm.records import StudyRecord, Trial
 from searchfm.search.lock import holder, process_name, study_lock
-from searchfm.show import progress
+from searchfm.show import live, progress
 from searchfm.show.summary import overview, show_end, show_trial, sort_trials, study_page, study_table, trial_table
 
 ENDS = [
@@ -212,3 +217,44 @@ def test_a_curve_has_its_last_value_and_at_most_the_width() -> None:
     assert len(sparkline([i / 100 for i in range(100)], 0.0, 1.0, 30)) == 30
     assert sparkline([0.1] * 99 + [1.0], 0.0, 1.0, 8).endswith("█")
     assert sparkline([0.3], 0.3, 0.3, 8) == "▁"
+
+
+def test_lines_above_a_live_region_whose_height_changes_are_all_kept() -> None:
+    output = StringIO()
+    drawn = Console(file=output, force_terminal=True, width=80, height=2000, highlight=False)
+    events, heights = 300, random.Random(0)
+
+    class Changing:
+        height = 1
+
+        def update(self, event: Note) -> None:
+            self.height = heights.randint(1, 6)
+            drawn.print(event.text)
+
+        def render(self) -> RenderableType:
+            return Text("\n".join("live" for _ in range(self.height)))
+
+    def steps() -> Generator[Note, None, None]:
+        for number in range(events):
+            yield Note(f"line {number}")
+            time.sleep(0.001)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "REFRESH_SECONDS", 0.002)
+        sys.setswitchinterval(1e-6)
+        try:
+            live.follow(drawn, steps(), lambda console, event: Changing())
+        finally:
+            sys.setswitchinterval(0.005)
+    rows, row = dict[int, str](), 0  # what a terminal of 2000 rows shows
+    for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\n|[^\x1b\r\n]+", output.getvalue()):
+        match token[-1], token[2:-1]:
+            case "\n", _:
+                row += 1
+            case "A", count if token[0] == "\x1b":
+                row -= int(count or 1)
+            case "K", _ if token[0] == "\x1b":
+                rows[row] = ""
+            case _ if token[0] != "\x1b":
+                rows[row] = token.strip()
+    assert [rows[number] for number in sorted(rows) if rows[number]] == [f"line {number}" for number in range(events)]
