@@ -413,7 +413,8 @@ def unknown_data(name: str) -> str:
     """The problem of a data set that is not there, for a message that begins with its key or flag."""
     meant = near(name, DATASETS)
     hint = f"; did you mean {meant}?" if meant else ""
-    return f"= {show(name)}: must be one of {', '.join(DATASETS)}, or an existing folder of images (CLASS/*.png){hint}"
+    paths = "an existing folder of images (CLASS/*.png) or of parquet files (train-*.parquet), or an .npz file"
+    return f"= {show(name)}: must be one of {', '.join(DATASETS)}, {paths}{hint}"
 
 
 def _divisors(number: int) -> str:

@@ -10,6 +10,7 @@ from searchfm.records import Final, State, StudyRecord, Trial, trained
 
 INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
+HALF = 0.5  # of the images in one class: above, accuracy misleads
 NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
 
 
@@ -97,6 +98,38 @@ def states(study: StudyRecord, shown: Iterable[State] = STATES, *, zeros: bool =
     return ", ".join(f"{count} {state}" for count, state in counts if zeros or count)
 
 
+def data_lines(study: StudyRecord) -> list[str]:
+    """How the images of a study are divided and resized, and the accuracy of always answering the largest class.
+
+    Studies begun before 0.4 know less, until `tune` opens them again.
+    """
+    data = study.data
+    if data.available is None or data.test is None:
+        return [f"{data.train:,} images to train on, {data.validation:,} to validate"]
+    total = data.test + data.validation + data.available
+    tested = "" if study.final else " (not read)"
+    line = f"{total:,} images: {data.test:,} test{tested}, {data.validation:,} validation"
+    line += f", {data.available:,} training"
+    if data.train != data.available:
+        line += f", of which {data.train:,} (subset {study.resolved['data']['subset']:g})"
+    lines = [line]
+    if data.sides is not None and data.sides[0] != data.sides[1]:
+        size, other = "x".join(map(str, data.shape[1:])), 64 if data.shape[1] == 128 else 128
+        sides = f"sides of {data.sides[0]:,} to {data.sides[1]:,} pixels"
+        lines.append(f"images differ in size ({sides}); resized to {size}; another: --set data.size={other}")
+    if data.largest is not None:
+        most = data.classes[data.validation_classes.index(max(data.validation_classes))]
+        text = largest_sentence(f'"{most}", the largest class,', data.largest, "validation")
+        lines.append(f"{text}; retrain prints balanced accuracy" if data.largest > HALF else text)
+    return lines
+
+
+def largest_sentence(subject: str, fraction: float, part: str) -> str:
+    """The accuracy of always answering the largest class, as a baseline; above one half, that accuracy misleads."""
+    text = f"always answering {subject} is correct for {fraction:.1%} of the {part} images"
+    return f"{text}: accuracy misleads" if fraction > HALF else text
+
+
 @dataclass(frozen=True)
 class Saved:
     """Training that pruning saved."""
@@ -146,6 +179,9 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
         accuracy_sentence(test.accuracy, test.n, "test", test.low, test.high),
         f"The test part of these data had been read {times(test.reads)} by then, this time included.",
     ]
+    if final.balanced is not None and final.largest is not None:
+        balanced = f"Balanced accuracy, the mean recall of the classes, is {final.balanced:.2%}"
+        tested.append(f"{balanced}; {largest_sentence('the largest class', final.largest, 'test')}.")
     fitted = [
         f"The final model has the configuration of trial {final.winner}, trained on all training data for "
         f"{plural(final.epochs, 'epoch')} of {seconds(final.seconds_per_epoch)}; "

@@ -268,6 +268,9 @@ class Prepared(Record):
     validation: int  # images to compare trials with
     validation_classes: tuple[int, ...] = ()  # validation images of each class; empty in studies begun before 0.4
     code: str = ""  # sha256 of the user's code that makes the models; empty without such code
+    available: int | None = None  # images to train on before `data.subset`; None as above
+    test: int | None = None  # images of the test part, counted without opening it; None as above
+    sides: tuple[int, int] | None = None  # shortest and longest side of user images before `data.size`; None as above
 
     @property
     def largest(self) -> float | None:
@@ -447,6 +450,17 @@ class Final(Record):
     weights: str  # sha256 of weights.safetensors
     format: int = FORMAT
 
+    @property
+    def balanced(self) -> float | None:
+        """Balanced accuracy on the test part: the mean recall of the classes with images. None without figures."""
+        recalls = [item.recall for item in self.per_class if item.n]
+        return sum(recalls) / len(recalls) if recalls else None
+
+    @property
+    def largest(self) -> float | None:
+        """Test accuracy of always answering the largest class; None without figures of each class."""
+        return max(item.n for item in self.per_class) / self.test.n if self.per_class else None
+
 
 # --- job payloads and results -----------------------------------------------------------------------------------------
 
@@ -461,6 +475,8 @@ class PrepareJob(Record):
     fingerprint: str | None = None  # that the data must have; None: any
     custom: tuple[Mapping[str, Any], ...] = ()  # tables of [model.custom] to build
     code: str | None = None  # sha256 that their code must have; None: any
+    choose_size: bool = False  # whether to choose `data.size` for user images that differ in size
+    input_models: tuple[str, ...] = ()  # timm models whose input size that is, where it is known
 
 
 @dataclass(frozen=True)
@@ -469,6 +485,7 @@ class PrepareResult(Record):
 
     data: Prepared
     devices: Mapping[str, int]  # numbers of accelerators: cuda, mps
+    size: int = 0  # `data.size` that was chosen; 0: the job's own stands
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def retrain(
                 closing(engine()) as workers,
                 WorkerPool(workers, retries=retries, stopping=stopping, check_lock=lock.check) as pool,
             ):
-                _, devices = yield from prepare(search, pool, options.data_dir, study.data)
+                _, _, devices = yield from prepare(search, pool, options.data_dir, study.data)
                 yield Note(f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
                 final = yield from work.final((yield from work.select()))

@@ -67,8 +67,8 @@ class Tuning:
             engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
             pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
             if work:
-                data, devices = yield from prepare(study, pool, self.data_dir, data)
-                study.check_images(data.shape)
+                self.study, data, devices = yield from prepare(study, pool, self.data_dir, data)
+                self.study.check_images(data.shape)
                 yield from self._notes()
             assert data is not None
             if lock is None:
@@ -179,16 +179,23 @@ def find_study(
 
 def prepare(
     study: Study, pool: WorkerPool, data_dir: Path | None, before: Prepared | None
-) -> Generator[Phase, None, tuple[Prepared, Sequence[str]]]:
+) -> Generator[Phase, None, tuple[Study, Prepared, Sequence[str]]]:
     """Fetches and reads the data, looks for pretrained weights and tries out the user's models, in a worker, before
-    anything is written; then takes all workers, and lets every other node do the same. Returns what was found of the
-    data, and the workers' devices.
+    anything is written; then takes all workers, and lets every other node do the same. Returns the study, with the
+    `data.size` that was chosen for images that differ in size; what was found of the data; and the workers' devices.
 
     before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, CodeError,
     UserError, WorldError, KeyboardInterrupt.
     """
-    folder, code = str(data_dir) if data_dir else None, before.code if before else None
-    payload = PrepareJob(study.data, tuple(study.transfers()), folder, custom=study.customs(), code=code)
+    payload = PrepareJob(
+        study.data,
+        tuple(study.transfers()),
+        str(data_dir) if data_dir else None,
+        custom=study.customs(),
+        code=before.code if before else None,
+        choose_size=not study.sized,
+        input_models=study.input_models,
+    )
     job = Job("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
     yield Phase("starting a worker")
     with closing(pool.run_all([job])) as events:
@@ -207,9 +214,12 @@ def prepare(
         )
     yield Phase("starting the workers")
     devices = pool.engine.expand(result.devices)
-    expected = replace(payload, fingerprint=result.data.fingerprint, code=result.data.code)
+    if result.size:
+        study = study.with_size(result.size)
+    found = result.data
+    expected = replace(payload, data=study.data, fingerprint=found.fingerprint, code=found.code, choose_size=False)
     pool.engine.each(replace(job, payload=expected.to_json()))
-    return result.data, devices
+    return study, found, devices
 
 
 def train_payload(

@@ -23,7 +23,8 @@ from searchfm.learn import datasets, export
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
 from searchfm.learn.datasets import CLOTHES
-from searchfm.learn.images import Arrays, listing, read_folder
+from searchfm.learn.images import Arrays
+from searchfm.learn.sources import open_folder, read_part
 from searchfm.learn.train import Training
 from tests.commands import searchfm_here
 from tests.json_page import check
@@ -186,8 +187,8 @@ def varied(root: Path) -> Path:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [6, 12, 40])
 def test_an_image_is_read_bitwise_as_training_reads_it(channels: int, size: int, tmp_path: Path) -> None:
-    files = listing(varied(tmp_path), "val")
-    trained = read_folder(files, size, channels).images
+    files = open_folder(varied(tmp_path), "val")
+    trained = read_part(files, size, channels).images
     assert len(files.files) == 34
     for path, image in zip(files.files, trained, strict=True):
         ours = export.read(path, (channels, size, size))
@@ -201,8 +202,8 @@ def test_a_folders_own_size_need_not_be_square(tmp_path: Path) -> None:
         (root / part / label).mkdir(parents=True)
         pixels = np.random.RandomState(number).randint(0, 256, (9, 14, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(root / part / label / "0.png")
-    files = listing(root, "val")
-    trained = read_folder(files, 0, 3).images
+    files = open_folder(root, "val")
+    trained = read_part(files, 0, 3).images
     assert trained.shape == (2, 3, 9, 14)
     for path, image in zip(files.files, trained, strict=True):
         assert (export.read(path, (3, 9, 14)) == image).all()
@@ -247,7 +248,7 @@ def test_where_nothing_can_be_read_one_line_says_so(
     searchfm: Callable[..., Output], model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.png").write_text("not an image")
-    refused(searchfm("predict", model, tmp_path / "text.png"), "text.png: cannot identify image file")
+    refused(searchfm("predict", model, tmp_path / "text.png"), "text.png: not an image of a known format")
     refused(searchfm("predict", model, "nix"), "no image could be read: nix: No such file or directory")
     refused(searchfm("predict", model, *["nix"] * 5), "nix: No such file or directory; ...")
     code, out, err = searchfm("predict", model, "nix", "--json")

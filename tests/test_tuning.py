@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -15,8 +16,10 @@ from searchfm.home import Home
 from searchfm.records import StudyHeader, StudyRecord
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import open_storage, write_record
+from searchfm.tables import digest
 from searchfm.tuning import Tuning, find_study
 from tests.driving import facts, let_go, stored
+from tests.learn.test_images import noise, small, write
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
 
@@ -139,6 +142,23 @@ def test_a_mistake_is_refused_before_anything_is_written(
         tune(home, overrides, **plan)
     assert "\n" not in str(caught.value)
     assert not home.path.exists()
+
+
+def test_images_of_different_sizes_get_one_size_that_the_study_keeps(home: Home, tmp_path: Path) -> None:
+    root = small(tmp_path / "pets", count=20, side=20)
+    write(root / "train" / "cat" / "wide.png", noise(0, 60, 90))
+    overrides = {"data.name": str(root), "search.trials": 1, "train.epochs": 1}
+    study, _ = tune(home, overrides)
+    assert (study.resolved["data"]["size"], study.file["data"]["size"], study.data.shape) == (16, 0, (1, 16, 16))
+    assert study.data.sides == (20, 90)
+    assert study.digest == digest(study.resolved)
+    assert study.trials[0].config["data"]["size"] == 16, "what a replay and the final training read"
+    again, _ = tune(home, {**overrides, "search.trials": 2})
+    assert (again.data, again.trials[1].state) == (study.data, "complete")
+    with pytest.raises(ConfigError, match=r"data.size = 32: study 'toy' was begun with 16"):
+        tune(home, {**overrides, "data.size": 32})
+    other, _, _ = find_study(file_of(home), "other", {**overrides, "data.size": 0}, home)
+    assert other.sized, "0 was asked for"
 
 
 def test_a_stop_request_before_the_first_trial_leaves_nothing(home: Home) -> None:

@@ -46,6 +46,7 @@ ALLOWED = {
     "uvicorn": {"show"},
     "starlette": {"show"},
     "a2wsgi": {"show"},
+    "pyarrow": {"learn"},
     "ray": {"engines"},
     "matplotlib": {"figures", "show", "api"},
     "pandas": {"api"},

@@ -38,7 +38,8 @@ from safetensors.numpy import save
 from searchfm.config import DATASETS, DataConfig, Shape, unknown_data
 from searchfm.errors import DataError, StorageError
 from searchfm.home import data_folder, write_whole
-from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, listing, read_folder, resized
+from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, resized
+from searchfm.learn.sources import Source, common_side, open_source, read_part
 from searchfm.tables import show
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Described:
     """A data set as `searchfm data` lists it, without reading or downloading it."""
 
     name: str
-    shape: Shape | None  # channels, height, width; None for a folder, whose images are not opened
+    shape: Shape | None  # channels, height, width; None for user data, whose images are not opened
     classes: int
     train: int  # images, including those for validation
     test: int | None  # None where the test part will be carved out of `train`
@@ -106,16 +107,18 @@ class Parsed:
     shape: Shape  # channels, height, width, after `config.size`
     classes: tuple[str, ...]
     fingerprint: str  # as in `Arrays`
+    images: int  # N
     validation: int  # as in `Arrays`
+    sides: tuple[int, int]  # shortest and longest side of the images before resizing
 
 
 def describe(name: str, data_dir: Path | None = None) -> Described:
-    """A data set by name, or a folder of images. Raises DataError for neither."""
-    root = folder_of(name)
+    """A data set by name or path. Raises DataError for neither."""
+    root = path_of(name)
     if root is not None:
-        train = listing(root, "train")
-        test = None if train.carved else len(listing(root, "test").files)
-        return Described(str(root), None, len(train.classes), len(train.files), test, "a folder of images", root)
+        train = open_source(root, "train")
+        test = None if train.carved else len(open_source(root, "test"))
+        return Described(str(root), None, len(train.classes), len(train), test, train.kind, root)
     location = next((each for each in _locations(name, data_dir) if _complete(name, each)), None)
     (shape, classes), (train_images, test_images, origin) = DATASETS[name], ABOUT[name]
     return Described(name, shape, classes, train_images, test_images, origin, location)
@@ -125,7 +128,7 @@ def fetch(name: str, data_dir: Path | None = None) -> Path:
     """Downloads a data set unless it is on this machine, and returns its location. Existing files are checked only when
     they are read. Raises DataError that names every location tried.
     """
-    return folder_of(name) or _obtain(name, data_dir, lambda location: location)
+    return path_of(name) or _obtain(name, data_dir, lambda location: location)
 
 
 def training_images(config: DataConfig, indices: Sequence[int], fingerprint: str, data_dir: Path | None) -> Pixels:
@@ -141,34 +144,68 @@ def training_images(config: DataConfig, indices: Sequence[int], fingerprint: str
         return np.stack([images[i] for i in indices])
 
 
+def side(config: DataConfig, own: Sequence[int] = ()) -> int:
+    """`data.size` for user images that differ in size, as `common_side` gives it; 0 for images of one size.
+
+    own: input sides of pretrained models. Raises DataError as `parsed` does.
+    """
+    root = path_of(config.name)
+    if root is None:
+        return 0
+    source = open_source(root, "train")
+    if _open(_user_path(root, source, 0, None)) is not None:  # such a file holds images of one size
+        return 0
+    return common_side(source, own)
+
+
+def count_test(config: DataConfig, data_dir: Path | None = None) -> int:
+    """Number of images in the test part, which is not opened: of user data its files or rows are counted, and of one
+    that is carved out, the images that training leaves. Raises DataError as `parsed` does.
+    """
+    root = path_of(config.name)
+    if root is None:
+        return ABOUT[config.name][1]
+    source = open_source(root, "test")
+    if not source.carved:
+        return len(source)
+    train = parsed(config, "train", data_dir)
+    return len(source) - (train.images - train.validation)
+
+
 def parsed(config: DataConfig, part: PartName, data_dir: Path | None = None) -> Parsed:
     """One part at `config.size`. The first call parses it; later ones open the cached file in milliseconds.
 
     Raises DataError for data that are unknown, unreachable or unreadable.
     """
-    root, size = folder_of(config.name), config.size
+    root, size = path_of(config.name), config.size
     read: Callable[[], Arrays]
     if root is None:
         size = 0 if DATASETS[config.name][0][1:] == (size, size) else size
-        name, key, read = config.name, "", partial(read_named, config.name, part, size, data_dir)
+        path = cache_dir() / f"parsed-{FORMAT}" / config.name / f"{part}-{size}.safetensors"
+        read = partial(read_named, config.name, part, size, data_dir)
     else:
         channels = None if part == "train" else parsed(config, "train").shape[0]  # training decides: grey or colour
-        files = listing(root, part)
-        digest = hashlib.sha256(str(root).encode()).hexdigest()
-        name, key = f"folder-{digest[:16]}", f"-{channels or 0}-{files.key()[:32]}"
-        read = partial(read_folder, files, size, channels)
-    path = cache_dir() / f"parsed-{FORMAT}" / name / f"{part}-{size}{key}.safetensors"
+        source = open_source(root, part)
+        path, read = _user_path(root, source, size, channels), partial(read_part, source, size, channels)
     opened = _open(path)
     if opened is None:
-        with lock(name):
+        with lock(path.parent.name):
             opened = _open(path) or _write(path, read(), f"{part}-{size}-*")
     return opened
+
+
+def _user_path(root: Path, source: Source, size: int, channels: int | None) -> Path:
+    """The parsed file of a part of user data; another state of the data, another name."""
+    folder = f"folder-{hashlib.sha256(str(root).encode()).hexdigest()[:16]}"
+    name = f"{source.part}-{size}-{channels or 0}-{source.key()[:32]}.safetensors"
+    return cache_dir() / f"parsed-{FORMAT}" / folder / name
 
 
 def _write(path: Path, arrays: Arrays, replaced: str) -> Parsed:
     """Writes a parsed file; removes those of an earlier state of the folder, and what killed processes left."""
     classes, validation = json.dumps(arrays.classes), str(arrays.validation)
-    about = {"classes": classes, "fingerprint": arrays.fingerprint, "validation": validation}
+    sides = json.dumps(arrays.sides or _sides(*arrays.images.shape[2:]))
+    about = {"classes": classes, "fingerprint": arrays.fingerprint, "validation": validation, "sides": sides}
     write_whole(path, save({"images": np.ascontiguousarray(arrays.images), "labels": arrays.labels}, about))
     for old in {*path.parent.glob(replaced), *path.parent.glob(".*")} - {path}:
         old.unlink()
@@ -182,23 +219,28 @@ def _open(path: Path) -> Parsed | None:
     try:
         with safe_open(path, "np") as opened:
             about = opened.metadata()
-            _, channels, height, width = opened.get_slice("images").get_shape()
+            images, channels, height, width = opened.get_slice("images").get_shape()
     except (OSError, SafetensorError):
         return None
-    shape, classes = (channels, height, width), tuple(json.loads(about["classes"]))
-    return Parsed(path, shape, classes, about["fingerprint"], int(about.get("validation", 0)))
+    sides = tuple(json.loads(about["sides"])) if "sides" in about else _sides(height, width)  # 0.3 wrote none
+    classes, validation = tuple(json.loads(about["classes"])), int(about.get("validation", 0))
+    return Parsed(path, (channels, height, width), classes, about["fingerprint"], images, validation, sides)
+
+
+def _sides(height: int, width: int) -> tuple[int, int]:
+    return min(height, width), max(height, width)
 
 
 # --- data sets by name ------------------------------------------------------------------------------------------------
 
 
-def folder_of(name: str) -> Path | None:
-    """The folder of images called `name`; None for a built-in data set. Raises DataError for neither."""
+def path_of(name: str) -> Path | None:
+    """The path of user data called `name`; None for a built-in data set. Raises DataError for neither."""
     if name in DATASETS:
         return None
     with suppress(OSError, RuntimeError):  # too long a name; no such user's home
         path = Path(name).expanduser()
-        if name and path.is_dir():
+        if name and (path.is_dir() or (path.is_file() and path.suffix == ".npz")):
             return path.resolve()
     raise DataError(f"data.name {unknown_data(name)}")
 

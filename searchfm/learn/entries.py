@@ -25,9 +25,11 @@ from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
 from searchfm.learn.data import Splits, load, load_full, load_test
+from searchfm.learn.datasets import count_test, parsed, side
 from searchfm.learn.models import custom, flops, parameters
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
+from searchfm.learn.models.transfer import input_sides
 from searchfm.learn.train import Training, evaluate
 from searchfm.records import (
     PREDICTIONS,
@@ -57,20 +59,21 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     not run here, or differs.
     """
     job = PrepareJob.from_json(payload, "prepare")
-    splits = _data(load, DataConfig.from_table(job.data), job.data_dir, context.device)
+    config = DataConfig.from_table(job.data)
+    size = side(config, input_sides(job.input_models)) if job.choose_size and not config.size else 0
+    config = replace(config, size=size or config.size)
+    splits = _data(load, config, job.data_dir, context.device)
     if job.fingerprint not in (None, splits.fingerprint):
         raise DataError(
             f'data.name = "{job.data["name"]}": the data differ from those of the node where the search began '
             f"(fingerprint {splits.fingerprint[:12]}, there {str(job.fingerprint)[:12]})"
         )
-    images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
-    shape = (images.shape[1], images.shape[2], images.shape[3])
+    prepared = _prepared(config, splits, Path(job.data_dir) if job.data_dir else None)
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
-        build_transfer(Transfer.from_table({"model": model, "weights": weights}), shape, len(splits.classes))
-    code = _try_out(job, shape, len(splits.classes), context)
-    prepared = Prepared(splits.fingerprint, shape, splits.classes, len(images), held, _counts(splits), code)
+        build_transfer(Transfer.from_table({"model": model, "weights": weights}), prepared.shape, len(splits.classes))
+    prepared = replace(prepared, code=_try_out(job, prepared.shape, len(splits.classes), context))
     yield from ()  # an entry is a generator, even one without epochs
-    return PrepareResult(prepared, _accelerators()).to_json()
+    return PrepareResult(prepared, _accelerators(), size).to_json()
 
 
 def _try_out(job: PrepareJob, shape: Shape, classes: int, context: Context) -> str:
@@ -238,6 +241,22 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         memory=_memory(training.device),
         versions=_versions(),
         files=files,
+    )
+
+
+def _prepared(config: DataConfig, splits: Splits, data_dir: Path | None) -> Prepared:
+    images, held = splits.train.images, 0 if splits.val is None else len(splits.val)
+    file = parsed(config, "train", data_dir)
+    return Prepared(
+        fingerprint=splits.fingerprint,
+        shape=(images.shape[1], images.shape[2], images.shape[3]),
+        classes=splits.classes,
+        train=len(images),
+        validation=held,
+        validation_classes=_counts(splits),
+        available=file.images - held,
+        test=count_test(config, data_dir),
+        sides=file.sides,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import searchfm
-from searchfm.config import DATASETS, DEPENDENT, FREE, unknown_data
+from searchfm.config import DATASETS, DEPENDENT, FREE, DataConfig, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
 from searchfm.home import Home
 from searchfm.records import StudyRecord
@@ -30,11 +30,14 @@ class StudyFile:
     text: str = ""
 
     def study(self, overrides: Mapping[str, Any] | None = None, name: str | None = None) -> Study:
-        """The study of this file with overrides by dotted key. Its `notes` name tables that no trial enters. Raises
-        ConfigError, with the line.
+        """The study of this file with overrides by dotted key. Its `notes` name tables that no trial enters. On other
+        data than the file's, `data.subset` is 1 unless the overrides have it: a file's fraction suits its own data.
+        Raises ConfigError, with the line.
         """
         overrides = overrides or {}
         table = apply_overrides(self.table, overrides)
+        if "data.subset" not in overrides and _data_name(table) != _data_name(apply_overrides(self.table, {})):
+            table = _with(table, ["data", "subset"], 1.0, "data.subset")
         try:
             given = overrides if folder() in self.path.parents else None  # of a built-in file, all else may be left out
             chosen = check_name(name or self.name)
@@ -237,6 +240,11 @@ def _unused(table: Mapping[str, Any], resolved: Mapping[str, Any], prefix: str =
             yield prefix + name
         elif isinstance(value, Mapping) and isinstance(inner, Mapping):
             yield from _unused(value, inner, f"{prefix}{name}.")
+
+
+def _data_name(table: Mapping[str, Any]) -> Any:
+    name = get(table, "data.name")
+    return DataConfig.from_table({}).name if name is None else name
 
 
 def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:

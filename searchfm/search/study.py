@@ -123,6 +123,7 @@ class Study:
             self._check_search()
         except ConfigError as error:
             raise error.at(where) from None
+        self.sized = "size" in table.get("data", {})  # else user images that differ in size are given one
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -169,6 +170,19 @@ class Study:
             factory = show(tables[0]["factory"])
             problem = "is code: a host runs it only with --allow-code; give that if you trust it"
             raise CodeError(f"{self.where or self.name}: model.custom.factory = {factory}: {problem}")
+
+    def with_size(self, size: int) -> "Study":
+        """The same study with another `data.size`. Raises ConfigError."""
+        table = {**self.resolved, "data": {**self.data, "size": size}}
+        study = Study(self.name, table, question=self.question, where=self.where, given=self.given)
+        study.notes = self.notes
+        return study
+
+    @property
+    def input_models(self) -> tuple[str, ...]:
+        """The timm models, if the space has no other architecture: images may have their input size."""
+        only = space.all_leaves(self.tree)["model.name"].ends == (Transfer.tag,)
+        return tuple(dict.fromkeys(model for model, _ in self.transfers())) if only else ()
 
     def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""

@@ -45,6 +45,8 @@ class Line:
     reads: int | None  # how often this home's studies had read that test part by then; None for validation
     search_seconds: float  # training of all trials
     data: str
+    largest: float | None = None  # accuracy of always answering the largest class; None where that is not known
+    balanced: float | None = None  # mean recall of the classes on the test part; None for validation
 
 
 def _difference(line: Line) -> str:
@@ -118,6 +120,8 @@ def _line(study: StudyRecord) -> Line:
         epochs=final.epochs if final else len(best.epochs),
         search_seconds=sum(trial.seconds for trial in study.trials if trial.twin is None),
         data=str(study.resolved["data"]["name"]),
+        largest=final.largest if final else study.data.largest,
+        balanced=final.balanced if final else None,
         **measured,
     )
 
@@ -165,6 +169,13 @@ def comparison_notes(lines: Sequence[Line]) -> list[str]:
         texts.append("p: McNemar's mid-p test against the best on the same images, Holm-corrected.")
     if any(line.difference is None for line in lines) and len(lines) > 1:
         texts.append('"-": no other study was measured on the same images.')
+    groups: dict[tuple[float, str, str], list[str]] = defaultdict(list)
+    for line in lines:
+        if line.largest is not None:
+            balanced = "" if line.balanced is None else f" (balanced accuracy {line.balanced:.2%})"
+            groups[line.largest, line.split, line.data].append(line.study + balanced)
+    for (largest, split, _), names in groups.items():
+        texts.append(f"{', '.join(names)}: {format.largest_sentence('the largest class', largest, split)}.")
     return texts
 
 

@@ -29,7 +29,7 @@ from searchfm.events import (
     TrialStarted,
     TuneEvent,
 )
-from searchfm.format import param_texts, plural, seconds
+from searchfm.format import data_lines, param_texts, plural, seconds
 from searchfm.jobs import Job
 from searchfm.records import Epoch, State, StudyRecord, Trial
 from searchfm.show.summary import study_line
@@ -91,9 +91,10 @@ class TuneView:
         self.began = time.monotonic()
         devices = ", ".join(f"{n} x {device}" if n > 1 else device for device, n in Counter(workers).items())
         console.print(
-            f"[bold]{escape(study.name)}[/]: {plural(trials, 'trial')} on {escape(str(study.resolved['data']['name']))}"
-            f" ({study.data.train:,} images to train on, {study.data.validation:,} to validate),"
+            f"[bold]{escape(study.name)}[/]: {plural(trials, 'trial')} on {escape(study.resolved['data']['name'])},"
             f" workers: {devices or 'none needed'}",
+            *map(escape, data_lines(study)),
+            sep="\n",
             soft_wrap=False,
         )
 

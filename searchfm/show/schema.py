@@ -362,6 +362,8 @@ class Retrained(Printed, kw_only=True):
     optimism: Annotated[float | None, about("the winner's value in the search, less its mean over fresh seeds")]
     validation: Annotated[ValidationPart, about("the winner on the validation part")]
     test: Annotated[TestPart, about("the final model on the test part")]
+    balanced: Annotated[float | None, about("mean recall of the classes on the test part, 0 to 1")]
+    largest: Annotated[float | None, about("accuracy of always answering the largest class of the test part")]
     model: Annotated[Model | None, about("where it is registered")]
     seconds: Annotated[float | None, about("of the whole command, when it trained, in s")]
 
@@ -426,6 +428,10 @@ class Compared(Printed, kw_only=True):
     reads: Annotated[int | None, about("readings of that test part by then; null for validation")]
     search_seconds: Annotated[float, about("training of all trials, in s")]
     data: Annotated[str, about("name of the data set")]
+    largest: Annotated[
+        float | None, about("accuracy on `split` of always answering the largest class; null where that is not known")
+    ]
+    balanced: Annotated[float | None, about("mean recall of the classes on the test part; null for validation")]
 
 
 def describe_comparison(lines: Iterable[Any]) -> list[Compared]:

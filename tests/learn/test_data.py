@@ -288,7 +288,8 @@ def test_unknown_data_are_refused_in_one_line(name: str, empty_cache: Path) -> N
         load(DataConfig(name=name))
     assert str(caught.value) == (
         f"data.name = {show(name)}: must be one of fashion-mnist, mnist, digits, cifar10, cifar100, "
-        "or an existing folder of images (CLASS/*.png)"
+        "an existing folder of images (CLASS/*.png) or of parquet files (train-*.parquet), or an .npz file"
+        + ("; did you mean fashion-mnist?" if name == "fashionmnist" else "")
     )
     assert not empty_cache.exists()
 

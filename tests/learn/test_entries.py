@@ -80,7 +80,7 @@ def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
     assert sum(counts) == 212
     names = tuple(str(digit) for digit in range(10))
     assert PrepareResult.from_json(prepared) == PrepareResult(
-        Prepared(digits.fingerprint, (1, 8, 8), names, len(digits.train), 212, counts),
+        Prepared(digits.fingerprint, (1, 8, 8), names, len(digits.train), 212, counts, "", 1201, 384, (8, 8)),
         {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
     )
 

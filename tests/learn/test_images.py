@@ -129,7 +129,7 @@ def test_training_never_opens_the_test_folder(tmp_path: Path) -> None:
     (root / "test" / "cat" / "0.png").write_bytes(b"rubbish")
     assert len(load_full(of(root)).train) == 12
     load(of(root))
-    with pytest.raises(DataError, match=r"1 files cannot be read as images: .*test/cat/0.png"):
+    with pytest.raises(DataError, match=r"1 file cannot be read as images: .*test/cat/0.png"):
         load_test(of(root))
 
 

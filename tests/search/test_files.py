@@ -230,6 +230,29 @@ def test_a_path_means_the_same_from_everywhere(path: Path, monkeypatch: pytest.M
     assert read(path).study({"data.name": "MNIST"}).data["name"] == "mnist"
 
 
+def test_on_other_data_the_subset_is_all_unless_it_is_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_text(TEXT.replace('name = "digits"', 'name = "digits"\nsubset = 0.2'))
+    file = read(path)
+    for overrides, subset in (
+        ({}, 0.2),
+        ({"data.name": "digits"}, 0.2),
+        ({"data.name": "mnist"}, 1.0),
+        ({"data.name": "mnist", "data.subset": 0.1}, 0.1),
+        ({"data.name": "mnist", "data.size": 14}, 1.0),
+    ):
+        assert file.study(overrides).data["subset"] == subset, overrides
+    # The same command again resumes; a study that was begun with another subset keeps it.
+    other = {"data.name": "mnist"}
+    assert reopen(file, begun(file.study(other), file), other).data["subset"] == 1.0
+    assert reopen(file, begun(file.study({**other, "data.subset": 0.2}), file), other).data["subset"] == 0.2
+    monkeypatch.chdir(path.parent)
+    Path("photos").mkdir()
+    path.write_text(TEXT.replace('name = "digits"', 'name = "photos"\nsubset = 0.2'))
+    assert read(path).study({"data.name": str(path.parent / "photos")}).data["subset"] == 0.2, "the same folder"
+    path.write_text(TEXT.replace('[data]\nname = "digits"\n', "[data]\nsubset = 0.2\n"))
+    assert read(path).study({"data.name": "fashion-mnist"}).data["subset"] == 0.2, "the default, named"
+
+
 # --- differences ------------------------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
     ]
     follow(shown, (event for event in events), lambda *_: view)
     text = shown.export_text()
-    assert "toy: 2 trials on digits (1,201 images to train on, 212 to validate), workers: 2 x cpu" in text
+    assert "toy: 2 trials on digits, workers: 2 x cpu\n1,201 images to train on, 212 to validate\n" in text
     assert "trial 0 lost: its worker died" in text
     assert "1/2 trial 0 complete 0.8585 best epoch 4/4" in text
     assert text.count("best epoch") == 1
@@ -133,8 +133,8 @@ def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
     assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in text
     assert "searchfm export toy" in text
     assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
-    keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds"]
-    assert list(describe_final(final).__struct_fields__) == keys
+    keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "validation", "test", "balanced", "largest"]
+    assert list(describe_final(final).__struct_fields__) == [*keys, "model", "seconds"]
 
 
 def test_durations_and_names_are_short() -> None:

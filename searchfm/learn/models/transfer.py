@@ -6,6 +6,7 @@ Pretrained weights come from a file, the hub's cache, or the hub itself, with a 
 import contextlib
 import difflib
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,14 @@ def _channels(values: tuple[float, ...], channels: int) -> Tensor:
     """Means or deviations; where the images have another number of channels than the weights, their mean for each."""
     own = torch.tensor(values, dtype=torch.float32)
     return own if len(own) == channels else own.mean().expand(channels).clone()
+
+
+def input_sides(models: Iterable[str]) -> list[int]:
+    """Input sides in pixels of the models that timm knows, without a network."""
+    import timm
+
+    known = [timm.models.get_pretrained_cfg(name) for name in models if ":" not in name and timm.is_model(name)]
+    return [max(config.input_size[1:]) for config in known if config is not None and config.input_size]
 
 
 def weights_file(model: str, weights: str) -> Path:

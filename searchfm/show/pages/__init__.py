@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from searchfm import __version__, figures
-from searchfm.format import megaflop, p_value, seconds, show_params, state, states
+from searchfm.format import data_lines, megaflop, p_value, seconds, show_params, state, states
 
 LARGEST = 96  # side in pixels of an image of the data in a page
 
@@ -58,6 +58,6 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (embed, megaflop, p_value, seconds, show_params, state, states)
+    functions = (data_lines, embed, megaflop, p_value, seconds, show_params, state, states)
     templates.filters |= {function.__name__: function for function in functions}
     return templates

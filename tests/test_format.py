@@ -1,0 +1,86 @@
+"""Results as text: the images of a study, and accuracies of data whose classes differ in size."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from searchfm.format import data_lines, largest_sentence
+from searchfm.records import ClassFigures, Final, FinalPlan, StudyRecord, TestFigures, Validation
+from tests import rows
+
+
+def study(subset: float = 1.0, **data: Any) -> StudyRecord:
+    resolved = {"data": {"name": "photos", "subset": subset}, "search": {"keep": 3}}
+    about = {"classes": ("cat", "dog"), "shape": (3, 64, 64), "train": 461, "validation": 81, "available": 461}
+    header = rows.header(resolved, **(about | {"test": 158} | data))
+    return StudyRecord(**vars(header), name="toy", number=1, folder=Path("nowhere"), trials=())
+
+
+def final(*counts: tuple[float, int]) -> Final:
+    """A final model with these recalls and numbers of test images."""
+    n = sum(count for _, count in counts)
+    accuracy = sum(recall * count for recall, count in counts) / n
+    return Final(
+        study="toy",
+        plan=FinalPlan((0,), 1, 1, None, None, 0),
+        finalists=(),
+        tie=(),
+        winner=0,
+        optimism=None,
+        validation=Validation(0.9, None, None, None, 100),
+        test=TestFigures(accuracy, 0.0, 1.0, n, 1, "f"),
+        per_class=tuple(ClassFigures(str(i), 1.0, recall, count) for i, (recall, count) in enumerate(counts)),
+        model=None,
+        seconds=None,
+        seconds_per_epoch=1.0,
+        training_seconds=1.0,
+        parameters=1,
+        flops=1,
+        epochs=1,
+        fingerprint="f",
+        time=0.0,
+        params={},
+        weights="",
+    )
+
+
+def test_every_image_of_a_study_is_accounted_for() -> None:
+    assert data_lines(study()) == ["700 images: 158 test (not read), 81 validation, 461 training"]
+    (line,) = data_lines(study(0.2, train=92))
+    assert line == "700 images: 158 test (not read), 81 validation, 461 training, of which 92 (subset 0.2)"
+    (line,) = data_lines(replace(study(), final=final((1.0, 158))))
+    assert line == "700 images: 158 test, 81 validation, 461 training", "the test part has been read"
+    assert data_lines(study(test=None)) == ["461 images to train on, 81 to validate"], "as stored by 0.3"
+
+
+def test_a_size_that_was_chosen_is_named_with_the_flag_that_changes_it() -> None:
+    assert len(data_lines(study(sides=(64, 64)))) == 1
+    _, line = data_lines(study(sides=(20, 400)))
+    assert line == ("images differ in size (sides of 20 to 400 pixels); resized to 64x64; another: --set data.size=128")
+    assert data_lines(study(sides=(20, 400), shape=(3, 128, 128)))[1].endswith("--set data.size=64")
+
+
+@pytest.mark.parametrize(
+    ("counts", "end"),
+    [
+        (
+            (41, 40),
+            "correct for 50.6% of the validation images: accuracy misleads; retrain prints balanced accuracy",
+        ),
+        ((20, 20, 20, 21), "correct for 25.9% of the validation images"),
+    ],
+)
+def test_the_largest_class_is_the_accuracy_to_beat(counts: tuple[int, ...], end: str) -> None:
+    names = ("cat", "dog", "eel", "fox")[: len(counts)]
+    line = data_lines(study(validation_classes=counts, classes=names))[-1]
+    assert line == f'always answering "{names[counts.index(max(counts))]}", the largest class, is {end}'
+
+
+def test_balanced_accuracy_is_the_mean_recall_of_classes_with_images() -> None:
+    answers = final((1.0, 80), (0.5, 20), (0.0, 0))
+    assert answers.balanced == 0.75
+    assert answers.largest == 0.8
+    assert replace(answers, per_class=()).balanced is None
+    assert largest_sentence("it", 0.5, "test") == "always answering it is correct for 50.0% of the test images"
