@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from searchfm import __version__
+from searchfm import __version__, shell
 from searchfm.errors import SearchfmError, StorageError, UserError
-from searchfm.home import Home, data_folder, write_whole
+from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -42,7 +42,7 @@ app = typer.Typer(
 )
 
 MODEL = "A study (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, an .onnx, a .safetensors, a trial's folder."
-ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
+ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL", autocompletion=shell.home_studies)]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 
 
@@ -63,12 +63,22 @@ DeviceOption = Annotated[
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 CodeOption = Annotated[bool, typer.Option("--allow-code", help="Run the model's own code, if it is [model.custom].")]
-StudyArgument = Annotated[str, typer.Argument(help="A study by name, or the path of a study file.", metavar="STUDY")]
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A study by name, or the path of a study file.", metavar="STUDY", autocompletion=shell.home_studies
+    ),
+]
 
 
 def _engine_options(
     engine: Annotated[
-        str, typer.Option(rich_help_panel=WHERE, help="local, listen, slurm, ray, or a TOML file with [engine].")
+        str,
+        typer.Option(
+            rich_help_panel=WHERE,
+            help="local, listen, slurm, ray, or a TOML file with [engine].",
+            autocompletion=shell.engines,
+        ),
     ] = "local",
     workers: Annotated[
         str | None,
@@ -153,7 +163,7 @@ def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
 def main() -> None:
     """The entry point of `searchfm` and of `python -m searchfm`."""
     try:
-        app()
+        sys.exit(shell.run(app))
     except SearchfmError as error:
         print(f"searchfm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -185,15 +195,23 @@ def _options(
 @app.command()
 @_with_engine
 def tune(
-    study: StudyArgument,
+    study: Annotated[
+        str,
+        typer.Argument(help="A study file by name or path, or a study of the home.", autocompletion=shell.all_studies),
+    ],
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, earlier ones included.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="A data set by name, or a folder of images.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A data set by name, or a folder of images.", autocompletion=shell.data_sets)
+    ] = None,
     subset: Annotated[float | None, typer.Option(help="Fraction of the training part to search on.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of a trial.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a key: optimizer.lr=0.01 or a range {low=…, high=…}."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a key: optimizer.lr=0.01 or a range {low=…, high=…}.",
+            autocompletion=shell.assignments,
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
@@ -354,7 +372,9 @@ def stop(
 
 @app.command()
 def status(
-    study: Annotated[str | None, typer.Argument(help="Study name. [default: all studies]")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="Study name. [default: all studies]", autocompletion=shell.home_studies)
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="List all trials of the study, not only the best.")] = False,
     sort: Annotated[
         str | None, typer.Option(metavar="KEY", help="List all by value, number, epochs, seconds, parameters or a key.")
@@ -432,7 +452,9 @@ def trial(
 
 @app.command()
 def studies(
-    name: Annotated[str | None, typer.Argument(help="Built-in study file, or a path.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Built-in study file, or a path.", autocompletion=shell.built_in_studies)
+    ] = None,
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -443,7 +465,7 @@ def studies(
 
     console = _console()
     if name is None:
-        questions = {i: files.question((files.folder() / f"{i}.toml").read_text("utf-8")) for i in files.shipped()}
+        questions = {i: files.question((shipped_folder() / f"{i}.toml").read_text("utf-8")) for i in shipped()}
         rows = [
             schema.StudyFile(study=item, question=text, group=item.rpartition("/")[0] or None)
             for item, text in questions.items()
@@ -466,7 +488,9 @@ def studies(
 
 @app.command()
 def data(
-    name: Annotated[str | None, typer.Argument(help="Data set to fetch. [default: list all]")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Data set to fetch. [default: list all]", autocompletion=shell.data_sets)
+    ] = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -484,7 +508,9 @@ def data(
 
 @app.command()
 def dashboard(
-    study: Annotated[str | None, typer.Argument(help="Study to open. [default: the latest]")] = None,
+    study: Annotated[
+        str | None, typer.Argument(help="Study to open. [default: the latest]", autocompletion=shell.home_studies)
+    ] = None,
     port: Annotated[int, typer.Option(help="Port of optuna-dashboard; MLflow has --mlflow-port.")] = 8080,
     mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
@@ -515,7 +541,9 @@ def dashboard(
 
 @app.command()
 def compare(
-    studies: Annotated[list[str], typer.Argument(help="Studies by name.", metavar="STUDY...")],
+    studies: Annotated[
+        list[str], typer.Argument(help="Studies by name.", metavar="STUDY", autocompletion=shell.home_studies)
+    ],
     html: Annotated[Path | None, typer.Option("--html", help="Also write the comparison as a page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also write accuracy against time, as .png or .svg.")] = None,
     home: HomeOption = None,

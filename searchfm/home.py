@@ -1,4 +1,6 @@
-"""The home folder: its paths, its database URLs, and how files in it are written. Standard library only."""
+"""The home folder: its paths, its database URLs, how files in it are written; and the folder of the built-in studies.
+Standard library only.
+"""
 
 import errno
 import hashlib
@@ -86,6 +88,20 @@ def data_folder(option: Path | None = None) -> Path | None:
     """Where data sets are looked for first: `--data-dir`, else SEARCHFM_DATA, else nowhere."""
     folder = option or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
     return folder.expanduser().absolute() if folder else None
+
+
+def shipped_folder() -> Path:
+    """The folder of the built-in study files, in the checkout or in the wheel."""
+    package = Path(__file__).parent
+    checkout = package.parent / "studies"
+    return checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "_studies"
+
+
+def shipped() -> list[str]:
+    """The names of the built-in study files, as `tune` accepts them; those in folders last."""
+    root = shipped_folder()
+    names = [path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml")]
+    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def shown(uri: str) -> str:

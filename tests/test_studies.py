@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from searchfm import cli
-from searchfm.home import Home
+from searchfm.home import Home, shipped, shipped_folder
 from searchfm.learn.data import load
 from searchfm.learn.train import Training
 from searchfm.records import StudyRecord
@@ -27,7 +27,7 @@ from searchfm.tuning import Tuning
 from tests.commands import searchfm_here
 from tests.driving import let_go, local_engine
 
-SHIPPED = files.shipped()
+SHIPPED = shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
 ROWS = [f"A{i}" for i in range(1, 11)] + [f"B{i}" for i in range(1, 8)]  # all that the two reports tried
 # Every architecture, and a grid.
@@ -89,7 +89,7 @@ def test_names_are_unique() -> None:
 
 def table() -> dict[str, str]:
     """The rows of studies/README.md's table by their first cell."""
-    text = (files.folder() / "README.md").read_text("utf-8")
+    text = (shipped_folder() / "README.md").read_text("utf-8")
     lines = re.findall(r"^\| *([AB]\d+[^|]*?) *\|(.*)\|$", text, re.MULTILINE)
     assert len({cell for cell, _ in lines}) == len(lines)
     return dict(lines)
@@ -107,7 +107,7 @@ def test_every_row_of_the_reports_has_a_study(row: str) -> None:
 
 
 def test_the_table_names_all_studies_and_no_others() -> None:
-    text = (files.folder() / "README.md").read_text("utf-8")
+    text = (shipped_folder() / "README.md").read_text("utf-8")
     assert set(re.findall(r"`(?:searchfm tune )?(reports/[\w-]+)`", text)) == set(SHIPPED) - set(SEARCHES)
     assert set(SEARCHES) <= set(re.findall(r"`([\w-]+)`", text))
 

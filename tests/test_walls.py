@@ -29,7 +29,7 @@ LAYERS = (
     {"tuning"},
     {"retraining", "upkeep"},
     {"show"},
-    {"api"},
+    {"api", "shell"},
     {"cli"},
     {"__main__", "__init__"},
 )
@@ -51,7 +51,7 @@ ALLOWED = {
     "matplotlib": {"figures", "show", "api"},
     "pandas": {"api"},
     "IPython": {"show"},
-    "typer": {"cli"},
+    "typer": {"cli", "shell"},
 }
 # The only code with the name `load_test`: learn/data.py, which defines it, and the entry that tests a final model.
 TEST_READERS = {"searchfm.learn.data:load_test", "searchfm.learn.entries:import", "searchfm.learn.entries:test"}

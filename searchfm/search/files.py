@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import searchfm
 from searchfm.config import DATASETS, DEPENDENT, FREE, DataConfig, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
-from searchfm.home import Home
+from searchfm.home import Home, shipped, shipped_folder
 from searchfm.records import StudyRecord
 from searchfm.search.study import NAME, Study, check_name, resolve
 from searchfm.tables import show
@@ -39,7 +38,8 @@ class StudyFile:
         if "data.subset" not in overrides and _data_name(table) != _data_name(apply_overrides(self.table, {})):
             table = _with(table, ["data", "subset"], 1.0, "data.subset")
         try:
-            given = overrides if folder() in self.path.parents else None  # of a built-in file, all else may be left out
+            # Of a built-in file, what the user did not give may be left out.
+            given = overrides if shipped_folder() in self.path.parents else None
             chosen = check_name(name or self.name)
             study = Study(chosen, table, question=self.question, where=self.path.name, given=given)
             check_data_name(study.data["name"], elsewhere=True)
@@ -62,25 +62,12 @@ class StudyFile:
 
 
 def find(name: str) -> Path | None:
-    """The path of a study file, by path if `name` ends in `.toml`, else by its name in `folder()`. None if missing."""
+    """The path of a study file, by path if `name` ends in `.toml`, else by its name in
+    `shipped_folder()`. None if missing."""
     if not name.endswith(".toml") and not all(NAME.fullmatch(part) for part in name.split("/")):
         return None
-    path = Path(name) if name.endswith(".toml") else folder() / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") else shipped_folder() / f"{name}.toml"
     return path if _exists(path) else None
-
-
-def folder() -> Path:
-    """The folder of the built-in study files, in the checkout or in the wheel."""
-    package = Path(searchfm.__file__).parent
-    checkout = package.parent / "studies"
-    return checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "_studies"
-
-
-def shipped() -> list[str]:
-    """The names of the built-in study files, as `find` accepts them; those in folders last."""
-    root = folder()
-    names = [path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml")]
-    return sorted(names, key=lambda name: ("/" in name, name))
 
 
 def not_found(name: str, home: Home | None = None) -> StudyError:

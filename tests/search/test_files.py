@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from searchfm.errors import ConfigError, StudyError
+from searchfm.home import shipped, shipped_folder
 from searchfm.records import StudyRecord
-from searchfm.search import files
-from searchfm.search.files import StudyFile, changed, find, folder, get, parse_override, question, read, reopen, shipped
+from searchfm.search.files import StudyFile, changed, find, get, parse_override, question, read, reopen
 from searchfm.search.study import Study
 from tests import rows
 
@@ -114,7 +114,7 @@ def test_a_study_is_found_by_path_or_by_name_among_those_that_ship(path: Path, m
         file = find(name)
         assert file is not None
         assert file.is_file()
-        assert file.is_relative_to(files.folder())
+        assert file.is_relative_to(shipped_folder())
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_tables_that_no_trial_enters_are_named_once(tmp_path: Path) -> None:
         "[optimizer]\nname = 'AdamW'\n[optimizer.sgd]\nmomentum = 0.1\n"
     )
     assert read(path).study().notes == ["unused.toml: no trial enters [model.vit] and [optimizer.sgd]"]
-    assert not [name for name in shipped() if read(folder() / f"{name}.toml").study().notes]
+    assert not [name for name in shipped() if read(shipped_folder() / f"{name}.toml").study().notes]
 
 
 def test_a_range_in_words_that_are_not_toml_is_recognised(tmp_path: Path) -> None:
