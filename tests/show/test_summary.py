@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import rows
@@ -219,10 +220,13 @@ def test_a_curve_has_its_last_value_and_at_most_the_width() -> None:
     assert sparkline([0.3], 0.3, 0.3, 8) == "▁"
 
 
-def test_lines_above_a_live_region_whose_height_changes_are_all_kept() -> None:
-    output = StringIO()
-    drawn = Console(file=output, force_terminal=True, width=80, height=2000, highlight=False)
-    events, heights = 300, random.Random(0)
+def test_lines_above_a_live_region_whose_height_changes_are_all_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = (tmp_path / "screen").open("w+")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    drawn = Console(file=output, force_terminal=True, width=80, height=2000, highlight=False, force_interactive=True)
+    events, heights = 500, random.Random(0)
 
     class Changing:
         height = 1
@@ -237,17 +241,17 @@ def test_lines_above_a_live_region_whose_height_changes_are_all_kept() -> None:
     def steps() -> Generator[Note, None, None]:
         for number in range(events):
             yield Note(f"line {number}")
-            time.sleep(0.001)
+            time.sleep(0.002)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live, "REFRESH_SECONDS", 0.002)
-        sys.setswitchinterval(1e-6)
-        try:
-            live.follow(drawn, steps(), lambda console, event: Changing())
-        finally:
-            sys.setswitchinterval(0.005)
+    monkeypatch.setattr(live, "REFRESH_SECONDS", 0.0005)
+    sys.setswitchinterval(1e-6)
+    try:
+        live.follow(drawn, steps(), lambda console, event: Changing())
+    finally:
+        sys.setswitchinterval(0.005)
+        output.close()
     rows, row = dict[int, str](), 0  # what a terminal of 2000 rows shows
-    for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\n|[^\x1b\r\n]+", output.getvalue()):
+    for token in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|\n|[^\x1b\r\n]+", (tmp_path / "screen").read_bytes().decode()):
         match token[-1], token[2:-1]:
             case "\n", _:
                 row += 1
