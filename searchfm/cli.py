@@ -8,6 +8,7 @@ import atexit
 import errno
 import gc
 import inspect
+import json
 import os
 import shlex
 import sys
@@ -484,6 +485,35 @@ def studies(
 
         cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1], Code(allow_code))
     _output(as_json, schema.describe_plan(study, cost=cost), lambda: terminal.show_plan(console, study, None, cost))
+
+
+@app.command()
+def keys(
+    table: Annotated[
+        str | None,
+        typer.Argument(help="A table, such as optimizer, or a key. [default: all]", autocompletion=shell.tables),
+    ] = None,
+    as_schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON Schema of study files, for editors.")
+    ] = False,
+    as_page: Annotated[bool, typer.Option("--markdown", help="Print the reference page of all keys.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the keys of study files and engine files: default, meaning and values."""
+    from searchfm.show import keys
+
+    if as_schema or as_page:
+        if table is not None or as_json or (as_schema and as_page):
+            raise UserError("--schema, --markdown: are of all keys, each alone")
+        typer.echo(json.dumps(keys.json_schema(), indent=1) if as_schema else keys.page(), nl=as_schema)
+        return
+    chosen = keys.sections(table)
+    if as_json:
+        from searchfm.show import schema
+
+        typer.echo(schema.dump(schema.describe_keys(chosen)))
+    else:
+        keys.show_keys(_console(), chosen)
 
 
 @app.command()

@@ -93,7 +93,7 @@ class LeafKey:
         if isinstance(value, str) and str not in self.types:
             value = value.lower() if value.lower() in self.texts else value
         if not self._allows(value):
-            raise ConfigError(self.name, f"= {show(value)}: must be {self._expected(value)}")
+            raise ConfigError(self.name, f"= {show(value)}: must be {self.expected(value)}")
         return value
 
     @property
@@ -118,7 +118,8 @@ class LeafKey:
             return all(getattr(operator, name)(value, bound) for name, bound in self.bounds.items())
         return value in self.types
 
-    def _expected(self, value: Any) -> str:
+    def expected(self, value: Any = None) -> str:
+        """What the key takes, in words; value: what came instead, for a hint."""
         bounds = " and ".join(f"{SIGNS[name]} {bound:g}" for name, bound in self.bounds.items())
         kinds = [f"{NAMES[kind]} {bounds}".rstrip() for kind in self.types if kind in NAMES]
         texts = one_of(value if isinstance(value, str) else "", self.texts, show, self.hint)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Exported as ExportedFile
     from searchfm.learn.export import Prediction as PredictedImage
+    from searchfm.show.keys import Section
     from searchfm.tracking.mirror import Difference
     from searchfm.tracking.registry import Version
     from searchfm.upkeep import Removed
@@ -555,6 +556,22 @@ class StopRequested(Printed, kw_only=True):
     coordinator: Annotated[str, about("process and host that were asked")]
 
 
+class KeyRow(Printed, kw_only=True):
+    """A key of a study file or an engine file."""
+
+    table: Annotated[str, about("its table, dotted; options of a sampler or pruner share one")]
+    key: Annotated[str, about("its name in the table")]
+    default: Annotated[str, about("its default, as TOML; empty for none")]
+    values: Annotated[str, about("what it takes, in words")]
+    meaning: Annotated[str, about("its meaning, with the unit")]
+    fixed: Annotated[bool, about("whether it takes a value alone, never a range or a choice")]
+
+
+def describe_keys(sections: "Iterable[Section]") -> list[KeyRow]:
+    """What `keys --json` prints."""
+    return [KeyRow(table=section.name, **vars(row)) for section in sections for row in section.rows]
+
+
 # --- all of it --------------------------------------------------------------------------------------------------------
 
 COMMANDS: Mapping[str, Any] = {
@@ -568,6 +585,7 @@ COMMANDS: Mapping[str, Any] = {
     "studies": list[StudyFile],
     "studies NAME": SearchPlan,
     "data": list[DataSet],
+    "keys": list[KeyRow],
     "compare": list[Compared],
     "report": Report,
     "sync": list[Problem],
