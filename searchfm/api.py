@@ -501,7 +501,8 @@ def load_model(model: str | Path, *, allow_code: bool = False, home: str | Path 
     """A model by the name of its study (the champion), "models:/NAME@ALIAS", "models:/NAME/VERSION", the path of an
     .onnx or .safetensors file, or a trial's folder. No code in a model's file is run.
 
-    allow_code: run the code that a model of [model.custom] names; an .onnx file needs none.
+    allow_code: run the code that a model of [model.custom] names; an .onnx file needs none. home: folder of all
+    studies; default: SEARCHFM_HOME, else ./runs.
     Raises CodeError without it, StudyError for a study that is unknown or was not retrained, ModelError for what is no
     model, StorageError where MLflow cannot be reached.
     """

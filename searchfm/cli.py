@@ -26,12 +26,10 @@ from searchfm.errors import SearchfmError, StorageError, UserError
 from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from rich.console import Console
 
     from searchfm.engines import EngineOptions
-    from searchfm.show.live import Region
+    from searchfm.show.live import Status
     from searchfm.show.schema import Part
 
 app = typer.Typer(
@@ -42,6 +40,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",  # in "rich", a bracket in a help text would be taken for a tag
 )
 
+DOING = {  # what commands show at once, before they import what they need
+    "compare": "comparing the studies",
+    "dashboard": "starting the user interfaces",
+    "data": "reading data sets",
+    "export": "loading the model",
+    "models": "reading the registry",
+    "predict": "loading the model",
+    "remove": "reading the study",
+    "report": "writing the report",
+    "status": "reading the studies",
+    "stop": "reading the study",
+    "studies": "reading study files",
+    "sync": "reading Optuna and MLflow",
+    "trial": "reading the study",
+    "worker": "dialling the search",
+}
 MODEL = "A study (its champion), models:/NAME@ALIAS, models:/NAME/VERSION, an .onnx, a .safetensors, a trial's folder."
 ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL", autocompletion=shell.home_studies)]
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
@@ -188,9 +202,18 @@ def _version(requested: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in ("tune", "retrain"):  # these show their own progress
+        context.call_on_close(_doing(DOING.get(str(context.invoked_subcommand), "starting")).end)
+
+
+def _doing(text: str) -> "Status":
+    """Shows what is being done, until something is printed; nothing with --json or --csv, which programs read."""
+    from searchfm.show import live
+
+    return live.Status("" if {"--json", "--csv"} & set(sys.argv) else text)
 
 
 @app.command()
@@ -234,13 +257,14 @@ def tune(
     values: dict[str, Any] = {"name": name, "trials": trials, "dataset": dataset, "subset": subset, "epochs": epochs}
     values |= {"set": set_ or (), "seed": seed}
     if dry_run:
-        with _doing("reading the study"):
-            from searchfm.search import files
-            from searchfm.show import live, schema, terminal
+        doing = _doing("reading the study")
+        from searchfm.search import files
+        from searchfm.show import live, schema, terminal
 
-            opened, stored, _ = api.find_plan(study, Home.find(home), **values)
-            opened.check_code(options["allow_code"])
-            files.check_data_name(opened.data["name"])
+        opened, stored, _ = api.find_plan(study, Home.find(home), **values)
+        opened.check_code(options["allow_code"])
+        files.check_data_name(opened.data["name"])
+        doing.end()
         live.notify(*opened.notes)
         _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
         return
@@ -571,6 +595,7 @@ def dashboard(
 
 @app.command()
 def compare(
+    context: typer.Context,
     studies: Annotated[
         list[str], typer.Argument(help="Studies by name.", metavar="STUDY", autocompletion=shell.home_studies)
     ],
@@ -602,6 +627,7 @@ def compare(
     rows = schema.describe_comparison(lines)
     _output(as_json, rows, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
+    context.call_on_close(_doing("logging the comparison to MLflow").end)
     table = registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
     if not as_json:
         terminal.show_page(console, web_address(where.tracking_uri), table)
@@ -609,6 +635,7 @@ def compare(
 
 @app.command()
 def report(
+    context: typer.Context,
     study: StudyArgument,
     output: Annotated[Path | None, typer.Option(help="File to write. [default: report.html of the study]")] = None,
     home: HomeOption = None,
@@ -633,6 +660,7 @@ def report(
         environment = {}
     write_whole(path, report_page(record, storage, environment, data_folder(data_dir)).encode())
     _output(as_json, schema.Report(study=record.name, report=str(path)), lambda: typer.echo(path))
+    context.call_on_close(_doing("logging the report to MLflow").end)
     registry.log_report(where, record, path)
 
 
@@ -781,14 +809,6 @@ def _console(*, stderr: bool = False) -> "Console":
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 1000  # a file or a pipe has every row whole
     return console
-
-
-def _doing(text: str, as_json: bool = False) -> "AbstractContextManager[Region | None]":
-    """Shows what is being done, with the seconds, while the body runs; nothing where somebody else reads the output."""
-    from searchfm.show import live
-
-    shown = sys.stdout.isatty() and sys.stderr.isatty() and not as_json
-    return live.Region(_console(stderr=True), text) if shown else nullcontext()
 
 
 def _output(as_json: bool, values: "Part | Sequence[Part]", show: Callable[[], object]) -> None:

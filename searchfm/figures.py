@@ -68,9 +68,16 @@ class Measured:
     seconds: float
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows although pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
 def _blank(width: float, height: float) -> Figure:
     """A white figure, in inches, that needs no pyplot."""
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    figure = Drawing(figsize=(width, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     return figure
 

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, Self, TypeVar
+from contextlib import nullcontext
+from typing import Any, Protocol, Self, TextIO, TypeVar, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,6 +19,7 @@ Ended = TypeVar("Ended")
 
 REFRESH_SECONDS = 0.25
 SLOW_SECONDS = 2.0  # of a phase that gets a line where there is no live region
+SLOW_IMPORTS = ("optuna", "torch", "mlflow", "matplotlib", "sklearn", "timm", "ray")
 NOTEBOOK_WIDTH = 110  # characters
 
 
@@ -35,23 +36,31 @@ class View(Protocol):
 class Region:
     """A live region of a terminal or a notebook, while it is entered.
 
-    lines: whether a phase of more than two seconds gets a line where the output is neither.
+    lines: whether a phase of more than two seconds gets a line where the output is neither. redirect: whether what
+    others print comes above the region.
     """
 
-    def __init__(self, console: Console, text: str = "starting", *, lines: bool = False) -> None:
+    def __init__(self, console: Console, text: str = "starting", *, lines: bool = False, redirect: bool = True) -> None:
         self.console = console
         self.view: View | None = None
         self._lines, self._timer = lines, threading.Timer(0, lambda: None)
         self._text, self._began, self._spinner = text, time.monotonic(), Spinner("dots")
-        self._live: AbstractContextManager[Any]
+        self._live: Live | _Cell
         if _in_notebook():
             self._live = _Cell(self.render)
         else:
-            rate = 1 / REFRESH_SECONDS
-            self._live = Live(get_renderable=self.render, console=console, refresh_per_second=rate, transient=True)
+            self._live = Live(
+                get_renderable=self.render,
+                console=console,
+                refresh_per_second=1 / REFRESH_SECONDS,
+                transient=True,
+                redirect_stdout=redirect,
+                redirect_stderr=redirect,
+            )
 
     def __enter__(self) -> Self:
         self._live.__enter__()
+        self._live.refresh()  # at once: rich waits until the next of its regular times
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -79,9 +88,49 @@ class Region:
         parts: list[RenderableType] = [] if self.view is None else [self.view.render()]
         if self._text:
             seconds = int(time.monotonic() - self._began)
-            self._spinner.update(text=f"{self._text}{f'  {seconds} s' if seconds else ''}")
+            text = " · ".join([self._text, *(f"importing {name}" for name in _importing())])
+            self._spinner.update(text=f"{text}{f'  {seconds} s' if seconds else ''}")
             parts.append(self._spinner)
         return Group(*parts)
+
+
+def _importing() -> list[str]:
+    """The slow libraries that are being imported."""
+    specs = {name: getattr(sys.modules.get(name), "__spec__", None) for name in SLOW_IMPORTS}
+    return [name for name, spec in specs.items() if getattr(spec, "_initializing", False)]
+
+
+class Status:
+    """A line on standard error with what is being done and the seconds, which the first output of the command ends.
+
+    Nothing without a text, and where the output is no terminal, since a program may read it.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._region: Region | None = None
+        if text and sys.stdout.isatty() and sys.stderr.isatty():
+            self._streams = sys.stdout, sys.stderr
+            self._region = Region(Console(file=sys.stderr, highlight=False), text, redirect=False).__enter__()
+            sys.stdout, sys.stderr = (cast(TextIO, _First(stream, self.end)) for stream in self._streams)
+
+    def end(self) -> None:
+        """Removes the line."""
+        region, self._region = self._region, None
+        if region is not None:
+            sys.stdout, sys.stderr = self._streams
+            region.__exit__(None, None, None)
+
+
+class _First:
+    """A stream whose first output is announced."""
+
+    def __init__(self, stream: TextIO, announce: Callable[[], None]) -> None:
+        self._stream, self._announce = stream, announce
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("write", "writelines", "buffer"):
+            self._announce()
+        return getattr(self._stream, name)
 
 
 def follow(
@@ -134,7 +183,6 @@ class _Cell:
         from IPython.display import HTML, display
 
         self._handle = display(HTML(""), display_id=True)
-        self._draw()
         self._thread.start()
         return self
 
@@ -145,9 +193,10 @@ class _Cell:
 
     def _refresh(self) -> None:
         while not self._ended.wait(2 * REFRESH_SECONDS):
-            self._draw()
+            self.refresh()
 
-    def _draw(self) -> None:
+    def refresh(self) -> None:
+        """Shows the state as it is now."""
         page = Console(file=io.StringIO(), record=True, width=NOTEBOOK_WIDTH, force_jupyter=False, highlight=False)
         page.print(self._render())
         self._show(page.export_html(inline_styles=True, code_format="<pre>{code}</pre>"))

@@ -43,8 +43,8 @@ def tune_view(console: Console, event: TuneEvent) -> "TuneView | None":
     """The view that an event of a search begins; prints what is known of a study before it is opened."""
     match event:
         case StudyFound():
-            text = event.question or ("a study of this home" if event.resumed else "")
-            console.print(f"[bold]{escape(event.name)}[/]  {escape(text)}".rstrip(), soft_wrap=False)
+            text = event.question or ("a study of this home" if event.resumed else "a new study")
+            console.print(f"[bold]{escape(event.name)}[/] on {escape(event.dataset)}: {escape(text)}", soft_wrap=False)
         case Note(text):
             console.print(escape(text), soft_wrap=False)
         case StudyOpened():
