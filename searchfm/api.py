@@ -10,6 +10,7 @@ what the same call may get over later.
 
 import html
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 FigureKind: TypeAlias = Literal[
     "history", "importance", "slice", "parallel", "progress", "ranking", "survival", "curves", "confusion"
 ]
+# Optuna imports tqdm, which warns in a notebook without ipywidgets. Its bars are not used here.
+warnings.filterwarnings("ignore", "IProgress not found")
 TOP = 5  # trials that a notebook shows of a study
 
 

@@ -243,6 +243,7 @@ def test_the_interval_of_the_test_part_is_a_pair() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own imports
 def test_retraining_returns_the_record_and_its_model_predicts(study: searchfm.OpenStudy) -> None:
     final = searchfm.retrain(study, trial=0, workers=1, device="cpu", progress=False)
     assert final.test.interval[0] < final.test.accuracy < final.test.interval[1]

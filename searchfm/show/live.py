@@ -43,7 +43,8 @@ class Region:
     def __init__(self, console: Console, text: str = "starting", *, lines: bool = False, redirect: bool = True) -> None:
         self.console = console
         self.view: View | None = None
-        self._lines, self._timer = lines, threading.Timer(0, lambda: None)
+        self._lines = lines and not console.is_terminal and not _in_notebook()
+        self._timer = threading.Timer(0, lambda: None)
         self._text, self._began, self._spinner = text, time.monotonic(), Spinner("dots")
         self._live: Live | _Cell
         if _in_notebook():
@@ -71,7 +72,7 @@ class Region:
         """Shows what is being done from now on; nothing: no phase."""
         self._text, self._began = text, time.monotonic()
         self._timer.cancel()
-        if text and self._lines and not self.console.is_terminal:
+        if text and self._lines:
             self._timer = threading.Timer(SLOW_SECONDS, self.console.print, [f"[dim]{text}[/]"])
             self._timer.daemon = True
             self._timer.start()
