@@ -188,7 +188,9 @@ def test_a_timeout_before_the_study_is_opened_leaves_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "home").exists()
 
 
-def test_workers_are_not_sent_the_main_module_and_other_processes_are() -> None:
+def test_workers_are_not_sent_the_main_module_and_other_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
     keys = {"init_main_from_name", "init_main_from_path"}
     assert not keys & multiprocessing.spawn.get_preparation_data("searchfm-cpu").keys()
     assert keys & multiprocessing.spawn.get_preparation_data("Process-1").keys()
