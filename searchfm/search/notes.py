@@ -24,7 +24,13 @@ LONGEST = 2045  # characters that the dashboard puts in one attribute
 NOTED = 500  # trials: the dashboard looks through all notes for every trial it lists (1,000: 2 s a page, 2,000: 7 s)
 VIEW = "searchfm"  # the view that the table opens with
 MODE = "workflowType=machine_learning"  # else MLflow shows its pages for chat traces
+OPEN = "/open"  # of MLflow as we serve it: a page that leads to any other, see `show.dashboard`
 HERE = "/mlflow"  # `searchfm dashboard` redirects this path of optuna-dashboard to MLflow's pages
+
+
+def opened(path: str) -> str:
+    """The path of a page of MLflow, as a server of ours opens it."""
+    return OPEN + path.removeprefix("/")
 
 
 @dataclass(frozen=True)

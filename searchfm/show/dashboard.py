@@ -24,13 +24,13 @@ from typing import Literal
 
 import uvicorn
 from starlette.datastructures import URL
-from starlette.responses import RedirectResponse
+from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.home import HOME, TRACKING, Home
 from searchfm.records import StudyRecord
-from searchfm.search.notes import HERE, artifact_folder, web_address
+from searchfm.search.notes import HERE, OPEN, artifact_folder, opened, web_address
 from searchfm.search.storage import load_study, open_storage, study_names
 from searchfm.show.guard import HEALTH, LOOPBACK, TOKEN, Access, Guard, read_token, with_token
 
@@ -93,7 +93,8 @@ def serve(
         if not stop.is_set():
             table = links.table() if links.experiment else ""
             dashboard = f"{access.address(first)}/dashboard/studies/{study.number}"
-            mlflow = f"{remote}{table}" if remote else with_token(f"{access.address(second)}{table}", access.token)
+            local = f"{access.address(second)}{opened(table)}"
+            mlflow = f"{remote}{table}" if remote else with_token(local, access.token)
             ready(with_token(dashboard, access.token), mlflow)
         while not stop.wait(0.5):
             for server in servers:
@@ -197,7 +198,7 @@ def run(home: Home, spec: ServerSpec, access: Access, ready: Callable[[], None] 
     if spec.name == "MLflow":
         from searchfm.tracking.server import create_app
 
-        app: ASGIApp = create_app(home, serve_artifacts=spec.serve_artifacts)
+        app: ASGIApp = without_assistant(create_app(home, serve_artifacts=spec.serve_artifacts))
     else:
         app = links_to(spec.mlflow, optuna_app(home))
     config = uvicorn.Config(
@@ -252,11 +253,30 @@ def links_to(mlflow: str | int, app: ASGIApp) -> ASGIApp:
         if scope["type"] != "http" or not scope["path"].startswith(f"{HERE}/"):
             return await app(scope, receive, send)
         url = URL(scope=scope)
-        base = mlflow if isinstance(mlflow, str) else f"{url.scheme}://{url.replace(port=mlflow).netloc}"
-        target = f"{base}/#{scope['path'].removeprefix(HERE)}{'?' if url.query else ''}{url.query}"
+        page = f"/#{scope['path'].removeprefix(HERE)}{'?' if url.query else ''}{url.query}"
+        local = f"{url.scheme}://{url.replace(port=mlflow).netloc}" if isinstance(mlflow, int) else ""
+        target = f"{local}{opened(page)}" if local else f"{mlflow}{page}"
         return await RedirectResponse(target, 302)(scope, receive, send)
 
     return linked
+
+
+# MLflow's pages open their assistant at the first visit. It cannot answer here, and no setting of the server keeps it
+# closed; but a browser remembers that it was opened once.
+_OPENING = """<!doctype html><title>MLflow</title><script>
+try { localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true"); } catch {}
+location.replace("./" + location.hash);
+</script>"""
+
+
+def without_assistant(app: ASGIApp) -> ASGIApp:
+    """MLflow's app, and a page of our own that leads to the page its fragment names, and keeps the assistant closed."""
+
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        page = scope["type"] == "http" and scope["path"] == OPEN
+        await (HTMLResponse(_OPENING) if page else app)(scope, receive, send)
+
+    return served
 
 
 def _follow_parent() -> None:

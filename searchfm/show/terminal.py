@@ -15,6 +15,7 @@ from rich.text import Text
 
 from searchfm.format import final_sentences, megaflop, param_texts, plural, short
 from searchfm.records import Final, State, StudyRecord, Trial
+from searchfm.search.notes import opened
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
 from searchfm.show import schema
@@ -105,7 +106,7 @@ def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[s
 
 def show_page(console: Console, server: str | None, path: str) -> None:
     """The address of a page of MLflow. server: of MLflow; None: `searchfm dashboard` serves it at its usual port."""
-    address = f"{server or 'http://127.0.0.1:5000'}{path}"
+    address = f"{server}{path}" if server else f"http://127.0.0.1:5000{opened(path)}"
     console.print(f"MLflow  {address}{'' if server else '  (while searchfm dashboard runs)'}", markup=False)
 
 

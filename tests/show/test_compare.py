@@ -191,7 +191,7 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     assert parent.info.run_name == "near, best"
     assert parent.data.tags["mlflow.source.name"].startswith("searchfm compare near best --home ")
     key = line.partition("viewStateShareKey=")[2].split()[0]
-    assert f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?" in line
+    assert f"http://127.0.0.1:5000/open#/experiments/{experiment.experiment_id}/runs?" in line
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{key}"])
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`accuracy`", False)
     flat = client.search_runs([experiment.experiment_id], view["searchFilter"])

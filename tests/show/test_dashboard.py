@@ -226,7 +226,7 @@ def test_the_token_comes_from_a_file_or_the_environment(tmp_path: Path, monkeypa
 def test_the_token_is_printed_on_a_terminal_alone(terminal: bool) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, highlight=False, soft_wrap=True)
-    show_addresses(console, with_token("http://a:1/b?c=d", SECRET), with_token("http://a:2/#/x", SECRET))
+    show_addresses(console, False, with_token("http://a:1/b?c=d", SECRET), with_token("http://a:2/#/x", SECRET))
     assert f"http://a:1/b?c=d&token={SECRET if terminal else 'TOKEN'}\n" in text.getvalue()
     assert f"http://a:2/?token={SECRET if terminal else 'TOKEN'}#/x\n" in text.getvalue()
 
@@ -239,7 +239,7 @@ def test_links_in_notes_lead_to_mlflow_wherever_it_is() -> None:
     local = dashboard.links_to(5000, inside)
     for host, target in (("localhost:8080", "localhost:5000"), ("[::1]:8080", "[::1]:5000"), ("lab.example", None)):
         headers = ask(path, (host,), app=local)[1]
-        assert headers["location"].startswith(f"http://{target or 'lab.example:5000'}/#/experiments/1")
+        assert headers["location"].startswith(f"http://{target or 'lab.example:5000'}/open#/experiments/1")
     assert ask("/dashboard", ("localhost",), app=local)[2] == "inside"
 
 
@@ -426,6 +426,7 @@ def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Pat
     page, _ = look(served.mlflow, tmp_path, "mlflow-table")
     indices = [page.index(name) for name in ("toy-0000", "toy-0003")]
     assert indices == sorted(indices)  # the better one first
+    assert "Ask a question" not in page, "the assistant's pane takes a quarter of the page"
     assert "toy-0001 (pruned)" in page
     assert "toy-0002 (failed)" in page
     assert not re.search(r">toy</", page[page.index("Run Name") :]), "the study's own run is no trial"
@@ -441,7 +442,7 @@ def test_the_table_is_seen_in_mlflow(served: Served, synced: Home, tmp_path: Pat
 @pytest.mark.slow
 def test_a_trial_is_seen_in_mlflow_with_its_pictures(served: Served, synced: Home, tmp_path: Path) -> None:
     links = run_links(synced, rows.study(synced))
-    base = f"http://127.0.0.1:{served.ports[1]}/#/experiments/{links.experiment}/runs/{links.runs[3]}"
+    base = f"http://127.0.0.1:{served.ports[1]}/open#/experiments/{links.experiment}/runs/{links.runs[3]}"
     page, _ = look(base, tmp_path, "mlflow-trial")
     assert "searchfm tune toy" in page
     assert "of the validation part correct after 4 epochs" in page
@@ -502,7 +503,7 @@ def test_a_server_of_ones_own_is_linked_to(served: Served, synced: Home) -> None
     other = Served(synced, **{TRACKING: address})
     family = other.family
     assert len(family) == 1
-    assert other.mlflow == served.mlflow
+    assert other.mlflow == served.mlflow.replace("/open#", "/#")
     assert "secret" not in "".join(other.printed)
     assert other.end(signal.SIGTERM) in (0, 143)
     until(lambda: gone(family), 5)
