@@ -697,8 +697,8 @@ def predict(
     """Predict the classes of images, with probabilities.
 
     Images are converted to the size and channels that the model was trained with, nothing more: Fashion-MNIST shows
-    white clothes on black, so invert a photograph on white paper first. Unreadable files are reported and skipped. No
-    code in a model's file is run.
+    white clothes on black, so invert a photograph on white paper first. Unreadable files are named, the others are
+    answered (exit code 0; 2 if none can be read). No code in a model's file is run.
     """
     from searchfm.learn import export
     from searchfm.show import schema, terminal
@@ -719,6 +719,7 @@ def predict(
         typer.echo(schema.prediction_csv(rows, top), nl=False)
     elif not all(row.error for row in rows):
         _console().print(terminal.prediction_table(rows, top))
+        terminal.show_predicted(_console(), rows, predictor.classes)
     export.check_any(rows)
 
 
@@ -728,7 +729,9 @@ def export(
     kind: Annotated[
         str | None, typer.Option("--format", help="onnx, pt2 or safetensors. [default: by --output's name, else onnx]")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File to write, or its folder. [default: NAME.FORMAT]")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="File to write, or its folder; a new one ends with /. [default: NAME.FORMAT]")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
     allow_code: CodeOption = False,
     home: HomeOption = None,
@@ -741,16 +744,19 @@ def export(
     others' only if you trust them; safetensors is weights alone, with how to build the model as JSON in it and beside
     it. `searchfm predict` reads onnx and safetensors.
     """
-    from searchfm.learn import export
+    from searchfm.learn.formats import target
+
+    path = target(kind, output)
+    from searchfm.learn import export  # imports torch
     from searchfm.show import schema
     from searchfm.tracking import registry
 
-    target = export.target(kind, output)
     with registry.find_model(Home.find(home), model) as (name, source):
         network, spec = export.load_model(source, allow_code=allow_code)
-    done = export.export(network, spec, target(name), force=force)
+    done = export.export(network, spec, path(name), force=force)
     text = f"{done.path}: {done.bytes:,} bytes; largest difference of a probability {done.difference:.1e}"
-    _output(as_json, schema.describe_export(model, done), lambda: typer.echo(text))
+    used = "" if done.format == "pt2" else f"\nnext  searchfm predict {shlex.quote(str(done.path))} IMAGE..."
+    _output(as_json, schema.describe_export(model, done), lambda: typer.echo(text + used))
 
 
 @app.command()

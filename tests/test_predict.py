@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from searchfm.learn import datasets, export
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
 from searchfm.learn.datasets import CLOTHES
+from searchfm.learn.formats import FORMATS
 from searchfm.learn.images import Arrays
 from searchfm.learn.sources import open_folder, read_part
 from searchfm.learn.train import Training
@@ -239,7 +241,9 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(
     assert rows[5]["error"].startswith("holds no image; may hold .bmp, ")
     code, out, _ = searchfm("predict", model, *paths)
     assert code == 0
-    assert len(out.splitlines()) == 8
+    assert len(out.splitlines()) == 10
+    assert "5 of 7 files cannot be read" in out
+    assert "2 images: " in out.splitlines()[-1]
     assert f"{text}" in out
     assert "cannot be read: No such file or directory" in out
 
@@ -274,6 +278,18 @@ def test_a_folder_stands_for_the_images_in_it(
         str(one),
     ]
     assert len({row["probability"] for row in rows}) == 1
+
+
+def test_images_in_folders_named_after_classes_are_counted(
+    searchfm: Callable[..., Output], model: Path, images: Path, tmp_path: Path
+) -> None:
+    for label, name in ((8, "Bag"), (4, "Coat")):
+        shutil.copytree(images / str(label), tmp_path / "named" / name)
+    rows = json.loads(searchfm("predict", model, tmp_path / "named", "--json")[1])
+    correct = sum(Path(row["image"]).parent.name == row["class"] for row in rows)
+    lines = [line.strip() for line in searchfm("predict", model, tmp_path / "named")[1].splitlines()]
+    assert lines[-1] == f"{correct / len(rows):.2%} correct by the names of their folders: {correct} of {len(rows)}"
+    assert lines[-2].startswith(f"{len(rows)} images: ")
 
 
 def test_a_name_of_any_bytes_is_shown(
@@ -383,6 +399,9 @@ def test_export_writes_to_the_output_option(searchfm: Callable[..., Output], mod
     Path("my.pt2").write_text("mine")
     refused(searchfm("export", model, "--output", "my.pt2"), "my.pt2: already exists; --force overwrites it")
     assert Path("my.pt2").read_text() == "mine"
+    code, out, _ = searchfm("export", model, "--output", "new/", "--format", "safetensors")
+    assert (code, len(list(Path("new").glob("*.safetensors")))) == (0, 1)
+    assert "\nnext  searchfm predict new/" in out
     code, out, _ = searchfm("export", model, "--output", "my.pt2", "--force")
     assert code == 0
     assert re.search(r"my\.pt2: [\d,]+ bytes; largest difference of a probability \d\.\de[+-]\d\d$", out.strip())
@@ -393,8 +412,12 @@ def test_export_writes_to_the_output_option(searchfm: Callable[..., Output], mod
     [
         (("--format", "h5"), "format 'h5': must be one of onnx, pt2, safetensors"),
         (("--output", "m.h5"), "format 'h5': must be one of"),
-        (("--output", "m.pt2", "--format", "onnx"), "--output m.pt2: must be a folder, or end in .onnx"),
-        (("--output", "m"), "--output m: must be a folder, or end in .onnx"),
+        (
+            ("--output", "m.pt2", "--format", "onnx"),
+            "--output m.pt2: must be a folder (a new one ends with /), or end in .onnx",
+        ),
+        (("--output", "m"), "--output m: must be a folder (a new one ends with /), or end in .onnx"),
+        (("--output", "nix/new/"), "--output nix/new/: cannot be made, there is no folder nix"),
         (("--output", "nix/m.pt2"), "nix/m.pt2: cannot be written, there is no folder nix"),
     ],
 )
@@ -444,7 +467,7 @@ def test_a_studys_champion_answers_by_its_name(
     correct = [answer == str(label) for (answer, _), label in zip(best, digits.labels[:60], strict=True)]
     assert sum(correct) > 40
     assert ask("models:/searchfm-mlp@champion") == ask("models:/searchfm-mlp/1") == ask(final) == best
-    for kind in export.FORMATS:
+    for kind in FORMATS:
         code, _, err = searchfm("export", "mlp", "--format", kind, "--home", home)
         assert code == 0, err
         if kind == "pt2":

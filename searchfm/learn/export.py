@@ -23,13 +23,12 @@ from PIL.Image import Image
 from torch import nn
 
 from searchfm.config import Shape
-from searchfm.errors import DataError, ModelError, UserError, model_errors, one_of
+from searchfm.errors import DataError, ModelError, UserError, model_errors
 from searchfm.home import write_whole
 from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
 from searchfm.learn.images import SUFFIXES, Pixels, as_pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, served
 
-FORMATS = ("onnx", "pt2", "safetensors")
 Probabilities: TypeAlias = NDArray[np.float32]
 Answer: TypeAlias = Callable[[Pixels], Probabilities]
 Side: TypeAlias = Annotated[int, msgspec.Meta(gt=0)]  # of an image, in pixels
@@ -71,18 +70,6 @@ class Exported:
     format: str
     bytes: int
     difference: float  # the largest of any probability to the model's own, over random images
-
-
-def target(kind: str | None, output: Path | None) -> Callable[[str], Path]:
-    """The file for a model of a name, in the format that `--format` and `--output` name. Raises UserError."""
-    path = output or Path()
-    folder = path.is_dir()
-    kind = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
-    if kind not in FORMATS:
-        raise UserError(f"format {kind!r}: must be one of {one_of(kind, FORMATS)}")
-    if not folder and path.suffix != f".{kind}":
-        raise UserError(f"--output {path}: must be a folder, or end in .{kind}")
-    return lambda name: path / f"{name}.{kind}" if folder else path
 
 
 def load(path: Path, *, allow_code: bool = False) -> Predictor:

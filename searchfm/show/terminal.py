@@ -1,6 +1,7 @@
 """The terminal: tables and sentences."""
 
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -219,6 +220,26 @@ def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
         then = [escape(", ".join(f"{other} {part:.4f}" for other, part in rest))] if top > 1 else []
         shown.add_row(escape(row.image), escape(name), f"{probability:.4f}", *then)
     return shown
+
+
+def show_predicted(console: Console, rows: "Sequence[Prediction]", classes: Container[str]) -> None:
+    """How many files cannot be read; of several images, how many are of each class, and, where all folders are named
+    after classes, how many have their folder's.
+    """
+    answered = [row for row in rows if not row.error]
+    if len(answered) < len(rows):
+        console.print(f"[red]{len(rows) - len(answered):,} of {plural(len(rows), 'file')} cannot be read[/]")
+    if len(answered) < 2:
+        return
+    counts = Counter(row.top[0][0] for row in answered).most_common()
+    named = ", ".join(f"{escape(name)} {number:,}" for name, number in counts)
+    console.print(f"{plural(len(answered), 'image')}: {named}")
+    pairs = [(Path(row.image).parent.name, row.top[0][0]) for row in answered]
+    if all(folder in classes for folder, _ in pairs):
+        correct = sum(folder == name for folder, name in pairs)
+        console.print(
+            f"{correct / len(pairs):.2%} correct by the names of their folders: {correct:,} of {len(pairs):,}"
+        )
 
 
 # --- shared -----------------------------------------------------------------------------------------------------------

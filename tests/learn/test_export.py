@@ -23,7 +23,8 @@ from searchfm.errors import ModelError, UserError
 from searchfm.learn import export
 from searchfm.learn.checkpoint import SPEC, WEIGHTS, save_weights
 from searchfm.learn.data import Splits
-from searchfm.learn.export import BOUND, FORMATS
+from searchfm.learn.export import BOUND
+from searchfm.learn.formats import FORMATS
 from searchfm.learn.models import Classifier, build, served
 from searchfm.learn.train import Training
 from tests.learn.toys import config
