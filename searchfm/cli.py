@@ -787,6 +787,7 @@ def remove(
     Its versions in MLflow's registry stay unless --models is given. The record of test reads stays.
     """
     from searchfm import upkeep
+    from searchfm.format import plural
     from searchfm.search.files import study_name
     from searchfm.search.storage import read_study
     from searchfm.show import schema
@@ -796,10 +797,11 @@ def remove(
         record = read_study(where, name)
         if not sys.stdin.isatty():
             raise UserError(f"remove {name}: asks first, and there is no terminal to answer; --yes removes it")
-        gone = f"{len(record.trials)} trials in Optuna and MLflow, {upkeep.size(record):,} bytes in {record.folder}"
+        gone = f"{plural(len(record.trials), 'trial')} in Optuna and MLflow"
+        gone += f", {upkeep.size(record):,} bytes in {record.folder}"
         typer.confirm(f"Remove study {name!r} ({gone})?", abort=True, err=True)
     removed = upkeep.remove(where, name, models=with_models)
-    text = f"removed study {name!r}: {removed.trials} trials, {removed.bytes:,} bytes"
+    text = f"removed study {name!r}: {plural(removed.trials, 'trial')}, {removed.bytes:,} bytes"
     kept = f"; kept in the registry: {', '.join(removed.kept)}" if removed.kept else ""
     _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text + kept))
 

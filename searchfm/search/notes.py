@@ -134,7 +134,7 @@ def study_lines(study: StudyRecord) -> list[str]:
         f"**{escape(study.question)}**" if study.question else "",
         f"Data: {escape(str(study.resolved['data']['name']))}, {data.train:,} images to train on and "
         f"{data.validation:,} to compare trials with, {len(data.classes)} classes",
-        f"{len(study.trials)} trials: {states(study)}",
+        f"{plural(len(study.trials), 'trial')}: {states(study)}",
         f"Best: trial {best.number} with {best.value:.2%} of the validation part correct" if best else "",
     ]
     return [line for line in lines if line]

@@ -126,7 +126,8 @@ class TuneView:
     def _ended(self, trial: Trial, better: bool) -> Text:
         """One row: the params that fit, or why the trial ended."""
         done = f"{self.counts.total():>{len(str(self.trials))}}/{self.trials}"
-        epochs = f"{len(trial.reported) or len(trial.epochs)}/{trial.planned_epochs or '?'}"
+        planned = str(trial.planned_epochs or "?")
+        epochs = f"{len(trial.reported) or len(trial.epochs):>{len(planned)}}/{planned}"
         row = Text.from_markup(
             f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{trial.state:<8}[/]"
             f" {digits(trial.accuracy):>6} {'[bold green]best[/]' if better else '    '}"

@@ -81,6 +81,8 @@ class Data(Part, kw_only=True):
     subset: Annotated[float, about("fraction of the training part that is searched on, 0 to 1")]
     train: Annotated[int, about("images that each trial is trained on")]
     validation: Annotated[int, about("images that trials are compared on")]
+    available: Annotated[int | None, about("images to train on before `subset`; null in studies begun before 0.4")]
+    test: Annotated[int | None, about("images of the test part; null in studies begun before 0.4")]
     largest: Annotated[
         float | None, about("validation accuracy of always answering the largest class, 0 to 1; null if unknown")
     ]
@@ -219,6 +221,8 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             subset=float(study.resolved["data"].get("subset", 1.0)),
             train=data.train,
             validation=data.validation,
+            available=data.available,
+            test=data.test,
             largest=data.largest,
             fingerprint=data.fingerprint,
         ),

@@ -300,10 +300,13 @@ def fitting(parts: Sequence[str], width: int) -> str:
 
 
 def note(trial: Trial, width: int) -> str:
-    """Why a trial ended as it did; of a complete one the params that fit into so many characters."""
+    """The text beside a trial's state: why it failed, what pruned it, the params that fit into so many characters."""
     if trial.twin is not None:
         return f"twin of {trial.twin}"
-    return " ".join(trial.reason.split()) if trial.reason else fitting(param_texts(trial.params), width)
+    params, reason = param_texts(trial.params), " ".join((trial.reason or "").split())
+    if pruned := re.fullmatch(r"pruned (.+) after epoch \d+", reason):
+        return fitting([f"{pruned[1]} ", *params], width)
+    return reason or fitting(params, width)
 
 
 def digits(value: float | None) -> str:

@@ -33,7 +33,7 @@ from searchfm.show.live import follow
 from searchfm.show.progress import RetrainView, TuneView
 from searchfm.show.schema import describe_final
 from searchfm.show.summary import show_end
-from searchfm.show.terminal import show_final
+from searchfm.show.terminal import note, show_final
 
 
 def console(*, terminal: bool = False, width: int = 160) -> Console:
@@ -74,6 +74,8 @@ def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home)
     for trial in (first, replace(study.trials[1], reason=reason)):
         view.update(TrialStarted(trial.number, replace(trial, state="running", epochs=())))
         view.update(TrialEnded(trial.number, trial))
+    pruned = replace(first, state="pruned", value=None, reason="pruned by median after epoch 2")
+    assert note(pruned, 27) == "by median  a_long_key_0=0 …"
     *_, complete, failed = shown.export_text().splitlines()
     assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
     assert complete.split("  ")[-1] == "a_long_key_0=0 …"
