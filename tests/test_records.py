@@ -282,7 +282,7 @@ def test_readers_leave_an_old_record_alone_and_the_lock_holder_upgrades_it_with_
         assert attrs["final"] == through_json(study.final.to_json())
         shown = storage.get_study_user_attrs(number)
         assert {"question", "data"} < shown.keys(), "what optuna-dashboard shows can be read"
-        assert all(len(json.dumps(value)) < 300 for value in shown.values())
+        assert all(isinstance(shown[key], str) for key in shown.keys() - {"searchfm"})
         with pytest.raises(StorageError, match="study 'toy': format 3"):  # as 0.3.0 reads it
             StudyHeader.from_json(shown["searchfm"], "study 'toy'")
     for key, old in (("searchfm", STUDY_1), ("final", FINAL_1)):

@@ -47,6 +47,16 @@ class RowStorage(RDBStorage):
         trials = self._read(TRIAL.trial_id == trial_id)
         return trials[0] if trials else super().get_trial(trial_id)
 
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        """The study's record, and hundreds of notes. Raises KeyError for an unknown study."""
+        table = models.StudySystemAttributeModel
+        with self.engine.connect() as connection:
+            query = select(table.key, table.value_json).where(table.study_id == study_id)
+            attrs = {key: _decode(text) for key, text in connection.execute(query).all()}
+        if not attrs:
+            self.get_study_name_from_id(study_id)  # raises KeyError for an unknown study
+        return attrs
+
     def _get_trials(
         self,
         study_id: int,
@@ -177,7 +187,7 @@ class ReconnectingStorage(RowStorage):
     get_study_name_from_id = _repeated(RDBStorage.get_study_name_from_id)
     get_study_directions = _repeated(RDBStorage.get_study_directions)
     get_study_user_attrs = _repeated(RDBStorage.get_study_user_attrs)
-    get_study_system_attrs = _repeated(RDBStorage.get_study_system_attrs)
+    get_study_system_attrs = _repeated(RowStorage.get_study_system_attrs)
     get_all_studies = _repeated(RDBStorage.get_all_studies)
     get_trial_id_from_study_id_trial_number = _repeated(RDBStorage.get_trial_id_from_study_id_trial_number)
     get_trial = _repeated(RowStorage.get_trial)
