@@ -543,21 +543,40 @@ def keys(
 @app.command()
 def data(
     name: Annotated[
-        str | None, typer.Argument(help="Data set to fetch. [default: list all]", autocompletion=shell.data_sets)
+        str | None,
+        typer.Argument(
+            help="Data set to fetch and show, or a path. [default: list all]", autocompletion=shell.data_sets
+        ),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="File of a picture of samples, .png. [default: in the cache folder]")
     ] = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the built-in data sets, their sources and local copies, or fetch one."""
+    """List the built-in data sets, or show one, or your own: classes, sizes, modes, the split, duplicates, samples."""
     from searchfm.config import DATASETS
     from searchfm.learn import datasets
     from searchfm.show import schema, terminal
 
     where = data_folder(data_dir)
-    if name is not None:
-        datasets.fetch(name, where)
-    rows = [datasets.describe(item, where) for item in ([name] if name else DATASETS)]
-    _output(as_json, [schema.describe_data(row) for row in rows], lambda: terminal.show_data(_console(), rows))
+    if name is None:
+        if picture is not None:
+            raise UserError(f"--picture {picture}: needs the name or path of a data set")
+        rows = [datasets.describe(item, where) for item in DATASETS]
+        _output(as_json, [schema.describe_data(row) for row in rows], lambda: terminal.show_data(_console(), rows))
+        return
+    if picture is not None and picture.suffix != ".png":
+        raise UserError(f"--picture {picture}: must end in .png")
+    from searchfm import figures
+    from searchfm.learn.overview import overview
+
+    datasets.fetch(name, where)
+    row, seen = datasets.describe(name, where), overview(name, where)
+    file = picture or datasets.picture_file(row.name)
+    write_whole(file, figures.png(figures.samples(seen.samples)))
+    values = [schema.describe_data(row, seen, file)]
+    _output(as_json, values, lambda: terminal.show_overview(_console(), row, seen, file))
 
 
 @app.command()

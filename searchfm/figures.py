@@ -26,6 +26,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
+from numpy.typing import NDArray
 
 from searchfm.format import short
 from searchfm.home import write_whole
@@ -219,6 +220,29 @@ def confusion(predictions: Predictions, names: Sequence[str]) -> Figure:
         for row, column in np.argwhere(counts):
             colour = LIGHT if fractions[row, column] > 0.25 else INK
             axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=7.5, color=colour)
+    return figure
+
+
+def samples(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> Figure:
+    """Images (3, S, S) uint8 of each class in a row."""
+    columns, side = max(map(len, rows.values())), max(len(image[0]) for row in rows.values() for image in row)
+    step, gap = side + 4, np.full((3, side + 4, side + 4), 255, np.uint8)
+    mosaic = np.full((3, step * len(rows), step * columns), 255, np.uint8)
+    for top, row in enumerate(rows.values()):
+        for left, image in enumerate(row):
+            cell = gap.copy()
+            cell[:, 2 : 2 + image.shape[1], 2 : 2 + image.shape[2]] = image
+            mosaic[:, top * step : (top + 1) * step, left * step : (left + 1) * step] = cell
+    names = [_short(name) for name in rows]
+    margin = 0.25 + 9 / 72 * 0.62 * max(map(len, names))
+    width, height = margin + columns * step / DPI, len(rows) * step / DPI
+    figure = _blank(width, height)
+    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
+    axes.imshow(mosaic.transpose(1, 2, 0), interpolation="nearest", aspect="auto")
+    axes.set_yticks([(i + 0.5) * step for i in range(len(rows))], names, fontsize=9, color=INK, parse_math=False)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return figure
 
 

@@ -144,6 +144,12 @@ def training_images(config: DataConfig, indices: Sequence[int], fingerprint: str
         return np.stack([images[i] for i in indices])
 
 
+def picture_file(name: str) -> Path:
+    """Where the picture of a data set's samples is kept unless the user names a file."""
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return cache_dir() / "pictures" / f"{Path(name).stem}-{digest}.png"
+
+
 def side(config: DataConfig, own: Sequence[int] = ()) -> int:
     """`data.size` for user images that differ in size, as `common_side` gives it; 0 for images of one size.
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Exported as ExportedFile
     from searchfm.learn.export import Prediction as PredictedImage
+    from searchfm.learn.overview import Overview
     from searchfm.show.keys import Section
     from searchfm.tracking.mirror import Difference
     from searchfm.tracking.registry import Version
@@ -457,13 +458,36 @@ class DataSet(Printed, kw_only=True):
     test: Annotated[int | None, about("images; null where the test part will be carved out of `train`")]
     origin: Annotated[str, about("where it comes from")]
     found: Annotated[str | None, about("path on this machine; null if it is not here")]
+    counts: Annotated[
+        Mapping[str, Mapping[str, int]] | UnsetType, about("images by part and class; absent in the list of data sets")
+    ] = UNSET
+    heights: Annotated[tuple[int, float, int] | UnsetType, about("minimum, median and maximum, in pixels")] = UNSET
+    widths: Annotated[tuple[int, float, int] | UnsetType, about("minimum, median and maximum, in pixels")] = UNSET
+    modes: Annotated[Mapping[str, int] | UnsetType, about("images by file format and Pillow's mode")] = UNSET
+    size: Annotated[
+        int | UnsetType, about("side that a new study gives to images that differ in size; 0 where they do not")
+    ] = UNSET
+    repeated: Annotated[int | UnsetType, about("images that equal an earlier one of their class, test aside")] = UNSET
+    shared: Annotated[Mapping[str, int] | UnsetType, about("images that two parts have in common")] = UNSET
+    contradicting: Annotated[int | UnsetType, about("images that are in two classes, test aside")] = UNSET
+    unreadable: Annotated[Sequence[str] | UnsetType, about("images that cannot be read, and why")] = UNSET
+    problem: Annotated[str | UnsetType, about("why the data cannot be divided; empty if they can")] = UNSET
+    picture: Annotated[str | UnsetType, about("path of a picture of samples")] = UNSET
 
 
-def describe_data(row: "Described") -> DataSet:
-    """A data set."""
+def describe_data(row: "Described", seen: "Overview | None" = None, picture: "Path | None" = None) -> DataSet:
+    """A data set, and what an overview of it found."""
     values = asdict(row)
     where: Path | None = values.pop("location")
-    return DataSet(**values, found=None if where is None else str(where))
+    more: dict[str, Any] = {}
+    if seen is not None:
+        keys = ["heights", "widths", "modes", "size", "unreadable", "problem"]
+        keys += ["repeated", "shared", "contradicting"] if seen.compared else []
+        more = {key: getattr(seen, key) for key in keys}
+        more["counts"] = {part: dict(zip(seen.classes, counts, strict=True)) for part, counts in seen.counts.items()}
+    if picture is not None:
+        more["picture"] = str(picture)
+    return DataSet(**values, found=None if where is None else str(where), **more)
 
 
 class Ranked(Part, kw_only=True):

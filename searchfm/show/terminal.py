@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.format import final_sentences, megaflop, param_texts, plural, short
+from searchfm.format import HALF, final_sentences, megaflop, param_texts, plural, short
 from searchfm.records import Final, State, StudyRecord, Trial
 from searchfm.search.notes import opened
 from searchfm.search.space import Choice, Range, leaves
@@ -24,6 +24,7 @@ from searchfm.show import schema
 if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
+    from searchfm.learn.overview import Overview
     from searchfm.tracking.mirror import Difference
     from searchfm.tracking.registry import Version
 
@@ -207,6 +208,57 @@ def show_data(console: Console, rows: "Iterable[Described]") -> None:
         console.print(labelled(row.name, row.origin, indent=min(indent, 30)), soft_wrap=False)
         if row.location is not None and str(row.location) != row.name:
             console.print(str(row.location), style="dim", markup=False)
+
+
+def show_overview(console: Console, row: "Described", seen: "Overview", picture: Path | None) -> None:
+    """A data set by class and part; then sizes, modes, duplicates and what is wrong with it."""
+    shown = table("class", *seen.counts, numeric=set(seen.counts))
+    order = sorted(range(len(seen.classes)), key=lambda label: -sum(counts[label] for counts in seen.counts.values()))
+    for label in order[:SHOWN]:
+        shown.add_row(escape(seen.classes[label]), *(f"{counts[label]:,}" for counts in seen.counts.values()))
+    if len(order) > SHOWN:
+        shown.add_row(f"and {len(order) - SHOWN} others", *("" for _ in seen.counts))
+    console.print(shown)
+    for subject, text in overview_lines(row, seen).items():
+        console.print(labelled(subject, text, indent=12), soft_wrap=False)
+    if picture is not None:
+        console.print(f"[bold]picture[/]     {escape(str(picture))}")
+
+
+def overview_lines(row: "Described", seen: "Overview") -> dict[str, str]:
+    """What is known of a data set, beside its counts."""
+    totals = {part: sum(counts) for part, counts in seen.counts.items()}
+    if row.test is not None:
+        totals["test"] = row.test
+    tested = " (carved out by content)" if seen.carved else ""
+    divided = ", ".join(f"{totals[part]:,} {part}" for part in ("test", "validation", "training") if part in totals)
+    lines = {"data": f"{row.name}, {row.origin}"}
+    lines["images"] = f"{sum(totals.values()):,}: {divided.replace(' test', f' test{tested}', 1)}"
+    if seen.problem:
+        lines["problem"] = seen.problem
+    sides = {"height": seen.heights, "width": seen.widths}
+    lines["pixels"] = ", ".join(
+        f"{name} {low}" if low == high else f"{name} {low} to {high} (median {middle:g})"
+        for name, (low, middle, high) in sides.items()
+    )
+    if seen.size:
+        other = 64 if seen.size == 128 else 128
+        lines["size"] = f"resized to {seen.size}x{seen.size} by a new study; another: --set data.size={other}"
+    lines["modes"] = ", ".join(f"{count:,} {mode}" for mode, count in seen.modes.items())
+    held = [sum(counts[label] for counts in seen.counts.values()) for label in range(len(seen.classes))]
+    fraction = max(held) / sum(held)
+    misleads = ": accuracy misleads; retrain prints balanced accuracy" if fraction > HALF else ""
+    lines["largest"] = f'"{seen.classes[held.index(max(held))]}", {fraction:.1%} of the images{misleads}'
+    copies = [f"{count:,} images are in {pair}" for pair, count in seen.shared.items()]
+    if seen.repeated:
+        copies.append(f"{plural(seen.repeated, 'image')} repeat an earlier one of the class")
+    if seen.contradicting:
+        copies.append(f"{seen.contradicting:,} in two classes: {'; '.join(seen.contradictions)}")
+    if seen.compared:
+        lines["duplicates"] = "; ".join(copies) or "none"
+    if seen.unreadable:
+        lines["unreadable"] = f"{len(seen.unreadable)}: {'; '.join(seen.unreadable[:3])}"
+    return lines
 
 
 def prediction_table(rows: "Sequence[Prediction]", top: int) -> Table:
