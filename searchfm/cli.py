@@ -225,9 +225,15 @@ def tune(
     ],
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, earlier ones included.")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="A data set by name, or a folder of images.", autocompletion=shell.data_sets)
+        str | None,
+        typer.Option(
+            help="A data set by name, or a path: a folder of images or parquet files, an .npz file.",
+            autocompletion=shell.data_sets,
+        ),
     ] = None,
-    subset: Annotated[float | None, typer.Option(help="Fraction of the training part to search on.")] = None,
+    subset: Annotated[
+        float | None, typer.Option(help="Fraction of the training part. [default: the file's; 1 on other data]")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of a trial.")] = None,
     set_: Annotated[
         list[str] | None,

@@ -28,7 +28,7 @@ DATASETS: dict[str, tuple[Shape, int]] = {
 class DataConfig(Table):
     """`[data]`: the data set and its split. The same for every trial of a study."""
 
-    name: str = key("fashion-mnist", "name of a data set, or path of a folder of images", fixed=True)
+    name: str = key("fashion-mnist", "name of a data set, or path of user images: a folder or an .npz file", fixed=True)
     subset: float = key(1.0, "fraction of the training part to use, after the validation split", gt=0, le=1, fixed=True)
     validation: float = key(0.15, "fraction of the training part held out to compare trials", gt=0, lt=1, fixed=True)
     seed: int = key(0, "seed of the two splits above", ge=0, fixed=True)

@@ -249,9 +249,10 @@ def overview_lines(row: "Described", seen: "Overview") -> dict[str, str]:
     fraction = max(held) / sum(held)
     misleads = ": accuracy misleads; retrain prints balanced accuracy" if fraction > HALF else ""
     lines["largest"] = f'"{seen.classes[held.index(max(held))]}", {fraction:.1%} of the images{misleads}'
-    copies = [f"{count:,} images are in {pair}" for pair, count in seen.shared.items()]
+    copies = [f"{pair} share {plural(count, 'image')}" for pair, count in seen.shared.items()]
     if seen.repeated:
-        copies.append(f"{plural(seen.repeated, 'image')} repeat an earlier one of the class")
+        verb = "repeats" if seen.repeated == 1 else "repeat"
+        copies.append(f"{plural(seen.repeated, 'image')} {verb} an earlier one of the class")
     if seen.contradicting:
         copies.append(f"{seen.contradicting:,} in two classes: {'; '.join(seen.contradictions)}")
     if seen.compared:

@@ -1,5 +1,6 @@
 """What `searchfm data` shows of user images of all sizes, modes and formats."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from searchfm.errors import DataError
 from searchfm.figures import png, samples
 from searchfm.learn.overview import SIDE, overview
+from tests.commands import searchfm_here
 from tests.learn.test_images import noise, small, write
 from tests.learn.test_sources import keras, npz
 
@@ -82,3 +84,23 @@ def test_data_that_cannot_be_divided_are_shown_with_the_reason(tmp_path: Path) -
         (tmp_path / "bad" / name / "0.png").write_text("no image")
     with pytest.raises(DataError, match=r"bad: none of 2 images can be read: .*not an image of a known format"):
         overview(str(tmp_path / "bad"))
+
+
+def test_the_command_prints_all_of_it_and_where_the_picture_is(tmp_path: Path) -> None:
+    root, picture = mixed(tmp_path / "pets"), tmp_path / "pets.png"
+    done = searchfm_here("data", str(root), "--picture", str(picture))
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "45: 21 test, 4 validation, 20 training",
+        "height 8 to 20 (median 8), width 8 to 50 (median 8)",
+        "resized to 16x16 by a new study; another: --set data.size=128",
+        "1 image repeats an earlier one of the class",
+        "1 in two classes: ",
+        "bad.png (not an image of a known format)",
+        str(picture),
+    ):
+        assert text in " ".join(done.stdout.split()), text
+    assert Image.open(picture).width > 8 * SIDE
+    (values,) = json.loads(searchfm_here("data", str(root), "--picture", str(picture), "--json").stdout)
+    assert values["counts"]["test"] == {"cat": 10, "dog": 11}
+    assert (values["size"], values["repeated"], values["picture"]) == (16, 1, str(picture))
