@@ -100,7 +100,8 @@ def test_the_command_prints_all_of_it_and_where_the_picture_is(tmp_path: Path) -
         str(picture),
     ):
         assert text in " ".join(done.stdout.split()), text
-    assert Image.open(picture).width > 8 * SIDE
+    with Image.open(picture) as image:
+        assert image.width > 8 * SIDE
     (values,) = json.loads(searchfm_here("data", str(root), "--picture", str(picture), "--json").stdout)
     assert values["counts"]["test"] == {"cat": 10, "dog": 11}
     assert (values["size"], values["repeated"], values["picture"]) == (16, 1, str(picture))
