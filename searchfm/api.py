@@ -189,7 +189,9 @@ def iter_tune(
             text = f"study {plan.name!r}: the timeout of {timeout:g} s was over before it was opened; nothing was begun"
             raise OutOfTimeError(text) from None
     record, seconds = read_study(where, plan.name), time.monotonic() - began
-    ended = SearchEnded(record, tuning.trials, tuning.exhausted, tuning.missing, seconds, stop.reason)
+    ending, missing = plan.ended_by(record.trials), tuning.missing
+    rule, reason = ending or ("", "the space has no further point" * tuning.exhausted)
+    ended = SearchEnded(record, tuning.trials, tuning.exhausted, rule, reason, missing, seconds, stop.reason)
     yield ended
     return OpenStudy(where, record, ended)
 

@@ -292,14 +292,14 @@ def tune(
         ended = tuned.ended
         assert ended is not None
         if as_json:
-            elapsed = round(ended.seconds, 3)
-            described = schema.describe_study(tuned.record, Home(tuned.home), listed=True, elapsed=elapsed)
+            more = {"elapsed": round(ended.seconds, 3), "ended_by": ended.rule or None}
+            described = schema.describe_study(tuned.record, Home(tuned.home), listed=True, **more)
             typer.echo(schema.dump(described))
         summary.show_end(
             console,
             tuned.record,
             trials=ended.trials,
-            exhausted=ended.exhausted,
+            reason=ended.reason,
             missing=ended.missing,
             elapsed=ended.seconds,
         )

@@ -387,6 +387,10 @@ class SearchConfig(Table):
     """`[search]`: the number of trials, the sampler and the pruner."""
 
     trials: int | None = key(None, "number of trials, failed ones included; default: all of a grid, else 20", ge=1)
+    target: float | None = key(None, "validation accuracy of a trial, 0 to 1, that ends the search", gt=0, le=1)
+    stop_after: int | None = key(
+        None, "complete and pruned trials after the best one, none of them better, that end the search", ge=1
+    )
     seed: int = key(0, "seed of proposals and training", ge=0)
     sampler: Tpe | Random | Grid | CmaEs | Gp | Qmc = branch(Tpe, "proposes configs", inline=True)
     pruner: Median | Hyperband | Asha | Percentile | Patient | NoPruner = branch(Median, "prunes trials", inline=True)
@@ -396,7 +400,14 @@ class SearchConfig(Table):
 
 
 # Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.
-FREE = ("search.trials", "search.keep", "search.retries", "search.checkpoint_seconds")
+FREE = (
+    "search.trials",
+    "search.target",
+    "search.stop_after",
+    "search.keep",
+    "search.retries",
+    "search.checkpoint_seconds",
+)
 # Keys whose default depends on another key: a file without them goes on with what its study was begun with.
 DEPENDENT = ("search.sampler.startup_trials", "search.pruner.startup_trials")
 

@@ -84,6 +84,8 @@ class Coordinator:
         self.useful = 0  # complete or pruned; one at chance too, since no error of every trial stops it
         self.chance, self.above, self.at_chance = study.chance(stored.data), False, 0  # trials above it, pruned at it
         self.kept: list[Trial] = []  # the best, whose weights are kept
+        self.ended = [trial for trial in stored.trials if trial.state != "running"]
+        self.ending = study.ended_by(self.ended)  # the rule that ends the search; a running trial may yet be better
         for trial in stored.trials:
             self._compare(trial.reported.values())
             if trial.state != "running":
@@ -280,6 +282,8 @@ class Coordinator:
             self.failures.append(record.reason or "")
             del self.trained[current.digest]
         self._count(record)
+        self.ended.append(record)
+        self.ending = self.study.ended_by(self.ended)
         yield TrialEnded(number, record)
         if record.twin is None:
             for follower in [other for other in self.waiting.values() if other.digest == current.digest]:
@@ -314,7 +318,7 @@ class Coordinator:
 
     def _may_ask(self) -> bool:
         """Whether the study is not full; there may be no worker for it yet."""
-        return self.asked < self.trials and not (self.exhausted and not self.again)
+        return self.ending is None and self.asked < self.trials and not (self.exhausted and not self.again)
 
     @property
     def exhausted(self) -> bool:

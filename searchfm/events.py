@@ -96,6 +96,8 @@ class SearchEnded:
     study: StudyRecord  # as it stands
     trials: int  # asked for in all
     exhausted: bool  # whether a finite space has no further point
+    rule: str  # of [search] that ended it: "target", "stop_after", or nothing
+    reason: str  # why it ended before its number of trials, in a sentence
     missing: int  # trials that MLflow lacks
     seconds: float  # since the call
     stopped: str  # why it ended early: "Ctrl-C", "SIGTERM", "searchfm stop", "timeout", "stopping", or nothing

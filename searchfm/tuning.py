@@ -100,7 +100,9 @@ class Tuning:
     def _work(self) -> bool:
         """Whether anything is left to train."""
         stored = self.stored
-        return stored is None or len(stored.trials) < self.trials or bool(stored.of("running"))
+        if stored is None or stored.of("running"):
+            return True
+        return len(stored.trials) < self.trials and self.study.ended_by(stored.trials) is None
 
     def _notes(self) -> Iterator[Note]:
         """What the study has to say to the user, once."""

@@ -93,6 +93,48 @@ def test_a_trial_is_not_pruned_after_its_last_epoch(home: Home) -> None:
     assert pruned.of("pruned"), "the pruner does stop trials before their last epoch"
 
 
+# --- rules that end a search ------------------------------------------------------------------------------------------
+
+
+def test_a_target_ends_the_search_and_a_higher_one_goes_on(home: Home) -> None:
+    def make(target: float) -> Any:
+        return toy(search={"target": target, "trials": 20, "seed": 1})
+
+    values = [toys.curve(row.config, 3) for row in search(home, toy("all", search={"trials": 20, "seed": 1})).trials]
+    better = [i for i, value in enumerate(values) if value > max(values[:i], default=0.0)]
+    first, second = better[1:3]
+    assert len(search(home, make(values[first])).trials) == first + 1
+    assert len(search(home, make(values[first])).trials) == first + 1, "the rule holds after a resume"
+    study = search(home, make(values[second]))
+    check(study, second + 1)
+    ending = make(values[second]).ended_by(study.trials)
+    assert ending is not None
+    assert ending.key == "target"
+    assert ending.text.endswith(f" is reached by trial {second} with {values[second]:.4f}")
+
+
+def test_a_search_ends_after_trials_without_a_better_one_however_it_was_stopped(tmp_path: Path) -> None:
+    def make() -> Any:
+        return toy(search={"stop_after": 4, "trials": 40})
+
+    study = search(Home(tmp_path / "unbroken"), make(), payload={"fail": [2]})
+    check(study, len(study.trials))
+    assert study.best is not None
+    after = [row for row in study.trials if row.number > study.best.number]
+    assert len([row for row in after if row.state == "complete"]) == 4
+    for length in (5, 3, 5, 4, 5, 6) * 20:
+        broken = search(Home(tmp_path / "broken"), make(), payload={"fail": [2]}, watch=stop_every(length))
+        if make().ended_by(broken.trials) and not broken.of("running"):
+            break
+    assert facts(broken) == facts(study)
+
+
+def test_trials_that_run_when_a_rule_holds_are_brought_to_their_ends(home: Home) -> None:
+    study = search(home, toy(search={"target": 0.01}), workers=3, payload={"seconds": 0.05})
+    check(study, 3)
+    assert len(study.of("complete")) == 3
+
+
 # --- trials at chance -------------------------------------------------------------------------------------------------
 
 COUNTED: dict[str, Any] = {"validation": 1000, "validation_classes": (100,) * 10}

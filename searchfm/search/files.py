@@ -278,7 +278,8 @@ def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where
     search: dict[str, Any] = {}
     for dotted, old, new in differences:
         if dotted in FREE:
-            search |= {} if new is None else {dotted.removeprefix("search."): new}
+            # Without a number of trials in the file, that of the study stays.
+            search |= {} if new is None and dotted == "search.trials" else {dotted.removeprefix("search."): new}
         elif old != (new := _as_begun(dotted, old, new)):
             after, before = ("nothing" if value is None else show(value) for value in (new, old))
             raise ConfigError(

@@ -4,11 +4,11 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, assert_never, cast
+from typing import Any, NamedTuple, assert_never, cast
 
 import optuna
 import tomli_w
@@ -39,7 +39,7 @@ from searchfm.config import (
     image_shape,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
-from searchfm.records import Prepared
+from searchfm.records import Prepared, Trial, ranked
 from searchfm.search import space
 from searchfm.stats import Accuracy
 from searchfm.tables import digest, read_within, show, walk
@@ -56,6 +56,13 @@ WORDS = {
     **dict.fromkeys(("n_epochs", "num_epochs", "max_epochs"), "epochs"),
     **dict.fromkeys(("n_trials", "num_trials", "max_trials"), "trials"),
 }
+
+
+class Ending(NamedTuple):
+    """The rule of `[search]` that ended a search."""
+
+    key: str  # target or stop_after
+    text: str  # one line
 
 
 @contextmanager
@@ -338,6 +345,26 @@ class Study:
         if chance is None or not (warmup < epoch and epochs / 10 <= epoch < epochs):
             return False
         return Accuracy(round(accuracy * data.validation), data.validation).upper(CHANCE_LEVEL) < chance
+
+    def ended_by(self, trials: Iterable[Trial]) -> Ending | None:
+        """The rule of `[search]` that ends the study, from the trials that ended, by their numbers; None if it goes on.
+        So it does not depend on the order of their ends, nor on interruptions.
+        """
+        target, limit = self.search.target, self.search.stop_after
+        if target is None and limit is None:
+            return None
+        useful = [trial for trial in trials if trial.state in ("complete", "pruned")]
+        best = next(iter(ranked(useful)), None)
+        if best is None or best.value is None:
+            return None
+        if target is not None and best.value >= target:
+            text = f"search.target = {target:g} is reached by trial {best.number} with {best.value:.4f}"
+            return Ending("target", text)
+        since = sum(trial.number > best.number for trial in useful)
+        if limit is not None and since >= limit:
+            text = f"search.stop_after = {limit}: none of {since} trials after trial {best.number} is better"
+            return Ending("stop_after", text)
+        return None
 
     def _startup(self, trials: int | None) -> int:
         return min(10, max(4, self.trials // 4)) if trials is None else trials

@@ -126,6 +126,10 @@ class Study(Printed, kw_only=True):
     best: Annotated[Best | None, about("the complete trial with the highest value, the earliest of equal ones")]
     seconds: Annotated[float, about("from the first trial's start to the last one's end, in s")]
     elapsed: Annotated[float | UnsetType, about("`tune` alone: wall time of the command, in s")] = UNSET
+    ended_by: Annotated[
+        Literal["target", "stop_after"] | UnsetType | None,
+        about("`tune` alone: the rule of `[search]` that ended the search; null if none did"),
+    ] = UNSET
     home: Annotated[str, about("path of the home folder")]
     folder: Annotated[str, about("path of the study's files")]
     data: Annotated[Data, about("what is searched on")]

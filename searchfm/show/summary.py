@@ -112,17 +112,17 @@ def _running_table(running: Sequence[Trial], width: int) -> Group:
     return Group(shown, *more)
 
 
-def show_end(
-    console: Console, study: StudyRecord, *, trials: int, exhausted: bool, missing: int, elapsed: float
-) -> None:
-    """The end of `tune`: the result, and the next commands. missing: trials that MLflow lacks."""
+def show_end(console: Console, study: StudyRecord, *, trials: int, reason: str, missing: int, elapsed: float) -> None:
+    """The end of `tune`: the result, and the next commands. reason: why there are fewer trials; missing: trials that
+    MLflow lacks.
+    """
     console.print(Group(*_best(study, BEST, console.width)), soft_wrap=False)
     saved = saved_epochs(study)
     note = f"; pruning saved {saved}" if saved.epochs else ""
     ended = f"{states(study, zeros=False) or 'no trial'} of {trials} in {seconds(elapsed)}{note}"
     console.print(ended, soft_wrap=False)
-    if len(study.trials) < trials and exhausted:
-        console.print("the space has no further point")
+    if len(study.trials) < trials and reason:
+        console.print(reason, soft_wrap=False)
     if missing:
         console.print(f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
     if study.of("running"):

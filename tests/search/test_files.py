@@ -344,6 +344,15 @@ def test_another_value_is_refused_by_name(path: Path, key: str, value: Any, show
         assert str(caught.value).endswith("; name another study with --name to begin afresh")
 
 
+def test_a_rule_that_the_file_drops_holds_no_more(path: Path) -> None:
+    file = read(path)
+    table = {**file.table, "search": {**file.table["search"], "target": 0.9}}
+    study = StudyFile(path, "deep", "", table).study()
+    stored = begun(study, StudyFile(path, "deep", "", table))
+    assert reopen(file, stored, {}).search.target is None
+    assert reopen(file, begun(file.study({"search.target": 0.8}), file), {}).search.target == 0.8, "an override stays"
+
+
 def test_start_up_trials_of_an_older_study_stay_where_the_file_does_not_name_them(path: Path) -> None:
     """Studies begun when these keys had numbers as defaults hold these numbers."""
     file = read(path)
@@ -368,7 +377,14 @@ def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("search.trials", 15), ("search.keep", 1), ("search.retries", 0), ("search.checkpoint_seconds", 1.5)],
+    [
+        ("search.trials", 15),
+        ("search.target", 0.9),
+        ("search.stop_after", 5),
+        ("search.keep", 1),
+        ("search.retries", 0),
+        ("search.checkpoint_seconds", 1.5),
+    ],
 )
 def test_how_far_a_search_goes_may_change_by_override_or_in_the_file(path: Path, key: str, value: Any) -> None:
     file = read(path)

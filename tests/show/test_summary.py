@@ -96,7 +96,7 @@ def test_the_end_of_a_search_fits_one_screen_with_the_best_in_full(study: StudyR
     many = {f"model.mlp.key_{i}": 0.1234 * i for i in range(20)}
     trials = tuple(replace(trial, params={**trial.params, **many}, twin=None) for trial in study.trials)
     shown = console(80)
-    show_end(shown, replace(study, trials=trials), trials=5, exhausted=False, missing=0, elapsed=75.0)
+    show_end(shown, replace(study, trials=trials), trials=5, reason="", missing=0, elapsed=75.0)
     lines = shown.export_text().splitlines()
     assert len(lines) < 24
     assert all(len(line) <= 80 for line in lines)

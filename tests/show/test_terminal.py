@@ -86,7 +86,7 @@ def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
     failed = Ending(state=TrialState.FAIL, epochs=1)  # its missing epochs are not pruning's
     study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.PRUNED, epochs=1), failed])
     shown = console()
-    show_end(shown, study, trials=5, exhausted=True, missing=1, elapsed=75.0)
+    show_end(shown, study, trials=5, reason="the space has no further point", missing=1, elapsed=75.0)
     text = shown.export_text()
     assert "1 complete, 1 pruned, 1 failed of 5 in 1 min 15 s; pruning saved 3 of 8 epochs (38%), about 9.0 s" in text
     assert "the space has no further point" in text
