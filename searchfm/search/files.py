@@ -265,12 +265,16 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     if overrides:
         # Names first: another sampler's name with the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
-        _free_changes(stored.name, [(name, get(stored.resolved, name), overrides[name]) for name in names])
+        _free_changes(stored.name, [(name, get(stored.resolved, name), _lower(overrides[name])) for name in names])
         table = resolve(apply_overrides(stored.resolved, overrides), "command line")
         _refuse_unused(table, overrides)
         pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
         search |= _free_changes(stored.name, pairs)
     return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
 
 
 def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where: str = "") -> dict[str, Any]:

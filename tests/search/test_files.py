@@ -399,6 +399,13 @@ def test_how_far_a_search_goes_may_change_by_override_or_in_the_file(path: Path,
     assert reopen(edited, begun(study, file), {}).resolved == expected
 
 
+def test_names_in_another_case_are_the_same_on_resume(path: Path) -> None:
+    file = read(path)
+    overrides = {"search.sampler.name": "TPE", "optimizer.name": "SGD", "data.name": "Digits"}
+    study = file.study(overrides)
+    assert reopen(file, begun(study, file), overrides).resolved == study.resolved
+
+
 def test_a_file_that_changed_is_refused_naming_the_key(path: Path) -> None:
     file = read(path)
     stored = begun(file.study({"train.epochs": 3}), file)
