@@ -252,7 +252,7 @@ def test_a_built_in_study_runs_and_resumes_on_images_that_some_values_do_not_fit
     home = ("--home", str(new_home(tmp_path / "home").path))
     begun = searchfm_here(*arguments, "--trials", "1", *home)
     assert begun.returncode == 0, begun.stderr
-    assert "patch_size = 7 must divide the images' side of 20 pixels (1, 2, 4, 5, 10, 20): left out" in begun.stderr
+    assert "patch_size = 7 must divide the images' side of 20 pixels (1, 2, 4, 5, 10, 20): left out" in begun.stdout
     assert searchfm_here(*arguments, "--trials", "2", *home).returncode == 0
     study = load_study(open_storage(Home(tmp_path / "home")), Home(tmp_path / "home"), "vit")
     assert [trial.state for trial in study.trials] == ["complete"] * 2
