@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from searchfm.engines import Engine, EngineOptions
-    from searchfm.events import RetrainEvent, SearchEnded, TuneEvent
+    from searchfm.events import Note, Phase, RetrainEvent, SearchEnded, TuneEvent
     from searchfm.learn.export import Predictor
     from searchfm.records import Final, StudyRecord, Trial
     from searchfm.search.study import Study
+    from searchfm.tuning import Forecasted
 
     ImageLike: TypeAlias = str | Path | Image | NDArray[np.uint8]
 
@@ -194,6 +195,56 @@ def iter_tune(
     ended = SearchEnded(record, tuning.trials, tuning.exhausted, rule, reason, missing, seconds, stop.reason)
     yield ended
     return OpenStudy(where, record, ended)
+
+
+def forecast(
+    study: str | Path | Mapping[str, Any],
+    *,
+    progress: "bool | Console" = True,
+    stopping: Callable[[], bool] | None = None,
+    **arguments: Any,
+) -> "Forecasted":
+    """What `tune` would search with these arguments, and what that takes: `tune --dry-run`. arguments: as of `tune`.
+
+    Prepares the study as a search does: reads its data, which it may fetch first, looks for weights, starts workers.
+    Writes nothing into the home. Only workers of this machine are started: with other engines nothing is timed.
+    """
+    from searchfm.show import live
+
+    stop = StopRequest.of(stopping)
+    with stop if stopping is None else nullcontext():
+        return live.follow(_console(progress), _forecast(study, stop, **arguments), _tune_view)
+
+
+def _forecast(
+    study: str | Path | Mapping[str, Any],
+    stop: StopRequest,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    workers_per_gpu: int | Literal["auto"] | None = None,
+    engine: str | Path = "local",
+    engine_options: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
+    home: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    **values: Any,
+) -> "Generator[Phase | Note, None, Forecasted]":
+    from searchfm.events import Phase
+
+    yield Phase("importing Optuna")
+    from searchfm.search.files import check_data_name
+    from searchfm.tuning import Forecasted, Tuning
+
+    where, folder = _home(home), data_folder(_path(data_dir))
+    options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
+    plan, stored, file = find_plan(study, where, **values)
+    plan.check_code(options.allow_code)
+    check_data_name(plan.data["name"])
+    if options.name != "local":
+        return Forecasted(plan, stored)
+    tuning = Tuning(plan, where, file, stored, folder, stopping=stop, engine=_starter(options, where))
+    return (yield from tuning.forecast())
 
 
 def find_plan(

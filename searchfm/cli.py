@@ -247,7 +247,7 @@ def tune(
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
     timeout: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show the study; train nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and forecast time, memory, disk.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Add a trial for each failed one.")] = False,
     home: HomeOption = None,
     data_dir: DataDirOption = None,
@@ -263,16 +263,13 @@ def tune(
     values: dict[str, Any] = {"name": name, "trials": trials, "dataset": dataset, "subset": subset, "epochs": epochs}
     values |= {"set": set_ or (), "seed": seed}
     if dry_run:
-        doing = _doing("reading the study")
-        from searchfm.search import files
-        from searchfm.show import live, schema, terminal
+        values |= {"home": home, "data_dir": data_dir, **options}
+        with StopRequest(exits=True) as stop:
+            timed = api.forecast(study, progress=_console(stderr=True), stopping=stop, **values)
+        from searchfm.show import schema, terminal
 
-        opened, stored, _ = api.find_plan(study, Home.find(home), **values)
-        opened.check_code(options["allow_code"])
-        files.check_data_name(opened.data["name"])
-        doing.end()
-        live.notify(*opened.notes)
-        _output(as_json, schema.describe_plan(opened, stored), lambda: terminal.show_plan(console, opened, stored))
+        shown = schema.describe_plan(timed.study, timed.stored, forecast=schema.describe_forecast(timed.forecast))
+        _output(as_json, shown, lambda: terminal.show_forecast(console, timed))
         return
     with StopRequest(exits=True) as stop:
         tuned = api.tune(

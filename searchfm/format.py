@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from searchfm.records import Final, State, StudyRecord, Trial, trained
+from searchfm.records import Final, Forecast, State, StudyRecord, Trial, trained
 
 INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
@@ -25,6 +25,29 @@ def seconds(count: float) -> str:
         return f"{count:.2g} s" if 0 < count < 0.95 else f"{count:.1f} s"
     minutes, rest = divmod(round(count), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes: 390 MB, 1.2 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 1):.0f} MB"
+
+
+def forecast_range(forecast: Forecast) -> str:
+    """The time of a search, from that with the assumed pruning to that without: 40.0 s to 1 min 5 s."""
+    low, high = seconds(forecast.pruned), seconds(forecast.seconds)
+    return high if low == high else f"{low} to {high}"
+
+
+def forecast_sentence(study: StudyRecord) -> str:
+    """What the search was forecast to take, and what it took; nothing where both cannot be compared: there is no
+    forecast, trials are missing, or the search was interrupted.
+    """
+    forecast = study.forecast
+    ended = [trial for trial in study.trials if trial.state != "running"]
+    if forecast is None or len(ended) != forecast.trials or any(trial.attempts > 1 for trial in ended):
+        return ""
+    workers = plural(forecast.workers, "worker")
+    return f"forecast {forecast_range(forecast)} on {workers}; took {seconds(study.seconds)}"
 
 
 def times(number: int) -> str:

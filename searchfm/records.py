@@ -278,6 +278,20 @@ class Prepared(Record):
         return max(self.validation_classes) / self.validation if self.validation_classes else None
 
 
+@dataclass(frozen=True)
+class Forecast(Record):
+    """What a search was forecast to take before its first trial. Times in seconds, sizes in bytes."""
+
+    trials: int
+    workers: int
+    seconds: float  # of the search, where no trial is pruned
+    pruned: float  # with the pruning that `searchfm.forecast` assumes
+    retrain: float  # of `retrain` with its defaults
+    memory: int  # of a worker at most: of its GPU, else of the host
+    disk: int  # of the home
+    configs: int  # that were timed
+
+
 def _study_2(values: dict[str, Any]) -> dict[str, Any]:
     """Format 2 renames `trials`, the planned number, which is not the trials that there are."""
     planned = values.pop("trials", 0)
@@ -297,6 +311,7 @@ class StudyHeader(Record):
     digest: str  # of the resolved study
     planned: int  # trials in all
     data: Prepared
+    forecast: Forecast | None = None  # None in studies begun before 0.4, and where nothing could be timed
     version: str = ""  # of searchfm, that wrote it last
     command: str = ""  # the command line that opened it last; empty: another program did
     format: int = FORMAT
@@ -486,6 +501,35 @@ class PrepareResult(Record):
     data: Prepared
     devices: Mapping[str, int]  # numbers of accelerators: cuda, mps
     size: int = 0  # `data.size` that was chosen; 0: the job's own stands
+
+
+@dataclass(frozen=True)
+class ForecastJob(Record):
+    """Payload of `forecast`: time a few batches of configs."""
+
+    configs: tuple[Mapping[str, Any], ...]
+    data_dir: str | None
+    seconds: float  # after which only the configs of minimum and maximum work are timed
+    code: str = ""  # as in `Prepared`
+
+
+@dataclass(frozen=True)
+class Timing(Record):
+    """The cost of training one config, for a whole epoch."""
+
+    epochs: int  # that the config asks for
+    work: float  # floating-point operations of an epoch, validation included
+    parameters: int
+    train: float | None  # seconds of an epoch's training; None: not timed
+    validation: float | None  # seconds of the validation after it
+
+
+@dataclass(frozen=True)
+class ForecastResult(Record):
+    """Result of `forecast`."""
+
+    timings: tuple[Timing, ...]
+    memory: int  # bytes of the worker at most: of its GPU, else of the host
 
 
 @dataclass(frozen=True)

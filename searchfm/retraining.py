@@ -27,7 +27,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
-from searchfm.format import state
+from searchfm.format import plural, state
 from searchfm.home import Home, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
 from searchfm.pool import WorkerPool
@@ -94,6 +94,9 @@ def retrain(
         storage = open_storage(home, stopping=stopping, check_lock=lock.check)
         save = partial(write_record, storage, study.number)
         plan = make_plan(study, options)
+        if (running := study.of("running")) and plan.trial is None:
+            left = f"{plural(len(running), 'trial')} of a stopped search left out"
+            yield Note(f"{left}; searchfm tune {study.name} continues the search")
         final = study.final
         exists = (study.folder / FOLDER / WEIGHTS).is_file()
         if final is None or final.plan != plan or not exists:
@@ -141,12 +144,7 @@ def make_plan(study: StudyRecord, options: RetrainOptions) -> FinalPlan:
             actual = {each.number: state(each) for each in study.trials}.get(trial, "unknown")
             raise StudyError(f"study {study.name!r}: trial {trial} is {actual}; may be {_some(complete)}")
         trials: tuple[int, ...] = (trial,)
-    elif running := study.of("running"):
-        raise StudyError(
-            f"study {study.name!r}: is unfinished, {len(running)} of its trials still run; "
-            f"go on with `searchfm tune {study.name}`, or choose a trial with --trial"
-        )
-    else:
+    else:  # no coordinator trains the running ones, since the lock is held here
         trials = tuple(each.number for each in ranked[:top])
     epochs = options.epochs if options.epochs is not None else before.epochs
     return FinalPlan(trials, top, seeds, trial, epochs, before.round + options.again)

@@ -1,6 +1,10 @@
-"""Whether to stop: signals, a timeout, the request of another process, or of the caller. Standard library only."""
+"""Whether to stop: signals, a timeout, the request of another process, or of the caller. Durations as text.
+Standard library only.
+"""
 
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -8,7 +12,23 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
+from searchfm.errors import UserError
+
+DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?")
 REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
+
+
+def read_duration(value: float | str, where: str = "timeout") -> float:
+    """Seconds of a duration: 90, "90", "90s", "30m", "1h", "1h30m". Raises UserError; `where` begins its line."""
+    if isinstance(value, str):
+        match = DURATION.fullmatch(value.strip().lower())
+        parts = {unit: text for unit, text in match.groupdict().items() if text} if match else {}
+        seconds = sum(float(text) * {"h": 3600, "m": 60, "s": 1}[unit] for unit, text in parts.items())
+    else:
+        parts, seconds = {"s": value}, float(value)
+    if not parts or not 0 <= seconds < math.inf:
+        raise UserError(f"{where} {value}: must be a duration, such as 90 (seconds), 30m, 1h or 1h30m")
+    return seconds
 
 
 class StopRequest:
@@ -18,9 +38,15 @@ class StopRequest:
     keep their checkpoints. `exits`, for a command: a second signal ends the process at once, and leaving ends it as
     the signal would have. Else, in somebody's program: a second Ctrl-C raises KeyboardInterrupt, and leaving after
     Ctrl-C goes on; SIGTERM still ends the process then.
+
+    began: when the command began, in seconds of `time.monotonic`: a timeout counts from then on. Default: now.
     """
 
-    def __init__(self, stopping: Callable[[], bool] = lambda: False, *, exits: bool = False) -> None:
+    def __init__(
+        self, stopping: Callable[[], bool] = lambda: False, *, exits: bool = False, began: float | None = None
+    ) -> None:
+        self.began = time.monotonic() if began is None else began
+        self.reserve = 0.0  # seconds of the timeout that are for what comes after
         self.signal = 0  # that the command ends with; `searchfm stop` acts as SIGTERM does
         self.reason = ""  # what the first request was
         self._stopping, self._exits, self._due = stopping, exits, 0.0
@@ -34,9 +60,19 @@ class StopRequest:
         return stopping if isinstance(stopping, cls) else cls(stopping or (lambda: False))
 
     def watch(self, timeout: float | None, requested: Callable[[], bool]) -> None:
-        """timeout: seconds from now, or None. requested: whether another process asked for a stop."""
+        """timeout: seconds since the command began, or None. requested: whether another process asked for a stop."""
         self._requested = requested
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        self._deadline = None if timeout is None else self.began + timeout
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end of the timeout; below 0 after it, infinite without one."""
+        return math.inf if self._deadline is None else self._deadline - time.monotonic()
+
+    def clear_timeout(self) -> None:
+        """What follows runs to its end, however long that takes, unless something else stops it."""
+        self._deadline = None
+        self.reason = "" if self.reason == "timeout" else self.reason
 
     def __call__(self) -> bool:
         """Whether to stop."""
@@ -47,7 +83,7 @@ class StopRequest:
                 if self._requested():
                     self.signal = signal.SIGTERM
                     self._stop("searchfm stop")
-            if self._deadline is not None and now > self._deadline:
+            if self._deadline is not None and now > self._deadline - self.reserve:
                 self.reason = "timeout"
             elif self._stopping():
                 self.reason = "stopping"

@@ -14,10 +14,21 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened
+from searchfm.forecast import CONFIGS, make_forecast
 from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
-from searchfm.records import Prepared, PrepareJob, PrepareResult, StudyHeader, StudyRecord, TrainJob
+from searchfm.records import (
+    Forecast,
+    ForecastJob,
+    ForecastResult,
+    Prepared,
+    PrepareJob,
+    PrepareResult,
+    StudyHeader,
+    StudyRecord,
+    TrainJob,
+)
 from searchfm.search import files
 from searchfm.search.database import failures
 from searchfm.search.lock import Lock, study_lock
@@ -27,7 +38,10 @@ from searchfm.tables import digest
 from searchfm.tracking.follow import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
+FORECAST = "searchfm.learn.entries:forecast"
 TRACKING_SECONDS = 60.0  # for MLflow to catch up at the end
+# To time configs in each worker, those of minimum and maximum work apart: at the start of a search, in a dry run.
+FORECAST_SECONDS, DRY_RUN_SECONDS = 0.5, 10.0
 
 
 @dataclass
@@ -76,7 +90,11 @@ class Tuning:
             pool.check_lock = lock.check
             yield Phase("opening the database")
             self.storage = open_storage(self.home, create=True, stopping=self.stopping, check_lock=lock.check)
-            self._write_down(data, lock)
+            forecast = None
+            if self.stored is None:
+                yield Phase("timing configs")
+                forecast = self._forecast(pool, data, len(devices), FORECAST_SECONDS)
+            self._write_down(data, lock, forecast)
             if self.follow:
                 stack.callback(self._close, Tracking(self.home, study.name))
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
@@ -86,6 +104,21 @@ class Tuning:
             self.exhausted = coordinator.exhausted
             if self.follow:
                 yield Phase("waiting for MLflow")
+
+    def forecast(self) -> Generator[Phase | Note, None, "Forecasted"]:
+        """Prepares the study as a search does, and times configs longer. Writes nothing into the home; raises as `run`
+        does.
+        """
+        yield from self._notes()
+        with closing(self.engine()) as engine:
+            pool = WorkerPool(engine, stopping=self.stopping)
+            before = self.stored.data if self.stored else None
+            self.study, data, devices = yield from prepare(self.study, pool, self.data_dir, before)
+            self.study.check_images(data.shape)
+            yield from self._notes()
+            yield Phase("timing configs")
+            forecast = self._forecast(pool, data, len(devices), DRY_RUN_SECONDS)
+        return Forecasted(self.study, self.stored, data, tuple(devices), forecast)
 
     def result(self) -> StudyRecord:
         """The study as it stands."""
@@ -120,7 +153,30 @@ class Tuning:
             retry_failed=self.retry_failed,
         )
 
-    def _write_down(self, data: Prepared, lock: Lock) -> None:
+    def _forecast(self, pool: WorkerPool, data: Prepared, workers: int, seconds: float) -> Forecast | None:
+        """What the trials to come take, from configs of the first of them: timed on the workers, side by side as trials
+        will be. seconds: for each worker. None where nothing could be timed. Raises KeyboardInterrupt.
+        """
+        study, folder = self.study, str(self.data_dir) if self.data_dir else None
+        tables = [config.to_table() for config in study.samples(CONFIGS)]
+        count = min(workers, max(1, len(tables) // 2))
+        payloads = [ForecastJob(tuple(tables[i::count]), folder, seconds, data.code).to_json() for i in range(count)]
+        jobs = [Job(f"forecast {i}", None, FORECAST, payload) for i, payload in enumerate(payloads)]
+        with closing(pool.run_all(jobs)) as events:
+            ends = [event for event in events if isinstance(event, Finished)]
+        results = [ForecastResult.from_json(end.result, end.job) for end in ends]
+        return make_forecast(
+            [timing for result in results for timing in result.timings],
+            max((result.memory for result in results), default=0),
+            search=study.search,
+            subset=study.data["subset"],
+            data=data,
+            startup=study.startup(getattr(study.search.pruner, "startup_trials", 0)),
+            trials=max(0, self.trials - (len(self.stored.trials) if self.stored else 0)),
+            workers=workers,
+        )
+
+    def _write_down(self, data: Prepared, lock: Lock, forecast: Forecast | None) -> None:
         """Creates the study in the database, or updates what may change in it."""
         study, stored = self.study, self.stored
         header = StudyHeader(
@@ -131,6 +187,7 @@ class Tuning:
             digest=digest(study.resolved),
             planned=study.trials,
             data=data,
+            forecast=stored.forecast if stored else forecast,
             version=searchfm.__version__,
             command=command_line(),
         )
@@ -141,6 +198,17 @@ class Tuning:
 
     def _close(self, tracking: Tracking) -> None:
         self.missing = tracking.close(TRACKING_SECONDS)
+
+
+@dataclass(frozen=True)
+class Forecasted:
+    """A study, not begun or not continued, and what its trials to come would take."""
+
+    study: Study
+    stored: StudyRecord | None  # the study of this name that exists
+    data: Prepared | None = None  # None where workers would have to start elsewhere
+    devices: tuple[str, ...] = ()  # of the workers
+    forecast: Forecast | None = None  # None where nothing could be timed
 
 
 def check_success(study: StudyRecord) -> None:

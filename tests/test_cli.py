@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from searchfm import __version__, cli
 from searchfm.home import Home
 from searchfm.search.lock import study_lock
-from searchfm.search.storage import load_study, open_storage
+from searchfm.search.storage import load_study, open_storage, read_study
+from searchfm.search.study import Study
 from tests.commands import searchfm, searchfm_here
 
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
@@ -56,6 +58,7 @@ def test_without_a_terminal_output_is_plain_lines_with_the_next_commands(begun: 
     output = begun[1]
     assert "4/4 trial" in output
     assert "best trials" in output
+    assert re.search(r"^forecast \d.* on \d+ workers?; took \d", output, re.M)
     assert "searchfm dashboard mlp" in output
     assert "\x1b" not in output
 
@@ -69,6 +72,15 @@ def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
     assert study["best"]["value"] > 0.15, "ten classes: better than chance"
     assert "optimizer.lr" in study["best"]["params"]
     assert study["home"] == str(home)
+
+
+def test_a_new_study_has_a_forecast_from_the_configs_of_its_first_trials(home: Path) -> None:
+    record = read_study(Home(home), "mlp")
+    assert record.forecast is not None
+    assert record.forecast.trials == 4
+    assert 0 < record.forecast.pruned <= record.forecast.seconds
+    samples = Study("mlp", record.resolved).samples(4)
+    assert [config.digest() for config in samples] == [trial.digest for trial in record.trials]
 
 
 def test_a_trial_leaves_its_folder(home: Path) -> None:
@@ -222,10 +234,17 @@ def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home
     assert output["best"]["value"] == row.value
 
 
-def test_a_dry_run_shows_the_space_and_writes_nothing(tmp_path: Path) -> None:
-    done = searchfm("tune", "cnn", "--dry-run", "--home", str(tmp_path / "home"))
+def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
+    done = searchfm("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))
     assert done.returncode == 0
     assert "model.cnn.filters.1" in done.stdout
+    for line in (
+        r"search +\d.* for 50 trials; with pruning \d",
+        r"retrain +\d",
+        r"memory +\d+ MB a worker",
+        r"disk +\d",
+    ):
+        assert re.search(f"^{line}", done.stdout, re.M), line
     assert not (tmp_path / "home").exists()
 
 

@@ -77,7 +77,7 @@ def test_the_module_is_the_same_command(installed: Command) -> None:
 
 @pytest.mark.parametrize("path", {path.parent: path for path in STUDIES}.values(), ids=str)  # one of each folder
 def test_a_shipped_study_is_found_from_any_folder(installed: Command, path: Path) -> None:
-    output = installed("searchfm", "tune", str(path.with_suffix("")), "--dry-run")
+    output = installed("searchfm", "studies", str(path.with_suffix("")))
     assert path.stem in output.stdout + output.stderr
 
 

@@ -51,7 +51,7 @@ def test_every_dependency_has_a_lower_bound_and_no_other() -> None:
     assert [line for line in requirements if not re.fullmatch(r"[\w.-]+(\[\w+\])?>=\d+(\.\d+)*", line)] == []
 
 
-def test_the_readmes_first_search_passes_a_dry_run(tmp_path: Path) -> None:
+def test_the_readmes_first_search_passes_a_dry_run(tmp_path: Path, fashion_mnist: Path) -> None:
     command = re.search(r"^pip install uv && uv run searchfm (tune .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert command
     arguments = command[1].split()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
-from searchfm import cli
+from searchfm import api, cli
 from searchfm.home import Home, shipped, shipped_folder
 from searchfm.learn.data import load
 from searchfm.learn.train import Training
@@ -123,8 +123,10 @@ def test_a_study_shows_its_space_and_what_a_trial_costs(name: str, tmp_path: Pat
     points = "infinite" if name in SEARCHES else len(study.points or ())
     assert f"points: {points}; trials: {study.trials}" in shown
     assert re.search(r"cost of a trial: \d\S* .*parameters, \d\S* .*MFLOP a sample", shown)
-    command(*header(name)["Run"].split()[1:], "--dry-run", "--home", str(tmp_path / "home"))
-    assert not (tmp_path / "home").exists()
+    program, tune, argument, *flags = header(name)["Run"].split()
+    trials = int(flags[1]) if flags else None
+    assert (program, tune, flags[:1]) in (("searchfm", "tune", []), ("searchfm", "tune", ["--trials"]))
+    assert api.find_plan(argument, Home(tmp_path), trials=trials)[0].name == study.name
 
 
 # --- that they train --------------------------------------------------------------------------------------------------

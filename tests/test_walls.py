@@ -23,7 +23,7 @@ LAYERS = (
     {"config", "jobs", "format"},
     {"events"},
     {"search", "learn", "engines"},
-    {"figures", "pool"},
+    {"figures", "pool", "forecast"},
     {"tracking"},
     {"coordinator"},
     {"tuning"},

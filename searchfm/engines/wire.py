@@ -42,6 +42,7 @@ SETTINGS: Mapping[str, Any] = {
 # Entries that a node runs, each with the payload's keys that are folders of the home.
 ENTRIES: Mapping[str, tuple[str, ...]] = {
     "searchfm.learn.entries:prepare": (),
+    "searchfm.learn.entries:forecast": (),
     "searchfm.learn.entries:trial": (),
     "searchfm.learn.entries:fit": (),
     "searchfm.learn.entries:test": ("model",),

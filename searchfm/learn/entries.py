@@ -1,4 +1,5 @@
-"""The job entries: `prepare` and `trial` for a search; `fit` and `test` for the final model; `devices` for a node.
+"""The job entries: `prepare`, `forecast` and `trial` for a search; `fit` and `test` for the final model; `devices` for
+a node.
 
 `test` alone reads the test part; whoever submits it counts the read first.
 """
@@ -7,9 +8,12 @@ import gc
 import io
 import logging
 import os
+import resource
+import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -20,25 +24,28 @@ import numpy as np
 import torch
 
 from searchfm.config import Config, Custom, DataConfig, Shape, Transfer
-from searchfm.errors import DataError, ModelError, Stopped, WorldError, one_line
+from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, WorldError, one_line
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
-from searchfm.learn.models import custom, flops, parameters
+from searchfm.learn.models import Classifier, build, custom, flops, parameters
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.models.transfer import input_sides
-from searchfm.learn.train import Training, evaluate
+from searchfm.learn.train import Training, epoch_seconds, evaluate
 from searchfm.records import (
     PREDICTIONS,
     Epoch,
+    ForecastJob,
+    ForecastResult,
     Prepared,
     PrepareJob,
     PrepareResult,
     TestJob,
     TestResult,
+    Timing,
     TrainJob,
     TrainResult,
 )
@@ -91,6 +98,40 @@ def devices(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     """Returns the numbers of this node's accelerators: {"cuda": 2, "mps": 0}."""
     yield from ()
     return _accelerators()
+
+
+def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
+    """Times training and validation of configs on a few batches: those of minimum and maximum work, then others, as far
+    as the job's seconds go.
+
+    payload: a ForecastJob. Returns a ForecastResult, in the order of the configs. Raises DataError.
+    """
+    job, began = ForecastJob.from_json(payload, "forecast"), time.perf_counter()
+    configs, code = [Config.from_table(table) for table in job.configs], Code(context.allow_code, job.code)
+    data = _data(load, configs[0].data, job.data_dir, context.device)
+    timings: dict[int, Timing] = {}
+    for index, config in enumerate(configs):
+        with suppress(SearchfmError):  # a config that cannot be built fails as a trial, not before
+            timings[index] = _work(config, data, code)
+    order = sorted(timings, key=lambda index: timings[index].work)
+    for index in [*order[:1], *order[:0:-1]]:
+        left = began + job.seconds - time.perf_counter()
+        if left > 0 or index in (order[0], order[-1]):
+            seconds = epoch_seconds(configs[index], data, left, device=context.device, tick=context.tick, code=code)
+            if seconds is not None:
+                timings[index] = replace(timings[index], train=seconds[0], validation=seconds[1])
+    yield from ()  # an entry is a generator, even one without epochs
+    return ForecastResult(tuple(timings[index] for index in sorted(timings)), _peak_bytes(context.device)).to_json()
+
+
+def _work(config: Config, data: Splits, code: Code) -> Timing:
+    """What an epoch of a config computes. A backward pass takes twice as many operations as a forward pass."""
+    channels, height, width = data.train.images.shape[1:]
+    shape = (int(channels), int(height), int(width))
+    net = build(config.model, shape, len(data.classes), seed=0, pretrained=False, code=code)
+    model = Classifier(net, data.mean, data.std)
+    images = 3 * len(data.train) + (0 if data.val is None else len(data.val))
+    return Timing(config.train.epochs, float(flops(model, shape)) * images, parameters(model)[0], None, None)
 
 
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -285,9 +326,18 @@ def _memory(device: torch.device) -> float | None:
     """The fraction of a GPU's memory that this process took at most, since its last trial."""
     if device.type != "cuda":
         return None
-    taken = torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    taken = _peak_bytes(device)
     torch.cuda.reset_peak_memory_stats(device)
     return float(taken / torch.cuda.get_device_properties(device).total_memory)
+
+
+def _peak_bytes(device: torch.device | str) -> int:
+    """Memory that this process took at most: of a GPU since its last trial, else of the host."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # KiB elsewhere
 
 
 def _line(epoch: Epoch) -> str:

@@ -3,14 +3,16 @@
 import hashlib
 import math
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from searchfm.config import Config, TrainConfig
-from searchfm.errors import ConfigError, DivergedError
+from searchfm.errors import ConfigError, DivergedError, SearchfmError
 from searchfm.learn import optim
 from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
@@ -21,6 +23,8 @@ from searchfm.records import Epoch, Predictions
 
 # The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
 _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
+
+TIMED_SECONDS, TIMED_BATCHES = 0.05, 32  # that `epoch_seconds` times: at least, at most
 
 
 class Training(Iterator[Epoch]):
@@ -158,6 +162,48 @@ class Training(Iterator[Epoch]):
             self._average.model.load_state_dict(under("average."))
         optim.restore(self._optimizer, under("optimizer."))
         self.epochs = list(checkpoint.epochs)
+
+
+def epoch_seconds(
+    config: Config,
+    data: Splits,
+    seconds: float,
+    *,
+    device: torch.device | str = "cpu",
+    tick: Callable[[], None] = lambda: None,
+    code: Code = NO_CODE,
+) -> tuple[float, float] | None:
+    """Seconds of an epoch's training, and of the validation after it, timed on a few batches; None where the config
+    cannot be trained. data, device, tick, code: as those of `Training`.
+
+    The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others.
+    """
+
+    def train(batches: int) -> Training:
+        size = batches * config.train.batch_size
+        few = replace(data, train=_first(data.train, size), val=data.val and _first(data.val, size))
+        return Training(longer, few, device=device, tick=tick, code=code)
+
+    longer, began = replace(config, train=replace(config.train, epochs=max(2, config.train.epochs))), time.monotonic()
+    try:
+        training = train(1)
+        epoch = next(training)
+        if time.monotonic() - began + epoch.seconds < seconds:
+            if epoch.seconds < TIMED_SECONDS:
+                training = train(min(TIMED_BATCHES, math.ceil(TIMED_SECONDS / epoch.seconds)))
+                next(training)
+            epoch = next(training)
+    except (SearchfmError, RuntimeError, MemoryError) as error:  # diverged, or out of memory, as in a trial
+        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        return None
+    count, held = training._count, training.data.val
+    trained = count / epoch.samples_per_second
+    validated = 0.0 if data.val is None or held is None else (epoch.seconds - trained) * len(data.val) / len(held)
+    return trained * len(data.train) / count, validated
+
+
+def _first(part: Part, size: int) -> Part:
+    return replace(part, images=part.images[:size], labels=part.labels[:size], indices=part.indices[:size])
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ import optuna
 import tomli_w
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.trial import BaseTrial, FixedTrial
+from optuna.trial import BaseTrial, FixedTrial, TrialState
 
 from searchfm.config import (
     Asha,
@@ -196,11 +196,18 @@ class Study:
         return Config.from_table(space.sample(trial, self.tree))
 
     def samples(self, count: int) -> list[Config]:
-        """Random configs of the space; all of them if it has at most `count` points."""
-        points = space.points(self.tree, count)
-        random = optuna.create_study(sampler=optuna.samplers.RandomSampler(self.search.seed))
-        trials = (random.ask() for _ in range(count)) if points is None else map(FixedTrial, points)
-        return [self.sample(trial) for trial in trials]
+        """Configs of the space: those of the first trials, as far as the sampler proposes them without results; all of
+        the space if it has at most `count` points.
+        """
+        if (points := space.points(self.tree, count)) is not None:
+            return [self.sample(FixedTrial(point)) for point in points]
+        study, configs = optuna.create_study(), []
+        for number in range(count):
+            study.sampler = self.sampler(number)
+            trial = study.ask()
+            configs.append(self.sample(trial))
+            study.tell(trial, state=TrialState.FAIL)  # a sampler counts no failed trial
+        return configs
 
     def check_images(self, shape: Shape | None) -> None:
         """Checks all configs, and their models against (channels, height, width) if known. `notes` name the values that
@@ -274,7 +281,7 @@ class Study:
             case Tpe(startup_trials=startup, candidates=candidates):
                 # Branches make the space conditional; the multivariate TPE supports that only in groups.
                 return optuna.samplers.TPESampler(
-                    n_startup_trials=self._startup(startup),
+                    n_startup_trials=self.startup(startup),
                     n_ei_candidates=candidates,
                     seed=seed,
                     multivariate=True,
@@ -287,10 +294,10 @@ class Study:
                 assert self.points is not None
                 return fixed_sampler(self.points[number % len(self.points)])  # after the last point, the first
             case CmaEs(startup_trials=startup):
-                count = self._startup(startup)
+                count = self.startup(startup)
                 return optuna.samplers.CmaEsSampler(n_startup_trials=count, seed=seed, independent_sampler=random)
             case Gp(startup_trials=startup):
-                return optuna.samplers.GPSampler(n_startup_trials=self._startup(startup), seed=seed)
+                return optuna.samplers.GPSampler(n_startup_trials=self.startup(startup), seed=seed)
             case Qmc():
                 # One sequence for the whole study; Optuna stores the index of the next point.
                 return optuna.samplers.QMCSampler(scramble=True, seed=self.search.seed, independent_sampler=random)
@@ -302,9 +309,9 @@ class Study:
         """The pruner; epochs are counted from 1."""
         match self.search.pruner:
             case Median(startup_trials=startup, min_epochs=min_epochs):
-                return optuna.pruners.MedianPruner(self._startup(startup), min_epochs)
+                return optuna.pruners.MedianPruner(self.startup(startup), min_epochs)
             case Percentile(keep=keep, startup_trials=startup, min_epochs=min_epochs):
-                return optuna.pruners.PercentilePruner(keep, self._startup(startup), min_epochs)
+                return optuna.pruners.PercentilePruner(keep, self.startup(startup), min_epochs)
             case Hyperband(min_epochs=min_epochs, reduction=reduction):
                 return optuna.pruners.HyperbandPruner(min_epochs, self.epochs, reduction)
             case Asha(min_epochs=min_epochs, reduction=reduction):
@@ -366,7 +373,8 @@ class Study:
             return Ending("stop_after", text)
         return None
 
-    def _startup(self, trials: int | None) -> int:
+    def startup(self, trials: int | None) -> int:
+        """The start-up trials of a sampler or pruner: those of its key, else a quarter of all, from 4 to 10."""
         return min(10, max(4, self.trials // 4)) if trials is None else trials
 
     def seed(self, name: int | str) -> int:

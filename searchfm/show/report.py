@@ -17,6 +17,7 @@ from searchfm.errors import DataError, StudyError, UserError
 from searchfm.format import (
     accuracy_sentence,
     final_sentences,
+    forecast_sentence,
     plural,
     saved_epochs,
     seconds,
@@ -252,6 +253,7 @@ def _curves(study: StudyRecord, chosen: Trial, drawn: Sequence[Trial]) -> dict[s
         "progress": figures.progress(drawn, study.ranked(twins=False)[:TOP]),
         "survival": figures.survival(study.trials, int(study.resolved["train"]["epochs"])) if saved.epochs else None,
         "saved": saved,
+        "forecast": forecast_sentence(study),
     }
 
 

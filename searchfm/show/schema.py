@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from searchfm.records import Final, State, StudyRecord
+from searchfm.records import Forecast as ForecastRecord
 from searchfm.records import Trial as TrialRecord
 from searchfm.search import space
 from searchfm.search.study import Study as Plan
@@ -115,6 +116,18 @@ class Trial(Part, kw_only=True):
     folder: Annotated[str, about("path of its files")]
 
 
+class Forecast(Part, kw_only=True):
+    """What a search was forecast to take, from configs that were timed for a few batches."""
+
+    trials: Annotated[int, about("trials of the search")]
+    workers: Annotated[int, about("workers that share them")]
+    seconds: Annotated[float, about("time of the search without pruning, in s")]
+    pruned: Annotated[float, about("time with the pruning that is assumed, in s")]
+    retrain: Annotated[float, about("time of `retrain` with its defaults, in s")]
+    memory: Annotated[int, about("bytes of a worker at most: of its GPU, else of the host")]
+    disk: Annotated[int, about("bytes of the home folder")]
+
+
 class Study(Printed, kw_only=True):
     """A study, as it stands."""
 
@@ -133,6 +146,7 @@ class Study(Printed, kw_only=True):
     home: Annotated[str, about("path of the home folder")]
     folder: Annotated[str, about("path of the study's files")]
     data: Annotated[Data, about("what is searched on")]
+    forecast: Annotated[Forecast | None, about("made before its first trial; null if nothing could be timed")]
     coordinator: Annotated[
         str | UnsetType | None, about("`status` alone: the process and host that search or retrain it; null if none")
     ] = UNSET
@@ -231,8 +245,24 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             largest=data.largest,
             fingerprint=data.fingerprint,
         ),
+        forecast=describe_forecast(study.forecast),
         trial_list=[describe_trial(trial) for trial in study.trials] if listed else UNSET,
         **more,
+    )
+
+
+def describe_forecast(forecast: ForecastRecord | None) -> Forecast | None:
+    """A forecast, if there is one."""
+    if forecast is None:
+        return None
+    return Forecast(
+        trials=forecast.trials,
+        workers=forecast.workers,
+        seconds=round(forecast.seconds, 1),
+        pruned=round(forecast.pruned, 1),
+        retrain=round(forecast.retrain, 1),
+        memory=forecast.memory,
+        disk=forecast.disk,
     )
 
 
@@ -290,10 +320,14 @@ class SearchPlan(Printed, kw_only=True):
         tuple[int, int] | None,
         about("minimum and maximum floating-point operations of one image's forward pass; null if not computed"),
     ]
+    forecast: Annotated[
+        Forecast | UnsetType | None,
+        about("`tune --dry-run` alone: of the trials to come; null if nothing could be timed"),
+    ] = UNSET
 
 
-def describe_plan(study: Plan, stored: StudyRecord | None = None, cost: Costs | None = None) -> SearchPlan:
-    """A study file; stored: the study of this name that exists."""
+def describe_plan(study: Plan, stored: StudyRecord | None = None, cost: Costs | None = None, **more: Any) -> SearchPlan:
+    """A study file; stored: the study of this name that exists; more: keys that not every command prints."""
     return SearchPlan(
         study=study.name,
         question=study.question,
@@ -307,6 +341,7 @@ def describe_plan(study: Plan, stored: StudyRecord | None = None, cost: Costs | 
         space={name: _leaf(leaf) for name, leaf in space.leaves(study.tree)},
         parameters=cost["parameters"] if cost else None,
         flops=cost["flops"] if cost else None,
+        **more,
     )
 
 

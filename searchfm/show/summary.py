@@ -17,7 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from searchfm.errors import UserError
-from searchfm.format import param_texts, plural, saved_epochs, seconds, short, short_names, sparkline, state, states
+from searchfm.format import (
+    forecast_sentence,
+    param_texts,
+    plural,
+    saved_epochs,
+    seconds,
+    short,
+    short_names,
+    sparkline,
+    state,
+    states,
+)
 from searchfm.home import Home
 from searchfm.records import SPEC, WEIGHTS, StudyRecord, Trial
 from searchfm.search.lock import holder
@@ -121,6 +132,8 @@ def show_end(console: Console, study: StudyRecord, *, trials: int, reason: str, 
     note = f"; pruning saved {saved}" if saved.epochs else ""
     ended = f"{states(study, zeros=False) or 'no trial'} of {trials} in {seconds(elapsed)}{note}"
     console.print(ended, soft_wrap=False)
+    if forecast := forecast_sentence(study):
+        console.print(forecast, soft_wrap=False)
     if len(study.trials) < trials and reason:
         console.print(reason, soft_wrap=False)
     if missing:

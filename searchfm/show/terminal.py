@@ -14,12 +14,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from searchfm.format import HALF, final_sentences, megaflop, param_texts, plural, short
+from searchfm.forecast import assumption
+from searchfm.format import HALF, final_sentences, megaflop, param_texts, plural, seconds, short, size
 from searchfm.records import Final, State, StudyRecord, Trial
 from searchfm.search.notes import opened
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
 from searchfm.show import schema
+from searchfm.tuning import Forecasted
 
 if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
@@ -51,6 +53,30 @@ def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: 
         parameters, mflop = _span(cost["parameters"]), _span(tuple(flops / 1e6 for flops in cost["flops"]))
         line = f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)"
         console.print(line, soft_wrap=False)
+
+
+def show_forecast(console: Console, timed: Forecasted) -> None:
+    """What a search would do, and what it takes on its workers."""
+    show_plan(console, timed.study, timed.stored)
+    data, forecast, assumed = timed.data, timed.forecast, assumption(timed.study.search)
+    if data is None:
+        console.print("no forecast: only workers of this machine are started for one")
+        return
+    workers = ", ".join(f"{n} x {device}" for device, n in Counter(timed.devices).items())
+    console.print(f"images: {data.train:,} to train on, {data.validation:,} to validate; {len(data.classes)} classes")
+    if forecast is None:
+        console.print(f"no forecast on {workers}: no config could be timed")
+        return
+    console.print(f"forecast on {workers}, from {plural(forecast.configs, 'config')} timed for a few batches:")
+    pruned = f"; with pruning {seconds(forecast.pruned)}, if {assumed}" if assumed else ""
+    shown = {
+        "search": f"{seconds(forecast.seconds)} for {plural(forecast.trials, 'trial')}{pruned}",
+        "retrain": seconds(forecast.retrain),
+        "memory": f"{size(forecast.memory)} a worker, {size(forecast.memory * forecast.workers)} in all",
+        "disk": size(forecast.disk),
+    }
+    for name, text in shown.items():
+        console.print(labelled(name, text, indent=9), soft_wrap=False)
 
 
 def show_studies(console: Console, questions: Mapping[str, str]) -> None:

@@ -20,9 +20,9 @@ from searchfm.jobs import Context
 from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier
 from searchfm.learn.data import Splits, load, load_full, load_test
-from searchfm.learn.entries import fit, prepare, trial
+from searchfm.learn.entries import fit, forecast, prepare, trial
 from searchfm.learn.models import served
-from searchfm.records import Epoch, Prepared, PrepareResult
+from searchfm.records import Epoch, ForecastJob, ForecastResult, Prepared, PrepareResult
 from tests.learn.test_transfer_real import lite0_weights
 from tests.learn.toys import config, drain, losses
 
@@ -83,6 +83,27 @@ def test_prepare_says_what_there_is(digits: Splits, tmp_path: Path) -> None:
         Prepared(digits.fingerprint, (1, 8, 8), names, len(digits.train), 212, counts, "", 1201, 384, (8, 8)),
         {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())},
     )
+
+
+def test_forecast_times_the_minimum_and_the_maximum_and_writes_nothing(digits: Splits, tmp_path: Path) -> None:
+    widths = (300, 10, 50)
+    tables = tuple(config(settings={"layers": 1, "width": width}).to_table() for width in widths)
+    epochs, values = drain(forecast(ForecastJob(tables, None, seconds=0.0).to_json(), context(tmp_path)))
+    result = ForecastResult.from_json(values)
+    wide, narrow, middle = result.timings
+    assert (epochs, list(tmp_path.iterdir())) == ([], [])
+    assert (wide.train or 0) > 0
+    assert (narrow.validation or 0) > 0
+    assert (middle.train, middle.validation) == (None, None)
+    assert narrow.work < middle.work < wide.work
+    assert wide.parameters == 64 * 300 + 300 + 300 * 10 + 10
+    assert result.memory > 10_000_000
+
+
+def test_a_config_that_diverges_is_not_timed(digits: Splits, tmp_path: Path) -> None:
+    table = config(optimizer={"name": "sgd", "lr": 1e30}).to_table()
+    _, values = drain(forecast(ForecastJob((table,), None, seconds=9.0).to_json(), context(tmp_path)))
+    assert ForecastResult.from_json(values).timings[0].train is None
 
 
 def test_prepare_refuses_what_is_not_there(tmp_path: Path) -> None:

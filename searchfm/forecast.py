@@ -1,0 +1,155 @@
+"""What a search and a final training take, forecast from timed epochs of a few configs: arithmetic alone.
+
+A trial takes `TRIAL_SECONDS`, and its epochs; trials run side by side. What the forecast assumes of pruning is in
+`trained_fraction`. Measured against what searches took: `.github/BENCHMARKS.md`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import assert_never
+
+import numpy as np
+
+from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig
+from searchfm.records import Forecast, Prepared, Timing
+
+CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
+TRIAL_SECONDS = 0.15  # of a trial beside its epochs: model, weights, figures, database
+RETRAIN_SECONDS = 10.0  # of `retrain` beside its trainings: start, test, registration with MLflow
+TOP, SEEDS = 3, 3  # finalists, and fresh seeds of each, by default
+STUDY_BYTES, TRIAL_BYTES, EPOCH_BYTES = 3_000_000, 300_000, 2_000  # databases, pictures, curves; without predictions
+COPIES = 2  # of weights and predictions: in the study's folder, and as MLflow's artifacts
+
+
+def make_forecast(
+    timings: Sequence[Timing],
+    memory: int,
+    *,
+    search: SearchConfig,
+    subset: float,
+    data: Prepared,
+    startup: int,
+    trials: int,
+    workers: int,
+) -> Forecast | None:
+    """The forecast of a study; None where nothing could be timed.
+
+    timings: of random configs, some of them timed. memory: bytes of a worker. startup: trials before the first is
+    pruned. trials: to come.
+    """
+    filled = fill(timings)
+    if not filled:
+        return None
+    epochs = float(np.mean([timing.epochs for timing in filled]))
+    train, validation = (float(np.mean([_of(t, part) for t in filled])) for part in ("train", "validation"))
+    whole = epochs * (train + validation)
+    fraction = trained_fraction(search, round(epochs))
+    stopped = [whole] * min(startup, trials) + [whole * fraction] * max(trials - startup, 0)
+    full = (data.available or data.train / subset) + data.validation  # images of the final training
+    parameters = max(timing.parameters for timing in filled)
+    predictions = data.validation * (16 + 4 * len(data.classes))  # indices, labels and probabilities of images
+    kept = min(trials, search.keep) + 1  # the final model too
+    return Forecast(
+        trials=trials,
+        workers=workers,
+        seconds=search_seconds([whole] * trials, workers),
+        pruned=search_seconds(stopped, workers),
+        retrain=retrain_seconds([whole] * (TOP + 1), SEEDS, epochs * train * full / data.train, workers),
+        memory=memory,
+        disk=STUDY_BYTES
+        + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
+        + COPIES * (trials * predictions + kept * 4 * parameters),
+        configs=sum(timing.train is not None for timing in timings),
+    )
+
+
+def fill(timings: Sequence[Timing]) -> list[Timing]:
+    """The timings, with times of those that were not timed: interpolated in the logarithms of work and time, and beyond
+    the timed ones those of the nearest. None where nothing was timed.
+    """
+    timed = sorted((timing for timing in timings if timing.train), key=lambda timing: timing.work)
+    if not timed:
+        return []
+    work = np.log([timing.work for timing in timed])
+    filled = []
+    for timing in timings:
+        if timing.train is None:
+            here = [
+                math.exp(np.interp(math.log(timing.work), work, np.log([max(_of(t, part), 1e-9) for t in timed])))
+                for part in ("train", "validation")
+            ]
+            timing = Timing(timing.epochs, timing.work, timing.parameters, *here)
+        filled.append(timing)
+    return filled
+
+
+def _of(timing: Timing, part: str) -> float:
+    return float(getattr(timing, part) or 0.0)
+
+
+def trained_fraction(search: SearchConfig, epochs: int) -> float:
+    """The fraction of their epochs that trials are assumed to train once the pruner's start-up trials have ended.
+
+    Median: half of the trials stop, after a third of their epochs; percentile: all but `keep` percent. Halving: one of
+    `reduction` trials passes each rung, as in the synchronous algorithm. Patient and none: no trial stops.
+    """
+    match search.pruner:
+        case Median(min_epochs=least):
+            return _stopped(0.5, least, epochs)
+        case Percentile(keep=keep, min_epochs=least):
+            return _stopped(1 - keep / 100, least, epochs)
+        case Asha(min_epochs=least, reduction=reduction):
+            return _halved(least, reduction, epochs)
+        case Hyperband(min_epochs=least, reduction=reduction):
+            brackets = [least * reduction**k for k in range(epochs) if least * reduction**k <= epochs]
+            return float(np.mean([_halved(first, reduction, epochs) for first in brackets or [epochs]]))
+        case Patient() | NoPruner():
+            return 1.0
+        case _ as never:
+            assert_never(never)
+
+
+def assumption(search: SearchConfig) -> str:
+    """What `trained_fraction` assumes, in words; nothing where no trial is pruned."""
+    match search.pruner:
+        case Median():
+            return "half of the later trials stop after a third of their epochs"
+        case Percentile(keep=keep):
+            return f"{100 - keep:g}% of the later trials stop after a third of their epochs"
+        case Asha(reduction=reduction) | Hyperband(reduction=reduction):
+            return f"one of {reduction} trials passes each halving"
+        case Patient() | NoPruner():
+            return ""
+        case _ as never:
+            assert_never(never)
+
+
+def _stopped(pruned: float, least: int, epochs: int) -> float:
+    return 1 - pruned * (1 - min(epochs, max(least, math.ceil(epochs / 3))) / epochs)
+
+
+def _halved(first: int, reduction: int, epochs: int) -> float:
+    """Rungs at first * reduction^k, none in the last third of the epochs."""
+    trained, alive, rung = 0.0, 1.0, 0
+    following = first
+    while 3 * following <= 2 * epochs:
+        trained, rung, following = trained + alive * (following - rung), following, following * reduction
+        alive /= reduction
+    return (trained + alive * (epochs - rung)) / epochs
+
+
+def search_seconds(trainings: Sequence[float], workers: int) -> float:
+    """Time for trials side by side. trainings: seconds of each. At the end, workers wait half a trial for the last."""
+    if not trainings:
+        return 0.0
+    seconds = [TRIAL_SECONDS + training for training in trainings]
+    count = min(workers, len(seconds))
+    return sum(seconds) / count + (count - 1) / count * seconds[-1] / 2
+
+
+def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, workers: int) -> float:
+    """Time of `retrain`. finalists: seconds of a training of each; none: the best trial wins without fresh seeds.
+    final: of the final training, as if on one core, since small models gain little from more.
+    """
+    trainings = [seconds for seconds in finalists for _ in range(seeds)]
+    return RETRAIN_SECONDS + TRIAL_SECONDS + final + search_seconds(trainings, workers)
