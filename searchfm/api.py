@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from searchfm.errors import OutOfTimeError, StudyError
 from searchfm.home import Home, data_folder
-from searchfm.stopping import StopRequest
+from searchfm.stopping import StopRequest, read_duration
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +60,7 @@ def tune(
     set: Mapping[str, Any] | Sequence[str] = (),
     name: str | None = None,
     seed: int | None = None,
-    timeout: float | None = None,
+    timeout: float | str | None = None,
     retry_failed: bool = False,
     workers: int | None = None,
     device: str | None = None,
@@ -85,7 +85,7 @@ def tune(
         or texts as `--set` takes them.
     name: of the study; default: the file's name.
     seed: of the search.
-    timeout: seconds from the call on, after which the search stops.
+    timeout: seconds from the call on, or a text such as "30m" or "1h30m", after which the search stops.
     retry_failed: add a trial for each failed one.
     workers: processes that train; default: one a core or GPU. device: "auto", "cpu", "cuda", "cuda:1" or "mps".
     workers_per_gpu: workers that share a GPU; "auto": by the first trial's memory.
@@ -142,7 +142,7 @@ def iter_tune(
     set: Mapping[str, Any] | Sequence[str] = (),
     name: str | None = None,
     seed: int | None = None,
-    timeout: float | None = None,
+    timeout: float | str | None = None,
     retry_failed: bool = False,
     workers: int | None = None,
     device: str | None = None,
@@ -164,7 +164,7 @@ def iter_tune(
             for event in events:
                 ...
     """
-    began = time.monotonic()
+    began, limit = time.monotonic(), None if timeout is None else read_duration(timeout)
     from searchfm.events import Phase, SearchEnded, StudyFound
 
     yield Phase("importing Optuna")
@@ -178,7 +178,7 @@ def iter_tune(
         study, where, name=name, trials=trials, dataset=dataset, subset=subset, epochs=epochs, set=set, seed=seed
     )
     plan.check_code(options.allow_code)
-    stop.watch(timeout and timeout - (time.monotonic() - began), partial(stop_requested, where, plan.name))
+    stop.watch(limit, partial(stop_requested, where, plan.name))
     yield StudyFound(plan.name, plan.question, str(plan.data["name"]), stored is not None)
     tuning = Tuning(plan, where, file, stored, folder, retry_failed, stop, _starter(options, where))
     try:
@@ -187,7 +187,7 @@ def iter_tune(
         if not stop.reason or (stored is None and stop.reason != "timeout"):
             raise
         if stored is None:
-            text = f"study {plan.name!r}: the timeout of {timeout:g} s was over before it was opened; nothing was begun"
+            text = f"study {plan.name!r}: the timeout of {limit:g} s was over before it was opened; nothing was begun"
             raise OutOfTimeError(text) from None
     record, seconds = read_study(where, plan.name), time.monotonic() - began
     ending, missing = plan.ended_by(record.trials), tuning.missing

@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from searchfm.show.live import Status
     from searchfm.show.schema import Part
 
+BEGAN = time.monotonic()  # of the command: its --timeout counts from here, imports included
 app = typer.Typer(
     name="searchfm",
     help="Hyperparameter search for image classifiers: search, prune, track, retrain, test once.",
@@ -246,7 +248,9 @@ def tune(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0, help="Stop after this many seconds.")] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Stop after 90 (seconds), 30m or 1h30m of the command.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and forecast time, memory, disk.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Add a trial for each failed one.")] = False,
     home: HomeOption = None,
@@ -271,7 +275,7 @@ def tune(
         shown = schema.describe_plan(timed.study, timed.stored, forecast=schema.describe_forecast(timed.forecast))
         _output(as_json, shown, lambda: terminal.show_forecast(console, timed))
         return
-    with StopRequest(exits=True) as stop:
+    with StopRequest(exits=True, began=BEGAN) as stop:
         tuned = api.tune(
             study,
             timeout=timeout,
@@ -299,6 +303,7 @@ def tune(
             reason=ended.reason,
             missing=ended.missing,
             elapsed=ended.seconds,
+            stopped=ended.stopped,
         )
     tuning.check_success(tuned.record)
 

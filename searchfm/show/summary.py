@@ -123,9 +123,18 @@ def _running_table(running: Sequence[Trial], width: int) -> Group:
     return Group(shown, *more)
 
 
-def show_end(console: Console, study: StudyRecord, *, trials: int, reason: str, missing: int, elapsed: float) -> None:
+def show_end(
+    console: Console,
+    study: StudyRecord,
+    *,
+    trials: int,
+    reason: str,
+    missing: int,
+    elapsed: float,
+    stopped: str = "",
+) -> None:
     """The end of `tune`: the result, and the next commands. reason: why there are fewer trials; missing: trials that
-    MLflow lacks.
+    MLflow lacks; stopped: as in `SearchEnded`.
     """
     console.print(Group(*_best(study, BEST, console.width)), soft_wrap=False)
     saved = saved_epochs(study)
@@ -138,7 +147,9 @@ def show_end(console: Console, study: StudyRecord, *, trials: int, reason: str, 
         console.print(reason, soft_wrap=False)
     if missing:
         console.print(f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
-    if study.of("running"):
+    if stopped == "timeout":
+        console.print(f"stopped after {seconds(elapsed)} (--timeout); the same command resumes")
+    elif study.of("running"):
         console.print("the same command resumes the running trials")
     console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
     if study.best is not None:
