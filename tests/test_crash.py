@@ -128,8 +128,10 @@ def lasting(home: Path) -> list[dict[str, Any]]:
 def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     new_home: Callable[[Path], Home], tmp_path: Path
 ) -> None:
-    """With hyperband, which has the most state; test_coordinator.py covers the other samplers and pruners."""
-    arguments = ("--workers", "1", "--set", "search.pruner=hyperband")
+    """With hyperband, which has the most state; test_coordinator.py covers the other samplers and pruners. Its trials
+    are long enough for the stop, which takes some three seconds, to come before the last.
+    """
+    arguments = ("--workers", "1", "--set", "search.pruner=hyperband", "--epochs", "40")
     unbroken, broken = (new_home(tmp_path / name).path for name in ("unbroken", "broken"))
     finish(unbroken, *arguments)
     process = start(broken, *arguments)

@@ -193,12 +193,14 @@ def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
         assert not left.value.code
         outputs[arguments] = capsys.readouterr().out
     promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
+    baselines = {"largest": final.largest, "balanced": final.balanced}
     check(["retrain"], outputs[("--json",)])
     kept = json.loads(json.dumps(final.to_json()))
-    assert json.loads(outputs[("--json",)]) == {"schema": 2, **{key: kept[key] for key in promised}}
+    assert json.loads(outputs[("--json",)]) == {"schema": 2, **{key: kept[key] for key in promised}, **baselines}
     text = " ".join(outputs[()].split())
     test, validation = final.test, final.validation
-    assert f"A further seed would give {validation.low:.2%} to {validation.high:.2%} (95% prediction" in text
+    assert f"{validation.accuracy:.2%} with 2 fresh seeds" in text
+    assert "2 seeds are too few for an interval of a further one; --seeds 5 gives it." in text
     assert f"{test.accuracy:.2%} of 384 test images correct; 95% interval {test.low:.2%} to {test.high:.2%}" in text
     assert "for this one model on images like these" in text
     assert "had been read once by then" in text

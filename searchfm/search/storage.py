@@ -2,6 +2,7 @@
 
 import logging
 import sqlite3
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -248,7 +249,7 @@ def write_record(storage: BaseStorage, number: int, record: StudyHeader | Final)
     table = {
         "question": record.question,
         "data": f"{name}: {counts}",
-        "command": record.command,
+        "command": textwrap.shorten(record.command, 200, placeholder=" ..."),
     }
     for key, text in table.items():
         if text:

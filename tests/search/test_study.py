@@ -313,7 +313,10 @@ WRONG = [
     ),
     ("search.trials = 0", "search.trials = 0: must be a whole number >= 1"),
     ("search.trials = { choice = [1, 2] }", "search.trials = { choice = [1, 2] }: must be a whole number >= 1"),
-    ("search.tirals = 1", "search.tirals is unknown here; may be one of: trials, seed, sampler, pruner, keep, retries"),
+    (
+        "search.tirals = 1",
+        "search.tirals is unknown here; may be one of: trials, target, stop_after, seed, sampler, pruner, keep",
+    ),
     ("train.lr = 0.1", "precision, seed; did you mean optimizer.lr?"),
     ("optimizer.learning_rate = 0.1", "adamw; did you mean optimizer.lr?"),
     ("n_trials = 10", "did you mean search.trials?"),
