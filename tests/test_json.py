@@ -58,7 +58,7 @@ def test_every_command_is_documented() -> None:
     ids=" ".join,
 )
 def test_what_a_command_prints_is_documented(home: Home, arguments: tuple[str, ...]) -> None:
-    assert not run(home, *arguments, "--json").stderr  # what is printed is checked there
+    assert "searchfm:" not in run(home, *arguments, "--json").stderr  # what is printed is checked there
 
 
 def test_a_study_has_its_trials_its_data_and_its_coordinator(home: Home) -> None:

@@ -135,6 +135,13 @@ class _AdvisoryLock:
     def close(self) -> None:
         """Releases the lock."""
         if self._connection is not None:
+            # The server ends a closed connection in its own time: without this call the lock is held until then.
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                self._connection.execute(sqlalchemy.text("SELECT pg_advisory_unlock_all()"))
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
             self._connection.close()
         self._connection = None
 
@@ -144,7 +151,7 @@ class _AdvisoryLock:
                 self._connection.scalar(sqlalchemy.text("SELECT 1"))
                 return
             except sqlalchemy.exc.SQLAlchemyError:
-                self.close()
+                self._drop()
         holder = self.acquire()
         if holder == process_name():
             raise ConnectionError("the server still holds the connection that was lost")
