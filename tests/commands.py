@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from searchfm import cli
+from searchfm.home import shipped_folder
+from searchfm.search.files import question
 from tests.json_page import check
 
 
@@ -45,6 +47,11 @@ def _checked(arguments: Sequence[str], done: Done) -> Done:
     if done.returncode == 0 and "--json" in arguments:
         check(arguments, done.stdout)
     return done
+
+
+def header(study: str, data: str) -> str:
+    """What `tune` prints first of a built-in study."""
+    return f"{study} on {data}: {question((shipped_folder() / f'{study}.toml').read_text('utf-8'))}\n"
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:

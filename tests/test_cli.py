@@ -254,7 +254,7 @@ def test_module_and_command_are_one() -> None:
 
 @pytest.mark.slow
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
-    output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "8")
+    output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "20")
     assert 0 < output["trials"]["total"] < 500
 
 

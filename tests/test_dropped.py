@@ -157,6 +157,7 @@ def test_a_study_asked_to_stop_while_its_database_is_away_ends_soon_and_resumes(
 
 
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "12", "--epochs", "3", "--workers", "2")
+TUNE = (*TUNE, "--set", "search.pruner=none")  # every trial is complete
 
 
 def test_the_command_fills_both_databases_of_a_server_that_drops_all_connections(

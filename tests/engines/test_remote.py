@@ -26,11 +26,9 @@ from searchfm.engines import EngineOptions, remote, wire
 from searchfm.engines.remote import RemoteEngine, listen
 from searchfm.engines.wire import Link, WireError, find_key
 from searchfm.errors import UserError, WorldError
-from searchfm.home import shipped_folder
 from searchfm.jobs import EpochDone, Finished, Interrupted, Lost
-from searchfm.search import files
 from tests.agents import await_free, listening, make, start, threads
-from tests.commands import searchfm, searchfm_here
+from tests.commands import header, searchfm, searchfm_here
 from tests.engines.contract import EngineContract, end, events, job, result, wait_until
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
@@ -405,7 +403,6 @@ def test_over_tls_a_worker_trusts_the_listeners_certificate_alone(
 # --- the command line -------------------------------------------------------------------------------------------------
 
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
-HEADER = f"mlp on digits: {files.question((shipped_folder() / 'mlp.toml').read_text())}\n"
 
 
 @pytest.mark.parametrize(
@@ -445,7 +442,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     run = searchfm if arguments[0] == "worker" else searchfm_here  # a worker replaces its process
     done = run(*arguments, "--home", str(home), SEARCHFM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == code, done.stderr
-    assert done.stdout in ("", HEADER)  # of the study, which is printed before an engine starts
+    assert done.stdout in ("", header("mlp", "digits"))  # it is printed before an engine starts
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(home.glob("*.db"))
@@ -481,7 +478,8 @@ def test_a_search_runs_on_workers_that_dial_in_and_none_has_a_secret(tmp_path: P
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, **more}
         )
 
-    tune = run("tune", "mlp", "--dataset", "digits", "--trials", "6", "--epochs", "8", *engine, **secret)
+    trials = ("--trials", "6", "--epochs", "8", "--set", "search.pruner=none")
+    tune = run("tune", "mlp", "--dataset", "digits", *trials, *engine, **secret)
     wait_until((home / "worker.key").exists)
     workers = [run("worker", where, "--home", str(home), "--workers", "1", **secret) for _ in range(2)]
     wait_until(lambda: (home / "studies" / "mlp" / "0002").exists(), 120)
