@@ -254,8 +254,12 @@ def test_module_and_command_are_one() -> None:
 
 @pytest.mark.slow
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
-    output = tune(new_home(tmp_path / "home").path, "mlp", "--trials", "500", *TINY, "--timeout", "20")
-    assert 0 < output["trials"]["total"] < 500
+    home = ("--home", str(new_home(tmp_path / "home").path))
+    done = searchfm("tune", "mlp", "--trials", "500", *TINY, "--timeout", "20", *home)  # the clock is the process's
+    assert done.returncode == 0, done.stderr
+    assert "(--timeout); the same command resumes" in done.stdout
+    (row,) = json.loads(searchfm_here("status", "--json", *home).stdout)
+    assert 0 < row["trials"]["total"] < 500
 
 
 @pytest.mark.slow
