@@ -54,7 +54,7 @@ def make_forecast(
         workers=workers,
         seconds=search_seconds([whole] * trials, workers),
         pruned=search_seconds(stopped, workers),
-        retrain=retrain_seconds([whole] * (TOP + 1), SEEDS, epochs * train * full / data.train, workers),
+        retrain=retrain_seconds([whole] * TOP, SEEDS, epochs * train * full / data.train, workers),
         memory=memory,
         disk=STUDY_BYTES
         + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
@@ -65,7 +65,7 @@ def make_forecast(
 
 def fill(timings: Sequence[Timing]) -> list[Timing]:
     """The timings, with times of those that were not timed: interpolated in the logarithms of work and time, and beyond
-    the timed ones those of the nearest. None where nothing was timed.
+    the timed ones those of the nearest. Empty where nothing was timed.
     """
     timed = sorted((timing for timing in timings if timing.train), key=lambda timing: timing.work)
     if not timed:

@@ -27,6 +27,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
+from searchfm.forecast import SEEDS, TOP
 from searchfm.format import plural, state
 from searchfm.home import Home, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
@@ -58,7 +59,6 @@ from searchfm.tracking.registry import publish
 from searchfm.tuning import prepare, train_payload
 
 FIT, TEST = "searchfm.learn.entries:fit", "searchfm.learn.entries:test"
-TOP, SEEDS = 3, 3  # finalists, and fresh seeds of each, by default
 FOLDER, READS = "final", "test-reads.json"
 TRAINED, FITTED, TESTED = "result.json", "fit.json", "test.json"  # records in the folders of jobs
 

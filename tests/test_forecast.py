@@ -7,6 +7,8 @@ import pytest
 from searchfm.config import SearchConfig
 from searchfm.forecast import (
     RETRAIN_SECONDS,
+    SEEDS,
+    TOP,
     TRIAL_SECONDS,
     fill,
     make_forecast,
@@ -86,7 +88,7 @@ def test_a_forecast_counts_start_up_trials_in_full_and_the_final_training_on_all
     assert made.seconds == pytest.approx(10 * (TRIAL_SECONDS + whole))
     assert made.pruned == pytest.approx(10 * TRIAL_SECONDS + 4 * whole + 6 * whole * (1 - 0.5 * 4 / 6))
     final = 6 * 1.0 * 1800 / 800  # both parts, the subset's other half too; no validation
-    assert made.retrain == pytest.approx(retrain_seconds([whole] * 4, 3, final, 1))
+    assert made.retrain == pytest.approx(retrain_seconds([whole] * TOP, SEEDS, final, 1))
     assert (made.trials, made.workers, made.memory, made.configs) == (10, 1, 5, 2)
     smaller = make_forecast(timings, 5, search=tree, subset=0.5, data=DATA, startup=4, trials=5, workers=1)
     assert smaller is not None
