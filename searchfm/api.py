@@ -404,7 +404,7 @@ class OpenStudy:
 
     @property
     def question(self) -> str:
-        """What the study file asks."""
+        """The question in the header of the study file."""
         return self.record.question
 
     @property

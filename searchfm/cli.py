@@ -511,7 +511,7 @@ def studies(
     study = files.read(path).study()
     live.notify(*study.notes)
     shape, cost = image_shape(study.first.data), None
-    if shape is not None and (allow_code or not study.customs()):  # of a folder of images only reading it tells
+    if shape is not None and (allow_code or not study.customs()):  # else known only once the images are read
         from searchfm.learn.models import costs  # imports torch, which nothing else here does
         from searchfm.learn.models.custom import Code
 

@@ -36,8 +36,8 @@ class StopRequest:
 
     It receives signals while it is entered, in the main thread alone. The first one asks all jobs to stop, which then
     keep their checkpoints. `exits`, for a command: a second signal ends the process at once, and leaving ends it as
-    the signal would have. Else, in somebody's program: a second Ctrl-C raises KeyboardInterrupt, and leaving after
-    Ctrl-C goes on; SIGTERM still ends the process then.
+    the signal would have. Without it, for a program that calls searchfm: a second Ctrl-C raises KeyboardInterrupt, and
+    the program continues after Ctrl-C; SIGTERM still ends the process on leaving.
 
     began: when the command began, in seconds of `time.monotonic`: a timeout counts from then on. Default: now.
     """

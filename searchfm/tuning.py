@@ -138,7 +138,7 @@ class Tuning:
         return len(stored.trials) < self.trials and self.study.ended_by(stored.trials) is None
 
     def _notes(self) -> Iterator[Note]:
-        """What the study has to say to the user, once."""
+        """The notes of the study that were not yielded yet."""
         while self.study.notes:
             yield Note(self.study.notes.pop(0))
 

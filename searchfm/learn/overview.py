@@ -36,7 +36,7 @@ class Overview:
     widths: tuple[int, float, int]
     modes: Mapping[str, int]  # images by format and mode: {"PNG RGBA": 12}
     size: int = 0  # the side that a new study gives to images that differ in size; 0: they are of one size
-    compared: bool = True  # whether duplicates were looked for
+    compared: bool = True  # whether duplicates were searched for
     carved: bool = False  # whether the test part is carved out by content
     repeated: int = 0  # training and validation images that equal an earlier one of the same class
     shared: Mapping[str, int] = field(default_factory=dict)  # images of the second part that are in the first too
@@ -48,7 +48,7 @@ class Overview:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _Scanned:
     """An image of user data."""
 
     source: Source
@@ -86,34 +86,34 @@ def _built_in(name: str, data_dir: Path | None) -> Overview:
 
 def _user_data(root: Path) -> Overview:
     source = open_source(root, "train")
-    train, unreadable = _looks(source)
-    test = [look for look in train if source.carved and is_test(look.hash)]
-    train = [look for look in train if not (source.carved and is_test(look.hash))]
-    own: list[_Look] = []
-    for part in [source.val] if source.val else []:
-        own, broken = _looks(part)
+    train, unreadable = _scan(source)
+    test = [image for image in train if source.carved and is_test(image.hash)]
+    train = [image for image in train if not (source.carved and is_test(image.hash))]
+    own: list[_Scanned] = []
+    if source.val:
+        own, broken = _scan(source.val)
         unreadable += broken
     if not source.carved:
-        test, broken = _looks(open_source(root, "test"))
+        test, broken = _scan(open_source(root, "test"))
         unreadable += broken
-    looks = [*train, *own]
-    if not looks:
+    images = [*train, *own]
+    if not images:
         raise DataError(f"{root}: none of {len(unreadable)} images can be read: {'; '.join(unreadable[:NAMED])}")
-    labels = np.array([look.label for look in looks], dtype=np.int64)
+    labels = np.array([image.label for image in images], dtype=np.int64)
     counts, held, problem = _split(labels, source.classes, len(own))
     parts = {
-        "training": [look for look, validates in zip(looks, held, strict=True) if not validates],
-        "validation": [look for look, validates in zip(looks, held, strict=True) if validates],
+        "training": [image for image, validates in zip(images, held, strict=True) if not validates],
+        "validation": [image for image, validates in zip(images, held, strict=True) if validates],
         "test": test,
     }
-    tested = Counter(look.label for look in test)
-    repeated, contradictions = _repeated(looks)
+    tested = Counter(image.label for image in test)
+    repeated, contradictions = _repeated(images)
     return Overview(
         classes=source.classes,
         counts={**counts, "test": tuple(tested[label] for label in range(len(source.classes)))},
-        heights=_spread([look.height for look in looks]),
-        widths=_spread([look.width for look in looks]),
-        modes=dict(Counter(look.mode for look in looks).most_common()),
+        heights=_spread([image.height for image in images]),
+        widths=_spread([image.width for image in images]),
+        modes=dict(Counter(image.mode for image in images).most_common()),
         size=side(DataConfig.from_table({"name": str(root)})),
         carved=source.carved,
         repeated=repeated,
@@ -122,15 +122,15 @@ def _user_data(root: Path) -> Overview:
         contradicting=len(contradictions),
         unreadable=tuple(unreadable),
         problem=problem,
-        samples=_samples(looks, source.classes),
+        samples=_samples(images, source.classes),
     )
 
 
-def _looks(source: Source) -> tuple[list[_Look], list[str]]:
+def _scan(source: Source) -> tuple[list[_Scanned], list[str]]:
     """The images of a part, of both sides if it is carved; and those that cannot be read, with the reason."""
     labels = source.labels.tolist()
 
-    def look(index: int) -> _Look | str:
+    def scan(index: int) -> _Scanned | str:
         try:
             with opened(source.raw(index)) as image:
                 mode = f"{image.format} {image.mode}" if image.format else image.mode
@@ -138,11 +138,11 @@ def _looks(source: Source) -> tuple[list[_Look], list[str]]:
         except ValueError as error:
             return f"{source.name(index)} ({error})"
         _, height, width = pixels.shape
-        return _Look(source, index, labels[index], image_hash(pixels), height, width, mode)
+        return _Scanned(source, index, labels[index], image_hash(pixels), height, width, mode)
 
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(look, range(len(source))))
-    return [item for item in found if isinstance(item, _Look)], [item for item in found if isinstance(item, str)]
+        found = list(pool.map(scan, range(len(source))))
+    return [item for item in found if isinstance(item, _Scanned)], [item for item in found if isinstance(item, str)]
 
 
 def _split(labels: Labels, classes: Sequence[str], own: int) -> tuple[dict[str, tuple[int, ...]], list[bool], str]:
@@ -160,43 +160,43 @@ def _split(labels: Labels, classes: Sequence[str], own: int) -> tuple[dict[str, 
     return counts, held.tolist(), problem
 
 
-def _repeated(looks: Sequence[_Look]) -> tuple[int, list[str]]:
+def _repeated(images: Sequence[_Scanned]) -> tuple[int, list[str]]:
     """How many images equal an earlier one of their class; and pairs of equal images of different classes."""
-    groups: dict[bytes, list[_Look]] = defaultdict(list)
-    for look in looks:
-        groups[look.hash].append(look)
+    groups: dict[bytes, list[_Scanned]] = defaultdict(list)
+    for image in images:
+        groups[image.hash].append(image)
     repeated, contradictions = 0, []
     for group in groups.values():
-        first: dict[int, _Look] = {}
-        for look in group:
-            first.setdefault(look.label, look)
+        first: dict[int, _Scanned] = {}
+        for image in group:
+            first.setdefault(image.label, image)
         repeated += len(group) - len(first)
         if len(first) > 1:
             contradictions.append(
-                " = ".join(f"{look.name} ({look.source.classes[look.label]})" for look in first.values())
+                " = ".join(f"{image.name} ({image.source.classes[image.label]})" for image in first.values())
             )
     return repeated, contradictions
 
 
-def _shared(parts: Mapping[str, Sequence[_Look]]) -> dict[str, int]:
-    hashes = {part: {look.hash for look in looks} for part, looks in parts.items()}
+def _shared(parts: Mapping[str, Sequence[_Scanned]]) -> dict[str, int]:
+    hashes = {part: {image.hash for image in images} for part, images in parts.items()}
     pairs = combinations(PARTS, 2)
-    counts = {f"{a} and {b}": sum(look.hash in hashes[a] for look in parts[b]) for a, b in pairs}
+    counts = {f"{a} and {b}": sum(image.hash in hashes[a] for image in parts[b]) for a, b in pairs}
     return {pair: count for pair, count in counts.items() if count}
 
 
-def _samples(looks: Sequence[_Look], classes: Sequence[str]) -> dict[str, list[Pixels]]:
+def _samples(images: Sequence[_Scanned], classes: Sequence[str]) -> dict[str, list[Pixels]]:
     """A few images of each class at even distances."""
     samples = {}
     for label, name in enumerate(classes[:ROWS]):
-        mine = [look for look in looks if look.label == label]
+        mine = [image for image in images if image.label == label]
         chosen = [mine[i * len(mine) // SAMPLES] for i in range(SAMPLES)] if len(mine) > SAMPLES else mine
-        samples[name] = [_read_sample(look) for look in chosen]
+        samples[name] = [_read_sample(image) for image in chosen]
     return samples
 
 
-def _read_sample(look: _Look) -> Pixels:
-    with opened(look.source.raw(look.index)) as image:
+def _read_sample(scanned: _Scanned) -> Pixels:
+    with opened(scanned.source.raw(scanned.index)) as image:
         return _sample(as_pixels(image))
 
 

@@ -66,7 +66,7 @@ class Source(ABC):
 
     @abstractmethod
     def key(self) -> str:
-        """Another key, other images: from names, sizes and times of change."""
+        """Changes when the images change: made from names, sizes and modification times."""
 
     @property
     @abstractmethod
@@ -221,29 +221,29 @@ class Folder(Source):
     numbers: tuple[int, ...]  # the files' labels
 
     def key(self) -> str:
-        """As `Source` says."""
+        """See `Source`."""
         labels = [str(self.base), self.part, self.carved, self.names, self.numbers]
         return _key(labels, files=self.files, val=self.val)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """As `Source` says."""
+        """See `Source`."""
         return self.names
 
     @property
     def labels(self) -> Labels:
-        """As `Source` says."""
+        """See `Source`."""
         return np.array(self.numbers, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def raw(self, index: int) -> Path:
-        """As `Source` says."""
+        """See `Source`."""
         return self.files[index]
 
     def name(self, index: int) -> str:
-        """As `Source` says."""
+        """See `Source`."""
         return str(self.files[index])
 
 
@@ -329,12 +329,12 @@ class Npz(Source):
     named: str | None  # (K,) texts
 
     def key(self) -> str:
-        """As `Source` says."""
+        """See `Source`."""
         return _key(self.part, self.images, self.targets, files=[self.base], val=self.val)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """As `Source` says."""
+        """See `Source`."""
         names = None
         if self.named is not None:
             texts = _array(self.base, self.named, self.named)
@@ -345,7 +345,7 @@ class Npz(Source):
 
     @cached_property
     def labels(self) -> Labels:
-        """As `Source` says."""
+        """See `Source`."""
         labels = _labels(self.base, self.targets)
         if len(labels) != len(self):
             raise DataError(f"{self.base}: {self.targets} has {len(labels)} rows, {self.images} {len(self)}")
@@ -355,16 +355,16 @@ class Npz(Source):
         return self._shape[0]
 
     def sizes(self) -> list[tuple[int, int]]:
-        """As `Source` says."""
+        """See `Source`."""
         return [self._shape[1:3]] * len(self)
 
     def raw(self, index: int) -> Pixels:
-        """As `Source` says."""
+        """See `Source`."""
         pixels: Pixels = self._pixels[index]
         return pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
 
     def name(self, index: int) -> str:
-        """As `Source` says."""
+        """See `Source`."""
         return f"{self.base}: {self.images} row {index}"
 
     @cached_property
@@ -477,18 +477,18 @@ class Parquet(Source):
     trained: tuple[Path, ...]  # those of the training part, from which the classes are known
 
     def key(self) -> str:
-        """As `Source` says."""
+        """See `Source`."""
         return _key(str(self.base), self.part, self.carved, files=self.files, val=self.val)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
-        """As `Source` says."""
+        """See `Source`."""
         where = f"{self.trained[0]}: {self._columns[1]}"
         return _class_names(where, self._values(self.trained), self._features.get(self._columns[1], {}).get("names"))
 
     @cached_property
     def labels(self) -> Labels:
-        """As `Source` says."""
+        """See `Source`."""
         return _indices(f"{self.base}: {self._columns[1]}", self._values(self.files), self.classes)
 
     @cached_property
@@ -505,7 +505,7 @@ class Parquet(Source):
         return self._rows
 
     def raw(self, index: int) -> bytes:
-        """As `Source` says."""
+        """See `Source`."""
         content = self._images[index].as_py()
         if not isinstance(content, bytes):
             raise ValueError("has no bytes")  # a path beside them names a file of the machine that wrote the row

@@ -157,7 +157,7 @@ def follow(
 
 
 def open_console() -> Console:
-    """Where a program of somebody else shows progress: its standard output, in a notebook as plain lines."""
+    """Where a program that calls searchfm shows progress: its standard output, in a notebook as plain lines."""
     if _in_notebook():
         return Console(highlight=False, force_jupyter=False, force_terminal=False, width=NOTEBOOK_WIDTH)
     return Console(highlight=False, soft_wrap=True)

@@ -124,7 +124,7 @@ def test_the_hash_of_a_package_covers_all_its_files(tmp_path: Path, monkeypatch:
         ("Mixing", {}, "logits of an image depend on the other images"),
         ("Noisy", {}, "logits differ between two calls"),
         ("Hidden", {}, "state_dict does not hold all of the model"),
-        ("Branching", {}, "torch.export answers otherwise"),
+        ("Branching", {}, "the outputs of torch.export differ"),
     ],
 )
 def test_check_model_names_what_is_wrong(factory: str, params: dict[str, Any], message: str) -> None:

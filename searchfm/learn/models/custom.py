@@ -97,8 +97,8 @@ def check_model(factory: str, shape: Shape, classes: int, **params: Any) -> None
         "logits of an image depend on the other images in evaluation mode": lambda: _independent(net, images),
         "logits differ between two calls in evaluation mode": lambda: torch.equal(net(images), net(images)),
         "state_dict does not hold all of the model": lambda: _restores(net, make(1), images),
-        "a copy answers otherwise": lambda: torch.equal(copy.deepcopy(net)(images), net(images)),
-        "torch.export answers otherwise": lambda: _exports(net, images),
+        "the outputs of a copy differ": lambda: torch.equal(copy.deepcopy(net)(images), net(images)),
+        "the outputs of torch.export differ": lambda: _exports(net, images),
     }
     net.eval()
     for problem, holds in points.items():
