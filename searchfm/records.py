@@ -490,7 +490,7 @@ class PrepareJob(Record):
     fingerprint: str | None = None  # that the data must have; None: any
     custom: tuple[Mapping[str, Any], ...] = ()  # tables of [model.custom] to build
     code: str | None = None  # sha256 that their code must have; None: any
-    choose_size: bool = False  # whether to choose `data.size` for user images that differ in size
+    choose_size: bool = False  # whether to choose `data.size` for user images that differ in size or are large
     input_models: tuple[str, ...] = ()  # timm models whose input size that is, where it is known
 
 

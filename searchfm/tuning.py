@@ -252,7 +252,7 @@ def prepare(
 ) -> Generator[Phase, None, tuple[Study, Prepared, Sequence[str]]]:
     """Fetches and reads the data, looks for pretrained weights and tries out the user's models, in a worker, before
     anything is written; then takes all workers, and lets every other node do the same. Returns the study, with the
-    `data.size` that was chosen for images that differ in size; what was found of the data; and the workers' devices.
+    `data.size` that was chosen for the images, if any; what was found of the data; and the workers' devices.
 
     before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, CodeError,
     UserError, WorldError, KeyboardInterrupt.

@@ -39,7 +39,7 @@ from searchfm.config import DATASETS, DataConfig, Shape, unknown_data
 from searchfm.errors import DataError, StorageError
 from searchfm.home import data_folder, write_whole
 from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, resized
-from searchfm.learn.sources import Source, common_side, open_source, read_part
+from searchfm.learn.sources import LARGEST, Source, common_side, open_source, read_part
 from searchfm.tables import show
 
 log = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def picture_file(name: str) -> Path:
 
 
 def side(config: DataConfig, own: Sequence[int] = ()) -> int:
-    """`data.size` for user images that differ in size, as `common_side` gives it; 0 for images of one size.
+    """`data.size` for user images that differ in size or are large, as `common_side` gives it; 0 for others.
 
     own: input sides of pretrained models. Raises DataError as `parsed` does.
     """
@@ -159,7 +159,8 @@ def side(config: DataConfig, own: Sequence[int] = ()) -> int:
     if root is None:
         return 0
     source = open_source(root, "train")
-    if _open(_user_path(root, source, 0, None)) is not None:  # such a file holds images of one size
+    kept = _open(_user_path(root, source, 0, None))
+    if kept is not None and max(kept.shape[1:]) <= LARGEST:  # such a file holds images of one size
         return 0
     return common_side(source, own)
 

@@ -35,7 +35,7 @@ class Overview:
     heights: tuple[int, float, int]  # minimum, median, maximum, of training and validation images
     widths: tuple[int, float, int]
     modes: Mapping[str, int]  # images by format and mode: {"PNG RGBA": 12}
-    size: int = 0  # the side that a new study gives to images that differ in size; 0: they are of one size
+    size: int = 0  # side that a new study gives to images that differ in size or are large; 0: they keep theirs
     compared: bool = True  # whether duplicates were searched for
     carved: bool = False  # whether the test part is carved out by content
     repeated: int = 0  # training and validation images that equal an earlier one of the same class

@@ -116,13 +116,14 @@ def open_source(root: Path, part: PartName) -> Source:
 
 
 def common_side(source: Source, own: Sequence[int]) -> int:
-    """`data.size` for images that differ in size: the smallest of `own`, the input sides of pretrained models, else the
-    median side of the images, as a multiple of 16 from 16 to 224. 0 for images of one size.
+    """`data.size` for images that differ in size, or are larger than 224 pixels: the smallest of `own`, the input sides
+    of pretrained models, else the median side of the images, as a multiple of 16 from 16 to 224. 0 for others: they
+    keep their size.
 
     From headers alone: of training and validation part, and of a test part only if it is carved out of them.
     """
     sizes = source.sizes() + (source.val.sizes() if source.val else [])
-    if len(set(sizes)) < 2:
+    if len(set(sizes)) < 2 and max((side for size in sizes for side in size), default=0) <= LARGEST:
         return 0
     return min(own) if own else min(max(MULTIPLE * round(np.median(sizes) / MULTIPLE), MULTIPLE), LARGEST)
 

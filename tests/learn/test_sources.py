@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.learn.data import load, load_full, load_test
-from searchfm.learn.datasets import count_test, describe, side
+from searchfm.learn.datasets import count_test, describe, parsed, side
 from searchfm.learn.models.transfer import input_sides
 from tests.learn.test_images import content, noise, small, write
 
@@ -245,6 +245,9 @@ def test_rows_that_are_no_data_set_are_one_line(tmp_path: Path) -> None:
     ("sides", "own", "expected"),
     [
         ((40, 40, 40), (), 0),
+        ((224, 224), (160,), 0),
+        ((225, 225), (), 224),
+        ((225, 225), (160,), 160),
         ((50, 50, 51), (), 48),
         ((9, 10, 11), (), 16),
         ((60, 61, 90), (), 64),
@@ -252,13 +255,19 @@ def test_rows_that_are_no_data_set_are_one_line(tmp_path: Path) -> None:
         ((60, 61, 90), (224, 160), 160),
     ],
 )
-def test_images_of_different_sizes_get_the_models_size_or_their_median(
+def test_images_of_different_or_large_sizes_get_the_models_size_or_their_median(
     sides: tuple[int, ...], own: tuple[int, ...], expected: int, tmp_path: Path
 ) -> None:
     for number, length in enumerate(sides):
         for name in ("cat", "dog"):
             write(tmp_path / "pets" / name / f"{number}.png", np.zeros((length, length), np.uint8))
     assert side(of(tmp_path / "pets"), own) == expected
+
+
+def test_large_images_of_one_size_that_were_read_as_they_are_get_a_size_too(tmp_path: Path) -> None:
+    root = small(tmp_path / "pets", side=240)
+    assert parsed(of(root), "train").shape[1:] == (240, 240)
+    assert side(of(root)) == 224
 
 
 def test_the_sizes_of_a_test_part_of_its_own_are_not_looked_at(tmp_path: Path) -> None:
