@@ -9,12 +9,11 @@ import errno
 import gc
 import inspect
 import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from searchfm import __version__, shell
-from searchfm.errors import SearchfmError, StorageError, UserError
+from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, UserError
 from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
@@ -275,7 +274,7 @@ def tune(
         shown = schema.describe_plan(timed.study, timed.stored, forecast=schema.describe_forecast(timed.forecast))
         _output(as_json, shown, lambda: terminal.show_forecast(console, timed))
         return
-    with StopRequest(exits=True, began=BEGAN) as stop:
+    with StopRequest(exits=True, began=BEGAN) as stop, _unopened(study, home, values) if as_json else nullcontext():
         tuned = api.tune(
             study,
             timeout=timeout,
@@ -833,17 +832,30 @@ def remove(
     _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text + kept))
 
 
+@contextmanager
+def _unopened(study: str, home: Path | None, values: Mapping[str, Any]) -> Iterator[None]:
+    """Prints the study without trials where the timeout ends before it is opened. values: of `api.find_plan`."""
+    try:
+        yield
+    except OutOfTimeError:
+        from searchfm import api
+        from searchfm.show import schema
+
+        where = Home.find(home)
+        plan, *_ = api.find_plan(study, where, **values)
+        more = {"elapsed": round(time.monotonic() - BEGAN, 3), "ended_by": None}
+        typer.echo(schema.dump(schema.describe_unopened(plan, where, **more)))
+        raise
+
+
 def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions":
     return replace(options, data_dir=str(folder)) if folder else options
 
 
 def _console(*, stderr: bool = False) -> "Console":
-    from rich.console import Console
+    from searchfm.show.live import open_console
 
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)  # a path stays whole, for the terminal to wrap
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 1000  # a file or a pipe has every row whole
-    return console
+    return open_console(stderr=stderr)
 
 
 def _output(as_json: bool, values: "Part | Sequence[Part]", show: Callable[[], object]) -> None:

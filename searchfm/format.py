@@ -10,7 +10,8 @@ from searchfm.records import Final, Forecast, State, StudyRecord, Trial, trained
 
 INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
 STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
-HALF = 0.5  # of the images in one class: above, accuracy misleads
+HALF = 0.5  # of the images in one class of imbalanced data: above, accuracy misleads
+LARGER = 1.5  # times the mean of the other classes: above, the largest class makes the data imbalanced
 NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
 
 
@@ -98,6 +99,17 @@ def sparkline(values: Sequence[float], low: float, high: float, width: int) -> s
     return "".join(BLOCKS[round((min(max(value, low), high) - low) * scale)] for value in shown)
 
 
+def short_path(text: str, width: int) -> str:
+    """A path in so many characters: its last parts after `…/`. A last part that is longer loses its middle."""
+    if len(text) <= width:
+        return text
+    parts = text.rstrip("/").split("/")
+    endings = ("…/" + "/".join(parts[first:]) for first in range(1, len(parts)))
+    last = parts[-1]
+    cut = f"{last[: (width - 1) // 2]}…{last[len(last) - width // 2 :]}" if len(last) > width else last
+    return next((ending for ending in endings if len(ending) <= width), cut)
+
+
 def short_names(keys: Iterable[str]) -> dict[str, str]:
     """Dotted keys by their shortest endings: `optimizer.lr` is `lr` where no other key ends so."""
     keys = list(keys)
@@ -122,7 +134,8 @@ def states(study: StudyRecord, shown: Iterable[State] = STATES, *, zeros: bool =
 
 
 def data_lines(study: StudyRecord) -> list[str]:
-    """How the images of a study are divided and resized, and the accuracy of always answering the largest class.
+    """How the images of a study are divided and resized, and of imbalanced ones the accuracy of always answering the
+    largest class.
 
     Studies begun before 0.4 know less, until `tune` opens them again.
     """
@@ -136,19 +149,32 @@ def data_lines(study: StudyRecord) -> list[str]:
     if data.train != data.available:
         line += f", of which {data.train:,} (subset {study.resolved['data']['subset']:g})"
     lines = [line]
-    if data.sides is not None and data.sides[0] != data.sides[1]:
-        size, other = "x".join(map(str, data.shape[1:])), 64 if data.shape[1] == 128 else 128
-        sides = f"sides of {data.sides[0]:,} to {data.sides[1]:,} pixels"
-        lines.append(f"images differ in size ({sides}); resized to {size}; another: --set data.size={other}")
+    height, width = data.shape[1:]
+    if data.sides is not None and data.sides != (min(height, width), max(height, width)):
+        low, high = data.sides
+        sides = f"{low:,} to {high:,} pixels" if low != high else f"{low:,} pixels"
+        other = 64 if height == 128 else 128
+        lines.append(f"sides of {sides}, resized to {height}x{width}; another size: --set data.size={other}")
     if data.largest is not None:
         most = data.classes[data.validation_classes.index(max(data.validation_classes))]
-        text = largest_sentence(f'"{most}", the largest class,', data.largest, "validation")
-        lines.append(f"{text}; retrain prints balanced accuracy" if data.largest > HALF else text)
+        text = largest_sentence(f'"{most}", the largest class,', data.largest, len(data.classes), "validation")
+        lines += [f"{text}; retrain prints balanced accuracy" if data.largest > HALF else text] if text else []
     return lines
 
 
-def largest_sentence(subject: str, fraction: float, part: str) -> str:
-    """The accuracy of always answering the largest class, as a baseline; above one half, that accuracy misleads."""
+def imbalanced(fraction: float, classes: int) -> bool:
+    """Whether data are imbalanced: their largest class, with this fraction of the images, has more than 1.5 times as
+    many as the other classes have on average. So it is above 60% of two classes, above 14.3% of ten.
+    """
+    return fraction * (classes - 1) > LARGER * (1 - fraction)
+
+
+def largest_sentence(subject: str, fraction: float, classes: int, part: str) -> str:
+    """Of imbalanced data the accuracy of always answering the largest class, as a baseline; above one half, that
+    accuracy misleads. Empty for balanced data.
+    """
+    if not imbalanced(fraction, classes):
+        return ""
     text = f"always answering {subject} is correct for {fraction:.1%} of the {part} images"
     return f"{text}: accuracy misleads" if fraction > HALF else text
 
@@ -204,7 +230,8 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
     ]
     if final.balanced is not None and final.largest is not None:
         balanced = f"Balanced accuracy, the mean recall of the classes, is {final.balanced:.2%}"
-        tested.append(f"{balanced}; {largest_sentence('the largest class', final.largest, 'test')}.")
+        largest = largest_sentence("the largest class", final.largest, len(final.per_class), "test")
+        tested.append(f"{'; '.join(filter(None, (balanced, largest)))}.")
     fitted = [
         f"The final model has the configuration of trial {final.winner}, trained on all training data for "
         f"{plural(final.epochs, 'epoch')} of {seconds(final.seconds_per_epoch)}; "

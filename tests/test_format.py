@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from searchfm.format import data_lines, largest_sentence
+from searchfm.format import data_lines, final_sentences, largest_sentence, short_path
 from searchfm.records import ClassFigures, Final, FinalPlan, StudyRecord, TestFigures, Validation
 from tests import rows
 
@@ -57,25 +57,31 @@ def test_every_image_of_a_study_is_accounted_for() -> None:
 
 def test_a_size_that_was_chosen_is_named_with_the_flag_that_changes_it() -> None:
     assert len(data_lines(study(sides=(64, 64)))) == 1
+    assert len(data_lines(study(sides=(64, 90), shape=(3, 90, 64)))) == 1, "images that are not square keep their sides"
     _, line = data_lines(study(sides=(20, 400)))
-    assert line == ("images differ in size (sides of 20 to 400 pixels); resized to 64x64; another: --set data.size=128")
-    assert data_lines(study(sides=(20, 400), shape=(3, 128, 128)))[1].endswith("--set data.size=64")
+    assert line == "sides of 20 to 400 pixels, resized to 64x64; another size: --set data.size=128"
+    _, line = data_lines(study(sides=(500, 500), shape=(3, 128, 128)))
+    assert line == "sides of 500 pixels, resized to 128x128; another size: --set data.size=64"
 
 
 @pytest.mark.parametrize(
     ("counts", "end"),
     [
-        (
-            (41, 40),
-            "correct for 50.6% of the validation images: accuracy misleads; retrain prints balanced accuracy",
-        ),
-        ((20, 20, 20, 21), "correct for 25.9% of the validation images"),
+        ((50, 31), "61.7% of the validation images: accuracy misleads; retrain prints balanced accuracy"),
+        ((20, 20, 10, 31), "38.3% of the validation images"),
     ],
 )
-def test_the_largest_class_is_the_accuracy_to_beat(counts: tuple[int, ...], end: str) -> None:
+def test_of_imbalanced_data_the_largest_class_is_the_accuracy_to_beat(counts: tuple[int, ...], end: str) -> None:
     names = ("cat", "dog", "eel", "fox")[: len(counts)]
-    line = data_lines(study(validation_classes=counts, classes=names))[-1]
-    assert line == f'always answering "{names[counts.index(max(counts))]}", the largest class, is {end}'
+    _, line = data_lines(study(validation_classes=counts, classes=names))
+    assert line == f'always answering "{names[counts.index(max(counts))]}", the largest class, is correct for {end}'
+
+
+@pytest.mark.parametrize("counts", [(41, 40), (48, 33), (20, 20, 20, 21)])
+def test_of_balanced_data_it_is_not_printed(counts: tuple[int, ...]) -> None:
+    assert len(data_lines(study(validation_classes=counts, classes=("cat", "dog", "eel", "fox")[: len(counts)]))) == 1
+    test = final_sentences(final(*((0.9, count) for count in counts)))["Test"]
+    assert test[-1] == "Balanced accuracy, the mean recall of the classes, is 90.00%."
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_classes_with_images() -> None:
@@ -83,4 +89,16 @@ def test_balanced_accuracy_is_the_mean_recall_of_classes_with_images() -> None:
     assert answers.balanced == 0.75
     assert answers.largest == 0.8
     assert replace(answers, per_class=()).balanced is None
-    assert largest_sentence("it", 0.5, "test") == "always answering it is correct for 50.0% of the test images"
+    assert largest_sentence("it", 0.5, 3, "test") == "always answering it is correct for 50.0% of the test images"
+    assert final_sentences(answers)["Test"][-1].endswith(
+        "is 75.00%; always answering the largest class is correct for 80.0% of the test images: accuracy misleads."
+    )
+
+
+def test_a_long_path_keeps_its_last_parts() -> None:
+    path = "/home/ada/photographs/2026/birds"
+    assert short_path(path, len(path)) == path
+    assert short_path(path, 20) == "…/2026/birds"
+    assert short_path(path, 7) == "…/birds"
+    assert short_path("/home/photographs-of-birds", 10) == "phot…birds"
+    assert len(short_path("/home/photographs-of-birds/", 9)) == 9

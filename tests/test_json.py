@@ -87,6 +87,18 @@ def test_ranges_are_objects(home: Home) -> None:
     assert {"choice"} in [set(leaf) for leaf in space.values()]
 
 
+def test_a_search_that_ends_before_its_study_is_opened_prints_a_study_without_trials(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    arguments = ("tune", "mlp", "--trials", "3", "--timeout", "0", "--dataset", "digits", "--home", str(home))
+    done = searchfm_here(*arguments, "--json")  # its keys are checked there
+    assert done.returncode == 0
+    printed = json.loads(done.stdout)
+    assert (printed["study"], printed["planned"], printed["trials"]["total"]) == ("mlp", 3, 0)
+    assert (printed["data"], printed["trial_list"]) == (None, [])
+    assert done.stderr.splitlines()[-1].startswith("searchfm: study 'mlp': the timeout of 0 s was over")
+    assert not home.exists()
+
+
 def test_csv_has_a_line_for_each_trial_and_a_column_for_each_key(home: Home) -> None:
     done = run(home, "status", "toy", "--csv")
     rows = list(csv.DictReader(StringIO(done.stdout)))

@@ -21,6 +21,7 @@ NOTES = {
     "test": "test: the final model on the test part, which no choice was based on; each reading of it is counted.",
     "validation": "validation: the search's best trial, optimistic; searchfm retrain measures fresh trainings.",
 }
+PADDING, NARROW = 2, 16  # characters between two columns; of the path of data at least
 WIDE = 132  # characters of a terminal that holds all columns side by side
 
 
@@ -45,6 +46,7 @@ class Line:
     reads: int | None  # how often this home's studies had read that test part by then; None for validation
     search_seconds: float  # training of all trials
     data: str
+    classes: int  # of the data
     largest: float | None = None  # accuracy of always answering the largest class; None where that is not known
     balanced: float | None = None  # mean recall of the classes on the test part; None for validation
 
@@ -120,6 +122,7 @@ def _line(study: StudyRecord) -> Line:
         epochs=final.epochs if final else len(best.epochs),
         search_seconds=sum(trial.seconds for trial in study.trials if trial.twin is None),
         data=str(study.resolved["data"]["name"]),
+        classes=len(study.data.classes),
         largest=final.largest if final else study.data.largest,
         balanced=final.balanced if final else None,
         **measured,
@@ -139,13 +142,19 @@ def _comparable(studies: Sequence[StudyRecord]) -> list[dict[int, Predictions]]:
 
 
 def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
-    """The comparison for a terminal of `width` characters: one table, or quality above cost."""
+    """The comparison for a terminal of `width` characters: one table, or quality above cost. The path of data that does
+    not fit is shortened.
+    """
     parts = (COLUMNS,) if width >= WIDE else (QUALITY, {"study": QUALITY["study"], **COST})
     tables = []
     for columns in parts:
         shown = table(*columns, numeric=COLUMNS.keys() - TEXTS)
-        for row in _rows(lines, columns):
-            shown.add_row(*map(escape, row))
+        rows = [dict(zip(columns, row, strict=True)) for row in _rows(lines, columns)]
+        widths = [max(len(name), *(len(row[name]) for row in rows)) + PADDING for name in columns if name != "data"]
+        for row in rows:
+            if "data" in row:
+                row["data"] = format.short_path(row["data"], max(width - sum(widths) - PADDING, NARROW))
+            shown.add_row(*map(escape, row.values()))
         tables.append(shown)
     return tables
 
@@ -169,14 +178,13 @@ def comparison_notes(lines: Sequence[Line]) -> list[str]:
         texts.append("p: McNemar's mid-p test against the best on the same images, Holm-corrected.")
     if any(line.difference is None for line in lines) and len(lines) > 1:
         texts.append('"-": no other study was measured on the same images.')
-    groups: dict[tuple[float, str, str], list[str]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)  # studies by data and sentence
     for line in lines:
         if line.largest is not None:
             balanced = "" if line.balanced is None else f" (balanced accuracy {line.balanced:.2%})"
-            groups[line.largest, line.split, line.data].append(line.study + balanced)
-    for (largest, split, _), names in groups.items():
-        texts.append(f"{', '.join(names)}: {format.largest_sentence('the largest class', largest, split)}.")
-    return texts
+            sentence = format.largest_sentence("the largest class", line.largest, line.classes, line.split)
+            groups[line.data, sentence].append(line.study + balanced)
+    return [*texts, *(f"{', '.join(names)}: {sentence}." for (_, sentence), names in groups.items() if sentence)]
 
 
 def comparison_picture(lines: Sequence[Line], suffix: str) -> bytes:

@@ -21,6 +21,7 @@ REFRESH_SECONDS = 0.25
 SLOW_SECONDS = 2.0  # of a phase that gets a line where there is no live region
 SLOW_IMPORTS = ("optuna", "torch", "mlflow", "matplotlib", "sklearn", "timm", "ray")
 NOTEBOOK_WIDTH = 110  # characters
+UNLIMITED = 1000  # characters: a file or a pipe has every row whole, whatever COLUMNS is
 
 
 class View(Protocol):
@@ -156,11 +157,14 @@ def follow(
                         region.view.update(event)
 
 
-def open_console() -> Console:
-    """Where a program that calls searchfm shows progress: its standard output, in a notebook as plain lines."""
+def open_console(*, stderr: bool = False) -> Console:
+    """Standard output or error; in a notebook as plain lines."""
     if _in_notebook():
         return Console(highlight=False, force_jupyter=False, force_terminal=False, width=NOTEBOOK_WIDTH)
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)  # a path stays whole, for the terminal to wrap
+    if not console.file.isatty():
+        console.width = UNLIMITED
+    return console
 
 
 def notify(*lines: str) -> None:

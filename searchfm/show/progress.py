@@ -33,7 +33,7 @@ from searchfm.format import data_lines, param_texts, plural, seconds
 from searchfm.jobs import Job
 from searchfm.records import Epoch, State, StudyRecord, Trial
 from searchfm.show.summary import study_line
-from searchfm.show.terminal import STYLES, digits, fitting, note, table
+from searchfm.show.terminal import STYLES, digits, fitting, hanging, note, table
 
 WATCH_SECONDS = 2.0  # between two looks at the studies
 LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
@@ -93,10 +93,10 @@ class TuneView:
         console.print(
             f"[bold]{escape(study.name)}[/]: {plural(trials, 'trial')} on {escape(study.resolved['data']['name'])},"
             f" workers: {devices or 'none needed'}",
-            *map(escape, data_lines(study)),
-            sep="\n",
             soft_wrap=False,
         )
+        for line in data_lines(study):
+            console.print(hanging(line, console.width), markup=False)
 
     def update(self, event: TuneEvent) -> None:
         """Updates the table, and prints a line for the end of a trial."""

@@ -145,7 +145,9 @@ class Study(Printed, kw_only=True):
     ] = UNSET
     home: Annotated[str, about("path of the home folder")]
     folder: Annotated[str, about("path of the study's files")]
-    data: Annotated[Data, about("what is searched on")]
+    data: Annotated[
+        Data | None, about("what is searched on; null where the timeout of `tune` ended before the study was opened")
+    ]
     forecast: Annotated[Forecast | None, about("made before its first trial; null if nothing could be timed")]
     coordinator: Annotated[
         str | UnsetType | None, about("`status` alone: the process and host that search or retrain it; null if none")
@@ -247,6 +249,25 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
         ),
         forecast=describe_forecast(study.forecast),
         trial_list=[describe_trial(trial) for trial in study.trials] if listed else UNSET,
+        **more,
+    )
+
+
+def describe_unopened(study: Plan, home: "Home", **more: Any) -> Study:
+    """A study whose search ended before it was opened: it has no trials, and its data were not read."""
+    return Study(
+        study=study.name,
+        question=study.question,
+        trials=Counts(complete=0, pruned=0, failed=0, total=0),
+        running=0,
+        planned=study.trials,
+        best=None,
+        seconds=0.0,
+        home=str(home.path),
+        folder=str(home.study(study.name)),
+        data=None,
+        forecast=None,
+        trial_list=[],
         **more,
     )
 
@@ -473,6 +494,7 @@ class Compared(Printed, kw_only=True):
     reads: Annotated[int | None, about("readings of that test part by then; null for validation")]
     search_seconds: Annotated[float, about("training of all trials, in s")]
     data: Annotated[str, about("name of the data set")]
+    classes: Annotated[int, about("number of its classes")]
     largest: Annotated[
         float | None, about("accuracy on `split` of always answering the largest class; null where that is not known")
     ]
@@ -504,7 +526,8 @@ class DataSet(Printed, kw_only=True):
     widths: Annotated[tuple[int, float, int] | UnsetType, about("minimum, median and maximum, in pixels")] = UNSET
     modes: Annotated[Mapping[str, int] | UnsetType, about("images by file format and Pillow's mode")] = UNSET
     size: Annotated[
-        int | UnsetType, about("side that a new study gives to images that differ in size; 0 where they do not")
+        int | UnsetType,
+        about("side that a new study gives to images that differ in size or exceed 224 pixels; 0: they keep theirs"),
     ] = UNSET
     repeated: Annotated[int | UnsetType, about("images that equal an earlier one of their class, test aside")] = UNSET
     shared: Annotated[Mapping[str, int] | UnsetType, about("images that two parts have in common")] = UNSET

@@ -1,6 +1,7 @@
 """The terminal: tables and sentences."""
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from searchfm.forecast import assumption
-from searchfm.format import HALF, final_sentences, megaflop, param_texts, plural, seconds, short, size
+from searchfm.format import HALF, final_sentences, imbalanced, megaflop, param_texts, plural, seconds, short, size
 from searchfm.records import Final, State, StudyRecord, Trial
 from searchfm.search.notes import opened
 from searchfm.search.space import Choice, Range, leaves
@@ -273,7 +274,8 @@ def overview_lines(row: "Described", seen: "Overview") -> dict[str, str]:
     lines["modes"] = ", ".join(f"{count:,} {mode}" for mode, count in seen.modes.items())
     held = [sum(counts[label] for counts in seen.counts.values()) for label in range(len(seen.classes))]
     fraction = max(held) / sum(held)
-    misleads = ": accuracy misleads; retrain prints balanced accuracy" if fraction > HALF else ""
+    misleading = fraction > HALF and imbalanced(fraction, len(held))
+    misleads = ": accuracy misleads; retrain prints balanced accuracy" if misleading else ""
     lines["largest"] = f'"{seen.classes[held.index(max(held))]}", {fraction:.1%} of the images{misleads}'
     copies = [f"{pair} share {plural(count, 'image')}" for pair, count in seen.shared.items()]
     if seen.repeated:
@@ -364,6 +366,11 @@ class Labelled:
 def labelled(label: str, *lines: str, indent: int = 8, style: str = "bold") -> Labelled:
     """`Labelled` with its lines as arguments."""
     return Labelled(label, lines, indent, style)
+
+
+def hanging(text: str, width: int) -> str:
+    """A line wrapped between words, with an indent from its second row on."""
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def fitting(parts: Sequence[str], width: int) -> str:

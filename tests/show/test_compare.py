@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +132,28 @@ def test_no_cell_is_folded_in_the_terminal(three: list[StudyRecord], width: int)
     assert text.count("\n") == len(shown) * 4  # a heading and a line each
     assert "95.28%" in text
     assert "12.0 s" in text
+
+
+def test_a_long_path_of_data_is_shortened_where_it_does_not_fit_and_whole_elsewhere(three: list[StudyRecord]) -> None:
+    path = "/home/ada/photographs-of-the-summer/selected-and-cropped/birds"
+    lines = [replace(line, data=path) for line in compare_studies(three)]
+    for width in (80, 140, 1000):
+        console = Console(width=width, record=True, file=sys.stderr)
+        shown = comparison_tables(lines, width)
+        for table in shown:
+            console.print(table)
+        text = console.export_text()
+        assert text.count("\n") == len(shown) * 4, width
+        assert text.count("/birds ") == 3
+        assert (path in text) is (width == 1000)
+    assert path in comparison_page(lines)
+
+
+def test_only_of_imbalanced_data_a_comparison_notes_the_largest_class(three: list[StudyRecord]) -> None:
+    line = compare_studies(three)[0]
+    for largest, noted in ((0.11, 0), (0.2, 1)):
+        notes = comparison_notes([replace(line, largest=largest)])
+        assert sum("always answering the largest class is correct for 20.0%" in note for note in notes) == noted
 
 
 def test_the_page_has_the_table_and_opens_without_a_network(three: list[StudyRecord], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
-from searchfm.show.live import follow
+from searchfm.show.live import follow, open_console
 from searchfm.show.progress import RetrainView, TuneView
 from searchfm.show.schema import describe_final
 from searchfm.show.summary import show_end
@@ -80,6 +80,30 @@ def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home)
     assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
     assert complete.split("  ")[-1] == "a_long_key_0=0 …"
     assert "loss is nan in epoch 2" in failed
+
+
+def test_the_account_of_the_images_is_wrapped_with_an_indent(home: Home) -> None:
+    study = searched.search(home, [])
+    counted = {"available": 1201, "test": 384, "validation_classes": (150, 62), "classes": ("cat", "dog")}
+    data = replace(study.data, **counted)  # type: ignore[arg-type]
+    shown = console(width=80)
+    TuneView(shown, replace(study, data=data), 2, ["cpu"])
+    *_, first, second = shown.export_text().splitlines()
+    assert first.startswith('always answering "cat", the largest class, is correct for 70.8%')
+    assert second.startswith("  ")
+    assert max(len(first), len(second)) <= 80
+
+
+@pytest.mark.parametrize("columns", [None, "80"])
+def test_nothing_is_wrapped_into_a_pipe(columns: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    shown = open_console()
+    with shown.capture() as capture:
+        shown.print("a word " * 100, soft_wrap=False)
+    assert capture.get().count("\n") == 1
 
 
 def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
