@@ -60,6 +60,8 @@ def tune(
     set: Mapping[str, Any] | Sequence[str] = (),
     name: str | None = None,
     seed: int | None = None,
+    first: str | Path | None = None,
+    warm_start: str | None = None,
     timeout: float | str | None = None,
     retry_failed: bool = False,
     workers: int | None = None,
@@ -85,6 +87,8 @@ def tune(
         or texts as `--set` takes them.
     name: of the study; default: the file's name.
     seed: of the search.
+    first: a file of configurations to try first: its `[[first]]` tables, or the config.toml of a trial.
+    warm_start: the name of an older study, whose best trials that fit are tried first.
     timeout: seconds from the call on, or a text such as "30m" or "1h30m", after which the search stops.
     retry_failed: add a trial for each failed one.
     workers: processes that train; default: one a core or GPU. device: "auto", "cpu", "cuda", "cuda:1" or "mps".
@@ -116,6 +120,8 @@ def tune(
         set=set,
         name=name,
         seed=seed,
+        first=first,
+        warm_start=warm_start,
         timeout=timeout,
         retry_failed=retry_failed,
         workers=workers,
@@ -142,6 +148,8 @@ def iter_tune(
     set: Mapping[str, Any] | Sequence[str] = (),
     name: str | None = None,
     seed: int | None = None,
+    first: str | Path | None = None,
+    warm_start: str | None = None,
     timeout: float | str | None = None,
     retry_failed: bool = False,
     workers: int | None = None,
@@ -175,7 +183,17 @@ def iter_tune(
     where, folder, stop = _home(home), data_folder(_path(data_dir)), StopRequest.of(stopping)
     options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
     plan, stored, file = find_plan(
-        study, where, name=name, trials=trials, dataset=dataset, subset=subset, epochs=epochs, set=set, seed=seed
+        study,
+        where,
+        name=name,
+        trials=trials,
+        dataset=dataset,
+        subset=subset,
+        epochs=epochs,
+        set=set,
+        seed=seed,
+        first=first,
+        warm_start=warm_start,
     )
     plan.check_code(options.allow_code)
     stop.watch(limit, partial(stop_requested, where, plan.name))
@@ -258,6 +276,8 @@ def find_plan(
     epochs: int | None = None,
     set: Mapping[str, Any] | Sequence[str] = (),
     seed: int | None = None,
+    first: str | Path | None = None,
+    warm_start: str | None = None,
 ) -> "tuple[Study, StudyRecord | None, Mapping[str, Any]]":
     """What `tune` would search with these arguments: see `searchfm.tuning.find_study`. Writes nothing."""
     from searchfm.search import files
@@ -271,7 +291,7 @@ def find_plan(
         "train.epochs": epochs,
     }
     source = study if isinstance(study, Mapping) else str(study)
-    return find_study(source, name, files.overrides(values, set), home)
+    return find_study(source, name, files.overrides(values, set), home, _path(first), warm_start)
 
 
 # --- final training ---------------------------------------------------------------------------------------------------

@@ -247,6 +247,13 @@ def tune(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+    first: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Try first: [[first]] tables, or a trial's config.toml.")
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(metavar="STUDY", help="Try first: the best trials of a study.", autocompletion=shell.studies),
+    ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Stop after 90 (seconds), 30m or 1h30m of the command.")
     ] = None,
@@ -264,7 +271,7 @@ def tune(
 
     console = _console(stderr=as_json)
     values: dict[str, Any] = {"name": name, "trials": trials, "dataset": dataset, "subset": subset, "epochs": epochs}
-    values |= {"set": set_ or (), "seed": seed}
+    values |= {"set": set_ or (), "seed": seed, "first": first, "warm_start": warm_start}
     if dry_run:
         values |= {"home": home, "data_dir": data_dir, **options}
         with StopRequest(exits=True) as stop:

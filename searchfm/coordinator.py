@@ -143,8 +143,10 @@ class Coordinator:
                         f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
                         f"the last with: {self.failures[-1]}"
                     )
-                known = fixed_sampler(self.again.popleft()) if self.again else None
-                self.next = self.asking.submit(self._sample, known or self.study.sampler(self.asked))
+                # Repeated trials come after those that are fixed by their numbers, else they would take their places.
+                repeats = self.again and self.asked >= min(self.study.fixed, self.study.trials)
+                sampler = fixed_sampler(self.again.popleft()) if repeats else self.study.sampler(self.asked)
+                self.next = self.asking.submit(self._sample, sampler)
                 self.asked += 1
             if self.pool.free == 0 or (self.slow and self.running and not self.next.done()):
                 return  # epochs are judged meanwhile
@@ -202,6 +204,8 @@ class Coordinator:
         current = LiveTrial(number, trial, config, config.digest(), folder, job)
         if "digest" not in trial.user_attrs:
             trial.set_user_attr("config", table)
+            if number < len(self.study.known):
+                trial.set_user_attr("first", self.study.known[number].origin)
             trial.set_user_attr("digest", current.digest)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.study.replay(number, table))
@@ -244,10 +248,14 @@ class Coordinator:
     def _prune(self, current: LiveTrial, epoch: int, accuracy: float) -> str:
         """Why the trial is to be pruned; empty if it goes on.
 
-        Once an epoch: successive halving marks its rung before it answers, so it would answer differently again.
+        Once an epoch: successive halving marks its rung before it answers, so it would answer differently again. The
+        first known configuration is never pruned, and none of them at chance.
         """
         halts = self.study.judges(current.config, epoch) and current.trial.should_prune()
         self._compare([accuracy])
+        if current.number < len(self.study.known):
+            halts = halts and current.number > 0
+            return f"pruned by {self.study.search.pruner.tag}" if halts else ""
         applies = self.above or self.at_chance < AT_CHANCE  # else the task may be hard, and takes all epochs
         if applies and self.study.at_chance(current.config, epoch, accuracy, self.stored.data):
             return CHANCE

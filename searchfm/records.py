@@ -20,6 +20,7 @@ from searchfm.errors import StorageError
 from searchfm.home import write_whole
 
 FORMAT = 2  # of the records that this version writes
+ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: where it comes from; of the file's own
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
 State = Literal["running", "complete", "pruned", "failed"]
 
@@ -155,6 +156,7 @@ class Trial:
     started: float | None  # seconds since 1970
     ended: float | None
     folder: Path
+    first: str | None = None  # where the known configuration comes from that it tried before the sampler proposed
 
     @property
     def seconds(self) -> float:
@@ -337,6 +339,17 @@ class StudyRecord(StudyHeader):
         return next(iter(self.ranked()), None)
 
     @property
+    def default(self) -> int | None:
+        """The trial of the study's default, or one that repeated it after a failure. None for a study whose file has no
+        `[[first]]`, and before its first trial.
+        """
+        tables = self.resolved.get("first") or ({},)
+        if not self.trials or tables[0].get(ORIGIN) != DEFAULT:
+            return None
+        digest = self.trials[0].digest
+        return next((trial.number for trial in self.of("complete") if trial.digest == digest), 0)
+
+    @property
     def seconds(self) -> float:
         """From the first trial's start to the last one's end."""
         starts = [trial.started for trial in self.trials if trial.started is not None]
@@ -384,7 +397,7 @@ class FinalistFigures(Record):
     """A trial of the search, trained again with fresh seeds on the search's own data and epochs."""
 
     trial: int
-    value: float  # as searched
+    value: float | None  # as searched; None for a default that failed or was not run to its end
     values: tuple[float, ...]  # the accuracy with each seed
     mean: float
     seconds: float  # of a training, on average
@@ -448,7 +461,7 @@ class Final(Record):
     finalists: tuple[FinalistFigures, ...]
     tie: tuple[int, ...]  # trials that cannot be distinguished from the best mean; empty if all can
     winner: int  # its trial's number
-    optimism: float | None  # the winner's value as searched, less its mean over fresh seeds
+    optimism: float | None  # the winner's value as searched, less its mean over fresh seeds; None without one of these
     validation: Validation
     test: TestFigures
     per_class: tuple[ClassFigures, ...]  # on the test part
@@ -463,6 +476,7 @@ class Final(Record):
     time: float  # seconds since 1970
     params: Mapping[str, Any]  # of the winner, as the search chose them
     weights: str  # sha256 of weights.safetensors
+    default: int | None = None  # the trial of the study's default, if it is among the finalists
     format: int = FORMAT
 
     @property

@@ -12,7 +12,7 @@ import searchfm
 from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
-from searchfm.errors import DataError, StudyError, WorldError
+from searchfm.errors import ConfigError, DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened
 from searchfm.forecast import CONFIGS, make_forecast
 from searchfm.home import Home, command_line
@@ -29,16 +29,17 @@ from searchfm.records import (
     StudyRecord,
     TrainJob,
 )
-from searchfm.search import files
+from searchfm.search import files, first
 from searchfm.search.database import failures
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.storage import create_study, load_study, locked_study, open_storage, read_study, write_record
 from searchfm.search.study import Study, check_name
-from searchfm.tables import digest
+from searchfm.tables import digest, show
 from searchfm.tracking.follow import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
 FORECAST = "searchfm.learn.entries:forecast"
+WARM_START = 5  # trials that a study takes from an older one
 TRACKING_SECONDS = 60.0  # for MLflow to catch up at the end
 # To time configs in each worker, those of minimum and maximum work apart: at the start of a search, in a dry run.
 FORECAST_SECONDS, DRY_RUN_SECONDS = 0.5, 10.0
@@ -218,13 +219,19 @@ def check_success(study: StudyRecord) -> None:
 
 
 def find_study(
-    argument: str | Mapping[str, Any], name: str | None, overrides: Mapping[str, Any], home: Home
+    argument: str | Mapping[str, Any],
+    name: str | None,
+    overrides: Mapping[str, Any],
+    home: Home,
+    first_file: Path | None = None,
+    warm_start: str | None = None,
 ) -> tuple[Study, StudyRecord | None, Mapping[str, Any]]:
     """The study to tune, as its file says or as it was begun earlier; what is stored of it; and its resolved file
     without overrides.
 
     argument: a study file by name or path, its table, or the name of a study of the home. name: of the study, which
-    may differ from the file's. Raises UserError. Writes nothing.
+    may differ from the file's. first_file, warm_start: configurations to try first, after those of the file. Raises
+    UserError. Writes nothing.
     """
     file: files.StudyFile | None
     if isinstance(argument, Mapping):
@@ -241,10 +248,52 @@ def find_study(
     except StudyError:
         stored = None
     if stored is not None:
-        return files.reopen(file, stored, overrides), stored, file.study(name=chosen).resolved if file else stored.file
-    if file is None:
+        study, plain = files.reopen(file, stored, overrides), file.study(name=chosen).resolved if file else stored.file
+    elif file is None:
         raise files.not_found(chosen, home)
-    return file.study(overrides, name=chosen), None, file.study(name=chosen).resolved
+    else:
+        study, plain = file.study(overrides, name=chosen), file.study(name=chosen).resolved
+    if first_file is not None:
+        add_file(study, first_file, begun=stored is not None)
+    if warm_start is not None and stored is not None:
+        study.notes.append(f"--warm-start {warm_start}: changes nothing in a study that was begun already")
+    elif warm_start is not None:
+        add_best(study, read_study(home, files.study_name(warm_start)))
+    return study, stored, plain
+
+
+def add_file(study: Study, path: Path, *, begun: bool) -> None:
+    """Adds the configurations of a file to those that the study tries first. Raises ConfigError, StudyError; for a
+    study that was begun already, where it did not have them from the start.
+    """
+    count = len(study.known)
+    for number, table in enumerate(files.read_first(path), 1):
+        where = f"--first {path.name}" + f", table {number}" * (number > 1)
+        try:
+            known = study.add_known(table, f"file {path.name}")
+        except ConfigError as error:
+            raise error.at(where) from None
+        if begun and len(study.known) > count:
+            text = f"{where}: study {study.name!r} was begun without {show(known.params)}; {files.AFRESH}"
+            raise StudyError(text)
+
+
+def add_best(study: Study, old: StudyRecord) -> None:
+    """Adds the best trials of an older study, as far as they fit the space; notes of the study say which do. Raises
+    StudyError if it has no complete trial.
+    """
+    best = old.ranked(twins=False)[:WARM_START]
+    if not best:
+        raise StudyError(f"--warm-start {old.name}: has no complete trial")
+    tried: list[str] = []
+    for trial in best:
+        try:
+            study.add_known(first.config(trial.config), f"trial {trial.number} of {old.name}")
+            tried.append(f"{trial.number} ({trial.value:.4f})")
+        except ConfigError as error:
+            study.notes.append(f"--warm-start {old.name}: trial {trial.number} does not fit: {error}")
+    chosen = f"trials {', '.join(tried)} are tried first" if len(tried) != 1 else f"trial {tried[0]} is tried first"
+    study.notes.append(f"--warm-start {old.name}: {chosen if tried else 'none of its best trials fits'}")
 
 
 def prepare(

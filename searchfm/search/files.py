@@ -11,11 +11,14 @@ from searchfm.config import DATASETS, DEPENDENT, FREE, DataConfig, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
 from searchfm.home import Home, shipped, shipped_folder
 from searchfm.records import StudyRecord
+from searchfm.search import first
 from searchfm.search.study import NAME, Study, check_name, resolve
 from searchfm.tables import show
 
 # Names of timm models that are taken for studies; timm itself takes seconds to import.
 TIMM = re.compile(r"(resne|wide_res|densenet|efficientnet|mobilenet|regnet|convnext|vit_|deit|swin|beit|vgg)\w*\d")
+
+AFRESH = "name another study with --name to begin afresh"  # end of a message
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,9 @@ class StudyFile:
             # Of a built-in file, what the user did not give may be left out.
             given = overrides if shipped_folder() in self.path.parents else None
             chosen = check_name(name or self.name)
-            study = Study(chosen, table, question=self.question, where=self.path.name, given=given)
+            study = Study(
+                chosen, table, question=self.question, where=self.path.name, given=given, overridden=overrides
+            )
             check_data_name(study.data["name"], elsewhere=True)
         except ConfigError as error:
             raise self._located(error, overrides) from None
@@ -103,6 +108,14 @@ def read(path: Path) -> StudyFile:
         return StudyFile(path, check_name(name), question(text), table, text)
     except StudyError as error:
         raise StudyError(f"{path.name}: {error}") from None
+
+
+def read_first(path: Path) -> list[Mapping[str, Any]]:
+    """The configurations of a file for --first: see `first.of_file`. Raises StudyError, ConfigError."""
+    try:
+        return first.of_file(read(path).table)
+    except ConfigError as error:
+        raise error.at(path.name) from None
 
 
 def question(text: str) -> str:
@@ -203,9 +216,13 @@ def check_data_name(name: str, *, elsewhere: bool = False) -> None:
 def _line(text: str, dotted: str) -> int:
     """The line of a study file that sets a dotted key, or else begins a table around it; 0 if there is none."""
     table, longest, found = "", 0, 0
+    arrays: dict[str, int] = {}  # tables so far of [[NAME]]
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+\s*([\w.-]+)\s*\]", line):
-            table = written = header[1]
+        if header := re.match(r"\s*(\[+)\s*([\w.-]+)\s*\]", line):
+            name, _, rest = header[2].partition(".")
+            if header[1] == "[[":
+                arrays[name] = arrays.get(name, 0) + 1
+            table = written = ".".join(filter(None, (name, str(arrays.get(name, "")), rest)))
         elif pair := re.match(r"\s*([\w.-]+)\s*=", line):
             written = f"{table}.{pair[1]}".lstrip(".")
         else:
@@ -259,9 +276,13 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     """
     where = file.path.name if file else ""
     search = dict(stored.resolved["search"])
+    begun = dict(stored.file)
+    tables = begun.pop("first", None)
     if file is not None:
         table = resolve(apply_overrides(file.table, {}), where)
-        search |= _free_changes(stored.name, changed(stored.file, table), where)
+        if table.pop("first", None) != tables and "first" in stored.resolved:  # a study begun without goes on without
+            raise ConfigError("first", f"differs from what study {stored.name!r} was begun with; {AFRESH}", where)
+        search |= _free_changes(stored.name, changed(begun, table), where)
     if overrides:
         # Names first: another sampler's name with the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
@@ -288,7 +309,7 @@ def _free_changes(study: str, differences: Iterable[tuple[str, Any, Any]], where
             after, before = ("nothing" if value is None else show(value) for value in (new, old))
             raise ConfigError(
                 dotted,
-                f"= {after}: study {study!r} was begun with {before}; name another study with --name to begin afresh",
+                f"= {after}: study {study!r} was begun with {before}; {AFRESH}",
                 where,
             )
     return search
@@ -306,7 +327,7 @@ def _as_begun(dotted: str, old: Any, new: Any) -> Any:
 def _refuse_unused(resolved: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
     """Raises ConfigError for an override in a table that no trial enters. A file may have such a table."""
     for dotted in overrides:
-        if get(resolved, dotted) is None:
+        if get(resolved, dotted) is None and dotted != "first":  # which may be empty
             raise ConfigError(dotted, "is in a table that no trial of this study enters", "--set")
 
 

@@ -50,6 +50,18 @@ class Choice:
         """The values to check: if they are valid, all others are. More than one if the leaf varies."""
         return self.options
 
+    def member(self, value: Any) -> Any:
+        """The option that equals a value. Raises ConfigError."""
+        for option in self.options:
+            if option == value and isinstance(option, bool) == isinstance(value, bool):
+                return option
+        expected = "one of " * (len(self.options) > 1) + ", ".join(map(show, self.options))
+        raise ConfigError("", f"= {show(value)}: must be {expected}")
+
+    def default(self, value: Any) -> Any:
+        """The option that equals a value, else the first."""
+        return next((option for option in self.options if option == value), self.options[0])
+
     def suggest(self, trial: BaseTrial, name: str) -> Any:
         """One of the values; the trial suggests it if there are several."""
         return trial.suggest_categorical(name, self.options) if len(self.options) > 1 else self.options[0]
@@ -112,6 +124,20 @@ class Range:
         """Low and high."""
         return (self.low, self.high)
 
+    def member(self, value: Any) -> Any:
+        """The number of the range that equals a value. Raises ConfigError."""
+        number = type(value) in (int, float) and self.low <= value <= self.high and self._nearest(value)
+        if number is False or not math.isclose(number, value, rel_tol=1e-9):
+            step = "" if self.step in (None, 1) else f" in steps of {show(self.step)}"
+            raise ConfigError("", f"= {show(value)}: must be from {show(self.low)} to {show(self.high)}{step}")
+        return number
+
+    def default(self, value: Any) -> Any:
+        """The number of the range that equals a value, else its middle, of a log range the geometric mean."""
+        with suppress(ConfigError):
+            return self.member(value)
+        return self._nearest(math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2)
+
     def suggest(self, trial: BaseTrial, name: str) -> Any:
         """A number between low and high."""
         if self.whole:
@@ -123,6 +149,9 @@ class Range:
         """The leaf in a study file."""
         table = {"low": self.low, "high": self.high} | ({"log": True} if self.log else {})
         return table if self.step is None or (self.whole and self.step == 1) else {**table, "step": self.step}
+
+    def _nearest(self, number: float) -> float:
+        return float(number) if self.step is None else self._number(round((number - self.low) / self.step))
 
     def _number(self, steps: int) -> float:
         # Optuna adds steps up with rounding errors, which would make two configs of one point.

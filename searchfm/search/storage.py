@@ -192,6 +192,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         folder=folder,
+        first=attrs.get("first"),
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,8 +39,8 @@ from searchfm.config import (
     image_shape,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
-from searchfm.records import Prepared, Trial, ranked
-from searchfm.search import space
+from searchfm.records import ORIGIN, Prepared, Trial, ranked
+from searchfm.search import first, space
 from searchfm.stats import Accuracy
 from searchfm.tables import digest, read_within, show, walk
 
@@ -74,13 +74,13 @@ def _experimental() -> Iterator[None]:
 
 def parse(table: Mapping[str, Any]) -> tuple[SearchConfig, space.Tree]:
     """Reads the table of a study. Checks each key, but no combination of keys. Raises ConfigError."""
-    tables = ["name", "search", *Config.schema]
+    tables = ["name", "search", "first", *Config.schema]
     try:
         for name in table:
             if name not in tables:
                 raise UnknownKeyError(name, f"is unknown here; may be one of: {one_of(name, tables)}")
         search = read_within("search", SearchConfig.from_table, table.get("search", {}))
-        return search, space.parse(Config, {name: table[name] for name in table if name != "search"})
+        return search, space.parse(Config, {name: table[name] for name in table if name not in ("search", "first")})
     except UnknownKeyError as error:
         raise _elsewhere(error) from None
 
@@ -100,16 +100,34 @@ def resolve(table: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """The table of a study with all defaults. Checks as `parse` does; `where` names the origin in errors."""
     try:
         search, tree = parse(table)
+        known = read_known(tree, table.get("first", ()))
     except ConfigError as error:
         raise error.at(where) from None
-    return {"search": search.to_table(), **space.to_toml(tree)}
+    return _resolved(search, tree, known)
+
+
+def _resolved(search: SearchConfig, tree: space.Tree, known: Sequence[first.Known]) -> dict[str, Any]:
+    tables = {"first": [each.to_table() for each in known]} if known else {}
+    return {"search": search.to_table(), **space.to_toml(tree), **tables}
+
+
+def read_known(tree: space.Tree, tables: Any, dropped: Collection[str] = ()) -> list[first.Known]:
+    """The points of `[[first]]` tables (see `first.read`). Raises ConfigError, with the number of the table."""
+    known = []
+    for number, table in enumerate(first.tables(tables), 1):
+        try:
+            known.append(first.read(tree, table, dropped))
+        except ConfigError as error:
+            raise error.under(f"first.{number}") from None
+    return known
 
 
 class Study:
     """A checked study: every config of its search space is valid. Raises ConfigError.
 
     where: the file. given: for a built-in file, the dotted keys that the user gave. Of other keys, values that do not
-    fit the images are left out. None: all keys are the user's.
+    fit the images are left out. None: all keys are the user's. overridden: the keys of the command line, which win over
+    those of `[[first]]`.
     """
 
     def __init__(
@@ -120,8 +138,10 @@ class Study:
         question: str = "",
         where: str = "",
         given: Collection[str] | None = None,
+        overridden: Collection[str] = (),
     ) -> None:
         self.name, self.question, self.where, self.given = name, question, where, given
+        self._tables, self._dropped = table.get("first", ()), set(overridden)
         self.notes: list[str] = []  # lines for the user: what has no effect, or was left out
         try:
             self.search, self.tree = parse(table)
@@ -135,7 +155,7 @@ class Study:
     @property
     def resolved(self) -> dict[str, Any]:
         """File, overrides and defaults as one table, to store, compare and display."""
-        return {"search": self.search.to_table(), **space.to_toml(self.tree)}
+        return _resolved(self.search, self.tree, self.known)
 
     @property
     def epochs(self) -> int:
@@ -152,7 +172,20 @@ class Study:
         """The number of trials."""
         if self.search.trials is not None:
             return self.search.trials
-        return len(self.points or ()) if isinstance(self.search.sampler, Grid) else 20
+        return self.fixed if isinstance(self.search.sampler, Grid) else 20
+
+    @property
+    def fixed(self) -> int:
+        """The trials whose configs are fixed by their numbers: known configurations, then the points of a grid."""
+        return len(self.known) + (len(self.points or ()) if isinstance(self.search.sampler, Grid) else 0)
+
+    def add_known(self, table: Mapping[str, Any], origin: str) -> first.Known:
+        """Adds a configuration to try after those known already, unless one of them equals it. Raises ConfigError."""
+        known = replace(first.read(self.tree, table, self._dropped), origin=origin)
+        if all(each.params != known.params for each in self.known):
+            self.known.append(known)
+            self._tables = [*self._tables, {**table, ORIGIN: origin}]
+        return known
 
     @property
     def data(self) -> Mapping[str, Any]:
@@ -219,6 +252,7 @@ class Study:
                 for (dotted, value), misfit in misfits.items():
                     self._leave_out(dotted, value, misfit)
                     left_out.setdefault(dotted, {})[value] = misfit.error
+            self.known = read_known(self.tree, self._tables, self._dropped)
         except ConfigError as error:
             raise error.at(self.where) from None
         for dotted, problems in left_out.items():
@@ -268,6 +302,7 @@ class Study:
         tree = space.without(self.tree, dotted.split("."), value)
         if tree is None or (self._is_given("model.name") and _models(tree) != _models(self.tree)):
             raise misfit.mended
+        self._dropped |= {dotted} if _models(tree) == _models(self.tree) else {"model.name"}
         self.tree = tree
         self.first = Config.from_table(next(space.edge_cases(tree)))
         self.__dict__.pop("points", None)  # cached
@@ -275,6 +310,8 @@ class Study:
     @_experimental()
     def sampler(self, number: int) -> BaseSampler:
         """The sampler of trial `number`, seeded from the study's seed and this number only."""
+        if number < len(self.known):
+            return fixed_sampler(self.known[number].params)
         seed = self.seed(number)
         random = optuna.samplers.RandomSampler(seed)
         match self.search.sampler:
@@ -292,7 +329,8 @@ class Study:
                 return random
             case Grid():
                 assert self.points is not None
-                return fixed_sampler(self.points[number % len(self.points)])  # after the last point, the first
+                index = (number - len(self.known)) % len(self.points)  # after the last point, the first
+                return fixed_sampler(self.points[index])
             case CmaEs(startup_trials=startup):
                 count = self.startup(startup)
                 return optuna.samplers.CmaEsSampler(n_startup_trials=count, seed=seed, independent_sampler=random)
