@@ -252,7 +252,7 @@ def tune(
     ] = None,
     warm_start: Annotated[
         str | None,
-        typer.Option(metavar="STUDY", help="Try first: the best trials of a study.", autocompletion=shell.studies),
+        typer.Option(metavar="STUDY", help="Try first: the best trials of a study.", autocompletion=shell.home_studies),
     ] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Stop after 90 (seconds), 30m or 1h30m of the command.")

@@ -249,14 +249,13 @@ class Coordinator:
         """Why the trial is to be pruned; empty if it goes on.
 
         Once an epoch: successive halving marks its rung before it answers, so it would answer differently again. The
-        first known configuration is never pruned, and none of them at chance.
+        study's default is never pruned, and no known configuration at chance.
         """
         halts = self.study.judges(current.config, epoch) and current.trial.should_prune()
         self._compare([accuracy])
-        if current.number < len(self.study.known):
-            halts = halts and current.number > 0
-            return f"pruned by {self.study.search.pruner.tag}" if halts else ""
         applies = self.above or self.at_chance < AT_CHANCE  # else the task may be hard, and takes all epochs
+        if current.number < len(self.study.known):
+            applies, halts = False, halts and not (self.study.default and current.number == 0)
         if applies and self.study.at_chance(current.config, epoch, accuracy, self.stored.data):
             return CHANCE
         return f"pruned by {self.study.search.pruner.tag}" if halts else ""

@@ -239,15 +239,20 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
     ]
     if model is not None:
         fitted.append(f"It is registered as {model.uri}{', the champion' if model.champion else NOT_CHAMPION}.")
-    if final.optimism is None:
+    if not final.finalists:
         searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
+    elif final.optimism is None:
+        found = (
+            f"{validation.accuracy:.2%} of the validation images correct with {plural(final.plan.seeds, 'fresh seed')}"
+        )
+        searched = [f"{found}; the winner has no value in the search."]
     else:
         found = validation.accuracy + final.optimism
         searched = [
             f"{found:.2%} of the validation images correct in the search, {validation.accuracy:.2%} with "
             f"{plural(final.plan.seeds, 'fresh seed')}: {_optimism(found, validation.accuracy)}."
         ]
-    if final.optimism is not None and final.plan.seeds < INTERVAL_SEEDS:
+    if final.finalists and final.plan.seeds < INTERVAL_SEEDS:
         few = f"{plural(final.plan.seeds, 'seed')} {'is' if final.plan.seeds == 1 else 'are'} too few"
         searched.append(f"{few} for an interval of a further one; --seeds 5 gives it.")
     elif validation.low is not None and validation.high is not None and validation.spread is not None:
@@ -261,4 +266,19 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
             f"Trials {', '.join(map(str, final.tie))} cannot be distinguished with fresh seeds (paired test, Holm): "
             f"the lowest cost wins, trial {final.winner}."
         )
+    if (compared := _default_sentence(final)) is not None:
+        searched.append(compared)
     return {"Test": tested, "Model": fitted, "Validation": searched}
+
+
+def _default_sentence(final: Final) -> str | None:
+    """How the study's default did with fresh seeds; None where it is no finalist."""
+    mean = next((one.mean for one in final.finalists if one.trial == final.default), None)
+    if mean is None:
+        return None
+    if final.winner == final.default:
+        return f"The winner is the study's default, trial {final.default}."
+    points = 100 * (final.validation.accuracy - mean)
+    compared = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the winner"
+    equal = ", which cannot be distinguished from it" if final.default in final.tie else ""
+    return f"The study's default, trial {final.default}, has {mean:.2%} with fresh seeds: {compared}{equal}."

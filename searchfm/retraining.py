@@ -20,6 +20,7 @@ import numpy as np
 import tomli_w
 from filelock import FileLock
 from numpy.typing import NDArray
+from optuna.trial import FixedTrial
 
 from searchfm import figures, stats
 from searchfm.coordinator import TRIAL, drop_weights
@@ -146,6 +147,9 @@ def make_plan(study: StudyRecord, options: RetrainOptions) -> FinalPlan:
         trials: tuple[int, ...] = (trial,)
     else:  # no coordinator trains the running ones, since the lock is held here
         trials = tuple(each.number for each in ranked[:top])
+        default = study.default
+        if (top, seeds) != (1, 1) and default is not None and default not in trials:
+            trials += (default,)  # so that a search does not end worse than its default without saying so
     epochs = options.epochs if options.epochs is not None else before.epochs
     return FinalPlan(trials, top, seeds, trial, epochs, before.round + options.again)
 
@@ -176,6 +180,7 @@ class Selection:
     finalists: tuple[FinalistFigures, ...] = ()
     tie: tuple[int, ...] = ()
     optimism: float | None = None
+    default: int | None = None
 
 
 def choose(finalists: Sequence[FinalistFigures], correct: Mapping[int, NDArray[np.bool_]]) -> Selection:
@@ -199,7 +204,7 @@ def choose(finalists: Sequence[FinalistFigures], correct: Mapping[int, NDArray[n
         validation=Validation(winner.mean, low, high, spread, mine.shape[1]),
         finalists=tuple(finalists),
         tie=tuple(sorted(one.trial for one in equal)) if len(equal) > 1 else (),
-        optimism=winner.value - winner.mean,
+        optimism=None if winner.value is None else winner.value - winner.mean,
     )
 
 
@@ -280,6 +285,8 @@ class _Retraining:
         if plan.trial is not None or (plan.top, plan.seeds) == (1, 1):
             trial = self.study.trials[plan.trials[0]]
             searched = Validation(trial.value or 0.0, None, None, None, self.study.data.validation)
+            if self.study.default not in (None, trial.number):
+                yield Note(f"trial {trial.number} is not compared with the study's default, trial {self.study.default}")
             return Selection(winner=trial.number, validation=searched)
         tasks = {number: [self._finalist(number, k) for k in range(1, plan.seeds + 1)] for number in plan.trials}
         results, failures = yield from run_tasks(self.pool, [task for mine in tasks.values() for task in mine])
@@ -298,7 +305,7 @@ class _Retraining:
             finalists.append(
                 FinalistFigures(
                     trial=number,
-                    value=self.study.trials[number].value or 0.0,
+                    value=self.study.trials[number].value,
                     values=tuple(answers[number].mean(axis=1).tolist()),
                     mean=float(answers[number].mean()),
                     seconds=float(np.mean([result.seconds for result in trained])),
@@ -309,12 +316,13 @@ class _Retraining:
             )
         if not finalists:
             raise WorldError(f"study {self.study.name!r}: every finalist failed, the last with: {reason}")
-        return choose(finalists, answers)
+        default = self.study.default if self.study.default in answers else None
+        return replace(choose(finalists, answers), default=default)
 
     def final(self, selection: Selection) -> Generator[JobEvent, None, Final]:
         """Trains the winner on all training data, then reads the test part with it, and writes everything down."""
         number, seed = selection.winner, self._seed(selection.winner, 0)
-        config = _with_seed(self.study.trials[number].config, seed, self.plan.epochs)
+        config = _with_seed(self._chosen(number)[0], seed, self.plan.epochs)
         done, partial = self.study.folder / FOLDER, self.study.folder / f"{FOLDER}-{number:04d}-{seed}"
         identity = f"{self.study.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
         fit = self._task("final training", identity, done, FIT, config, FITTED)
@@ -361,7 +369,7 @@ class _Retraining:
             epochs=len(epochs),
             fingerprint=self.study.data.fingerprint,
             time=time.time(),
-            params=dict(self.study.trials[selection.winner].params),
+            params=dict(self._chosen(selection.winner)[1]),
             weights=fitted.files[WEIGHTS],
         )
 
@@ -373,7 +381,7 @@ class _Retraining:
 
     def _finalist(self, number: int, k: int) -> Task:
         seed = self._seed(number, k)
-        config = _with_seed(self.study.trials[number].config, seed)
+        config = _with_seed(self._chosen(number)[0], seed)
         folder = self.study.folder / "finalists" / f"{number:04d}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.search.replay(number, config))
@@ -386,6 +394,14 @@ class _Retraining:
         threads = self.workers if entry == FIT else None  # the final training runs alone
         payload = train_payload(self.search, self.study.data, self.data_dir, config, identity, threads)
         return Task(Job(label, folder, entry, payload, label, config["train"]["epochs"]), identity, record)
+
+    def _chosen(self, number: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Config and params of a trial. Of a default that no worker had before the search was stopped, neither is kept."""
+        trial = self.study.trials[number]
+        if trial.config:
+            return trial.config, trial.params
+        params = self.search.known[number].params
+        return self.search.sample(FixedTrial(dict(params))).to_table(), params
 
     def _seed(self, number: int, k: int) -> int:
         """A 31-bit seed that the search did not use: fresh seed k of a finalist, from 1, or (0) of the final model."""

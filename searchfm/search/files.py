@@ -44,6 +44,7 @@ class StudyFile:
             # Of a built-in file, what the user did not give may be left out.
             given = overrides if shipped_folder() in self.path.parents else None
             chosen = check_name(name or self.name)
+            first.check_written(table.get("first", ()))
             study = Study(
                 chosen, table, question=self.question, where=self.path.name, given=given, overridden=overrides
             )
@@ -287,7 +288,8 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
         # Names first: another sampler's name with the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
         _free_changes(stored.name, [(name, get(stored.resolved, name), _lower(overrides[name])) for name in names])
-        table = resolve(apply_overrides(stored.resolved, overrides), "command line")
+        before = {name: value for name, value in stored.resolved.items() if name != "first"}
+        table = resolve(apply_overrides(before, overrides), "command line")
         _refuse_unused(table, overrides)
         pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
         search |= _free_changes(stored.name, pairs)

@@ -38,11 +38,21 @@ def tables(values: Any) -> list[Mapping[str, Any]]:
     return list(values)
 
 
+def check_written(values: Any) -> None:
+    """Checks the tables of a file as `tables` does; `from` is no key of theirs. Raises ConfigError."""
+    for number, table in enumerate(tables(values), 1):
+        if ORIGIN in table:
+            raise UnknownKeyError(f"first.{number}.{ORIGIN}", "is unknown here")
+
+
 def of_file(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The tables of a file for --first: its `[[first]]`; or the file as one, such as a trial's config.toml, without the
     keys that the study sets for all trials. Raises ConfigError.
     """
-    return tables(table["first"]) if "first" in table else [config(table)]
+    if "first" not in table:
+        return [config(table)]
+    check_written(table["first"])
+    return tables(table["first"])
 
 
 def config(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def trial_lines(trial: Trial) -> list[str]:
         end += f" after {epochs} with {trial.accuracy:.2%}"
     if trial.twin is not None:
         end += f" (not trained again: its config equals that of trial {trial.twin})"
-    facts = []
+    facts = [] if trial.first is None else [f"known configuration ({trial.first})"]
     if result is not None:
         if result.best_epoch:
             facts.append(f"best epoch {result.best_epoch} ({max(trial.reported.values(), default=0.0):.2%})")

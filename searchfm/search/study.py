@@ -39,7 +39,7 @@ from searchfm.config import (
     image_shape,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
-from searchfm.records import ORIGIN, Prepared, Trial, ranked
+from searchfm.records import DEFAULT, ORIGIN, Prepared, Trial, ranked
 from searchfm.search import first, space
 from searchfm.stats import Accuracy
 from searchfm.tables import digest, read_within, show, walk
@@ -142,6 +142,7 @@ class Study:
     ) -> None:
         self.name, self.question, self.where, self.given = name, question, where, given
         self._tables, self._dropped = table.get("first", ()), set(overridden)
+        self.known: list[first.Known] = []  # configurations to try before the sampler proposes
         self.notes: list[str] = []  # lines for the user: what has no effect, or was left out
         try:
             self.search, self.tree = parse(table)
@@ -178,6 +179,11 @@ class Study:
     def fixed(self) -> int:
         """The trials whose configs are fixed by their numbers: known configurations, then the points of a grid."""
         return len(self.known) + (len(self.points or ()) if isinstance(self.search.sampler, Grid) else 0)
+
+    @property
+    def default(self) -> bool:
+        """Whether trial 0 is the default of the study file: its first `[[first]]` table."""
+        return bool(self.known) and self.known[0].origin == DEFAULT
 
     def add_known(self, table: Mapping[str, Any], origin: str) -> first.Known:
         """Adds a configuration to try after those known already, unless one of them equals it. Raises ConfigError."""

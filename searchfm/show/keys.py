@@ -24,6 +24,10 @@ A key takes a value, `{ choice = [...] }` or `{ low = ..., high = ... }` with `l
 "fixed" take a value alone. A list takes one of them, or one an entry. `--set TABLE.KEY=VALUE` overrides a key. The last
 tables, `[engine]`, are those of a file for `--engine`. A study file may also have `name`, the name of its study; the
 default is the file's.
+
+Tables `[[first]]` are configurations that are tried before the sampler proposes, with the keys of this page as values:
+`optimizer.lr = 0.01` below a line `[[first]]`. The first of them is the study's default. A key that is absent has the
+default of this page if the search space holds that, else the first choice or the middle of the range.
 """
 SIGNS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
@@ -144,8 +148,14 @@ def json_schema() -> dict[str, Any]:
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A study file of searchfm",
         **config,
-        "properties": {"name": text, "search": search, **config["properties"]},
+        "properties": {"name": text, "search": search, **config["properties"], "first": _first()},
     }
+
+
+def _first() -> dict[str, Any]:
+    point = _object(Config, ranges=False)
+    described = {**point, "description": "a configuration of the search space; absent keys have their defaults"}
+    return {"type": "array", "description": "configurations to try before the sampler proposes", "items": described}
 
 
 def _object(cls: type[Table], *, ranges: bool) -> dict[str, Any]:

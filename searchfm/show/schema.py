@@ -110,6 +110,9 @@ class Trial(Part, kw_only=True):
     flops: Annotated[int | None, about("floating-point operations of one image's forward pass; null unless complete")]
     twin: Annotated[int | None, about("an earlier trial of the same config, whose end this one copied")]
     reason: Annotated[str | None, about("why it failed, or what pruned it")]
+    first: Annotated[
+        str | None, about("where its config comes from, if it was tried before the sampler proposed: `study file` ...")
+    ]
     attempts: Annotated[int, about("attempts to train it: more than one after a worker died or was stopped")]
     started: Annotated[float | None, about("seconds since 1970")]
     ended: Annotated[float | None, about("seconds since 1970; null while it runs")]
@@ -198,6 +201,7 @@ def describe_trial(trial: TrialRecord) -> Trial:
         flops=trial.result.flops if trial.result else None,
         twin=trial.twin,
         reason=trial.reason,
+        first=trial.first,
         attempts=trial.attempts,
         started=trial.started,
         ended=trial.ended,
@@ -379,7 +383,9 @@ class Finalist(Part, kw_only=True):
     """A trial that was trained again with fresh seeds."""
 
     trial: Annotated[int, about("its number")]
-    value: Annotated[float, about("validation accuracy in the search, 0 to 1")]
+    value: Annotated[
+        float | None, about("validation accuracy in the search, 0 to 1; null for a default that did not complete")
+    ]
     values: Annotated[Sequence[float], about("validation accuracy with each fresh seed, 0 to 1")]
     mean: Annotated[float, about("of `values`")]
     seconds: Annotated[float, about("of a training, on average, in s")]
@@ -426,6 +432,7 @@ class Retrained(Printed, kw_only=True):
     tie: Annotated[Sequence[int], about("trials that cannot be distinguished from the best mean; empty if all can")]
     winner: Annotated[int, about("number of the trial whose config the final model has")]
     optimism: Annotated[float | None, about("the winner's value in the search, less its mean over fresh seeds")]
+    default: Annotated[int | None, about("number of the trial of the study's default, if it is a finalist")]
     validation: Annotated[ValidationPart, about("the winner on the validation part")]
     test: Annotated[TestPart, about("the final model on the test part")]
     balanced: Annotated[float | None, about("mean recall of the classes on the test part, 0 to 1")]

@@ -185,8 +185,8 @@ def finalist_table(final: Final) -> Table:
     for finalist in sorted(final.finalists, key=lambda finalist: -finalist.mean):
         best = finalist.trial == final.winner
         shown.add_row(
-            f"{finalist.trial}{' (wins)' if best else ''}",
-            digits(finalist.value),
+            f"{finalist.trial}{' (default)' if finalist.trial == final.default else ''}{' (wins)' if best else ''}",
+            "-" if finalist.value is None else digits(finalist.value),
             " ".join(map(digits, finalist.values)),
             digits(finalist.mean),
             f"{finalist.parameters:,}",

@@ -182,6 +182,8 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
     }
     if trial.twin is not None:
         tags["twin_of"] = str(trial.twin)
+    if trial.first is not None:
+        tags["first"] = trial.first
     if trial.reason:
         tags["reason"] = trial.reason[:1000]
     if trial.value is not None:
