@@ -396,7 +396,7 @@ class _Retraining:
         return Task(Job(label, folder, entry, payload, label, config["train"]["epochs"]), identity, record)
 
     def _chosen(self, number: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Config and params of a trial. Of a default that no worker had before the search was stopped, neither is kept."""
+        """Config and params of a trial. Neither is kept of a default that was asked for, and that no worker had."""
         trial = self.study.trials[number]
         if trial.config:
             return trial.config, trial.params

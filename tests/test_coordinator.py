@@ -542,6 +542,58 @@ def test_retry_failed_trains_the_failed_points_of_a_grid_again(home: Home) -> No
     assert len({row.digest for row in done.of("complete")}) == 6
 
 
+def test_a_failed_point_is_repeated_after_every_point_of_the_grid(home: Home) -> None:
+    study = toy(search=GRID, **SIX)
+    search(home, study, trials=3, payload={"fail": [1]})
+    done = search(home, study, trials=7, retry_failed=True)
+    check(done, 7)
+    assert len({row.digest for row in done.trials[:6]}) == 6, "no point is skipped"
+    assert done.trials[6].digest == done.trials[1].digest
+
+
+# --- known configurations ---------------------------------------------------------------------------------------------
+
+KNOWN: list[dict[str, Any]] = [{"optimizer": {"lr": 0.02}}, {"optimizer": {"lr": 0.05}}]
+
+
+def test_known_configurations_are_tried_first_however_the_search_is_stopped(tmp_path: Path) -> None:
+    study = toy(first=KNOWN)
+    whole = search(Home(tmp_path / "whole"), study, trials=5)
+    check(whole, 5)
+    assert [row.params["optimizer.lr"] for row in whole.trials[:2]] == [0.02, 0.05]
+    assert [row.first for row in whole.trials] == ["study file"] * 2 + [None] * 3
+    assert whole.default == 0
+    for length in (2, 1, 3, 100):
+        broken = search(Home(tmp_path / "broken"), study, trials=5, watch=stop_every(length))
+    assert facts(broken) == facts(whole)
+
+
+def test_a_failed_configuration_is_repeated_after_all_known_ones_and_then_is_the_default(home: Home) -> None:
+    search(home, toy(first=KNOWN), trials=1, payload={"fail": [0]})
+    done = search(home, toy(first=KNOWN), trials=4, retry_failed=True)
+    assert [row.params["optimizer.lr"] for row in done.trials[:3]] == [0.02, 0.05, 0.02]
+    assert done.default == 2
+
+
+def test_the_points_of_a_grid_come_after_known_configurations(home: Home) -> None:
+    study = toy(search=GRID, first=[{"model": {"mlp": {"layers": 2, "width": 4}}}], **SIX)
+    assert study.trials == 7
+    done = search(home, study)
+    check(done, 7)
+    assert [row.params["model.mlp.width"] for row in done.trials] == [4, 4, 8, 16, 4, 8, 16]
+    assert [row.twin for row in done.trials] == [None] * 4 + [0] + [None] * 2
+
+
+def test_a_default_is_never_pruned_and_no_known_configuration_is_at_chance(home: Home) -> None:
+    poor = {"optimizer": {"lr": 0.09}}
+    counted = {"validation": 1000, "validation_classes": (100,) * 10}
+    pruner = {"pruner": {"name": "patient", "patience": 0, "min_delta": -1.0}}  # prunes every trial
+    study = search(home, toy(search=pruner, first=[poor, poor, *KNOWN]), trials=5, data=counted)
+    assert [row.state for row in study.trials[:2]] == ["complete", "complete"]
+    assert study.trials[1].twin == 0
+    assert [row.reason for row in study.trials[2:4]] == ["pruned by patient after epoch 2"] * 2
+
+
 def test_a_space_of_one_point_is_one_trial(home: Home) -> None:
     check(search(home, toy(search={"trials": 20}, **ONE)), 1)
 

@@ -94,6 +94,8 @@ def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = 
 
 def _member(name: str, leaf: space.Leaf, item: LeafKey | None, value: Any, *, lenient: bool) -> Any:
     """The value as the leaf has it; None for one that does not fit and need not. Raises ConfigError."""
+    if isinstance(value, Mapping):
+        raise ConfigError(name, f"= {show(value)}: takes a value here, not a range")
     try:
         checked = value if item is None else item.check(value)
         return leaf.member(checked)
