@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FixedTrial
 from scipy.stats import binom
 
 from searchfm import coordinator, pool
@@ -577,21 +578,32 @@ def test_a_failed_configuration_is_repeated_after_all_known_ones_and_then_is_the
 
 def test_the_points_of_a_grid_come_after_known_configurations(home: Home) -> None:
     study = toy(search=GRID, first=[{"model": {"mlp": {"layers": 2, "width": 4}}}], **SIX)
-    assert study.trials == 7
+    assert study.fixed == 7
     done = search(home, study)
     check(done, 7)
     assert [row.params["model.mlp.width"] for row in done.trials] == [4, 4, 8, 16, 4, 8, 16]
     assert [row.twin for row in done.trials] == [None] * 4 + [0] + [None] * 2
 
 
-def test_a_default_is_never_pruned_and_no_known_configuration_is_at_chance(home: Home) -> None:
-    poor = {"optimizer": {"lr": 0.09}}
-    counted = {"validation": 1000, "validation_classes": (100,) * 10}
-    pruner = {"pruner": {"name": "patient", "patience": 0, "min_delta": -1.0}}  # prunes every trial
-    study = search(home, toy(search=pruner, first=[poor, poor, *KNOWN]), trials=5, data=counted)
-    assert [row.state for row in study.trials[:2]] == ["complete", "complete"]
-    assert study.trials[1].twin == 0
-    assert [row.reason for row in study.trials[2:4]] == ["pruned by patient after epoch 2"] * 2
+class Always(optuna.pruners.BasePruner):
+    """Prunes every trial."""
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        return True
+
+
+def test_a_default_is_never_pruned_and_no_known_configuration_is_at_chance(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor = [{"optimizer": {"lr": lr}} for lr in (0.08, 0.1)]
+    study = toy(search={"pruner": {"name": "median"}}, first=poor)
+    monkeypatch.setattr(study, "pruner", Always)
+    done = search(home, study, trials=3, data=COUNTED)
+    assert [row.reason for row in done.trials] == [None, *["pruned by median after epoch 1"] * 2]
+    mild = toy("mild", search={"pruner": {"name": "median"}}, first=poor)
+    done = search(home, mild, trials=2, data=COUNTED)
+    assert mild.at_chance(mild.sample(FixedTrial(done.trials[1].params)), 1, done.trials[1].reported[1], done.data)
+    assert [row.state for row in done.trials] == ["complete"] * 2
 
 
 def test_a_space_of_one_point_is_one_trial(home: Home) -> None:
