@@ -343,8 +343,8 @@ class StudyRecord(StudyHeader):
         """The trial of the study's default, or one that repeated it after a failure. None for a study whose file has no
         `[[first]]`, and before its first trial.
         """
-        tables = self.resolved.get("first") or ({},)
-        if not self.trials or tables[0].get(ORIGIN) != DEFAULT:
+        tables = self.resolved.get("first", ())
+        if not self.trials or not tables or tables[0].get(ORIGIN) != DEFAULT:
             return None
         digest = self.trials[0].digest
         return next((trial.number for trial in self.of("complete") if trial.digest == digest), 0)

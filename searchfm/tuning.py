@@ -288,7 +288,7 @@ def add_best(study: Study, old: StudyRecord) -> None:
     tried: list[str] = []
     for trial in best:
         try:
-            study.add_known(first.config(trial.config), f"trial {trial.number} of {old.name}")
+            study.add_known(first.config(trial.config), f"trial {trial.number} of {old.name}", strict=True)
             tried.append(f"{trial.number} ({trial.value:.4f})")
         except ConfigError as error:
             study.notes.append(f"--warm-start {old.name}: trial {trial.number} does not fit: {error}")

@@ -33,7 +33,7 @@ TABLES: dict[str, Any] = {
 }
 
 
-def toy(name: str = "toy", **tables: Mapping[str, Any]) -> Study:
+def toy(name: str = "toy", **tables: Any) -> Study:
     """A study of toy trials: `search` is merged into that of TABLES, other tables replace theirs."""
     merged = copy.deepcopy(TABLES) | {key: copy.copy(table) for key, table in tables.items() if key != "search"}
     merged["search"] |= tables.get("search", {})

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from optuna.trial import TrialState
 
 from searchfm import cli
 from searchfm.errors import DataError, StorageError, StudyError, UserError
+from searchfm.format import final_sentences
 from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
 from searchfm.retraining import RetrainOptions, make_plan, retrain
@@ -44,10 +47,10 @@ def row(home: Home) -> StudyRecord:
     return load_study(open_storage(home), home, "digits")
 
 
-def tune(home: Home, trials: int = 4) -> None:
-    """Runs the search, on two workers, without MLflow."""
+def tune(home: Home, trials: int = 4, **tables: Any) -> None:
+    """Runs the search, on two workers, without MLflow. tables: more of the study file."""
     search = {"trials": trials, "sampler": {"name": "random"}, "pruner": {"name": "none"}}
-    study = Study("digits", {"search": search, **DIGITS}, question="How wide?")
+    study = Study("digits", {"search": search, **DIGITS, **tables}, question="How wide?")
     try:
         stored = load_study(open_storage(home), home, study.name)
     except StudyError:
@@ -322,6 +325,41 @@ def test_trials_that_no_coordinator_trains_are_left_out(four: StudyRecord, home:
     before = make_plan(four, RetrainOptions(home, "toy"))
     rows.ask(home)
     assert make_plan(rows.study(home), RetrainOptions(home, "toy")) == before
+
+
+# --- the default ------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_among_the_finalists_and_how_it_did_is_said(home: Home) -> None:
+    tune(home, first=[{"model": {"mlp": {"width": 8}}, "optimizer": {"lr": 1e-3}}])
+    assert row(home).default == 0
+    assert (row(home).best or row(home).trials[0]).number != 0
+    final, _ = finish(home, top=1, seeds=2)
+    assert (final.plan.trials[1:], final.default) == ((0,), 0)
+    assert {one.trial for one in final.finalists} == set(final.plan.trials)
+    (compared,) = [text for text in final_sentences(final)["Validation"] if "default" in text]
+    assert re.fullmatch(
+        r"The study's default, trial 0, has .*% with fresh seeds: .* points below the winner\.", compared
+    )
+    final, progress = finish(home, top=1, seeds=1)
+    assert final.default is None
+    number = final.winner
+    assert f"trial {number} is not compared with the study's default, trial 0" in [
+        item.text for item in progress if item.kind == "note"
+    ]
+
+
+def test_a_default_that_did_not_end_is_a_finalist_without_a_value(home: Home) -> None:
+    tune(home, 2, first=[{"model": {"mlp": {"width": 64}}, "optimizer": {"lr": 1e-2}}])
+    with sqlite3.connect(home.path / "optuna.db") as database:
+        database.execute("UPDATE trials SET state = 'RUNNING' WHERE number = 0")
+        database.execute("DELETE FROM trial_user_attributes WHERE key IN ('config', 'digest') AND trial_id = 1")
+    final, _ = finish(home, top=1, seeds=2)
+    assert (final.plan.trials, final.default, final.winner, final.optimism) == ((1, 0), 0, 0, None)
+    assert [one.value is None for one in final.finalists] == [False, True]
+    assert final.params == {"model.mlp.width": 64, "optimizer.lr": 0.01}
+    shown = final_sentences(final)["Validation"]
+    assert shown[0].endswith("the winner, the study's default, was not trained to its end in the search.")
 
 
 def test_a_study_without_a_complete_trial_is_refused(home: Home) -> None:

@@ -39,7 +39,7 @@ from searchfm.config import (
     image_shape,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
-from searchfm.records import DEFAULT, ORIGIN, Prepared, Trial, ranked
+from searchfm.records import DEFAULT, Prepared, Trial, ranked
 from searchfm.search import first, space
 from searchfm.stats import Accuracy
 from searchfm.tables import digest, read_within, show, walk
@@ -185,12 +185,15 @@ class Study:
         """Whether trial 0 is the default of the study file: its first `[[first]]` table."""
         return bool(self.known) and self.known[0].origin == DEFAULT
 
-    def add_known(self, table: Mapping[str, Any], origin: str) -> first.Known:
-        """Adds a configuration to try after those known already, unless one of them equals it. Raises ConfigError."""
-        known = replace(first.read(self.tree, table, self._dropped), origin=origin)
+    def add_known(self, table: Mapping[str, Any], origin: str, *, strict: bool = False) -> first.Known:
+        """Adds a configuration to try after those known already, unless one of them equals it. Raises ConfigError.
+
+        strict: its values of overridden keys must fit too.
+        """
+        known = replace(first.read(self.tree, table, () if strict else self._dropped), origin=origin)
         if all(each.params != known.params for each in self.known):
             self.known.append(known)
-            self._tables = [*self._tables, {**table, ORIGIN: origin}]
+            self._tables = [*self._tables, known.to_table()]
         return known
 
     @property

@@ -338,6 +338,10 @@ class SearchPlan(Printed, kw_only=True):
     existing: Annotated[int, about("trials of a study of this name that exist already")]
     points: Annotated[int | None, about("points of the space; null for an infinite one, or more than 100,000")]
     space: Annotated[Mapping[str, Leaf], about("what is searched, by dotted key")]
+    first: Annotated[
+        Sequence[Params],
+        about("known configurations that are tried first, by dotted key; those of the study file first"),
+    ]
     parameters: Annotated[
         tuple[int, int] | None, about("minimum and maximum of a model, over 16 configs; null if not computed")
     ]
@@ -364,6 +368,7 @@ def describe_plan(study: Plan, stored: StudyRecord | None = None, cost: Costs | 
         existing=len(stored.trials) if stored else 0,
         points=None if study.points is None else len(study.points),
         space={name: _leaf(leaf) for name, leaf in space.leaves(study.tree)},
+        first=[known.params for known in study.known],
         parameters=cost["parameters"] if cost else None,
         flops=cost["flops"] if cost else None,
         **more,

@@ -423,6 +423,8 @@ def _times(trial: Trial) -> str:
         texts.append(f"on {trial.result.device}")
     if trial.attempts > 1:
         texts.append(f"{trial.attempts} attempts")
+    if trial.first is not None:
+        texts.append(f"a known configuration ({trial.first})")
     return "; ".join(texts)
 
 

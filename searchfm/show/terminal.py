@@ -49,7 +49,8 @@ def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: 
     console.print(pair_table("key", "values", searched) if searched else "nothing is searched: one config")
     points = "infinite" if study.points is None else f"{len(study.points):,}"
     earlier = f"; {len(stored.trials)} exist already" if stored else ""
-    console.print(f"points: {points}; trials: {study.trials}{earlier}")
+    known = f"; tried first: {plural(len(study.known), 'known configuration')}" if study.known else ""
+    console.print(f"points: {points}; trials: {study.trials}{earlier}{known}", soft_wrap=False)
     if cost is not None:
         parameters, mflop = _span(cost["parameters"]), _span(tuple(flops / 1e6 for flops in cost["flops"]))
         line = f"cost of a trial: {parameters} parameters, {mflop} MFLOP a sample (one forward pass)"
