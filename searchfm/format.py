@@ -242,10 +242,9 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
     if not final.finalists:
         searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
     elif final.optimism is None:
-        searched = [
-            f"{validation.accuracy:.2%} of the validation images correct with {plural(final.plan.seeds, 'fresh seed')}; "
-            "the winner, the study's default, was not trained to its end in the search."
-        ]
+        missing = "the winner, the study's default, was not trained to its end in the search"
+        trained = f"correct with {plural(final.plan.seeds, 'fresh seed')}"
+        searched = [f"{validation.accuracy:.2%} of the validation images {trained}; {missing}."]
     else:
         found = validation.accuracy + final.optimism
         searched = [

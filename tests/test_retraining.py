@@ -352,7 +352,7 @@ def test_the_default_is_among_the_finalists_and_how_it_did_is_said(home: Home) -
 def test_a_default_that_did_not_end_is_a_finalist_without_a_value(home: Home) -> None:
     tune(home, 2, first=[{"model": {"mlp": {"width": 64}}, "optimizer": {"lr": 1e-2}}])
     with sqlite3.connect(home.path / "optuna.db") as database:
-        database.execute("UPDATE trials SET state = 'RUNNING' WHERE number = 0")
+        database.execute("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL WHERE number = 0")
         database.execute("DELETE FROM trial_user_attributes WHERE key IN ('config', 'digest') AND trial_id = 1")
     final, _ = finish(home, top=1, seeds=2)
     assert (final.plan.trials, final.default, final.winner, final.optimism) == ((1, 0), 0, 0, None)
