@@ -239,7 +239,7 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
     ]
     if model is not None:
         fitted.append(f"It is registered as {model.uri}{', the champion' if model.champion else NOT_CHAMPION}.")
-    if not final.finalists:
+    if final.optimism is None and not final.finalists:
         searched = [f"{validation.accuracy:.2%} of the validation images correct in the search; no fresh seed trained."]
     elif final.optimism is None:
         missing = "the winner, the study's default, was not trained to its end in the search"
@@ -251,7 +251,7 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
             f"{found:.2%} of the validation images correct in the search, {validation.accuracy:.2%} with "
             f"{plural(final.plan.seeds, 'fresh seed')}: {_optimism(found, validation.accuracy)}."
         ]
-    if final.finalists and final.plan.seeds < INTERVAL_SEEDS:
+    if (final.finalists or final.optimism is not None) and final.plan.seeds < INTERVAL_SEEDS:
         few = f"{plural(final.plan.seeds, 'seed')} {'is' if final.plan.seeds == 1 else 'are'} too few"
         searched.append(f"{few} for an interval of a further one; --seeds 5 gives it.")
     elif validation.low is not None and validation.high is not None and validation.spread is not None:

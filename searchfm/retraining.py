@@ -20,7 +20,6 @@ import numpy as np
 import tomli_w
 from filelock import FileLock
 from numpy.typing import NDArray
-from optuna.trial import FixedTrial
 
 from searchfm import figures, stats
 from searchfm.coordinator import TRIAL, drop_weights
@@ -401,7 +400,7 @@ class _Retraining:
         if trial.config:
             return trial.config, trial.params
         params = self.search.known[number].params
-        return self.search.sample(FixedTrial(dict(params))).to_table(), params
+        return self.search.config(params).to_table(), params
 
     def _seed(self, number: int, k: int) -> int:
         """A 31-bit seed that the search did not use: fresh seed k of a finalist, from 1, or (0) of the final model."""

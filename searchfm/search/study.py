@@ -237,12 +237,16 @@ class Study:
         """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""
         return Config.from_table(space.sample(trial, self.tree))
 
+    def config(self, params: Mapping[str, Any]) -> Config:
+        """The config of a point of the space."""
+        return self.sample(FixedTrial(dict(params)))
+
     def samples(self, count: int) -> list[Config]:
         """Configs of the space: those of the first trials, as far as the sampler proposes them without results; all of
         the space if it has at most `count` points.
         """
         if (points := space.points(self.tree, count)) is not None:
-            return [self.sample(FixedTrial(point)) for point in points]
+            return [self.config(point) for point in points]
         study, configs = optuna.create_study(), []
         for number in range(count):
             study.sampler = self.sampler(number)

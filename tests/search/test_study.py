@@ -324,7 +324,7 @@ WRONG = [
     ("model = 3", "model = 3: must be a table"),
     (
         "modell = {}",
-        "modell is unknown here; may be one of: name, search, data, model, optimizer, schedule, augment, t",
+        "modell is unknown here; may be one of: name, search, first, data, model, optimizer, schedule, augment, t",
     ),
     ("data.name = { choice = ['digits', 'mnist'] }", "data.name = { choice = "),
     (
