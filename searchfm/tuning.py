@@ -34,7 +34,7 @@ from searchfm.search.database import failures
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.storage import create_study, load_study, locked_study, open_storage, read_study, write_record
 from searchfm.search.study import Study, check_name
-from searchfm.tables import digest, show
+from searchfm.tables import digest
 from searchfm.tracking.follow import Tracking
 
 PREPARE = "searchfm.learn.entries:prepare"
@@ -270,12 +270,11 @@ def add_file(study: Study, path: Path, *, begun: bool) -> None:
     for number, table in enumerate(files.read_first(path), 1):
         where = f"--first {path.name}" + f", table {number}" * (number > 1)
         try:
-            known = study.add_known(table, f"file {path.name}")
+            study.add_known(table, f"file {path.name}")
         except ConfigError as error:
             raise error.at(where) from None
         if begun and len(study.known) > count:
-            text = f"{where}: study {study.name!r} was begun without {show(known.params)}; {files.AFRESH}"
-            raise StudyError(text)
+            raise StudyError(f"{where}: study {study.name!r} was begun without this configuration; {files.AFRESH}")
 
 
 def add_best(study: Study, old: StudyRecord) -> None:

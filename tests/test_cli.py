@@ -107,6 +107,33 @@ def test_the_same_command_trains_nothing(home: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
 
 
+@pytest.mark.slow
+def test_known_configurations_of_the_study_a_file_and_an_older_study_are_tried_first(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked = read_study(Home(home), "mlp").ranked()
+    best = next(trial for trial in ranked if trial.first is None)  # an equal configuration is not tried twice
+    own = tmp_path / "own.toml"
+    own.write_text("[[first]]\noptimizer.lr = 0.004\n")
+    known = ("--first", str(own), "--warm-start", "mlp", "--name", "next", "--trials", "4", *TINY)
+    done = searchfm_here("tune", "mlp", *known, "--home", str(home))
+    assert done.returncode == 0, done.stderr
+    numbers = ", ".join(rf"{trial.number} \({trial.value:.4f}\)" for trial in ranked)
+    assert re.search(rf"^--warm-start mlp: trials {numbers} are tried first$", done.stdout, re.M)
+    trials = read_study(Home(home), "next").trials
+    origins = [trial.first for trial in trials]
+    assert origins[:4] == ["study file", "study file", "file own.toml", f"trial {best.number} of mlp"]
+    assert trials[2].config["optimizer"]["lr"] == 0.004
+    assert trials[3].params == best.params
+    page = searchfm("trial", "next", "2", "--home", str(home)).stdout
+    assert "a known configuration (file own.toml)" in " ".join(page.split())
+    own.write_text("[[first]]\noptimizer.lr = 0.005\n")
+    message = refused(capsys, monkeypatch, "tune", "mlp", *known, "--home", str(home))
+    assert "--first own.toml: study 'next' was begun without this configuration" in message
+    other = ("tune", "mlp", "--name", "x", "--warm-start", "mpl", "--home", str(home))
+    assert "did you mean" in refused(capsys, monkeypatch, *other)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -195,7 +195,7 @@ def test_json_prints_the_promised_keys_and_the_terminal_explains_each_interval(
             cli.main()
         assert not left.value.code
         outputs[arguments] = capsys.readouterr().out
-    promised = ("study", "finalists", "tie", "winner", "optimism", "validation", "test", "model", "seconds")
+    promised = ("study", "finalists", "tie", "winner", "optimism", "default", "validation", "test", "model", "seconds")
     baselines = {"largest": final.largest, "balanced": final.balanced}
     check(["retrain"], outputs[("--json",)])
     kept = json.loads(json.dumps(final.to_json()))
@@ -330,7 +330,8 @@ def test_trials_that_no_coordinator_trains_are_left_out(four: StudyRecord, home:
 # --- the default ------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_is_among_the_finalists_and_how_it_did_is_said(home: Home) -> None:
+@pytest.mark.slow
+def test_the_default_is_among_the_finalists_and_how_it_did_is_reported(home: Home) -> None:
     tune(home, first=[{"model": {"mlp": {"width": 8}}, "optimizer": {"lr": 1e-3}}])
     assert row(home).default == 0
     assert (row(home).best or row(home).trials[0]).number != 0
@@ -349,6 +350,7 @@ def test_the_default_is_among_the_finalists_and_how_it_did_is_said(home: Home) -
     ]
 
 
+@pytest.mark.slow
 def test_a_default_that_did_not_end_is_a_finalist_without_a_value(home: Home) -> None:
     tune(home, 2, first=[{"model": {"mlp": {"width": 64}}, "optimizer": {"lr": 1e-2}}])
     with sqlite3.connect(home.path / "optuna.db") as database:

@@ -159,8 +159,8 @@ def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
     assert "91.00% of the validation images correct in the search, 90.00% with 3 fresh seeds" in text
     assert "searchfm export toy" in text
     assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
-    keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "validation", "test", "balanced", "largest"]
-    assert list(describe_final(final).__struct_fields__) == [*keys, "model", "seconds"]
+    keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "default", "validation", "test"]
+    assert list(describe_final(final).__struct_fields__) == [*keys, "balanced", "largest", "model", "seconds"]
 
 
 def test_durations_and_names_are_short() -> None:
