@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from searchfm import __version__, shell
-from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, UserError
+from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, StudyError, UserError
 from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
@@ -817,7 +817,7 @@ def remove(
 ) -> None:
     """Remove a study: its trials in Optuna, its runs in MLflow, its folder.
 
-    Its versions in MLflow's registry stay unless --models is given. The record of test reads stays.
+    Its versions in MLflow's registry stay unless --models is given, also later. The record of test reads stays.
     """
     from searchfm import upkeep
     from searchfm.format import plural
@@ -826,17 +826,27 @@ def remove(
     from searchfm.show import schema
 
     where, name = Home.find(home), study_name(study)
-    if not yes:
+    try:
         record = read_study(where, name)
-        if not sys.stdin.isatty():
-            raise UserError(f"remove {name}: asks first, and there is no terminal to answer; --yes removes it")
         gone = f"{plural(len(record.trials), 'trial')} in Optuna and MLflow"
         gone += f", {upkeep.size(record):,} bytes in {record.folder}"
+        remove_it = partial(upkeep.remove, where, name, models=with_models)
+    except StudyError:
+        left = upkeep.left_models(where, name) if with_models else ()
+        if not left:
+            raise
+        gone, remove_it = f"all that is left of it: {', '.join(left)}", partial(upkeep.remove_models, where, name)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UserError(f"remove {name}: asks first, and there is no terminal to answer; --yes removes it")
         typer.confirm(f"Remove study {name!r} ({gone})?", abort=True, err=True)
-    removed = upkeep.remove(where, name, models=with_models)
+    removed = remove_it()
     text = f"removed study {name!r}: {plural(removed.trials, 'trial')}, {removed.bytes:,} bytes"
-    kept = f"; kept in the registry: {', '.join(removed.kept)}" if removed.kept else ""
-    _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text + kept))
+    if removed.models:
+        text += f"; removed from the registry: {', '.join(removed.models)}"
+    if removed.kept:
+        text += f"; kept in the registry: {', '.join(removed.kept)} (searchfm remove {name} --models removes them)"
+    _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text))
 
 
 @contextmanager

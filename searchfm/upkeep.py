@@ -14,7 +14,7 @@ from searchfm.search.database import failures
 from searchfm.search.notes import artifact_files
 from searchfm.search.storage import delete_study, locked_study, open_storage
 from searchfm.tracking import registry
-from searchfm.tracking.mirror import delete_experiment, writer
+from searchfm.tracking.mirror import delete_artifacts, delete_experiment, writer
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
     where a database fails; then the same call goes on.
     """
     with locked_study(home, name) as (study, _), failures(f"study {name!r}"):
-        versions = registry.versions(home, study)
+        versions = registry.versions(home, study.uuid)
         with writer(home, name):
             if models:
-                registry.delete_versions(home, study)
+                registry.delete_versions(home, study.uuid)
             freed = delete_experiment(home, study, keep_models=bool(versions) and not models)
         storage = open_storage(home)
         files = artifact_files(home, storage, study)
@@ -58,6 +58,22 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
     shutil.rmtree(study.folder, ignore_errors=True)
     kept, deleted = ((), versions) if models else (versions, ())
     return Removed(name, len(study.trials), freed, deleted, kept)
+
+
+def left_models(home: Home, name: str) -> tuple[str, ...]:
+    """The versions in MLflow's registry of removed studies of this name. Raises StorageError."""
+    return tuple(uri for uuid in registry.removed_studies(home, name) for uri in registry.versions(home, uuid))
+
+
+def remove_models(home: Home, name: str) -> Removed:
+    """Removes what `remove` left: the versions in MLflow's registry of removed studies of this name, and their files.
+    Raises StorageError; then the same call goes on.
+    """
+    models, freed = left_models(home, name), 0
+    for uuid in registry.removed_studies(home, name):
+        freed += delete_artifacts(home, uuid)
+        registry.delete_versions(home, uuid)  # the last: by it the files are found
+    return Removed(name, 0, freed, models, ())
 
 
 def _size(path: Path) -> int:

@@ -91,6 +91,15 @@ def test_a_removed_study_is_gone_from_both_stores_and_its_models_stay_until_they
     assert values("remove", "kept", "--yes")["trials"] == 2
     assert values("status") == []
 
+    assert "asks first" in run("remove", "gone", "--models").stderr
+    assert run("remove", "gone", "--yes").returncode == 2, "models are removed only where that is asked for"
+    left = values("remove", "gone", "--models", "--yes")
+    assert (left["trials"], left["models"], left["kept"]) == (0, ["models:/searchfm-gone/1"], [])
+    assert left["bytes"] > 1000
+    assert values("models") == []
+    assert [folder for folder in (path / "mlartifacts").iterdir() if any(folder.rglob("*"))] == []
+    assert "is not in" in run("remove", "gone", "--models", "--yes").stderr
+
 
 @pytest.fixture
 def digit(tmp_path: Path) -> Path:

@@ -744,8 +744,12 @@ def delete_experiment(home: Home, study: StudyRecord, *, keep_models: bool) -> i
                 if each.name == study.name:  # a new study may take the name
                     client.rename_experiment(each.experiment_id, f"{study.name}-{study.uuid[:8]}")
                 client.delete_experiment(each.experiment_id)
-    freed = 0
-    folder = home.artifacts / study.uuid
+    return delete_artifacts(home, study.uuid, keep_models=keep_models)
+
+
+def delete_artifacts(home: Home, uuid: str, *, keep_models: bool = False) -> int:
+    """Deletes the files of a study that MLflow keeps in the home; returns their bytes."""
+    freed, folder = 0, home.artifacts / uuid
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name != MODELS or not keep_models:
             freed += sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())

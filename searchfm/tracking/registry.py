@@ -286,17 +286,27 @@ def models(home: Home) -> list[Version]:
     return sorted(rows, key=lambda row: (row.name, -row.version))
 
 
-def versions(home: Home, study: StudyRecord) -> tuple[str, ...]:
+def versions(home: Home, uuid: str) -> tuple[str, ...]:
     """The versions of a study's models, as URIs. Raises StorageError."""
     with reaching(home):
-        _, found = _search(home, f"tags.study_uuid = '{study.uuid}'")
+        _, found = _search(home, f"tags.study_uuid = '{uuid}'")
     return tuple(f"models:/{each.name}/{each.version}" for each in sorted(found, key=lambda each: int(each.version)))
 
 
-def delete_versions(home: Home, study: StudyRecord) -> None:
+def removed_studies(home: Home, name: str) -> list[str]:
+    """The uuids of the studies of this name that were removed and whose models are still registered: they have no
+    experiment. Homes that share a server share names too, but not uuids. Raises StorageError.
+    """
+    with reaching(home):
+        client, found = _search(home, f"tags.study = '{name}'")
+        uuids = dict.fromkeys(str(each.tags.get("study_uuid")) for each in found)
+        return [uuid for uuid in uuids if not client.search_experiments(filter_string=f"tags.study_uuid = '{uuid}'")]
+
+
+def delete_versions(home: Home, uuid: str) -> None:
     """Deletes the versions of a study's models, and a registered model that has no other. Raises StorageError."""
     with reaching(home):
-        client, found = _search(home, f"tags.study_uuid = '{study.uuid}'")
+        client, found = _search(home, f"tags.study_uuid = '{uuid}'")
         for each in found:
             client.delete_model_version(each.name, each.version)
         for name in {each.name for each in found}:
