@@ -79,6 +79,10 @@ class CodeError(ModelError):
     """Code of the user that may not run on this host, cannot be imported, or has changed."""
 
 
+class CodeNotAllowedError(CodeError):
+    """Code of the user on a host that does not allow any; another host may."""
+
+
 def near(name: str, options: Iterable[str]) -> str:
     """The option that a mistyped name most probably means, upper and lower case alike; "" if none is close."""
     by_lower = {option.lower(): option for option in options}

@@ -149,7 +149,7 @@ class WorkerPool:
                 yield event
             case Failed(kind="DataError", reason=reason):  # every other job would meet it too
                 raise DataError(reason)
-            case Failed(kind="CodeError", reason=reason):
+            case Failed(kind="CodeError" | "CodeNotAllowedError", reason=reason):
                 raise CodeError(reason)
             case Failed(kind="StorageError", reason=reason):
                 raise StorageError(reason)

@@ -1,6 +1,6 @@
 """Agents with the toy entries, for tests of engines whose workers dial in.
 
-`python -m tests.agents HOST:PORT HOME NAME DEVICES` runs one in a process, as `searchfm worker` does.
+`python -m tests.agents HOST:PORT HOME NAME DEVICES [--allow-code]` runs one in a process, as `searchfm worker` does.
 """
 
 import signal
@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from searchfm.engines import DEFAULTS
 from searchfm.engines.agent import Agent
 from searchfm.engines.remote import RemoteEngine
 from searchfm.engines.wire import address, find_key
@@ -20,12 +22,13 @@ ENTRIES = {"tests.toys:work": (), "tests.toys:trial": (), "tests.toys:prepare": 
 LIGHT = "tests.toys"
 
 
-def make(where: str, home: Path, name: str = "node", devices: int = 1) -> Agent:
+def make(where: str, home: Path, name: str = "node", devices: int = 1, *, allow_code: bool = False) -> Agent:
     key = find_key(home)
     return Agent(
         address(where, "HOST:PORT"),
         home,
         key,
+        replace(DEFAULTS, allow_code=allow_code),
         devices=["cpu"] * devices,
         entries=ENTRIES,
         warm=LIGHT,
@@ -56,9 +59,12 @@ def threads(engine: RemoteEngine, home: Path, *names: str) -> Iterator[None]:
         assert not any(thread.is_alive() for thread in running)
 
 
-def start(engine: RemoteEngine, home: Path, name: str = "node", devices: int = 1) -> "subprocess.Popen[str]":
+def start(
+    engine: RemoteEngine, home: Path, name: str = "node", devices: int = 1, *, allow_code: bool = False
+) -> "subprocess.Popen[str]":
     """An agent in a process."""
     command = [sys.executable, "-m", "tests.agents", f"127.0.0.1:{engine.port}", str(home), name, str(devices)]
+    command += ["--allow-code"] * allow_code
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -73,8 +79,8 @@ def await_free(engine: RemoteEngine, count: int, seconds: float = 40.0) -> None:
 
 
 def main() -> None:
-    where, home, name, devices = sys.argv[1:]
-    agent = make(where, Path(home), name, int(devices))
+    where, home, name, devices, *allowed = sys.argv[1:]
+    agent = make(where, Path(home), name, int(devices), allow_code=bool(allowed))
     agent.notify = lambda line: print(line, file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, agent.terminate)
     agent.run()

@@ -73,6 +73,8 @@ def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
     """
     for index in range(1, payload.get("epochs", 0) + 1):
         yield Epoch(index, 0.0, 0.0, None, None, 0.1, 0.1, 1.0, time.time())
+    if payload.get("code") and not context.allow_code:
+        raise errors.CodeNotAllowedError("is code")
     if "says" in payload:
         print(payload["says"])
         os.system(f"echo {payload['says']} from a child")  # libraries print past sys.stdout too

@@ -41,7 +41,7 @@ from searchfm.engines.wire import (
     server_tls,
     welcome,
 )
-from searchfm.errors import SearchfmError, UserError, WorldError
+from searchfm.errors import CodeNotAllowedError, SearchfmError, UserError, WorldError
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost
 
 SEEN_SECONDS = 10.0  # for a file that a node wrote to be seen here
@@ -231,14 +231,20 @@ class RemoteEngine:
             case Finished():
                 self._checked.add(node.host)
             case Failed(reason=reason):
-                self._refuse(f"node {node.host}: {reason}")
-                for other in others:
-                    self._nodes.remove(other)
-                    with suppress(WireError):
-                        other.link.send(Leave(reason))
+                self._dismiss(others, reason)
             case _:  # its worker or the node is lost
                 for other in others:
                     self._begin_check(other)
+
+    def _dismiss(self, nodes: Sequence[_Node], reason: str) -> None:
+        """Refuses nodes of one host that have joined; their jobs are handed back, not charged."""
+        self._refuse(f"node {nodes[0].host}: {reason}")
+        for node in nodes:
+            self._nodes.remove(node)
+            self._pending += [Interrupted(job.id, job.attempt) for job in node.jobs.values() if job.id != CHECK]
+            node.jobs.clear()
+            with suppress(WireError):
+                node.link.send(Leave(reason))
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -276,6 +282,11 @@ class RemoteEngine:
         job = node.jobs.get(event.job)
         if job is None or job.attempt != event.attempt:
             return None
+        if isinstance(event, Failed) and event.kind == CodeNotAllowedError.__name__:  # another agent may allow it
+            self._dismiss([node], event.reason)
+            for other in self._nodes:
+                self._begin_check(other)
+            return self._pending.popleft() if self._pending else None
         if not isinstance(event, EpochDone):
             del node.jobs[job.id]
         if job.id != CHECK:

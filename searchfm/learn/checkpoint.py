@@ -171,6 +171,6 @@ def refusing(where: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ModelError(f"{where}: no model here: {error.filename or error} is missing") from None
     except CodeError as error:
-        raise CodeError(f"{where}: {error}") from None
+        raise type(error)(f"{where}: {error}") from None
     except Exception as error:  # a foreign file or spec raises anything
         raise ModelError(f"{where}: not a model of this version: {one_line(error)}") from error

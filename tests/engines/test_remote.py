@@ -26,7 +26,8 @@ from searchfm.engines import EngineOptions, remote, wire
 from searchfm.engines.remote import RemoteEngine, listen
 from searchfm.engines.wire import Link, WireError, find_key
 from searchfm.errors import UserError, WorldError
-from searchfm.jobs import EpochDone, Finished, Interrupted, Lost
+from searchfm.jobs import EpochDone, Event, Finished, Interrupted, Job, Lost
+from searchfm.pool import WorkerPool
 from tests.agents import await_free, listening, make, start, threads
 from tests.commands import header, searchfm, searchfm_here
 from tests.engines.contract import EngineContract, end, events, job, result, wait_until
@@ -207,6 +208,35 @@ def test_every_node_runs_one_job_before_any_other_and_is_refused_where_it_fails(
         assert text.endswith("searchfm.errors.UserError: the data differ\n")
         assert lines[-1] == "refused node b: the data differ"
         assert engine.free == 2
+
+
+def test_a_node_that_allows_no_code_is_refused_the_first_too_and_its_jobs_wait_for_one_that_does(
+    engine: RemoteEngine, home: Path, lines: list[str]
+) -> None:
+    pool, ends = WorkerPool(engine), list[Event]()
+    jobs = pool.run_all([Job("prepare", None, "tests.toys:work", {"code": True})])
+    reader = threading.Thread(target=lambda: ends.extend(jobs))
+    reader.start()
+    assert reap(start(engine, home, "first"), 1).endswith("searchfm.errors.UserError: is code\n")
+    assert lines[-1] == "refused node first: is code"
+    allowed = start(engine, home, "second", allow_code=True)
+    reader.join(30)
+    assert [type(event).__name__ for event in ends] == ["Started", "Retried", "Started", "Finished"]
+    engine.each(job("prepare", code=True))
+    await_free(engine, 1)
+    refused = start(engine, home, "second", devices=3)  # a further agent of a host that was admitted
+    await_free(engine, 4)
+    for name in "12":
+        engine.submit(job(name, code=True, sleeps=0.5))  # both go to the agent with most free workers
+    assert events(engine, 2) == [Interrupted("1", 1), Interrupted("2", 1)]
+    assert lines[-1] == "refused node second: is code"
+    assert sum(line.startswith("refused") for line in lines) == 2
+    assert engine.free == 1
+    engine.submit(job("1", attempt=2, code=True))
+    assert isinstance(end(engine), Finished)
+    reap(refused, 1)
+    engine.close()
+    reap(allowed, 0)
 
 
 def reap_while(engine: RemoteEngine, agent: "subprocess.Popen[str]") -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from searchfm.config import Custom, Shape
-from searchfm.errors import CodeError, ModelError, one_line
+from searchfm.errors import CodeError, CodeNotAllowedError, ModelError, one_line
 from searchfm.tables import show
 
 
@@ -134,7 +134,7 @@ def _import(factory: str, code: Code) -> Any:
     """The factory itself."""
     where, top = _where(factory), factory.partition(":")[0].partition(".")[0]
     if not code.allowed:
-        raise CodeError(f"{where}: is code: a host runs it only with --allow-code; give that if you trust it")
+        raise CodeNotAllowedError(f"{where}: is code: a host runs it only with --allow-code; give that if you trust it")
     actual = source_sha256(factory)
     if code.sha256 and actual != code.sha256:
         change = f"sha256 {actual[:12]}, was {code.sha256[:12]}"
