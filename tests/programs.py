@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -13,6 +14,41 @@ def chromium() -> str:
     """The path of a headless-capable browser."""
     paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
     return next(filter(None, paths), None) or missing("this test opens pages in Chromium: apt-get install chromium")
+
+
+def screenshot(
+    address: str, picture: Path, *options: str, size: tuple[int, int], seconds: float = 20
+) -> tuple[str, list[str]]:
+    """Draws a page in headless Chromium into `picture`, a PNG; returns its DOM and the lines of its console.
+
+    size: of the window, (width, height) in CSS pixels. seconds: of the page's own clock, until it is drawn. The profile
+    of the browser stays beside the picture, so that the next page finds what this one has stored.
+    """
+    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps"]
+    done = subprocess.run(
+        [
+            chromium(),
+            "--headless",
+            "--no-sandbox",
+            "--no-first-run",
+            "--hide-scrollbars",
+            *(f"--disable-{feature}" for feature in quiet),
+            f"--user-data-dir={picture.parent / 'profile'}",
+            f"--window-size={size[0]},{size[1]}",
+            f"--virtual-time-budget={seconds * 1000:.0f}",
+            "--enable-logging=stderr",
+            "--v=0",
+            f"--screenshot={picture}",
+            "--dump-dom",
+            *options,
+            address,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=180,
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def postgres_binaries(folder: Path) -> Path:

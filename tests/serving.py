@@ -1,6 +1,7 @@
-"""Real servers that tests start and kill: MLflow, PostgreSQL."""
+"""Real servers that tests start and kill: MLflow, PostgreSQL, `searchfm dashboard`."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from searchfm.home import HOME, Home
 from tests.programs import postgres_binaries
 
 
@@ -96,3 +98,47 @@ class Postgres:
     def _run(self, name: str, *arguments: str) -> None:
         command = [self._binaries / name, *arguments]
         subprocess.run(command, user=self._user, cwd=self._folder, check=True, stdout=subprocess.DEVNULL)
+
+
+class Served:
+    """`searchfm dashboard`, started from a command line."""
+
+    def __init__(self, home: Home, *options: str, lines: int = 2, **environment: str) -> None:
+        from searchfm.show import dashboard  # here: tests/conftest.py imports this module, and few tests serve pages
+
+        self.ports = (dashboard.free_port(8300), dashboard.free_port(8400))
+        ports = ["--port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "searchfm", "dashboard", *ports, *options],
+            env={**os.environ, HOME: str(home.path), "COLUMNS": "300", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.printed = [self.process.stdout.readline() for _ in range(lines)]  # only once all answer
+        self.addresses = [re.findall(r"http\S+", line)[0] for line in self.printed]
+
+    @property
+    def dashboard(self) -> str:
+        return self.addresses[0]
+
+    @property
+    def mlflow(self) -> str:
+        return self.addresses[-1]
+
+    @property
+    def family(self) -> list[int]:
+        """The ids of all processes below ours."""
+        listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+        parents = dict(tuple(map(int, line.split())) for line in listed.splitlines()[1:])
+        ids = [self.process.pid]
+        for pid in ids:
+            ids += [child for child, parent in parents.items() if parent == pid]
+        return ids[1:]
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=30)
+        assert "Warning" not in errors
+        return self.process.returncode

@@ -51,6 +51,16 @@ def test_every_dependency_has_a_lower_bound_and_no_other() -> None:
     assert [line for line in requirements if not re.fullmatch(r"[\w.-]+(\[\w+\])?>=\d+(\.\d+)*", line)] == []
 
 
+def test_the_readmes_pictures_are_small_and_load_nothing() -> None:
+    """They are made by `python -m tests.pictures`."""
+    names = re.findall(r'<img [^>]*src="([^"]+)"', (ROOT / "README.md").read_text("utf-8"))
+    assert {Path(name).name for name in names} == {path.name for path in (ROOT / ".github" / "images").iterdir()}
+    for name in names:
+        assert (ROOT / name).stat().st_size < 150_000, name
+        if name.endswith(".svg"):
+            assert not re.search(r"@font-face|@import|href=|url\((?!#)", (ROOT / name).read_text("utf-8")), name
+
+
 def test_the_readmes_first_search_passes_a_dry_run(tmp_path: Path, fashion_mnist: Path) -> None:
     command = re.search(r"^pip install uv && uv run searchfm (tune .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert command

@@ -1,7 +1,5 @@
 """Finished searches on digits without training: predictions as the test asks, everything else as a search leaves it."""
 
-import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +31,7 @@ from searchfm.records import (
 from searchfm.search.storage import create_study, load_study, open_storage, write_record
 from searchfm.search.study import Study
 from searchfm.tables import digest
-from tests.programs import chromium
+from tests.programs import screenshot
 
 DIGITS = [str(digit) for digit in range(10)]
 TABLES: dict[str, Any] = {
@@ -196,28 +194,5 @@ def browse(page: Path, folder: Path) -> tuple[str, list[str]]:
 
     The whole page is also drawn, into `page`.png, for a person to see.
     """
-    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps"]
-    done = subprocess.run(
-        [
-            chromium(),
-            "--headless",
-            "--no-sandbox",
-            "--no-first-run",
-            "--hide-scrollbars",
-            *(f"--disable-{feature}" for feature in quiet),
-            "--proxy-server=127.0.0.1:9",  # nothing listens there
-            f"--user-data-dir={folder / 'profile'}",
-            "--window-size=1120,5000",
-            "--virtual-time-budget=5000",
-            "--enable-logging=stderr",
-            "--v=0",
-            f"--screenshot={folder / (page.stem + '.png')}",
-            "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    return done.stdout, re.findall(r".*CONSOLE.*", done.stderr)
+    proxy = "--proxy-server=127.0.0.1:9"  # nothing listens there
+    return screenshot(page.as_uri(), folder / f"{page.stem}.png", proxy, size=(1120, 5000), seconds=5)

@@ -32,7 +32,8 @@ from searchfm.show.guard import TOKEN, Access, Guard, read_token, with_token
 from searchfm.show.terminal import show_addresses
 from searchfm.tracking.follow import sync
 from searchfm.tracking.mirror import run_links
-from tests.programs import chromium
+from tests.programs import screenshot
+from tests.serving import Served
 
 BLUE = (31, 95, 168)  # of validation curves, in our own pictures alone
 
@@ -274,48 +275,6 @@ def test_a_home_without_studies_says_so(home: Home) -> None:
 # --- with both servers ------------------------------------------------------------------------------------------------
 
 
-class Served:
-    """`searchfm dashboard`, started from a command line."""
-
-    def __init__(self, home: Home, *options: str, lines: int = 2, **environment: str) -> None:
-        self.ports = (dashboard.free_port(8300), dashboard.free_port(8400))
-        ports = ["--port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "searchfm", "dashboard", *ports, *options],
-            env={**os.environ, HOME: str(home.path), "COLUMNS": "300", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.printed = [self.process.stdout.readline() for _ in range(lines)]  # only once all answer
-        self.addresses = [re.findall(r"http\S+", line)[0] for line in self.printed]
-
-    @property
-    def dashboard(self) -> str:
-        return self.addresses[0]
-
-    @property
-    def mlflow(self) -> str:
-        return self.addresses[-1]
-
-    @property
-    def family(self) -> list[int]:
-        """The ids of all processes below ours."""
-        listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-        parents = dict(tuple(map(int, line.split())) for line in listed.splitlines()[1:])
-        ids = [self.process.pid]
-        for pid in ids:
-            ids += [child for child, parent in parents.items() if parent == pid]
-        return ids[1:]
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=30)
-        assert "Warning" not in errors
-        return self.process.returncode
-
-
 def status(address: str, method: str = "GET", **headers: str) -> int:
     request = urllib.request.Request(
         address, method=method, headers=headers, data=b'{"max_results": 10}' if method == "POST" else None
@@ -368,28 +327,8 @@ def look(address: str, folder: Path, name: str) -> tuple[str, np.ndarray]:
     folder = Path(os.environ.get("SEARCHFM_SCREENSHOTS") or folder)
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{name}.png"
-    quiet = ["gpu", "quic", "background-networking", "component-update", "sync", "extensions", "default-apps"]
-    done = subprocess.run(
-        [
-            chromium(),
-            "--headless",
-            "--no-sandbox",
-            "--no-first-run",
-            "--hide-scrollbars",
-            *(f"--disable-{feature}" for feature in quiet),
-            f"--user-data-dir={folder / 'profile'}",
-            "--window-size=1800,1400",
-            "--virtual-time-budget=20000",
-            f"--screenshot={picture}",
-            "--dump-dom",
-            address,
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=180,
-    )
-    return done.stdout, np.asarray(Image.open(io.BytesIO(picture.read_bytes())).convert("RGB"))
+    page, _ = screenshot(address, picture, size=(1800, 1400))
+    return page, np.asarray(Image.open(io.BytesIO(picture.read_bytes())).convert("RGB"))
 
 
 def ours(pixels: np.ndarray) -> int:
