@@ -9,7 +9,6 @@ what the same call may get over later.
 """
 
 import html
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -63,6 +62,7 @@ def tune(
     first: str | Path | None = None,
     warm_start: str | None = None,
     timeout: float | str | None = None,
+    retrain: bool = False,
     retry_failed: bool = False,
     workers: int | None = None,
     device: str | None = None,
@@ -89,7 +89,10 @@ def tune(
     seed: of the search.
     first: a file of configurations to try first: its `[[first]]` tables, or the config.toml of a trial.
     warm_start: the name of an older study, whose best trials that fit are tried first.
-    timeout: seconds from the call on, or a text such as "30m" or "1h30m", after which the search stops.
+    timeout: seconds from the call on, or a text such as "30m" or "1h30m", after which the search stops. With `retrain`
+        it bounds the final training too, as far as that can be forecast.
+    retrain: then train the final model, as `searchfm.retrain` does, with fewer finalists or seeds where a timeout asks
+        for it. `final` of the study that is returned is its record; None without a complete trial.
     retry_failed: add a trial for each failed one.
     workers: processes that train; default: one a core or GPU. device: "auto", "cpu", "cuda", "cuda:1" or "mps".
     workers_per_gpu: workers that share a GPU; "auto": by the first trial's memory.
@@ -105,8 +108,8 @@ def tune(
     and in other threads than the main one, no signal is received.
 
     Raises UserError for a mistake, before anything is written; OutOfTimeError where `timeout` ends before the study is
-    opened; WorldError where the database fails, or three trials failed and none succeeded; KeyboardInterrupt for a
-    Ctrl-C before the study is opened.
+    opened; WorldError where the database fails, or three trials failed and none succeeded, or the final training fails;
+    KeyboardInterrupt for a Ctrl-C before the study is opened.
     """
     from searchfm.show import live
 
@@ -123,6 +126,7 @@ def tune(
         first=first,
         warm_start=warm_start,
         timeout=timeout,
+        retrain=retrain,
         retry_failed=retry_failed,
         workers=workers,
         device=device,
@@ -151,6 +155,7 @@ def iter_tune(
     first: str | Path | None = None,
     warm_start: str | None = None,
     timeout: float | str | None = None,
+    retrain: bool = False,
     retry_failed: bool = False,
     workers: int | None = None,
     device: str | None = None,
@@ -161,7 +166,7 @@ def iter_tune(
     home: str | Path | None = None,
     data_dir: str | Path | None = None,
     stopping: Callable[[], bool] | None = None,
-) -> "Generator[TuneEvent, None, OpenStudy]":
+) -> "Generator[TuneEvent | RetrainEvent, None, OpenStudy]":
     """As `tune`, but yields what happens, one event after the other (see `searchfm.events`); returns the study.
 
     Nothing runs before the first event is asked for, and trials are not judged while none is. `close()`, or leaving the
@@ -172,15 +177,15 @@ def iter_tune(
             for event in events:
                 ...
     """
-    began, limit = time.monotonic(), None if timeout is None else read_duration(timeout)
+    limit, stop = None if timeout is None else read_duration(timeout), StopRequest.of(stopping)
     from searchfm.events import Phase, SearchEnded, StudyFound
 
     yield Phase("importing Optuna")
     from searchfm.search.lock import stop_requested
     from searchfm.search.storage import read_study
-    from searchfm.tuning import Tuning
+    from searchfm.tuning import Tuning, reserving
 
-    where, folder, stop = _home(home), data_folder(_path(data_dir)), StopRequest.of(stopping)
+    where, folder = _home(home), data_folder(_path(data_dir))
     options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
     plan, stored, file = find_plan(
         study,
@@ -199,20 +204,61 @@ def iter_tune(
     stop.watch(limit, partial(stop_requested, where, plan.name))
     yield StudyFound(plan.name, plan.question, str(plan.data["name"]), stored is not None)
     tuning = Tuning(plan, where, file, stored, folder, retry_failed, stop, _starter(options, where))
+    events = tuning.run()
     try:
-        yield from tuning.run()
+        yield from reserving(events, stop, limit) if retrain and limit is not None else events
     except KeyboardInterrupt:
         if not stop.reason or (stored is None and stop.reason != "timeout"):
             raise
         if stored is None:
             text = f"study {plan.name!r}: the timeout of {limit:g} s was over before it was opened; nothing was begun"
             raise OutOfTimeError(text) from None
-    record, seconds = read_study(where, plan.name), time.monotonic() - began
+    record, seconds = read_study(where, plan.name), stop.elapsed
     ending, missing = plan.ended_by(record.trials), tuning.missing
     rule, reason = ending or ("", "the space has no further point" * tuning.exhausted)
     ended = SearchEnded(record, tuning.trials, tuning.exhausted, rule, reason, missing, seconds, stop.reason)
     yield ended
+    if retrain and stop.reason in ("", "timeout"):
+        before = len(stored.trials) - len(stored.of("running")) if stored else 0
+        trained = len(record.trials) - len(record.of("running")) > before
+        bound = limit if trained or record.final is None else None  # else what was kept stands
+        yield from _final(record, where, options, folder, stop, bound, tuning.workers)
+        record = read_study(where, plan.name)
     return OpenStudy(where, record, ended)
+
+
+def _final(
+    study: "StudyRecord",
+    home: Home,
+    options: "EngineOptions",
+    data_dir: Path | None,
+    stop: StopRequest,
+    timeout: float | None,
+    workers: int,
+) -> "Generator[RetrainEvent, None, None]":
+    """The final training after a search, if a trial is complete. timeout: of both; None: as `retrain` would do it."""
+    from searchfm.events import Note, Phase, Retrained
+
+    left = stop.left if timeout is not None else None
+    stop.clear_timeout()  # what has begun runs to its end
+    if study.best is None:
+        yield Note("no trial is complete, so there is no final training; the same command resumes")
+        return
+    yield Phase("importing MLflow")
+    from searchfm import retraining
+
+    plan = retraining.RetrainOptions(home, study.name, data_dir=data_dir, allow_code=options.allow_code)
+    starter = _starter(options, home)
+    try:
+        if left is None:
+            final = yield from retraining.retrain(plan, stop, starter)
+        else:
+            final = yield from retraining.retrain_within(left, plan, study, workers, stop, starter)
+    except KeyboardInterrupt:
+        if not stop.reason:
+            raise
+        return
+    yield Retrained(final)
 
 
 def forecast(
@@ -629,13 +675,13 @@ def _console(progress: "bool | Console") -> "Console | None":
     return (open_console() if progress else None) if isinstance(progress, bool) else progress
 
 
-def _tune_view(console: "Console", event: Any) -> Any:
+def _tune_view(console: "Console", event: Any, view: Any) -> Any:
     from searchfm.show.progress import tune_view
 
-    return tune_view(console, event)
+    return tune_view(console, event, view)
 
 
-def _retrain_view(console: "Console", event: Any) -> Any:
+def _retrain_view(console: "Console", event: Any, view: Any) -> Any:
     from searchfm.show.progress import retrain_view
 
-    return retrain_view(console, event)
+    return retrain_view(console, event, view)

@@ -257,6 +257,9 @@ def tune(
     timeout: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Stop after 90 (seconds), 30m or 1h30m of the command.")
     ] = None,
+    retrain_: Annotated[
+        bool, typer.Option("--retrain", help="Then retrain the best and test once; --timeout is for all of it.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all and forecast time, memory, disk.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Add a trial for each failed one.")] = False,
     home: HomeOption = None,
@@ -285,6 +288,7 @@ def tune(
         tuned = api.tune(
             study,
             timeout=timeout,
+            retrain=retrain_,
             retry_failed=retry_failed,
             home=home,
             data_dir=data_dir,
@@ -294,12 +298,15 @@ def tune(
             **options,
         )
         from searchfm import tuning
-        from searchfm.show import schema, summary
+        from searchfm.show import schema, summary, terminal
 
         ended = tuned.ended
         assert ended is not None
+        final = tuned.final if retrain_ else None
         if as_json:
-            more = {"elapsed": round(ended.seconds, 3), "ended_by": ended.rule or None}
+            more: dict[str, Any] = {"elapsed": round(stop.elapsed, 3), "ended_by": ended.rule or None}
+            if retrain_:
+                more["final"] = final and schema.describe_final(final)
             described = schema.describe_study(tuned.record, Home(tuned.home), listed=True, **more)
             typer.echo(schema.dump(described))
         summary.show_end(
@@ -310,7 +317,10 @@ def tune(
             missing=ended.missing,
             elapsed=ended.seconds,
             stopped=ended.stopped,
+            last=final is None,
         )
+        if final is not None:
+            terminal.show_final(console, final)
     tuning.check_success(tuned.record)
 
 

@@ -91,7 +91,7 @@ class TrialEnded:
 
 @dataclass(frozen=True)
 class SearchEnded:
-    """The search is over; always the last event."""
+    """The search is over; the last event but those of a final training that was asked for too."""
 
     study: StudyRecord  # as it stands
     trials: int  # asked for in all
@@ -99,7 +99,7 @@ class SearchEnded:
     rule: str  # of [search] that ended it: "target", "stop_after", or nothing
     reason: str  # why it ended before its number of trials, in a sentence
     missing: int  # trials that MLflow lacks
-    seconds: float  # since the call
+    seconds: float  # since the call, or since the command began
     stopped: str  # why it ended early: "Ctrl-C", "SIGTERM", "searchfm stop", "timeout", "stopping", or nothing
     kind: Literal["finished"] = "finished"
 

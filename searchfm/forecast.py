@@ -1,4 +1,4 @@
-"""What a search and a final training take, forecast from timed epochs of a few configs: arithmetic alone.
+"""What a search and a final training take, forecast from timed configs or from trials: arithmetic alone.
 
 A trial takes `TRIAL_SECONDS`, and its epochs; trials run side by side. What the forecast assumes of pruning is in
 `trained_fraction`. Measured against what searches took: `.github/BENCHMARKS.md`.
@@ -6,12 +6,12 @@ A trial takes `TRIAL_SECONDS`, and its epochs; trials run side by side. What the
 
 import math
 from collections.abc import Sequence
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 import numpy as np
 
 from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig
-from searchfm.records import Forecast, Prepared, Timing
+from searchfm.records import Forecast, Prepared, StudyRecord, Timing
 
 CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
 TRIAL_SECONDS = 0.15  # of a trial beside its epochs: model, weights, figures, database
@@ -31,11 +31,12 @@ def make_forecast(
     startup: int,
     trials: int,
     workers: int,
+    finalists: int = TOP,
 ) -> Forecast | None:
     """The forecast of a study; None where nothing could be timed.
 
     timings: of random configs, some of them timed. memory: bytes of a worker. startup: trials before the first is
-    pruned. trials: to come.
+    pruned. trials: to come. finalists: of `retrain`.
     """
     filled = fill(timings)
     if not filled:
@@ -45,7 +46,6 @@ def make_forecast(
     whole = epochs * (train + validation)
     fraction = trained_fraction(search, round(epochs))
     stopped = [whole] * min(startup, trials) + [whole * fraction] * max(trials - startup, 0)
-    full = (data.available or data.train / subset) + data.validation  # images of the final training
     parameters = max(timing.parameters for timing in filled)
     predictions = data.validation * (16 + 4 * len(data.classes))  # indices, labels and probabilities of images
     kept = min(trials, search.keep) + 1  # the final model too
@@ -54,7 +54,9 @@ def make_forecast(
         workers=workers,
         seconds=search_seconds([whole] * trials, workers),
         pruned=search_seconds(stopped, workers),
-        retrain=retrain_seconds([whole] * TOP, SEEDS, epochs * train * full / data.train, workers),
+        retrain=retrain_seconds(
+            [whole] * finalists, SEEDS, epochs * train * all_images(data, subset) / data.train, workers
+        ),
         memory=memory,
         disk=STUDY_BYTES
         + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
@@ -153,3 +155,71 @@ def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, worker
     """
     trainings = [seconds for seconds in finalists for _ in range(seeds)]
     return RETRAIN_SECONDS + TRIAL_SECONDS + final + search_seconds(trainings, workers)
+
+
+# --- from trials that have ended --------------------------------------------------------------------------------------
+
+CONTESTS = ((TOP, SEEDS), (TOP, 2), (2, 2))  # finalists and fresh seeds, the most thorough first
+RESERVED = 1 / 3  # of a timeout at most, where the final training alone takes no longer
+END_SECONDS = 4.0  # of a search that is stopped: its workers end their batches, MLflow gets the last trials
+
+
+class Cost(NamedTuple):
+    """What a complete trial costs once more, in seconds."""
+
+    trial: int  # its number
+    training: float  # with a fresh seed, on the search's data
+    final: float  # on all data; nothing is held out
+
+
+def costs(study: StudyRecord) -> list[Cost]:
+    """The costs of the trials that may become finalists, from the times of their own epochs: of the best, in order,
+    then of the study's default, if it is none of them. Without a complete trial of the default, it is estimated by the
+    maximum of the best. Empty without any complete trial.
+    """
+    images = all_images(study.data, study.subset)
+    found = [
+        Cost(trial.number, trial.seconds, sum(images / epoch.samples_per_second for epoch in trial.epochs))
+        for trial in study.ranked(twins=False)
+    ]
+    best, default = found[:TOP], study.default
+    if best and default is not None and all(cost.trial != default for cost in best):
+        maximum = Cost(default, max(cost.training for cost in best), max(cost.final for cost in best))
+        best.append(next((cost for cost in found if cost.trial == default), maximum))
+    return best
+
+
+def all_images(data: Prepared, subset: float) -> float:
+    """Images of the final training: both parts, and what `subset` leaves out."""
+    return (data.available or data.train / subset) + data.validation
+
+
+class Contest(NamedTuple):
+    """How a winner is found among the best trials, and the time of that and its final training."""
+
+    top: int  # finalists beside the default; 0: the best trial wins without a contest
+    seeds: int  # fresh ones of each
+    seconds: float
+
+
+def fitting_contest(study: StudyRecord, workers: int, seconds: float) -> Contest:
+    """The most thorough contest of finalists that fits into a time, or none. study: with a complete trial."""
+    found = costs(study)
+    for top, seeds in CONTESTS:
+        finalists = [cost for rank, cost in enumerate(found) if rank < top or cost.trial == study.default]
+        # Any of them may win.
+        final = max(cost.final for cost in finalists)
+        expected = retrain_seconds([cost.training for cost in finalists], seeds, final, workers)
+        if expected <= seconds:
+            return Contest(top, seeds, expected)
+    return Contest(0, 0, retrain_seconds([], 0, found[0].final, workers))
+
+
+def reserve(study: StudyRecord, workers: int, timeout: float) -> float:
+    """Seconds of a timeout that the search leaves for what follows it: its own end, and the most thorough contest of
+    finalists that fits into a third of the timeout, else the final training of the best trial, however long that takes.
+    0 without a complete trial, since nothing could follow.
+    """
+    if study.best is None:
+        return 0.0
+    return END_SECONDS + fitting_contest(study, workers, RESERVED * timeout).seconds

@@ -54,9 +54,14 @@ class WorkerPool:
 
     @property
     def stopped(self) -> bool:
-        """Whether the pool was asked to stop, and every job has left or the time for it is over."""
+        """Whether the pool was asked to stop, and every job has left or the time for it is over. A job without a folder
+        keeps no checkpoint, and is not waited for: its worker may be importing torch, or downloading.
+        """
         stop = self._stop_requested_at
-        return stop is not None and (not self.engine.busy or self._clock() > stop + STOP_SECONDS)
+        if stop is None:
+            return False
+        keeps = not self._running or any(job.folder for job in self._running.values())
+        return not (keeps and self.engine.busy) or self._clock() > stop + STOP_SECONDS
 
     def __enter__(self) -> Self:
         return self

@@ -334,6 +334,11 @@ class StudyRecord(StudyHeader):
         return [trial for trial in self.trials if trial.state == state]
 
     @property
+    def subset(self) -> float:
+        """Fraction of the training part that is searched on, 0 to 1."""
+        return float(self.resolved["data"].get("subset", 1.0))
+
+    @property
     def best(self) -> Trial | None:
         """The complete trial with the highest value; the earliest of equal ones."""
         return next(iter(self.ranked()), None)
@@ -344,7 +349,7 @@ class StudyRecord(StudyHeader):
         `[[first]]`, and before its first trial.
         """
         tables = self.resolved.get("first", ())
-        if not self.trials or not tables or tables[0].get(ORIGIN) != DEFAULT:
+        if not self.trials or self.trials[0].number or not tables or tables[0].get(ORIGIN) != DEFAULT:
             return None
         digest = self.trials[0].digest
         return next((trial.number for trial in self.of("complete") if trial.digest == digest), 0)

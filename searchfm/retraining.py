@@ -27,8 +27,8 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
-from searchfm.forecast import SEEDS, TOP
-from searchfm.format import plural, state
+from searchfm.forecast import SEEDS, TOP, fitting_contest
+from searchfm.format import plural, seconds, state
 from searchfm.home import Home, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
 from searchfm.pool import WorkerPool
@@ -121,6 +121,36 @@ def retrain(
             model = publish(home, study, final, folder, promote=options.promote, allow_code=code)
             final = replace(final, model=model)
             _keep(study, final, save)
+    return final
+
+
+def retrain_within(
+    left: float,
+    options: RetrainOptions,
+    study: StudyRecord,
+    workers: int,
+    stopping: Callable[[], bool],
+    engine: Callable[[], Engine] = LocalEngine,
+) -> Generator[StudyFound | Phase | Note | JobEvent, None, Final]:
+    """As `retrain`, with as many finalists and fresh seeds as fit into the `left` seconds. Nothing is cut off: a line
+    says at the end if it took longer. study: as the search left it. workers: that will train.
+    """
+    began, best = time.monotonic(), study.ranked(twins=False)
+    contest = fitting_contest(study, workers, left)
+    if contest.top:
+        options = replace(options, top=contest.top, seeds=contest.seeds)
+        text = f"{plural(contest.top, 'finalist')} with {plural(contest.seeds, 'fresh seed')}"
+    else:
+        options = replace(options, trial=best[0].number)
+        text = f"no finalists; trial {best[0].number} wins as the best of the search"
+    yield Note(f"{seconds(max(left, 0.0))} left: {text}; forecast {seconds(contest.seconds)}")
+    final = yield from retrain(options, stopping, engine)
+    took = time.monotonic() - began
+    if took > left:
+        yield Note(
+            f"{seconds(took - left)} over the timeout: the final training took {seconds(took)}, finalists included; "
+            f"forecast {seconds(contest.seconds)}"
+        )
     return final
 
 

@@ -65,6 +65,11 @@ class StopRequest:
         self._deadline = None if timeout is None else self.began + timeout
 
     @property
+    def elapsed(self) -> float:
+        """Seconds since the command began."""
+        return time.monotonic() - self.began
+
+    @property
     def left(self) -> float:
         """Seconds to the end of the timeout; below 0 after it, infinite without one."""
         return math.inf if self._deadline is None else self._deadline - time.monotonic()

@@ -13,8 +13,8 @@ from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import ConfigError, DataError, StudyError, WorldError
-from searchfm.events import Note, Phase, SearchEvent, StudyOpened
-from searchfm.forecast import CONFIGS, make_forecast
+from searchfm.events import Note, Phase, SearchEvent, StudyOpened, TrialEnded
+from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve
 from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
@@ -28,12 +28,15 @@ from searchfm.records import (
     StudyHeader,
     StudyRecord,
     TrainJob,
+    Trial,
+    ranked,
 )
 from searchfm.search import files, first
 from searchfm.search.database import failures
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.storage import create_study, load_study, locked_study, open_storage, read_study, write_record
 from searchfm.search.study import Study, check_name
+from searchfm.stopping import StopRequest
 from searchfm.tables import digest
 from searchfm.tracking.follow import Tracking
 
@@ -64,6 +67,7 @@ class Tuning:
     follow: bool = True  # into MLflow
     missing: int = field(default=0, init=False)  # trials that MLflow does not hold yet, once `run` has ended
     exhausted: bool = field(default=False, init=False)  # whether a finite space has no further point; likewise
+    workers: int = field(default=1, init=False)  # likewise; 1 where nothing was left to train
 
     def run(self) -> Iterator[Phase | Note | StudyOpened | SearchEvent]:
         """The study from open to close. Closed early, it stops its trials, which the next search resumes.
@@ -99,6 +103,7 @@ class Tuning:
             if self.follow:
                 stack.callback(self._close, Tracking(self.home, study.name))
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
+            self.workers = len(devices) or 1
             yield StudyOpened(self.result(), self.trials, tuple(devices))
             coordinator = self._coordinator(data, pool)
             yield from coordinator.run()
@@ -175,6 +180,7 @@ class Tuning:
             startup=study.startup(getattr(study.search.pruner, "startup_trials", 0)),
             trials=max(0, self.trials - (len(self.stored.trials) if self.stored else 0)),
             workers=workers,
+            finalists=TOP + study.default,
         )
 
     def _write_down(self, data: Prepared, lock: Lock, forecast: Forecast | None) -> None:
@@ -210,6 +216,27 @@ class Forecasted:
     data: Prepared | None = None  # None where workers would have to start elsewhere
     devices: tuple[str, ...] = ()  # of the workers
     forecast: Forecast | None = None  # None where nothing could be timed
+
+
+def reserving(
+    events: Iterator[Phase | Note | StudyOpened | SearchEvent], stop: StopRequest, timeout: float
+) -> Generator[Phase | Note | StudyOpened | SearchEvent, None, None]:
+    """The events of a search, which is stopped so early that the final training ends before `timeout` (seconds), as far
+    as that can be forecast from the trials that ended.
+    """
+    study: StudyRecord | None = None
+    workers, trials = 1, list[Trial]()
+    for event in events:
+        match event:
+            case StudyOpened(study=study, workers=devices):
+                workers, trials = len(devices) or 1, list(study.trials)
+            case TrialEnded(record=trial):
+                trials.append(trial)
+        if study is not None and isinstance(event, StudyOpened | TrialEnded):
+            best = ranked(trials, twins=False)[:TOP]  # all that matter, and the default
+            trials = sorted((t for t in trials if t in best or t.number == 0), key=lambda t: t.number)
+            stop.reserve = reserve(replace(study, trials=tuple(trials)), workers, timeout)
+        yield event
 
 
 def check_success(study: StudyRecord) -> None:

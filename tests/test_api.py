@@ -165,6 +165,16 @@ def test_events_come_in_order_and_a_closed_search_resumes(study: searchfm.OpenSt
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own imports
+def test_a_search_without_a_further_trial_keeps_its_final_model_whatever_the_timeout(study: searchfm.OpenStudy) -> None:
+    asked: dict[str, Any] = {"trials": len(study.refresh().trials), "retrain": True, "home": study.home, **TINY}
+    tuned = searchfm.tune("mlp", progress=False, **asked)
+    assert tuned.final is not None
+    assert [len(finalist.seeds) for finalist in tuned.final.finalists] == [3, 3, 3]
+    assert searchfm.tune("mlp", progress=False, timeout=600, **asked).final == tuned.final
+
+
+@pytest.mark.slow
 def test_in_a_thread_a_function_that_says_stop_returns_the_study_as_it_stands(study: searchfm.OpenStudy) -> None:
     before = len(study.refresh().trials)
     reached = (study.folder / f"{before:04d}" / "epochs.csv").exists
@@ -180,6 +190,24 @@ def test_in_a_thread_a_function_that_says_stop_returns_the_study_as_it_stands(st
     assert stopped.ended is not None
     assert stopped.ended.stopped == "stopping"
     assert before < len(stopped.trials) < 500
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own imports
+def test_a_search_with_a_final_training_leaves_it_a_part_of_the_timeout(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    home = new_home(tmp_path / "home").path
+    asked: dict[str, Any] = {"timeout": "30s", "retrain": True, "home": home, **TINY}
+    events = [*searchfm.iter_tune("mlp", trials=500, **asked)]
+    (end,) = [event for event in events if isinstance(event, searchfm.SearchEnded)]
+    assert end.stopped == "timeout"
+    assert end.seconds < 25
+    after = [event for event in events[events.index(end) :] if isinstance(event, searchfm.Note)]
+    assert re.match(r"\d.* s left: .*; forecast \d", after[0].text)
+    assert isinstance(events[-1], searchfm.Retrained)
+    final = events[-1].final
+    assert (final.test.n, final.test.reads) == (384, 1)
 
 
 def test_a_timeout_before_the_study_is_opened_leaves_nothing(tmp_path: Path) -> None:

@@ -1,22 +1,31 @@
 """The arithmetic of forecasts. Nothing is timed here: `python -m tests.bench forecast` compares with the clock."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from searchfm.config import SearchConfig
 from searchfm.forecast import (
+    END_SECONDS,
     RETRAIN_SECONDS,
     SEEDS,
     TOP,
     TRIAL_SECONDS,
+    Cost,
+    costs,
     fill,
+    fitting_contest,
     make_forecast,
+    reserve,
     retrain_seconds,
     search_seconds,
     trained_fraction,
 )
-from searchfm.records import Prepared, Timing
+from searchfm.records import DEFAULT, ORIGIN, Prepared, StudyRecord, Timing, Trial
+from tests.rows import epochs, header, trial
 
 DATA = Prepared("sha", (1, 8, 8), tuple("0123456789"), train=800, validation=200)
 
@@ -93,3 +102,69 @@ def test_a_forecast_counts_start_up_trials_in_full_and_the_final_training_on_all
     smaller = make_forecast(timings, 5, search=tree, subset=0.5, data=DATA, startup=4, trials=5, workers=1)
     assert smaller is not None
     assert smaller.disk < made.disk
+
+
+# --- from trials that have ended --------------------------------------------------------------------------------------
+
+
+def ended(seconds: float, number: int = 0, rates: Sequence[float] = (800.0, 800.0), **facts: Any) -> Trial:
+    """A trial of two epochs, whose final training takes 2.25 s an epoch at 800 images a second."""
+    trained = [replace(e, seconds=seconds / 2, samples_per_second=r) for e, r in zip(epochs(0, 2), rates, strict=True)]
+    return trial(number=number, epochs=trained, **{"value": 0.9, "digest": f"{number}", **facts})
+
+
+def study(*trials: Trial, default: bool = False, data: Prepared = DATA) -> StudyRecord:
+    known = {"first": [{ORIGIN: DEFAULT}]} if default else {}
+    resolved = {"data": {"subset": 0.5}, **known}
+    facts = vars(header({})) | {"resolved": resolved, "data": data}
+    return StudyRecord(**facts, name="x", number=1, folder=Path("x"), trials=trials)
+
+
+THREE = [ended(10.0, number) for number in range(3)]
+FINAL = 2 * 1800 / 800
+
+
+@pytest.mark.parametrize(
+    ("seconds", "contest"), [(1e4, (3, 3)), (100, (3, 2)), (65, (2, 2)), (50, (0, 0)), (-1, (0, 0))]
+)
+def test_the_most_thorough_contest_that_fits_the_time_is_chosen(seconds: float, contest: tuple[int, int]) -> None:
+    assert fitting_contest(study(*THREE), 1, seconds)[:2] == contest
+
+
+def test_a_contest_includes_the_finalist_whose_final_training_takes_longest() -> None:
+    six = retrain_seconds([10.0] * 6, 1, FINAL, 1)
+    assert fitting_contest(study(*THREE), 1, six) == (3, 2, six)
+    assert fitting_contest(study(*THREE[:2], ended(10.0, 2, (800, 700))), 1, six)[:2] == (2, 2)
+
+
+def test_a_contest_includes_the_default_once() -> None:
+    last = ended(40.0, 0, value=0.1)
+    others = [ended(10.0, number) for number in range(1, 4)]
+    expensive = retrain_seconds([10.0, 10.0, 10.0, 40.0], 3, FINAL, 1)
+    assert fitting_contest(study(last, *others, default=True), 1, 1e4) == (3, 3, expensive)
+    even = retrain_seconds([10.0] * 4, 3, FINAL, 1)
+    failed = trial(number=0, state="failed", value=None)
+    assert fitting_contest(study(failed, *others, default=True), 1, 1e4) == (3, 3, even), (
+        "one that failed, by the others"
+    )
+    assert fitting_contest(study(*THREE, default=True), 1, 1e4)[2] == retrain_seconds([10.0] * 3, 3, FINAL, 1)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "finalists", "seeds"),
+    [(3600, 3, 3), (240, 3, 2), (180, 2, 2), (150, 0, 0), (10, 0, 0)],
+)
+def test_the_reserve_is_for_the_contest_that_fits_into_a_third_at_least_for_the_final_training(
+    timeout: float, finalists: int, seeds: int
+) -> None:
+    expected = END_SECONDS + retrain_seconds([10.0] * finalists, seeds, FINAL, 1)
+    assert reserve(study(*THREE), 1, timeout) == pytest.approx(expected)
+    assert reserve(study(), 1, timeout) == 0
+
+
+def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
+    one = ended(6.0, rates=(400.0, 800.0))
+    assert costs(study(one)) == [Cost(0, 6.0, 1800 / 400 + 1800 / 800)]
+    known = replace(DATA, available=1000)
+    several = [ended(6.0, number, (400.0, 800.0)) for number in range(5)]
+    assert [cost[1:] for cost in costs(study(*several, data=known))] == [(6.0, 1200 / 400 + 1200 / 800)] * 3

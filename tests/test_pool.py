@@ -1,7 +1,9 @@
 """The pool brings jobs to their ends: none runs twice, none is given up too soon. Toy jobs, real workers."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, ModelError, StorageError
-from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job
+from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Started
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
 from searchfm.retraining import Task, run_tasks
@@ -85,6 +87,18 @@ def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: Lo
     assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [1, 2]
     assert isinstance(events[-1], Interrupted)
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["log.txt"]
+
+
+def test_a_job_that_keeps_nothing_is_not_waited_for_when_all_is_to_stop() -> None:
+    """It may be importing torch or downloading, and reads no stop meanwhile."""
+    engine = LocalEngine(["cpu"], warm=LIGHT)
+    stopping, began = False, time.monotonic()
+    pool = WorkerPool(engine, stopping=lambda: stopping)
+    silent = Job("prepare", None, "tests.toys:work", {"sleeps": 20})
+    with closing(engine), pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for event in pool.run_all([silent]):
+            stopping = stopping or isinstance(event, Started)
+    assert time.monotonic() < began + 10
 
 
 def test_an_attempt_has_a_number_that_none_had_before(engine: LocalEngine, tmp_path: Path) -> None:

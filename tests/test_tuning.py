@@ -12,12 +12,16 @@ import tomli_w
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine, choose_devices, default_workers
 from searchfm.errors import ConfigError, DataError, LockedError, StudyError, UserError
+from searchfm.events import StudyOpened, TrialEnded
+from searchfm.forecast import reserve
 from searchfm.home import Home
 from searchfm.records import StudyHeader, StudyRecord
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import open_storage, write_record
+from searchfm.stopping import StopRequest
 from searchfm.tables import digest
-from searchfm.tuning import Tuning, find_study
+from searchfm.tuning import Tuning, find_study, reserving
+from tests import rows
 from tests.driving import facts, let_go, stored
 from tests.learn.test_images import noise, small, write
 
@@ -263,3 +267,22 @@ def test_an_unavailable_device_is_refused_with_the_available_ones(
     with pytest.raises(UserError) as caught:
         choose_devices(options(device), accelerators)
     assert str(caught.value) == f"--device {device}: torch finds no such device here; may be {may_be}"
+
+
+def test_with_a_final_training_to_follow_a_search_leaves_it_time_from_its_first_complete_trial_on(home: Home) -> None:
+    study, stop, timeout = rows.begin(home), StopRequest(), 3600.0
+    ended = [
+        rows.trial(number=number, state=state, value=value, epochs=rows.epochs(number, 3))
+        for number, (state, value) in enumerate([("pruned", None), ("complete", 0.8), ("complete", 0.9)])
+    ]
+    opened = StudyOpened(study, 3, ("cpu", "cpu"))
+    events = reserving(iter([opened, *(TrialEnded(trial.number, trial) for trial in ended)]), stop, timeout)
+    left = [(event.kind, stop.reserve) for event in events]
+    first, both = (dataclasses.replace(study, trials=tuple(ended[:count])) for count in (2, 3))
+    assert left == [
+        ("opened", 0.0),
+        ("ended", 0.0),
+        ("ended", reserve(first, 2, timeout)),
+        ("ended", reserve(both, 2, timeout)),
+    ]
+    assert 0 < reserve(first, 2, timeout) < reserve(both, 2, timeout)

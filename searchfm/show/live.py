@@ -136,11 +136,13 @@ class _First:
 
 
 def follow(
-    console: Console | None, events: Generator[Any, None, Ended], view_of: Callable[[Console, Any], View | None]
+    console: Console | None,
+    events: Generator[Any, None, Ended],
+    view_of: Callable[[Console, Any, View | None], View | None],
 ) -> Ended:
     """Shows events until they end; returns what their generator returns. console: None shows nothing.
 
-    view_of: called with each event until it returns a view, which this and all later events update.
+    view_of: called with each event and the view so far, returns the view that this event updates.
     """
     with Region(console, lines=True) if console else nullcontext() as region:
         while True:
@@ -152,7 +154,7 @@ def follow(
             if region is not None:
                 with region.lock:
                     region.phase(event.text if event.kind == "phase" else "")
-                    region.view = region.view or view_of(region.console, event)
+                    region.view = view_of(region.console, event, region.view)
                     if region.view is not None:
                         region.view.update(event)
 

@@ -21,6 +21,7 @@ from searchfm.events import (
     JobStarted,
     Note,
     RetrainEvent,
+    SearchEnded,
     StudyFound,
     StudyOpened,
     TrialEnded,
@@ -32,6 +33,7 @@ from searchfm.events import (
 from searchfm.format import data_lines, param_texts, plural, seconds
 from searchfm.jobs import Job
 from searchfm.records import Epoch, State, StudyRecord, Trial
+from searchfm.show.live import View
 from searchfm.show.summary import study_line
 from searchfm.show.terminal import STYLES, digits, fitting, hanging, note, table
 
@@ -39,22 +41,26 @@ WATCH_SECONDS = 2.0  # between two looks at the studies
 LONG = 10.0  # seconds of an epoch that gets a line of its own where there is no live table
 
 
-def tune_view(console: Console, event: TuneEvent) -> "TuneView | None":
-    """The view that an event of a search begins; prints what is known of a study before it is opened."""
+def tune_view(console: Console, event: TuneEvent | RetrainEvent, view: View | None = None) -> View | None:
+    """The view of an event of a search, and of the final training that may follow it; prints what is known of a study
+    before it is opened.
+    """
     match event:
-        case StudyFound():
+        case StudyFound() if view is None:
             text = event.question or ("a study of this home" if event.resumed else "a new study")
             console.print(f"[bold]{escape(event.name)}[/] on {escape(event.dataset)}: {escape(text)}", soft_wrap=False)
-        case Note(text):
+        case Note(text) if view is None:
             console.print(escape(text), soft_wrap=False)
         case StudyOpened():
             return TuneView(console, event.study, event.trials, event.workers)
-    return None
+        case SearchEnded():
+            return RetrainView(console, event.study.name)
+    return view
 
 
-def retrain_view(console: Console, event: RetrainEvent) -> "RetrainView | None":
-    """The view that an event of a final training begins."""
-    return RetrainView(console, event.name) if isinstance(event, StudyFound) else None
+def retrain_view(console: Console, event: RetrainEvent, view: View | None = None) -> View | None:
+    """The view of an event of a final training."""
+    return RetrainView(console, event.name) if isinstance(event, StudyFound) else view
 
 
 def watch(

@@ -146,6 +146,10 @@ class Study(Printed, kw_only=True):
         Literal["target", "stop_after"] | UnsetType | None,
         about("`tune` alone: the rule of `[search]` that ended the search; null if none did"),
     ] = UNSET
+    final: Annotated[
+        "Retrained | UnsetType | None",
+        about("`tune --retrain` alone: the final model, as `retrain` prints it; null without a complete trial"),
+    ] = UNSET
     home: Annotated[str, about("path of the home folder")]
     folder: Annotated[str, about("path of the study's files")]
     data: Annotated[
@@ -243,7 +247,7 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             name=str(study.resolved["data"]["name"]),
             shape=data.shape,
             classes=len(data.classes),
-            subset=float(study.resolved["data"].get("subset", 1.0)),
+            subset=study.subset,
             train=data.train,
             validation=data.validation,
             available=data.available,

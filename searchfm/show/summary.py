@@ -132,9 +132,10 @@ def show_end(
     missing: int,
     elapsed: float,
     stopped: str = "",
+    last: bool = True,
 ) -> None:
-    """The end of `tune`: the result, and the next commands. reason: why there are fewer trials; missing: trials that
-    MLflow lacks; stopped: as in `SearchEnded`.
+    """The end of `tune`: the result, and the next commands if nothing follows. reason: why there are fewer trials;
+    missing: trials that MLflow lacks; stopped: as in `SearchEnded`.
     """
     console.print(Group(*_best(study, BEST, console.width)), soft_wrap=False)
     saved = saved_epochs(study)
@@ -151,8 +152,9 @@ def show_end(
         console.print(f"stopped after {seconds(elapsed)} (--timeout); the same command resumes")
     elif study.of("running"):
         console.print("the same command resumes the running trials")
-    console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
-    if study.best is not None:
+    if last:
+        console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
+    if last and study.best is not None:
         console.print(f"      searchfm retrain {study.name}")
 
 

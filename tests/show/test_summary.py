@@ -245,8 +245,9 @@ def test_lines_above_a_live_region_whose_height_changes_are_all_kept(
 
     monkeypatch.setattr(live, "REFRESH_SECONDS", 0.0005)
     sys.setswitchinterval(1e-6)
+    view = Changing()
     try:
-        live.follow(drawn, steps(), lambda console, event: Changing())
+        live.follow(drawn, steps(), lambda *_: view)
     finally:
         sys.setswitchinterval(0.005)
         output.close()

@@ -19,18 +19,22 @@ from searchfm.events import (
     JobStarted,
     Note,
     RetrainEvent,
+    SearchEnded,
     SearchEvent,
+    StudyFound,
+    StudyOpened,
     TrialEnded,
     TrialEpoch,
     TrialRetried,
     TrialStarted,
+    TuneEvent,
 )
 from searchfm.format import seconds, sentence, short_names
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
 from searchfm.show.live import follow, open_console
-from searchfm.show.progress import RetrainView, TuneView
+from searchfm.show.progress import RetrainView, TuneView, tune_view
 from searchfm.show.schema import describe_final
 from searchfm.show.summary import show_end
 from searchfm.show.terminal import note, show_final
@@ -38,6 +42,26 @@ from searchfm.show.terminal import note, show_final
 
 def console(*, terminal: bool = False, width: int = 160) -> Console:
     return Console(file=StringIO(), width=width, force_terminal=terminal, record=True, highlight=False, soft_wrap=True)
+
+
+def test_the_view_of_a_search_gives_way_to_that_of_its_final_training(home: Home) -> None:
+    study = searched.search(home, [Ending(range(30))])
+    shown = console()
+    events: list[TuneEvent | RetrainEvent] = [
+        StudyFound("toy", "How wide?", "digits", resumed=False),
+        Note("before"),
+        StudyOpened(replace(study, trials=()), 1, ("cpu",)),
+        TrialEnded(0, study.trials[0]),
+        SearchEnded(study, 1, False, "", "", 0, 1.0, ""),
+        Note("40.0 s left"),
+        StudyFound("toy", "How wide?", "digits", resumed=True),
+        JobEnded(Job("final training", None, "", {}, "final training"), value=0.9),
+    ]
+    follow(shown, (event for event in events), tune_view)
+    text = shown.export_text()
+    for line in ("toy on digits: How wide?", "before", "toy: 1 trial on digits", "toy: 40.0 s left", "final training "):
+        assert text.count(line) == 1, line
+    assert "1/1 trial 0 complete" in text
 
 
 @pytest.mark.parametrize("terminal", [False, True])
