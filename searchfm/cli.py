@@ -284,7 +284,8 @@ def tune(
         shown = schema.describe_plan(timed.study, timed.stored, forecast=schema.describe_forecast(timed.forecast))
         _output(as_json, shown, lambda: terminal.show_forecast(console, timed))
         return
-    with StopRequest(exits=True, began=BEGAN) as stop, _unopened(study, home, values) if as_json else nullcontext():
+    unopened = _unopened(study, home, values, {"final": None} if retrain_ else {}) if as_json else nullcontext()
+    with StopRequest(exits=True, began=BEGAN) as stop, unopened:
         tuned = api.tune(
             study,
             timeout=timeout,
@@ -860,8 +861,10 @@ def remove(
 
 
 @contextmanager
-def _unopened(study: str, home: Path | None, values: Mapping[str, Any]) -> Iterator[None]:
-    """Prints the study without trials where the timeout ends before it is opened. values: of `api.find_plan`."""
+def _unopened(study: str, home: Path | None, values: Mapping[str, Any], more: Mapping[str, None]) -> Iterator[None]:
+    """Prints the study without trials where the timeout ends before it is opened. values: of `api.find_plan`; more:
+    further keys of the study.
+    """
     try:
         yield
     except OutOfTimeError:
@@ -870,8 +873,8 @@ def _unopened(study: str, home: Path | None, values: Mapping[str, Any]) -> Itera
 
         where = Home.find(home)
         plan, *_ = api.find_plan(study, where, **values)
-        more = {"elapsed": round(time.monotonic() - BEGAN, 3), "ended_by": None}
-        typer.echo(schema.dump(schema.describe_unopened(plan, where, **more)))
+        elapsed = round(time.monotonic() - BEGAN, 3)
+        typer.echo(schema.dump(schema.describe_unopened(plan, where, elapsed=elapsed, ended_by=None, **more)))
         raise
 
 

@@ -90,11 +90,11 @@ def test_ranges_are_objects(home: Home) -> None:
 def test_a_search_that_ends_before_its_study_is_opened_prints_a_study_without_trials(tmp_path: Path) -> None:
     home = tmp_path / "home"
     arguments = ("tune", "mlp", "--trials", "3", "--timeout", "0", "--dataset", "digits", "--home", str(home))
-    done = searchfm_here(*arguments, "--json")  # its keys are checked there
+    done = searchfm_here(*arguments, "--retrain", "--json")  # its keys are checked there
     assert done.returncode == 0
     printed = json.loads(done.stdout)
     assert (printed["study"], printed["planned"], printed["trials"]["total"]) == ("mlp", 3, 0)
-    assert (printed["data"], printed["trial_list"]) == (None, [])
+    assert (printed["data"], printed["trial_list"], printed["final"]) == (None, [], None)
     assert done.stderr.splitlines()[-1].startswith("searchfm: study 'mlp': the timeout of 0 s was over")
     assert not home.exists()
 
