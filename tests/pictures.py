@@ -1,4 +1,4 @@
-"""Makes the pictures of README.md from a real search, in about three minutes on two cores: python -m tests.pictures.
+"""Makes the pictures of README.md from a real search, in about two minutes on two cores: python -m tests.pictures.
 
 Needs tmux, whose screen is the picture of the terminal, and Chromium, which draws the pages.
 """
