@@ -262,6 +262,26 @@ def walk(cls: type[Table], prefix: str = "") -> Iterator[tuple[str, type[Table],
                     yield from walk(option, f"{prefix}{name if inline else tag}.")
 
 
+def flatten(
+    table: Mapping[str, Any], prefix: str = "", *, entries: bool = False, ranges: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested tables. entries: those of a list one by one, counted from 1, in place of the list;
+    ranges: a range or choice is a value, not a table.
+    """
+    for name, value in table.items():
+        if isinstance(value, Mapping) and not (ranges and {"choice", "low"} & set(value)):
+            yield from flatten(value, f"{prefix}{name}.", entries=entries, ranges=ranges)
+        elif entries and isinstance(value, list | tuple):
+            yield from ((f"{prefix}{name}.{i}", entry) for i, entry in enumerate(value, 1))
+        else:
+            yield prefix + name, value
+
+
+def below(dotted: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the keys, or in a table or list that is."""
+    return any(f"{dotted}.".startswith(f"{key}.") for key in keys)
+
+
 def refuse_unknown(values: Mapping[str, Any], cls: type[Table]) -> None:
     """Raises ConfigError for the first unknown key, with the allowed keys."""
     allowed = list(cls.schema)

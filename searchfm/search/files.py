@@ -13,7 +13,7 @@ from searchfm.home import Home, shipped, shipped_folder
 from searchfm.records import StudyRecord
 from searchfm.search import first
 from searchfm.search.study import NAME, Study, check_name, resolve
-from searchfm.tables import show
+from searchfm.tables import below, show
 
 # Names of timm models that are taken for studies; timm itself takes seconds to import.
 TIMM = re.compile(r"(resne|wide_res|densenet|efficientnet|mobilenet|regnet|convnext|vit_|deit|swin|beit|vgg)\w*\d")
@@ -59,7 +59,7 @@ class StudyFile:
 
     def _located(self, error: ConfigError, overrides: Mapping[str, Any]) -> ConfigError:
         """The error with its place: the command line, or a line of the file."""
-        if any(_below(dotted, error.key) or _below(error.key, dotted) for dotted in overrides):
+        if below(error.key, overrides) or any(below(dotted, [error.key]) for dotted in overrides):
             where = "command line"
         else:
             line = _line(self.text, error.key)
@@ -228,13 +228,9 @@ def _line(text: str, dotted: str) -> int:
             written = f"{table}.{pair[1]}".lstrip(".")
         else:
             continue
-        if _below(dotted, written) and len(written) > longest:
+        if below(dotted, [written]) and len(written) > longest:
             longest, found = len(written), number
     return found
-
-
-def _below(dotted: str, table: str) -> bool:
-    return f"{dotted}.".startswith(f"{table}.")
 
 
 def _unused(table: Mapping[str, Any], resolved: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -5,7 +5,7 @@ adoption after a kill follow from the number. Optuna's `enqueue_trial` would mak
 numbers before they run, and start by a second write, whose outcome may be unknown.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from searchfm.config import Config
 from searchfm.errors import ConfigError, UnknownKeyError, near
 from searchfm.records import DEFAULT, ORIGIN
 from searchfm.search import space
-from searchfm.tables import LeafKey, show, walk
+from searchfm.tables import LeafKey, below, flatten, show, walk
 
 # Of a trial's config.toml: what a study sets for all of its trials.
 IGNORED = ("name", "search", "data", "train.epochs", "train.seed", "train.precision")
@@ -57,7 +57,7 @@ def of_file(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def config(table: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's config without the keys that a study sets for all of its trials."""
-    return {name: value for name, value in _flatten(table) if not _below(name, IGNORED)}
+    return {name: value for name, value in flatten(table, entries=True, ranges=True) if not below(name, IGNORED)}
 
 
 def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = ()) -> Known:
@@ -68,7 +68,7 @@ def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = 
     outside the space counts as absent. Raises ConfigError for another such value, for a key that is unknown, and for
     one in a table that this config does not enter.
     """
-    given = {name: value for name, value in _flatten(table) if name != ORIGIN}
+    given = {name: value for name, value in flatten(table, entries=True, ranges=True) if name != ORIGIN}
     dropped = [name.removesuffix(".name") for name in dropped]  # another branch, whose keys are others
     items = {name: item for name, _, item in walk(Config)}
     params: dict[str, Any] = {}
@@ -78,7 +78,7 @@ def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = 
         item = items.get(name) or items.get(_base(name))
         value = _find(given, name, used)
         if value is not None:
-            value = _member(name, leaf, item, value, lenient=_below(name, dropped))
+            value = _member(name, leaf, item, value, lenient=below(name, dropped))
         if value is None:
             value = leaf.default(None if item is None else item.default)
         if len(leaf.ends) > 1:
@@ -87,7 +87,7 @@ def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = 
 
     space.fill(tree, ask)
     for name in given:
-        if name not in used and not _below(name, dropped) and _base(name) == name:  # lists may be longer than needed
+        if name not in used and not below(name, dropped) and _base(name) == name:  # lists may be longer than needed
             raise _unused(name, items)
     return Known(params, str(table.get(ORIGIN, DEFAULT)))
 
@@ -126,22 +126,7 @@ def _unused(name: str, items: Mapping[str, LeafKey]) -> ConfigError:
     return UnknownKeyError(name, "is unknown here" + (f"; did you mean {meant}?" if meant else ""))
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value); entries of a list by their index from 1. A range is a value, to be refused as such."""
-    for name, value in table.items():
-        if isinstance(value, Mapping) and not {"choice", "low"} & set(value):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple):
-            yield from ((f"{prefix}{name}.{i}", entry) for i, entry in enumerate(value, 1))
-        else:
-            yield prefix + name, value
-
-
 def _base(name: str) -> str:
     """The list of an entry; another name as it is."""
     base, _, index = name.rpartition(".")
     return base if index.isdigit() else name
-
-
-def _below(name: str, keys: Collection[str]) -> bool:
-    return any(f"{name}.".startswith(f"{key}.") for key in keys)

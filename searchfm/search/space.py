@@ -19,7 +19,18 @@ from typing import Any, assert_never, cast
 from optuna.trial import BaseTrial
 
 from searchfm.errors import ConfigError
-from searchfm.tables import NAMES, BranchKey, FreeKey, LeafKey, Table, TableKey, read_within, refuse_unknown, show
+from searchfm.tables import (
+    NAMES,
+    BranchKey,
+    FreeKey,
+    LeafKey,
+    Table,
+    TableKey,
+    below,
+    read_within,
+    refuse_unknown,
+    show,
+)
 
 MAX_POINTS = 100_000  # of a grid, and of combinations that must agree
 
@@ -334,7 +345,7 @@ def edge_cases(tree: Tree) -> Iterator[dict[str, Any]]:
         waiting += [{**values, name: end} for name in new for end in leaves[name].ends[1:]]
         # Combine keys that must agree as soon as their table is entered.
         for group in tree.agree:
-            if any(_below(name, group) for name in new):
+            if any(below(name, group) for name in new):
                 yield from (table for table, _ in _combinations(tree, group, values))
 
 
@@ -342,7 +353,7 @@ def _combinations(tree: Tree, group: Sequence[str], values: Mapping[str, Any]) -
     """Combines the keys of the group; other leaves have their value in `values`, else their first end."""
 
     def options(name: str, leaf: Leaf) -> Sequence[Any]:
-        return (leaf.options or leaf.ends) if _below(name, group) else (values.get(name, leaf.ends[0]),)
+        return (leaf.options or leaf.ends) if below(name, group) else (values.get(name, leaf.ends[0]),)
 
     for count, pair in enumerate(enumerate_tables(tree, options)):
         if count == MAX_POINTS:
@@ -350,10 +361,6 @@ def _combinations(tree: Tree, group: Sequence[str], values: Mapping[str, Any]) -
                 ", ".join(group), f"have more combinations to check than {MAX_POINTS}; give one of them fewer values"
             )
         yield pair
-
-
-def _below(name: str, group: Sequence[str]) -> bool:
-    return any(name == key or name.startswith(f"{key}.") for key in group)
 
 
 def _parse_free(item: FreeKey, values: Mapping[str, Any]) -> Tree:

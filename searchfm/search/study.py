@@ -42,7 +42,7 @@ from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError,
 from searchfm.records import DEFAULT, Prepared, Trial, ranked
 from searchfm.search import first, space
 from searchfm.stats import Accuracy
-from searchfm.tables import digest, read_within, show, walk
+from searchfm.tables import below, digest, read_within, show, walk
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 CHANCE_FACTOR = 1.2  # of the largest class's fraction: below it an accuracy is at chance
@@ -308,7 +308,7 @@ class Study:
             self.notes.append(line)
 
     def _is_given(self, dotted: str) -> bool:
-        return self.given is None or any(f"{dotted}.".startswith(f"{key}.") for key in self.given)
+        return self.given is None or below(dotted, self.given)
 
     def _leave_out(self, dotted: str, value: Any, misfit: "_Misfit") -> None:
         """Takes a value out of the space. Raises ConfigError where no other is left, or a model that the user named."""

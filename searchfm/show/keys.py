@@ -15,7 +15,7 @@ from rich.table import Table as Grid
 from searchfm.config import Config, SearchConfig
 from searchfm.engines import EngineOptions
 from searchfm.errors import UserError, one_of
-from searchfm.tables import BranchKey, FreeKey, LeafKey, Table, TableKey, show
+from searchfm.tables import BranchKey, FreeKey, LeafKey, Table, TableKey, below, show
 
 HEAD = """# Keys of a study file
 Made by `searchfm keys --markdown > .github/KEYS.md` from `searchfm/config.py` and `searchfm/engines/__init__.py`.
@@ -62,7 +62,7 @@ def sections(table: str | None = None) -> list[Section]:
     if table is None:
         return every
     name = table.strip("[]")
-    chosen = [each for each in every if f"{each.name}.".startswith(f"{name}.")]
+    chosen = [each for each in every if below(each.name, [name])]
     if not chosen:
         rows = [(each, row) for each in every for row in each.rows if f"{each.name}.{row.key}" == name]
         chosen = [Section(each.name, each.meaning, (row,)) for each, row in rows]

@@ -33,6 +33,7 @@ from searchfm.home import Home
 from searchfm.records import SPEC, WEIGHTS, StudyRecord, Trial
 from searchfm.search.lock import holder
 from searchfm.show.terminal import STYLES, digits, fitting, labelled, table
+from searchfm.tables import below, flatten
 
 BEST = 5  # trials at the end of `tune`
 LOG_LINES = 10  # of a trial's log
@@ -358,8 +359,8 @@ def show_trial(console: Console, study: StudyRecord, trial: Trial) -> None:
     parts: list[RenderableType] = []
     if trial.params:
         parts += ["", _pairs({key: short(value) for key, value in trial.params.items()})]
-    chosen = [f"{key}." for key in trial.params]
-    rest = {key: value for key, value in _flat(trial.config).items() if not f"{key}.".startswith(tuple(chosen))}
+    config = flatten(trial.config, entries=True)
+    rest = {key: value for key, value in config if not below(key, trial.params)}
     if rest:
         parts += ["", labelled("config", " ".join(f"{key}={short(value)}" for key, value in rest.items()))]
     parts += ["", *_curves(trial, console.width), labelled("time", _times(trial))]
@@ -377,19 +378,6 @@ def _pairs(rows: Mapping[str, str]) -> Table:
     for key, text in rows.items():
         shown.add_row(escape(key), escape(text))
     return shown
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config by dotted key; entries of a list are counted from 1."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            values |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list | tuple):
-            values |= {f"{prefix}{key}.{i}": entry for i, entry in enumerate(value, 1)}
-        else:
-            values[prefix + key] = value
-    return values
 
 
 def _curves(trial: Trial, width: int) -> list[RenderableType]:

@@ -47,6 +47,7 @@ from searchfm.records import (
     read_epochs,
 )
 from searchfm.search.notes import PICTURES, VIEW, Links, trial_lines, web_address
+from searchfm.tables import flatten
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
 # FINISHED, and its name and its tag `state` contain that it was pruned.
@@ -423,15 +424,6 @@ def _lines(path: Path, name: str) -> list[str]:
         lines = (line.partition(":") for line in path.read_text().splitlines())
         return [value.strip() for key, _, value in lines if key.strip() == name]
     return []
-
-
-def flatten(table: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested tables by dotted key."""
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{path}{key}.")
-        else:
-            yield path + key, value
 
 
 def _text(value: Any) -> str:
