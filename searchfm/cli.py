@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,13 +21,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from searchfm import __version__, shell
-from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, StudyError, UserError
+from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, StudyError, UserError, one_of
 from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from searchfm.engines import EngineOptions
     from searchfm.show.live import Status
     from searchfm.show.schema import Part
 
@@ -62,6 +60,7 @@ ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL", autoc
 HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [default: SEARCHFM_HOME or ./runs]")]
 
 
+FORMATS = ("onnx", "pt2", "safetensors")  # of exported models
 MANY = 1000  # trials whose keys' importance takes more than half a second
 WHERE = "Where workers run"  # a panel of --help
 WorkersOption = Annotated[str | None, typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs]")]
@@ -387,15 +386,16 @@ def worker(
     from searchfm.engines.start import read_options
     from searchfm.show import live
 
+    folder = data_folder(data_dir)
     flags = {
         "device": device,
         "workers": None if workers == "auto" else _number(workers),
         "workers_per_gpu": _number(workers_per_gpu),
         "tls_cert": tls_cert and str(tls_cert),
         "allow_code": allow_code or None,
+        "data_dir": folder and str(folder),
     }
-    options = _with_data(read_options("listen", flags), data_folder(data_dir))
-    agent.main(address, Home.find(home).path, options, retry, live.notify)
+    agent.main(address, Home.find(home).path, read_options("listen", flags), retry, live.notify)
 
 
 @app.command()
@@ -408,14 +408,12 @@ def stop(
 
     Running trials are kept; the same command resumes them.
     """
-    from searchfm.search.files import study_name
+    from searchfm import api
     from searchfm.search.lock import request_stop
-    from searchfm.search.storage import read_study
     from searchfm.show import schema
 
-    where, name = Home.find(home), study_name(study)
-    read_study(where, name)
-    asked = request_stop(where, name) or "its coordinator"
+    name = api.open_study(study, home=home).name
+    asked = request_stop(Home.find(home), name) or "its coordinator"
     values = schema.StopRequested(study=name, coordinator=asked)
     _output(as_json, values, lambda: typer.echo(f"study {name!r}: asked {asked} to stop"))
 
@@ -485,11 +483,10 @@ def trial(
 ) -> None:
     """Show one trial: its end, config, learning curve, log and files, and the commands that go on from it."""
     _skip_garbage_collection()
-    from searchfm.search.files import study_name
-    from searchfm.search.storage import read_study
+    from searchfm import api
     from searchfm.show import schema, summary
 
-    record = read_study(Home.find(home), study_name(study))
+    record = api.open_study(study, home=home).record
     if number >= len(record.trials):
         may_be = f"0 to {len(record.trials) - 1}" if record.trials else "none yet"
         raise UserError(f"study {record.name!r}: trial {number} is unknown; may be {may_be}")
@@ -619,8 +616,7 @@ def dashboard(
     as_json: JsonOption = False,
 ) -> None:
     """Serve optuna-dashboard and the MLflow UI on loopback, until Ctrl-C."""
-    from searchfm.search.files import study_name
-    from searchfm.search.storage import read_study
+    from searchfm import api
     from searchfm.show import terminal
     from searchfm.show.dashboard import serve, serve_one
     from searchfm.show.guard import Access, read_token
@@ -633,7 +629,7 @@ def dashboard(
         return serve_one(
             where, only, access, (port, mlflow_port), partial(terminal.show_address, console, as_json, only)
         )
-    record = read_study(where, study_name(study)) if study else None
+    record = api.open_study(study, home=home).record if study else None
     return serve(where, record, access, (port, mlflow_port), partial(terminal.show_addresses, console, as_json))
 
 
@@ -650,28 +646,29 @@ def compare(
 ) -> None:
     """Compare studies: accuracy with its interval, paired tests, time and size. Also logged to MLflow."""
     _skip_garbage_collection()
-    from searchfm.search.files import study_name
+    from msgspec.structs import asdict
+
+    from searchfm import api
     from searchfm.search.notes import web_address
-    from searchfm.search.storage import read_study
     from searchfm.show import compare as comparing
-    from searchfm.show import schema, terminal
+    from searchfm.show import terminal
     from searchfm.tracking import registry
 
     if picture is not None and picture.suffix not in comparing.SUFFIXES:
         raise UserError(f"--picture {picture}: must end in {' or '.join(comparing.SUFFIXES)}")
     where, console = Home.find(home), _console()
-    lines = comparing.compare_studies([read_study(where, study_name(study)) for study in studies])
-    page, values = comparing.comparison_page(lines), [asdict(line) for line in lines]
+    lines = comparing.compare_studies([api.open_study(study, home=home).record for study in studies])
+    page = comparing.comparison_page(lines)
     if html is not None:
         write_whole(html, page.encode())
     if picture is not None:
         write_whole(picture, comparing.comparison_picture(lines, picture.suffix))
     tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
     written = [path for path in (html, picture) if path is not None]
-    rows = schema.describe_comparison(lines)
-    _output(as_json, rows, lambda: terminal.show_comparison(console, tables, notes, written))
+    _output(as_json, lines, lambda: terminal.show_comparison(console, tables, notes, written))
     files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
     context.call_on_close(_doing("logging the comparison to MLflow").end)
+    values = [{key: value for key, value in asdict(line).items() if key != "schema"} for line in lines]
     table = registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
     if not as_json:
         terminal.show_page(console, web_address(where.tracking_uri), table)
@@ -788,9 +785,7 @@ def export(
     others' only if you trust them; safetensors is weights alone, with how to build the model as JSON in it and beside
     it. `searchfm predict` reads onnx and safetensors.
     """
-    from searchfm.learn.formats import target
-
-    path = target(kind, output)
+    path = _export_file(kind, output)
     from searchfm.learn import export  # imports torch
     from searchfm.show import schema
     from searchfm.tracking import registry
@@ -840,7 +835,7 @@ def remove(
     try:
         record = read_study(where, name)
         gone = f"{plural(len(record.trials), 'trial')} in Optuna and MLflow"
-        gone += f", {upkeep.size(record):,} bytes in {record.folder}"
+        gone += f", {upkeep.size(record.folder):,} bytes in {record.folder}"
         remove_it = partial(upkeep.remove, where, name, models=with_models)
     except StudyError:
         left = upkeep.left_models(where, name) if with_models else ()
@@ -860,6 +855,29 @@ def remove(
     _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text))
 
 
+def _export_file(kind: str | None, output: str | None) -> Callable[[str], Path]:
+    """The file for a model of a name, in the format that `--format` and `--output` name. A folder that ends with a
+    slash is made. Raises UserError.
+    """
+    path = Path(output or "")
+    made = bool(output) and str(output).endswith("/")
+    folder = path.is_dir() or made
+    kind = kind or ("" if folder else path.suffix.removeprefix(".")) or "onnx"
+    if kind not in FORMATS:
+        raise UserError(f"format {kind!r}: must be one of {one_of(kind, FORMATS)}")
+    if not folder and path.suffix != f".{kind}":
+        raise UserError(f"--output {path}: must be a folder (a new one ends with /), or end in .{kind}")
+    if made and not (path.is_dir() or (path.parent.is_dir() and not path.exists())):
+        raise UserError(f"--output {output}: cannot be made, there is no folder {path.parent}")
+
+    def file(name: str) -> Path:
+        if made:
+            path.mkdir(exist_ok=True)
+        return path / f"{name}.{kind}" if folder else path
+
+    return file
+
+
 @contextmanager
 def _unopened(study: str, home: Path | None, values: Mapping[str, Any], more: Mapping[str, None]) -> Iterator[None]:
     """Prints the study without trials where the timeout ends before it is opened. values: of `api.find_plan`; more:
@@ -876,10 +894,6 @@ def _unopened(study: str, home: Path | None, values: Mapping[str, Any], more: Ma
         elapsed = round(time.monotonic() - BEGAN, 3)
         typer.echo(schema.dump(schema.describe_unopened(plan, where, elapsed=elapsed, ended_by=None, **more)))
         raise
-
-
-def _with_data(options: "EngineOptions", folder: Path | None) -> "EngineOptions":
-    return replace(options, data_dir=str(folder)) if folder else options
 
 
 def _console(*, stderr: bool = False) -> "Console":

@@ -117,6 +117,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class if it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class StorageError(WorldError):
     """The database or the home folder failed."""
 

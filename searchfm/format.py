@@ -1,5 +1,7 @@
 """Numbers, names and results as text, for the terminal, pages, notes and MLflow."""
 
+import csv
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +15,13 @@ STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running")
 HALF = 0.5  # of the images in one class of imbalanced data: above, accuracy misleads
 LARGER = 1.5  # times the mean of the other classes: above, the largest class makes the data imbalanced
 NOT_CHAMPION = ", not better than the champion on the same test part, which stays; --promote changes that"
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """The rows as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def escape(text: str) -> str:

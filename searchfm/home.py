@@ -151,9 +151,9 @@ def write_whole(path: Path, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes plain values as JSON, whole or not at all. Raises StorageError."""
-    write_whole(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, values: Any) -> str:
+    """Writes plain values as JSON, whole or not at all; returns the file's sha256. Raises StorageError."""
+    return write_whole(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def file_sha256(path: Path) -> str:

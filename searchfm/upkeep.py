@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchfm.home import Home
-from searchfm.records import StudyRecord
 from searchfm.search.database import failures
 from searchfm.search.notes import artifact_files
 from searchfm.search.storage import delete_study, locked_study, open_storage
@@ -28,11 +27,6 @@ class Removed:
     kept: tuple[str, ...]  # versions of the registry that stay
 
 
-def size(study: StudyRecord) -> int:
-    """Bytes in the study's folder."""
-    return _size(study.folder)
-
-
 def remove(home: Home, name: str, *, models: bool = False) -> Removed:
     """Removes a study. Its versions in MLflow's registry stay, with their files, unless `models`; the record of test
     reads stays too.
@@ -48,7 +42,7 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
             freed = delete_experiment(home, study, keep_models=bool(versions) and not models)
         storage = open_storage(home)
         files = artifact_files(home, storage, study)
-        freed += _size(study.folder) + sum(_size(file) for file in files)
+        freed += size(study.folder) + sum(size(file) for file in files)
         for file in files:
             file.unlink(missing_ok=True)
         for entry in list(study.folder.iterdir()):
@@ -76,7 +70,8 @@ def remove_models(home: Home, name: str) -> Removed:
     return Removed(name, 0, freed, models, ())
 
 
-def _size(path: Path) -> int:
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
     total = 0
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
         with suppress(OSError):

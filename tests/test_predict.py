@@ -18,13 +18,13 @@ from PIL import Image
 from rows import four
 
 from searchfm import cli
+from searchfm.cli import FORMATS
 from searchfm.config import Config
 from searchfm.home import Home
 from searchfm.learn import datasets, export
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.data import load
 from searchfm.learn.datasets import CLOTHES
-from searchfm.learn.formats import FORMATS
 from searchfm.learn.images import Arrays
 from searchfm.learn.sources import open_folder, read_part
 from searchfm.learn.train import Training

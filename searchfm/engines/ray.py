@@ -25,7 +25,7 @@ from typing import Any
 from searchfm.engines import EngineOptions
 from searchfm.engines.agent import without_secrets
 from searchfm.engines.local import WARM
-from searchfm.engines.wire import ENTRIES
+from searchfm.engines.wire import ENTRIES, source_address
 from searchfm.engines.wire import address as split_address
 from searchfm.errors import UserError, WorldError
 
@@ -228,11 +228,5 @@ def _check(options: EngineOptions) -> None:
 
 
 def _own_address() -> str:
-    """The address of this machine on its network, as Ray finds it too; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # an address of documentation
-            address: str = probe.getsockname()[0]
-        except OSError:  # there is no network
-            return "127.0.0.1"
-    return address
+    """The address of this machine on its network, as Ray finds it too; loopback without a network."""
+    return source_address("192.0.2.1") or "127.0.0.1"  # an address of documentation

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import IO
 from searchfm.engines import EngineOptions
 from searchfm.engines.agent import without_secrets
 from searchfm.engines.remote import worker_command
+from searchfm.engines.wire import source_address
 from searchfm.errors import UserError, WorldError
 
 COMMAND_SECONDS = 60.0  # for an answer of SLURM
@@ -77,7 +77,7 @@ class Slurm:
         nodes = ["sinfo", "--noheader", "--Node", "--format=%o"]
         names = self._run([*nodes, f"--partition={partition}"] if partition else nodes).split()
         names = list(dict.fromkeys(names or self._run(nodes).split()))[:NODES]
-        found = [source for name in names if (source := _source(name))]
+        found = [source for name in names if (source := source_address(name))]
         # Loopback serves only if every node is this machine.
         if not found or (len(found) < len(names) and all(map(_loopback, found))):
             raise UserError("--engine slurm: no node's address can be reached from here; name this machine by --listen")
@@ -230,16 +230,6 @@ def _gpus(gres: str | None) -> int:
         if name == "gpu":
             return int(rest[-1]) if rest and rest[-1].isdecimal() else 1
     return 0
-
-
-def _source(name: str) -> str | None:
-    """The address from which packets for a host leave; none is sent."""
-    with suppress(OSError):
-        for family, kind, protocol, _, address in socket.getaddrinfo(name, 9, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)
-                return str(probe.getsockname()[0])
-    return None
 
 
 def _loopback(address: str) -> bool:

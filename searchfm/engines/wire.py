@@ -10,6 +10,7 @@ import hmac
 import os
 import platform
 import secrets
+import socket
 import ssl
 import stat
 from collections.abc import Iterator, Mapping
@@ -283,6 +284,16 @@ def address(text: str, option: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise UserError(f"{option} {text}: must be HOST:PORT")
     return host.strip("[]"), int(port)
+
+
+def source_address(host: str) -> str | None:
+    """The address from which packets for a host leave; none is sent. None without a route."""
+    with suppress(OSError):
+        for family, kind, protocol, _, target in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(target)
+                return str(probe.getsockname()[0])
+    return None
 
 
 def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:

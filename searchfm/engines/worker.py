@@ -17,7 +17,7 @@ from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 
-from searchfm.errors import SearchfmError, Stopped
+from searchfm.errors import SearchfmError, Stopped, first_line
 from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Interrupted, Job
 
 STOP = "stop"
@@ -113,7 +113,7 @@ def _run(job: Job, context: Context, pipe: Connection) -> Event:
     except (Exception, SystemExit) as error:
         if not isinstance(error, SearchfmError):
             log.error("%s", traceback.format_exc())
-        text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = first_line(error)
         reason = text if isinstance(error, SearchfmError) else f"{type(error).__name__}: {text}"
         return Failed(job.id, job.attempt, type(error).__name__, reason[:500])
     finally:

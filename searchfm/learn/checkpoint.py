@@ -20,10 +20,10 @@ from torch import Tensor
 
 from searchfm.config import Config
 from searchfm.errors import CodeError, ModelError, one_line
-from searchfm.home import file_sha256, write_whole
+from searchfm.home import file_sha256, write_json, write_whole
 from searchfm.learn.models import Classifier, build
 from searchfm.learn.models.custom import Code
-from searchfm.records import Epoch
+from searchfm.records import SPEC, WEIGHTS, Epoch
 
 log = logging.getLogger("searchfm")
 
@@ -32,8 +32,6 @@ _KEPT = 2  # the newest, and a fallback
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
 METADATA = "searchfm"  # key of our JSON in the metadata of every format
 _NAME = re.compile(r"checkpoint-(\d{4,})-([0-9a-f]{64})\.safetensors")
-
-WEIGHTS, SPEC = "weights.safetensors", "model.json"
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> di
     described = {"format": _FORMAT, **spec, "mean": model.mean.tolist(), "std": model.std.tolist()}
     return {
         WEIGHTS: write_whole(folder / WEIGHTS, safetensors.torch.save(tensors)),
-        SPEC: write_whole(folder / SPEC, (json.dumps(described, indent=1, ensure_ascii=False) + "\n").encode()),
+        SPEC: write_json(folder / SPEC, described),
     }
 
 

@@ -24,10 +24,11 @@ from torch import nn
 
 from searchfm.config import Shape
 from searchfm.errors import DataError, ModelError, UserError, model_errors
-from searchfm.home import write_whole
-from searchfm.learn.checkpoint import METADATA, SPEC, WEIGHTS, load_classifier, rebuild, refusing, tensors_sha256
+from searchfm.home import write_json, write_whole
+from searchfm.learn.checkpoint import METADATA, load_classifier, rebuild, refusing, tensors_sha256
 from searchfm.learn.images import SUFFIXES, Pixels, as_pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, served
+from searchfm.records import SPEC, WEIGHTS
 
 Probabilities: TypeAlias = NDArray[np.float32]
 Answer: TypeAlias = Callable[[Pixels], Probabilities]
@@ -138,7 +139,7 @@ def export(model: Classifier, spec: Mapping[str, Any], path: Path, *, force: boo
     if not largest <= BOUND:  # a nan is refused too
         raise ModelError(f"{path}: outputs differ from the model's by {largest:.1e}, more than {BOUND:.0e}: not kept")
     for target in beside:
-        write_whole(target, f"{json.dumps(spec, indent=1, ensure_ascii=False)}\n".encode())
+        write_json(target, spec)
     write_whole(path, content)
     return Exported(path, path.suffix.removeprefix("."), len(content), largest)
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import optuna
 import sqlalchemy
 
-from searchfm.errors import StorageError, UserError
+from searchfm.errors import StorageError, UserError, first_line
 from searchfm.home import STORAGE, Home
 
 T = TypeVar("T")
@@ -93,8 +93,8 @@ def retry(
             seconds = STOP_SECONDS if stopping() else GIVE_UP_SECONDS
             if time.monotonic() >= began + seconds:
                 cause = list(_chain(error))[-1]
-                line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-                raise StorageError(f"{where}: the database did not answer for {seconds:g} seconds: {line}") from error
+                text = f"the database did not answer for {seconds:g} seconds: {first_line(cause)}"
+                raise StorageError(f"{where}: {text}") from error
             if repeated and not reported:  # not where the connection was only dropped
                 log.warning("%s does not answer; waiting for it, up to %g seconds", where, seconds)
                 reported = True
@@ -121,8 +121,7 @@ def failures(where: str) -> Iterator[None]:
         # Optuna's own text only guesses; SQLAlchemy's, with the statement, can be a page.
         wrapped = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else None
         cause = getattr(wrapped or error, "orig", None) or wrapped or error
-        line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise StorageError(f"{where}: {line}") from error
+        raise StorageError(f"{where}: {first_line(cause)}") from error
 
 
 def database_url(home: Home) -> sqlalchemy.URL:

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from msgspec.structs import replace
 from rich.markup import escape
 from rich.table import Table
 
@@ -13,6 +13,7 @@ from searchfm.errors import StudyError
 from searchfm.records import Predictions, StudyRecord
 from searchfm.show import pages
 from searchfm.show.report import accuracy
+from searchfm.show.schema import Compared
 from searchfm.show.terminal import table
 from searchfm.stats import holm, mcnemar
 
@@ -25,37 +26,11 @@ PADDING, NARROW = 2, 16  # characters between two columns; of the path of data a
 WIDE = 132  # characters of a terminal that holds all columns side by side
 
 
-@dataclass(frozen=True)
-class Line:
-    """A study in a comparison. Seconds, parameters and FLOPs are of the model with that accuracy."""
-
-    study: str
-    accuracy: float
-    low: float  # 95% interval (Wilson) of this one model
-    high: float
-    split: Literal["test", "validation"]  # what the accuracy was measured on
-    difference: float | None  # to the best study on the same images; 0 for that one, None where none is comparable
-    p: float | None  # of McNemar's test that there is no difference, Holm-corrected for all tests of the comparison
-    seconds_per_epoch: float
-    parameters: int
-    flops: int  # of one image's forward pass
-    trials: int
-    training_seconds: float  # over all epochs
-    epochs: int
-    n: int  # images that the accuracy was measured on
-    reads: int | None  # how often this home's studies had read that test part by then; None for validation
-    search_seconds: float  # training of all trials
-    data: str
-    classes: int  # of the data
-    largest: float | None = None  # accuracy of always answering the largest class; None where that is not known
-    balanced: float | None = None  # mean recall of the classes on the test part; None for validation
-
-
-def _difference(line: Line) -> str:
+def _difference(line: Compared) -> str:
     return "-" if line.difference is None else "best" if line.p is None else f"{100 * line.difference:+.2f}"
 
 
-Columns = Mapping[str, Callable[[Line], str]]  # of the table, and the cell of a line
+Columns = Mapping[str, Callable[[Compared], str]]  # of the table, and the cell of a line
 QUALITY: Columns = {
     "study": lambda line: line.study,
     "accuracy": lambda line: f"{line.accuracy:.2%}",
@@ -76,7 +51,7 @@ COLUMNS: Columns = {**QUALITY, **COST}
 TEXTS = {"study", "measured on", "data"}  # columns that hold text, aligned to the left
 
 
-def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
+def compare_studies(studies: Sequence[StudyRecord]) -> list[Compared]:
     """A line for each study, in order. Raises StudyError for a study without a complete trial, or named twice.
 
     Tested are differences to the best among studies of equal data fingerprint whose models predicted the same images,
@@ -100,7 +75,7 @@ def compare_studies(studies: Sequence[StudyRecord]) -> list[Line]:
     return lines
 
 
-def _line(study: StudyRecord) -> Line:
+def _line(study: StudyRecord) -> Compared:
     final, best = study.final, study.ranked(twins=False)[0]
     model = final or best.result
     assert model is not None
@@ -109,7 +84,7 @@ def _line(study: StudyRecord) -> Line:
     else:
         low, high = accuracy(study, best).interval
         measured = {"accuracy": best.value, "low": low, "high": high, "n": study.data.validation, "reads": None}
-    return Line(
+    return Compared(
         study=study.name,
         split="test" if final else "validation",
         difference=None,
@@ -141,7 +116,7 @@ def _comparable(studies: Sequence[StudyRecord]) -> list[dict[int, Predictions]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
+def comparison_tables(lines: Sequence[Compared], width: int) -> list[Table]:
     """The comparison for a terminal of `width` characters: one table, or quality above cost. The path of data that does
     not fit is shortened.
     """
@@ -159,18 +134,18 @@ def comparison_tables(lines: Sequence[Line], width: int) -> list[Table]:
     return tables
 
 
-def _rows(lines: Sequence[Line], columns: Columns = COLUMNS) -> list[list[str]]:
+def _rows(lines: Sequence[Compared], columns: Columns = COLUMNS) -> list[list[str]]:
     return [[cell(line) for cell in columns.values()] for line in lines]
 
 
-def comparison_markdown(lines: Sequence[Line]) -> str:
+def comparison_markdown(lines: Sequence[Compared]) -> str:
     """The comparison as Markdown, the note of its run in MLflow."""
     rows = [list(COLUMNS), ["---" if column in TEXTS else "---:" for column in COLUMNS]]
     rows += [[format.escape(cell) for cell in row] for row in _rows(lines)]
     return "\n\n".join(["\n".join(f"| {' | '.join(row)} |" for row in rows), *comparison_notes(lines)])
 
 
-def comparison_notes(lines: Sequence[Line]) -> list[str]:
+def comparison_notes(lines: Sequence[Compared]) -> list[str]:
     """How to read the table."""
     texts = [text for split, text in NOTES.items() if any(line.split == split for line in lines)]
     texts.append("Intervals are 95% (Wilson), for these trained models: another seed is not in them.")
@@ -187,12 +162,12 @@ def comparison_notes(lines: Sequence[Line]) -> list[str]:
     return [*texts, *(f"{', '.join(names)}: {sentence}." for (_, sentence), names in groups.items() if sentence)]
 
 
-def comparison_picture(lines: Sequence[Line], suffix: str) -> bytes:
+def comparison_picture(lines: Sequence[Compared], suffix: str) -> bytes:
     """The accuracy-time front, a panel for each data set and split, as a file with that suffix (see `SUFFIXES`)."""
     return figures.png(_front(lines)) if suffix == ".png" else figures.svg(_front(lines), "front").encode()
 
 
-def comparison_page(lines: Sequence[Line]) -> str:
+def comparison_page(lines: Sequence[Compared]) -> str:
     """The comparison as a self-contained page."""
     return pages.render(
         "compare.html.jinja",
@@ -205,7 +180,7 @@ def comparison_page(lines: Sequence[Line]) -> str:
     )
 
 
-def _front(lines: Sequence[Line]) -> Any:
+def _front(lines: Sequence[Compared]) -> Any:
     panels: dict[str, list[figures.Measured]] = {}
     for line in lines:
         point = figures.Measured(line.study, line.accuracy, line.low, line.high, max(line.training_seconds, 1e-3))

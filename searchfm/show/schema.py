@@ -4,8 +4,6 @@
 its name and meaning within a version of the schema; new keys may be added.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from searchfm.format import csv_text
 from searchfm.records import Final, State, StudyRecord
 from searchfm.records import Forecast as ForecastRecord
 from searchfm.records import Trial as TrialRecord
@@ -299,13 +298,11 @@ def trials_csv(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
     """A line per trial: the keys of a trial in `--json`, then a column for each key of the search space."""
     keys = list(dict.fromkeys(key for trial in study.trials for key in trial.params))
     columns = [name for name in Trial.__struct_fields__ if name != "params"]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, *keys])
+    rows: list[list[Any]] = [[*columns, *keys]]
     for trial in trials:
         row = describe_trial(trial)
-        writer.writerow([*(getattr(row, name) for name in columns), *(trial.params.get(key) for key in keys)])
-    return text.getvalue()
+        rows.append([*(getattr(row, name) for name in columns), *(trial.params.get(key) for key in keys)])
+    return csv_text(rows)
 
 
 # --- study files ------------------------------------------------------------------------------------------------------
@@ -517,11 +514,6 @@ class Compared(Printed, kw_only=True):
     balanced: Annotated[float | None, about("mean recall of the classes on the test part; null for validation")]
 
 
-def describe_comparison(lines: Iterable[Any]) -> list[Compared]:
-    """Studies side by side; lines: of `compare`."""
-    return [msgspec.convert(line, Compared, from_attributes=True) for line in lines]
-
-
 # --- data sets, models, predictions -----------------------------------------------------------------------------------
 
 
@@ -599,15 +591,13 @@ def describe_prediction(row: "PredictedImage", top: int) -> Prediction:
 
 def prediction_csv(rows: "Sequence[PredictedImage]", top: int) -> str:
     """A line per image: the most probable classes, each with its probability, or the error."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     suffixes = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     columns = [f"{name}{suffix}" for suffix in suffixes for name in ("class", "probability")]
-    writer.writerow(["image", *columns, "error"])
+    lines = [["image", *columns, "error"]]
     for row in rows:
         cells = [cell for name, probability in row.top for cell in (name, f"{probability:.6f}")]
-        writer.writerow([row.image, *cells, *[""] * (2 * top - len(cells)), row.error])
-    return text.getvalue()
+        lines.append([row.image, *cells, *[""] * (2 * top - len(cells)), row.error])
+    return csv_text(lines)
 
 
 class Exported(Printed, kw_only=True):

@@ -5,10 +5,8 @@ and metrics carry the time stamps of the epoch records, so that sending again ch
 There is one writer a study: see `writer`. mlflow is imported inside functions alone: it costs seconds.
 """
 
-import csv
 import functools
 import getpass
-import io
 import json
 import math
 import os
@@ -31,7 +29,7 @@ from filelock import FileLock
 import searchfm
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
-from searchfm.format import escape, final_sentences, show_params
+from searchfm.format import csv_text, escape, final_sentences, show_params
 from searchfm.home import Home, command_line, shown
 from searchfm.records import (
     EPOCHS,
@@ -313,14 +311,11 @@ def predictions_csv(predictions: Predictions, names: Sequence[str]) -> str:
     """Predictions as a table to read and sort, the most confident mistakes first. names: of the K classes."""
     confidence = predictions.probabilities.max(axis=1)
     columns = (predictions.correct, -confidence, predictions.indices, predictions.labels, predictions.predicted)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["image", "true", "predicted", "correct", "probability"])
-    table.writerows(
+    rows = (
         (image, names[label], names[predicted], str(correct).lower(), f"{-negative:.4f}")
         for correct, negative, image, label, predicted in sorted(zip(*(c.tolist() for c in columns), strict=True))
     )
-    return text.getvalue()
+    return csv_text([("image", "true", "predicted", "correct", "probability"), *rows])
 
 
 def searched(resolved: Mapping[str, Any]) -> list[str]:

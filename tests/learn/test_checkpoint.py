@@ -18,9 +18,10 @@ import torch
 from searchfm.errors import ModelError, StorageError
 from searchfm.home import write_whole
 from searchfm.learn import checkpoint
-from searchfm.learn.checkpoint import SPEC, WEIGHTS, Checkpoint
+from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Splits
 from searchfm.learn.train import Training
+from searchfm.records import SPEC, WEIGHTS
 from tests.learn.test_models import Hostile
 from tests.learn.toys import config, losses
 

@@ -18,15 +18,16 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from searchfm.cli import FORMATS
 from searchfm.config import Config
 from searchfm.errors import ModelError, UserError
 from searchfm.learn import export
-from searchfm.learn.checkpoint import SPEC, WEIGHTS, save_weights
+from searchfm.learn.checkpoint import save_weights
 from searchfm.learn.data import Splits
 from searchfm.learn.export import BOUND
-from searchfm.learn.formats import FORMATS
 from searchfm.learn.models import Classifier, build, served
 from searchfm.learn.train import Training
+from searchfm.records import SPEC, WEIGHTS
 from tests.learn.toys import config
 
 CLASSES = ["cat", "dog", "eel", "fox"]

@@ -4,12 +4,12 @@ import io
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import searched
+from msgspec.structs import asdict, replace
 from PIL import Image
 from rich.console import Console
 from searched import Ending
@@ -198,8 +198,8 @@ def test_json_files_and_mlflow_agree_and_mlflow_holds_it_once(
     output = capsys.readouterr().out
     check(arguments, output)
     printed = json.loads(output)
-    assert [line.pop("schema") for line in printed] == [2, 2]
     assert printed == [asdict(line) for line in compare_studies(three[:2])]
+    assert [line.pop("schema") for line in printed] == [2, 2]
     assert all(set(KEYS) < set(line) for line in printed)
     assert figure.read_bytes().startswith(b"<svg")
     assert "best" in side.read_text()
