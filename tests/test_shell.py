@@ -75,7 +75,10 @@ def test_the_script_of_a_shell_is_printed_for_the_command_searchfm() -> None:
     [
         (("tun",), "No such command 'tun'. Did you mean 'tune'?; see searchfm --help"),
         (("tune",), "Missing argument 'STUDY'; see searchfm tune --help"),
-        (("tune", "mlp", "--trails", "3"), "No such option: --trails (Possible options: --retry-failed, --trials)"),
+        (
+            ("tune", "mlp", "--trails", "3"),
+            "No such option: --trails (Possible options: --retrain, --retry-failed, --trials)",
+        ),
         (("tune", "mlp", "--trials", "x"), "--trials x: must be a whole number; see searchfm tune --help"),
         (("tune", "mlp", "--trials", "0"), "--trials 0: must be >= 1; see searchfm tune --help"),
         (("trial", "mlp", "x"), "NUMBER x: must be a whole number; see searchfm trial --help"),
