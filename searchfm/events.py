@@ -6,6 +6,7 @@ for event in searchfm.iter_tune("vit"):
             print(number, record.state, record.value)
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -50,6 +51,7 @@ class StudyOpened:
     study: StudyRecord
     trials: int  # in all, those of earlier searches included
     workers: tuple[str, ...]  # their devices; none where nothing is left to train
+    left: float = math.inf  # seconds to the end of the timeout; infinite without one
     kind: Literal["opened"] = "opened"
 
 

@@ -286,7 +286,7 @@ def _default_sentence(final: Final) -> str | None:
         return None
     if final.winner == final.default:
         return f"The winner is the study's default, trial {final.default}."
-    points = 100 * (final.validation.accuracy - mean)
+    points = round(100 * final.validation.accuracy, 2) - round(100 * mean, 2)  # as shown
     compared = f"{abs(points):.2f} points {'below' if points >= 0 else 'above'} the winner"
     equal = ", which cannot be distinguished from it" if final.default in final.tie else ""
     return f"The study's default, trial {final.default}, has {mean:.2%} with fresh seeds: {compared}{equal}."

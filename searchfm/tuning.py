@@ -1,5 +1,6 @@
 """One study from open to close: locked, prepared, given its workers, tuned, followed into MLflow."""
 
+import math
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -104,7 +105,8 @@ class Tuning:
                 stack.callback(self._close, Tracking(self.home, study.name))
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
             self.workers = len(devices) or 1
-            yield StudyOpened(self.result(), self.trials, tuple(devices))
+            left = self.stopping.left if isinstance(self.stopping, StopRequest) else math.inf
+            yield StudyOpened(self.result(), self.trials, tuple(devices), left)
             coordinator = self._coordinator(data, pool)
             yield from coordinator.run()
             self.exhausted = coordinator.exhausted

@@ -25,6 +25,7 @@ import torch
 
 from searchfm.config import Config, Custom, DataConfig, Shape, Transfer
 from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, WorldError, one_line
+from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint
@@ -319,7 +320,7 @@ def _versions() -> dict[str, str]:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {plural(torch.get_num_threads(), 'thread')})"
 
 
 def _memory(device: torch.device) -> float | None:

@@ -1,5 +1,6 @@
 """Live progress of `tune` and `retrain`; where the output is no terminal, plain lines."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,7 @@ def tune_view(console: Console, event: TuneEvent | RetrainEvent, view: View | No
         case Note(text) if view is None:
             console.print(escape(text), soft_wrap=False)
         case StudyOpened():
-            return TuneView(console, event.study, event.trials, event.workers)
+            return TuneView(console, event.study, event.trials, event.workers, event.left)
         case SearchEnded():
             return RetrainView(console, event.study.name)
     return view
@@ -87,14 +88,20 @@ def watch(
 
 
 class TuneView:
-    """Progress of a search: trials done, trials running, the best so far and the time left."""
+    """Progress of a search: trials done, trials running, the best so far and the time left.
 
-    def __init__(self, console: Console, study: StudyRecord, trials: int, workers: Sequence[str]) -> None:
+    left: seconds to the end of the timeout; infinite without one.
+    """
+
+    def __init__(
+        self, console: Console, study: StudyRecord, trials: int, workers: Sequence[str], left: float = math.inf
+    ) -> None:
         self.console, self.trials, self.best = console, trials, study.best
         self.counts: Counter[State] = Counter(trial.state for trial in study.trials if trial.state != "running")
         self.before = self.counts.total()
         self.running: dict[int, tuple[Trial, list[Epoch]]] = {}
         self.began = time.monotonic()
+        self.deadline = self.began + left
         devices = ", ".join(f"{n} x {device}" if n > 1 else device for device, n in Counter(workers).items())
         console.print(
             f"[bold]{escape(study.name)}[/]: {plural(trials, 'trial')} on {escape(study.resolved['data']['name'])},"
@@ -137,7 +144,7 @@ class TuneView:
         row = Text.from_markup(
             f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{trial.state:<8}[/]"
             f" {digits(trial.accuracy):>6} {'[bold green]best[/]' if better else '    '}"
-            f" epoch {epochs} {seconds(trial.seconds):>7}  "
+            f" epoch {epochs} {seconds(trial.seconds):>6}  "
         )
         row.append(note(trial, self.console.width - row.cell_len))
         row.truncate(self.console.width, overflow="ellipsis")
@@ -147,9 +154,8 @@ class TuneView:
         """A bar over the trials, the running ones, and the best."""
         done = self.counts.total()
         texts = [f"{n} {state}" for state in ("complete", "pruned", "failed") if (n := self.counts[state])]
-        if self.before < done < self.trials:
-            pace = (time.monotonic() - self.began) / (done - self.before)
-            texts.append(f"about {seconds(pace * (self.trials - done))} left")
+        if text := self._left(done):
+            texts.append(text)
         shown = table("trial", "epoch", "accuracy", "params", compact=True)
         for number, (trial, epochs) in sorted(self.running.items()):
             params = fitting(param_texts(trial.params), self.console.width - 26)  # the other columns
@@ -160,6 +166,15 @@ class TuneView:
             best += fitting(param_texts(self.best.params), self.console.width - len(best))
         line = Text(best, "green", overflow="ellipsis", no_wrap=True)
         return Group(_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown, line)
+
+    def _left(self, done: int) -> str:
+        """The time left: of the trials at the pace of this search, or of the timeout where that is shorter."""
+        now = time.monotonic()
+        left, known = max(self.deadline - now, 0.0), self.before < done < self.trials
+        expected = (now - self.began) / (done - self.before) * (self.trials - done) if known else 0.0
+        if left < math.inf and (expected > left or not known):
+            return f"timeout in {seconds(left)}"
+        return f"about {seconds(expected)} left" if known else ""
 
 
 class RetrainView:

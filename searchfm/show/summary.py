@@ -81,6 +81,9 @@ def study_page(
     """
     parts: list[RenderableType] = [Text(study.question)] if study.question else []
     parts += [study_table([study], width), "", *_best(study, BEST, width, importance)]
+    if (final := study.final) is not None:
+        text = f"trial {final.winner}, {digits(final.test.accuracy)} of {final.test.n:,} test images correct"
+        parts.append(labelled("final", text if final.model is None else f"{text}; {final.model.uri}"))
     if importance:
         names = short_names(importance)
         texts = [f"{names[key]} {fraction:.0%}" for key, fraction in list(importance.items())[:BEST]]
@@ -150,7 +153,8 @@ def show_end(
     if missing:
         console.print(f"[yellow]MLflow lacks {plural(missing, 'trial')}; later:[/] searchfm sync {study.name} --apply")
     if stopped == "timeout":
-        console.print(f"stopped after {seconds(elapsed)} (--timeout); the same command resumes")
+        rest = "" if last else ", with the rest for the final training"
+        console.print(f"stopped after {seconds(elapsed)} (--timeout{rest}); the same command resumes", soft_wrap=False)
     elif study.of("running"):
         console.print("the same command resumes the running trials")
     if last:

@@ -209,7 +209,7 @@ def class_table(final: Final) -> Table:
 
 def model_table(rows: "Iterable[Version]") -> Table:
     """A row per registered version, the newest of each model first."""
-    shown = table("model", "study", "trial", "test accuracy", "registered")
+    shown = table("model", "study", "trial", "test", "registered")
     for row in rows:
         accuracy = "-" if row.test_accuracy is None else f"{row.test_accuracy:.4f}"
         when = datetime.fromtimestamp(row.created).strftime("%Y-%m-%d %H:%M")
@@ -392,7 +392,7 @@ def note(trial: Trial, width: int) -> str:
         return f"twin of {trial.twin}"
     params, reason = param_texts(trial.params), " ".join((trial.reason or "").split())
     if pruned := re.fullmatch(r"pruned (.+) after epoch \d+", reason):
-        return fitting([f"{pruned[1]} ", *params], width)
+        return fitting([f"{pruned[1].removeprefix('by ')} ", *params], width)
     return reason or fitting(params, width)
 
 

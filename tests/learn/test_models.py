@@ -229,6 +229,23 @@ def test_classifier_takes_raw_images() -> None:
     torch.testing.assert_close(model(images.float()), expected)
 
 
+@pytest.mark.parametrize(("width", "adjacent"), [(8, False), (16, True)])
+def test_channels_are_adjacent_on_a_cpu_unless_torch_would_crash(width: int, adjacent: bool) -> None:
+    settings = {"stages": 2, "blocks": 1, "block": ["basic", "basic"], "width": width}
+    model = classifier(
+        model_config("residual", settings),
+        (3, 48, 48),
+        4,
+        torch.zeros(3),
+        torch.ones(3),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) == adjacent for conv in convs)
+    model(torch.zeros(8, 3, 48, 48, dtype=torch.uint8)).sum().backward()
+
+
 def test_flops_count_two_an_addition_and_multiplication() -> None:
     model = Classifier(
         build(model_config("mlp", {"width": 200}), (1, 28, 28), 10, seed=0), torch.zeros(1), torch.ones(1)

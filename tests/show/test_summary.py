@@ -118,6 +118,16 @@ def test_a_page_of_a_study_has_its_best_its_failures_and_who_runs_it(study: Stud
     assert "no process runs it; searchfm tune toy resumes it" in idle
 
 
+def test_a_page_of_a_study_has_its_final_model(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    retrained = searched.retrained(home, searched.search(home, ENDS[:2]), range(30))
+    assert retrained.final is not None
+    page = text(study_page(retrained, None, 80, {}), 80)
+    assert (
+        f"final   trial 0, {retrained.final.test.accuracy:.4f} of {retrained.final.test.n} test images correct" in page
+    )
+
+
 def test_a_long_name_is_wrapped_at_its_signs(study: StudyRecord) -> None:
     name = "a-very-long-study-name-that-goes-on-for-a-while-and-has-64-signs"
     narrow = text(study_table([replace(study, name=name)], 80), 80)

@@ -1,5 +1,6 @@
 """Terminal views: what they print while jobs run, with and without a terminal."""
 
+import math
 from collections.abc import Generator
 from dataclasses import replace
 from io import StringIO
@@ -99,11 +100,23 @@ def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home)
         view.update(TrialStarted(trial.number, replace(trial, state="running", epochs=())))
         view.update(TrialEnded(trial.number, trial))
     pruned = replace(first, state="pruned", value=None, reason="pruned by median after epoch 2")
-    assert note(pruned, 27) == "by median  a_long_key_0=0 …"
+    assert note(pruned, 24) == "median  a_long_key_0=0 …"
     *_, complete, failed = shown.export_text().splitlines()
     assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
     assert complete.split("  ")[-1] == "a_long_key_0=0 …"
     assert "loss is nan in epoch 2" in failed
+
+
+def test_the_time_left_is_that_of_the_timeout_where_it_ends_the_search_first(home: Home) -> None:
+    study = searched.search(home, [Ending(range(30))])
+    for left, text in ((3600.0, "about "), (0.0, "timeout in 0.0 s"), (math.inf, "about ")):
+        shown = console()
+        view = TuneView(shown, replace(study, trials=()), 2, ["cpu"], left)
+        shown.print(view.render())
+        assert ("timeout in" in shown.export_text(clear=False)) == (left < math.inf)  # no pace is known yet
+        view.update(TrialEnded(0, study.trials[0]))
+        shown.print(view.render())
+        assert text in shown.export_text().splitlines()[-3]
 
 
 def test_the_account_of_the_images_is_wrapped_with_an_indent(home: Home) -> None:
@@ -140,6 +153,13 @@ def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
     assert "the space has no further point" in text
     assert "MLflow lacks 1 trial; later: searchfm sync toy --apply" in text
     assert "searchfm retrain toy" in text
+
+
+def test_a_search_that_leaves_time_for_the_final_training_says_why_it_stopped_early(home: Home) -> None:
+    study, shown = searched.search(home, [Ending(range(30))]), console()
+    show_end(shown, study, trials=5, reason="", missing=0, elapsed=75.0, stopped="timeout", last=False)
+    expected = "stopped after 1 min 15 s (--timeout, with the rest for the final training); the same command resumes"
+    assert expected in shown.export_text()
 
 
 @pytest.mark.parametrize("terminal", [False, True])
