@@ -12,6 +12,7 @@ from searchfm.config import Config
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import Stopped, WorldError
+from searchfm.forecast import TRIAL_SECONDS
 from searchfm.home import Home
 from searchfm.jobs import Context
 from searchfm.learn import data, entries
@@ -104,3 +105,16 @@ def test_a_trial_records_its_gpu_and_memory_and_auto_packs_by_it(tmp_path: Path)
         assert 0 < trial.result.memory < 0.2  # a tiny MLP, and CUDA's context
     assert len(packed) == 1
     assert "workers a GPU" in packed[0]
+
+
+def test_a_forecast_leaves_out_the_seconds_in_which_a_gpu_loads_its_kernels(tmp_path: Path) -> None:
+    study, home = Study("toy", {**TABLE, "search": {"trials": 3, "pruner": "none"}}), Home(tmp_path / "home")
+    options = EngineOptions.from_table({"device": "cuda:0"})
+    tuning = Tuning(study, home, study.resolved, None, engine=lambda: LocalEngine(options=options), follow=False)
+    for _ in tuning.run():
+        pass
+    record = tuning.result()
+    let_go(tuning.storage)
+    assert record.forecast is not None
+    took = sum(TRIAL_SECONDS + trial.result.seconds for trial in record.trials if trial.result)
+    assert record.forecast.seconds < 2 * took

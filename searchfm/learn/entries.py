@@ -107,9 +107,10 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
 
     payload: a ForecastJob. Returns a ForecastResult, in the order of the configs. Raises DataError.
     """
-    job, began = ForecastJob.from_json(payload, "forecast"), time.perf_counter()
+    job = ForecastJob.from_json(payload, "forecast")
     configs, code = [Config.from_table(table) for table in job.configs], Code(context.allow_code, job.code)
     data = _data(load, configs[0].data, job.data_dir, context.device)
+    began = time.perf_counter()  # a worker's first use of a GPU takes seconds
     timings: dict[int, Timing] = {}
     for index, config in enumerate(configs):
         with suppress(SearchfmError):  # a config that cannot be built fails as a trial, not before

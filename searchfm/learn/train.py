@@ -176,19 +176,23 @@ def epoch_seconds(
     """Seconds of an epoch's training, and of the validation after it, timed on a few batches; None where the config
     cannot be trained. data, device, tick, code: as those of `Training`.
 
-    The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others.
+    The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others, and never
+    on a GPU, where it loads libraries and kernels.
     """
+    gpu = torch.device(device).type != "cpu"
 
     def train(batches: int) -> Training:
         size = batches * config.train.batch_size
         few = replace(data, train=_first(data.train, size), val=data.val and _first(data.val, size))
         return Training(longer, few, device=device, tick=tick, code=code)
 
-    longer, began = replace(config, train=replace(config.train, epochs=max(2, config.train.epochs))), time.monotonic()
+    longer, began = replace(config, train=replace(config.train, epochs=max(3, config.train.epochs))), time.monotonic()
     try:
         training = train(1)
         epoch = next(training)
-        if time.monotonic() - began + epoch.seconds < seconds:
+        if gpu:
+            epoch = next(training)
+        if gpu or time.monotonic() - began + epoch.seconds < seconds:
             if epoch.seconds < TIMED_SECONDS:
                 training = train(min(TIMED_BATCHES, math.ceil(TIMED_SECONDS / epoch.seconds)))
                 next(training)
