@@ -62,19 +62,13 @@ HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [d
 
 FORMATS = ("onnx", "pt2", "safetensors")  # of exported models
 MANY = 1000  # trials whose keys' importance takes more than half a second
-WHERE = "Where workers run"  # a panel of --help
+WhereOption = partial(typer.Option, rich_help_panel="Where workers run")  # a panel of --help
 WorkersOption = Annotated[str | None, typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs]")]
 PerGpuOption = Annotated[
     str | None,
-    typer.Option(
-        rich_help_panel=WHERE,
-        metavar="N|auto",
-        help="Workers that share a GPU; auto: by the first trial's memory. [default: 1]",
-    ),
+    WhereOption(metavar="N|auto", help="Workers that share a GPU; auto: by the first trial's memory. [default: 1]"),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(rich_help_panel=WHERE, help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")
-]
+DeviceOption = Annotated[str | None, WhereOption(help="auto, cpu, cuda, cuda:1 or mps. [default: auto]")]
 DataDirOption = Annotated[Path | None, typer.Option(help="Folder to search for data first. [default: SEARCHFM_DATA]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of a table.")]
 CodeOption = Annotated[bool, typer.Option("--allow-code", help="Run the model's own code, if it is [model.custom].")]
@@ -88,51 +82,27 @@ StudyArgument = Annotated[
 
 def _engine_options(
     engine: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=WHERE,
-            help="local, listen, slurm, ray, or a TOML file with [engine].",
-            autocompletion=shell.engines,
-        ),
+        str, WhereOption(help="local, listen, slurm, ray, or a TOML file with [engine].", autocompletion=shell.engines)
     ] = "local",
     workers: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=WHERE, metavar="N|auto", help="Workers. [default: auto: cores or GPUs; slurm: 1; ray: all]"
-        ),
+        str | None, WhereOption(metavar="N|auto", help="Workers. [default: auto: cores or GPUs; slurm: 1; ray: all]")
     ] = None,
     device: DeviceOption = None,
     workers_per_gpu: PerGpuOption = None,
     listen: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=WHERE, metavar="HOST:PORT", help="Address that workers of other machines dial."),
+        str | None, WhereOption(metavar="HOST:PORT", help="Address that workers of other machines dial.")
     ] = None,
-    tls_cert: Annotated[
-        Path | None, typer.Option(rich_help_panel=WHERE, help="Certificate of --listen, as PEM; encrypts.")
-    ] = None,
-    tls_key: Annotated[Path | None, typer.Option(rich_help_panel=WHERE, help="Key of --listen, as PEM.")] = None,
+    tls_cert: Annotated[Path | None, WhereOption(help="Certificate of --listen, as PEM; encrypts.")] = None,
+    tls_key: Annotated[Path | None, WhereOption(help="Key of --listen, as PEM.")] = None,
     gpus_per_worker: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=WHERE, min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]"
-        ),
+        float | None, WhereOption(min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]")
     ] = None,
-    cpus_per_worker: Annotated[
-        float | None, typer.Option(rich_help_panel=WHERE, min=0.01, help="Ray: cores of a worker. [default: 1]")
-    ] = None,
-    partition: Annotated[str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: partition.")] = None,
-    gres: Annotated[
-        str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: resources of a worker, such as gpu:1.")
-    ] = None,
-    time_: Annotated[
-        str | None, typer.Option("--time", rich_help_panel=WHERE, help="SLURM: time limit of a worker.")
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", rich_help_panel=WHERE, help="Run the code that [model.custom] names.")
-    ] = False,
-    slurm_args: Annotated[
-        str | None, typer.Option(rich_help_panel=WHERE, help="SLURM: further flags of sbatch, in one string.")
-    ] = None,
+    cpus_per_worker: Annotated[float | None, WhereOption(min=0.01, help="Ray: cores of a worker. [default: 1]")] = None,
+    partition: Annotated[str | None, WhereOption(help="SLURM: partition.")] = None,
+    gres: Annotated[str | None, WhereOption(help="SLURM: resources of a worker, such as gpu:1.")] = None,
+    time_: Annotated[str | None, WhereOption("--time", help="SLURM: time limit of a worker.")] = None,
+    allow_code: Annotated[bool, WhereOption("--allow-code", help="Run the code that [model.custom] names.")] = False,
+    slurm_args: Annotated[str | None, WhereOption(help="SLURM: further flags of sbatch, in one string.")] = None,
 ) -> dict[str, Any]:
     """The arguments of `api.tune` and `api.retrain`."""
     return {
