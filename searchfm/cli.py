@@ -276,7 +276,7 @@ def tune(
         if as_json:
             more: dict[str, Any] = {"elapsed": round(stop.elapsed, 3), "ended_by": ended.rule or None}
             if retrain_:
-                more["final"] = final and schema.describe_final(final)
+                more["final"] = final and schema.describe(schema.Retrained, final)
             described = schema.describe_study(tuned.record, Home(tuned.home), listed=True, **more)
             typer.echo(schema.dump(described))
         summary.show_end(
@@ -332,7 +332,7 @@ def retrain(
         )
         from searchfm.show import schema, terminal
 
-        _output(as_json, schema.describe_final(final), lambda: terminal.show_final(console, final))
+        _output(as_json, schema.describe(schema.Retrained, final), lambda: terminal.show_final(console, final))
 
 
 @app.command()
@@ -591,16 +591,14 @@ def dashboard(
     from searchfm.show.dashboard import serve, serve_one
     from searchfm.show.guard import Access, read_token
 
-    where, console = Home.find(home), _console()
+    where, show = Home.find(home), partial(terminal.show_addresses, _console(), as_json)
     access = Access(host, tuple(allow_host or ()), read_token(token_file))
     if only is not None:
         if study is not None:
             raise UserError(f"{study}: --only serves all studies; leave out the name")
-        return serve_one(
-            where, only, access, (port, mlflow_port), partial(terminal.show_address, console, as_json, only)
-        )
+        return serve_one(where, only, access, (port, mlflow_port), lambda address: show(**{only: address}))
     record = api.open_study(study, home=home).record if study else None
-    return serve(where, record, access, (port, mlflow_port), partial(terminal.show_addresses, console, as_json))
+    return serve(where, record, access, (port, mlflow_port), show)
 
 
 @app.command()
@@ -778,7 +776,8 @@ def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     if not rows and not as_json:
         typer.echo("no model is registered yet; first: searchfm tune STUDY, then searchfm retrain STUDY")
         return
-    _output(as_json, schema.describe_models(rows), lambda: _console().print(terminal.model_table(rows)))
+    values = [schema.describe(schema.Registered, row) for row in rows]
+    _output(as_json, values, lambda: _console().print(terminal.model_table(rows)))
 
 
 @app.command()
@@ -822,7 +821,7 @@ def remove(
         text += f"; removed from the registry: {', '.join(removed.models)}"
     if removed.kept:
         text += f"; kept in the registry: {', '.join(removed.kept)} (searchfm remove {name} --models removes them)"
-    _output(as_json, schema.describe_removal(removed), lambda: typer.echo(text))
+    _output(as_json, schema.describe(schema.RemovedStudy, removed), lambda: typer.echo(text))
 
 
 def _export_file(kind: str | None, output: str | None) -> Callable[[str], Path]:

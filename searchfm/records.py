@@ -371,6 +371,11 @@ class StudyRecord(StudyHeader):
         return self.ranked(twins=False)[: self.resolved["search"]["keep"]]
 
 
+def searched_keys(trials: Iterable[Trial]) -> list[str]:
+    """The dotted keys of what the search chose for any of the trials."""
+    return list(dict.fromkeys(key for trial in trials for key in trial.params))
+
+
 def ranked(trials: Iterable[Trial], *, twins: bool = True) -> list[Trial]:
     """Complete trials, the best first, the earlier of equal ones; without twins only those that were trained."""
     complete = [trial for trial in trials if trial.state == "complete" and (twins or trial.twin is None)]

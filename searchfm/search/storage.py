@@ -67,8 +67,13 @@ def open_storage(
         except RuntimeError as error:  # tables of another Optuna; its message names the command
             raise StorageError(f"{hidden}: {error}") from None
     if storage is None:
-        raise StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
+        raise no_study(home)
     return storage
+
+
+def no_study(home: Home) -> StudyError:
+    """The error for a home without any study."""
+    return StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
 
 
 class _Sqlite(sqlite3.Connection):

@@ -27,11 +27,11 @@ from starlette.datastructures import URL
 from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from searchfm.errors import StudyError, UserError, WorldError
+from searchfm.errors import UserError, WorldError
 from searchfm.home import HOME, TRACKING, Home
 from searchfm.records import StudyRecord
 from searchfm.search.notes import HERE, OPEN, artifact_folder, opened, web_address
-from searchfm.search.storage import load_study, open_storage, study_names
+from searchfm.search.storage import load_study, no_study, open_storage, study_names
 from searchfm.show.guard import HEALTH, LOOPBACK, TOKEN, Access, Guard, read_token, with_token
 
 Only = Literal["optuna", "mlflow"]
@@ -186,7 +186,7 @@ def _latest(home: Home) -> StudyRecord:
     storage = open_storage(home)
     names = study_names(storage)
     if not names:
-        raise StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
+        raise no_study(home)
     return load_study(storage, home, names[-1])
 
 

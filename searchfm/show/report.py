@@ -26,7 +26,7 @@ from searchfm.format import (
     states,
 )
 from searchfm.learn.datasets import training_images
-from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs
+from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs, searched_keys
 from searchfm.search.space import leaves
 from searchfm.search.storage import ENOUGH, importances
 from searchfm.search.study import Study
@@ -221,7 +221,7 @@ def _search(study: StudyRecord, drawn: Sequence[Trial]) -> dict[str, Any]:
 
 def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> dict[str, Any]:
     trials, importance = study.ranked(twins=False), importances(study, storage)
-    names = short_names(dict.fromkeys(key for trial in study.trials for key in trial.params))
+    names = short_names(searched_keys(study.trials))
     values = {key: {trial.params[key] for trial in trials if key in trial.params} for key in names}
     tree = Study(study.name, study.resolved).tree
     space = {key: leaf for key, leaf in leaves(tree) if len(values.get(key, ())) > 1}  # what differs between trials

@@ -7,14 +7,14 @@ its name and meaning within a version of the schema; new keys may be added.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from searchfm.format import csv_text
-from searchfm.records import Final, State, StudyRecord
 from searchfm.records import Forecast as ForecastRecord
+from searchfm.records import State, StudyRecord, searched_keys
 from searchfm.records import Trial as TrialRecord
 from searchfm.search import space
 from searchfm.search.study import Study as Plan
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from searchfm.learn.overview import Overview
     from searchfm.show.keys import Section
     from searchfm.tracking.mirror import Difference
-    from searchfm.tracking.registry import Version
-    from searchfm.upkeep import Removed
 
 SCHEMA: Literal[2] = 2
 Costs = Mapping[str, tuple[int, int]]  # minimum and maximum of a trial's `parameters` and `flops`
@@ -51,6 +49,14 @@ class Printed(Part, kw_only=True):
     """An object that a command prints, alone or as a row of a list."""
 
     schema: Annotated[Literal[2], about("version of these keys")] = SCHEMA
+
+
+P = TypeVar("P", bound=Part)
+
+
+def describe(kind: type[P], record: Any) -> P:
+    """An object whose keys are attributes of the record."""
+    return msgspec.convert(record, kind, from_attributes=True)
 
 
 # --- studies and trials -----------------------------------------------------------------------------------------------
@@ -218,7 +224,7 @@ def describe_page(study: StudyRecord, trial: TrialRecord) -> TrialPage:
         study=study.name,
         trial=describe_trial(trial),
         config=trial.config,
-        curve=[msgspec.convert(epoch, Epoch, from_attributes=True) for epoch in trial.epochs],
+        curve=[describe(Epoch, epoch) for epoch in trial.epochs],
         log=trial.log(LOG_LINES),
         files=trial.files(),
     )
@@ -296,7 +302,7 @@ def describe_forecast(forecast: ForecastRecord | None) -> Forecast | None:
 
 def trials_csv(study: StudyRecord, trials: Sequence[TrialRecord]) -> str:
     """A line per trial: the keys of a trial in `--json`, then a column for each key of the search space."""
-    keys = list(dict.fromkeys(key for trial in study.trials for key in trial.params))
+    keys = searched_keys(study.trials)
     columns = [name for name in Trial.__struct_fields__ if name != "params"]
     rows: list[list[Any]] = [[*columns, *keys]]
     for trial in trials:
@@ -447,11 +453,6 @@ class Retrained(Printed, kw_only=True):
     seconds: Annotated[float | None, about("of the whole command, when it trained, in s")]
 
 
-def describe_final(final: Final) -> Retrained:
-    """The final model of a study."""
-    return msgspec.convert(final, Retrained, from_attributes=True)
-
-
 class Registered(Printed, kw_only=True):
     """A version in MLflow's registry, as `models` lists it."""
 
@@ -465,11 +466,6 @@ class Registered(Printed, kw_only=True):
     created: Annotated[float, about("when it was registered, in seconds since 1970")]
 
 
-def describe_models(rows: "Iterable[Version]") -> list[Registered]:
-    """Versions of the registry."""
-    return [msgspec.convert(row, Registered, from_attributes=True) for row in rows]
-
-
 class RemovedStudy(Printed, kw_only=True):
     """A study that was removed."""
 
@@ -478,11 +474,6 @@ class RemovedStudy(Printed, kw_only=True):
     bytes: Annotated[int, about("of its files in the home")]
     models: Annotated[Sequence[str], about("versions that were removed from the registry, as URIs")]
     kept: Annotated[Sequence[str], about("versions of it that stay in the registry, as URIs")]
-
-
-def describe_removal(removed: "Removed") -> RemovedStudy:
-    """What `remove` deleted."""
-    return msgspec.convert(removed, RemovedStudy, from_attributes=True)
 
 
 class Compared(Printed, kw_only=True):

@@ -30,7 +30,7 @@ from searchfm.format import (
     states,
 )
 from searchfm.home import Home
-from searchfm.records import SPEC, WEIGHTS, StudyRecord, Trial
+from searchfm.records import SPEC, WEIGHTS, StudyRecord, Trial, searched_keys
 from searchfm.search.lock import holder
 from searchfm.show.terminal import STYLES, digits, fitting, labelled, table
 from searchfm.tables import below, flatten
@@ -232,7 +232,7 @@ def trial_table(
     share, and what is left out, stands beneath.
     """
     shared, differing = _keys(trials, importance or {})
-    names = short_names({key: None for trial in trials for key in trial.params})
+    names = short_names(searched_keys(trials))
     columns, found = _fixed(trials), []
     for key in differing:
         cells = [short(trial.params[key]) if key in trial.params else "-" for trial in trials]
@@ -264,7 +264,7 @@ def _keys(trials: Sequence[Trial], importance: Mapping[str, float]) -> tuple[lis
     """Keys of one value in all trials, and keys that differ: by importance, then by the number of trials that have one,
     then by the number of its values.
     """
-    every = list(dict.fromkeys(key for trial in trials for key in trial.params))
+    every = searched_keys(trials)
     having = {key: [trial.params[key] for trial in trials if key in trial.params] for key in every}
     shared = [key for key in every if len(having[key]) == len(trials) and len(set(having[key])) == 1]
     others = [key for key in every if key not in shared]
@@ -334,7 +334,7 @@ def sort_trials(trials: Sequence[Trial], by: str) -> tuple[list[Trial], str | No
             return sorted(trials, key=lambda t: (-t.seconds, t.number)), None
         case "parameters":
             return sorted(trials, key=lambda t: (t.result is None, t.result.parameters if t.result else 0)), None
-    names = short_names({key: None for trial in trials for key in trial.params})
+    names = short_names(searched_keys(trials))
     key = next((key for key, name in names.items() if by in (key, name)), None)
     if key is None:
         raise UserError(f"--sort {by}: must be one of {', '.join([*SORTS, *names.values()])}")

@@ -140,24 +140,16 @@ def show_page(console: Console, server: str | None, path: str) -> None:
     console.print(f"MLflow  {address}{'' if server else '  (while searchfm dashboard runs)'}", markup=False)
 
 
-def show_addresses(console: Console, as_json: bool, dashboard: str, mlflow: str) -> None:
-    """The addresses of the two user interfaces."""
-    dashboard, mlflow = _login(console, dashboard), _login(console, mlflow)
+def show_addresses(console: Console, as_json: bool, optuna: str | None = None, mlflow: str | None = None) -> None:
+    """The addresses of the user interfaces: of both, or of one that runs as a service."""
+    optuna, mlflow = (address and _login(console, address) for address in (optuna, mlflow))
     if as_json:
-        console.print(schema.dump(schema.Addresses(optuna=dashboard, mlflow=mlflow)), markup=False)
-        return
-    console.print(f"optuna-dashboard  {dashboard}\nMLflow            {mlflow}")
-    console.print("Ctrl-C stops both", style="dim")
-
-
-def show_address(console: Console, as_json: bool, only: Literal["optuna", "mlflow"], address: str) -> None:
-    """The address of one user interface, which runs as a service."""
-    address = _login(console, address)
-    if as_json:
-        optuna, mlflow = (address if name == only else None for name in ("optuna", "mlflow"))
         console.print(schema.dump(schema.Addresses(optuna=optuna, mlflow=mlflow)), markup=False)
+    elif optuna and mlflow:
+        console.print(f"optuna-dashboard  {optuna}\nMLflow            {mlflow}")
+        console.print("Ctrl-C stops both", style="dim")
     else:
-        console.print(f"serving at {address}")
+        console.print(f"serving at {optuna or mlflow}")
 
 
 def _login(console: Console, address: str) -> str:

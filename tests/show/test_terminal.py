@@ -36,7 +36,7 @@ from searchfm.jobs import Job
 from searchfm.records import Final
 from searchfm.show.live import follow, open_console
 from searchfm.show.progress import RetrainView, TuneView, tune_view
-from searchfm.show.schema import describe_final
+from searchfm.show.schema import Retrained, describe
 from searchfm.show.summary import show_end
 from searchfm.show.terminal import note, show_final
 
@@ -204,7 +204,7 @@ def test_a_final_model_is_shown_with_its_interval(home: Home) -> None:
     assert "searchfm export toy" in text
     assert sentence(final).startswith("90.00% of 300 test images correct; 95% interval 50.00% to 99.00% (Wilson)")
     keys = ["schema", "study", "finalists", "tie", "winner", "optimism", "default", "validation", "test"]
-    assert list(describe_final(final).__struct_fields__) == [*keys, "balanced", "largest", "model", "seconds"]
+    assert list(describe(Retrained, final).__struct_fields__) == [*keys, "balanced", "largest", "model", "seconds"]
 
 
 def test_durations_and_names_are_short() -> None:
