@@ -38,6 +38,7 @@ from searchfm.tables import below, flatten
 BEST = 5  # trials at the end of `tune`
 LOG_LINES = 10  # of a trial's log
 LISTED = 10  # trials that `status NAME` shows in full, and numbers of trials in a sentence
+HEADING = 4  # lines of a column's name
 CURVE = 60  # most blocks of a curve
 SORTS = ("value", "number", "epochs", "seconds", "parameters")
 
@@ -82,7 +83,7 @@ def study_page(
     parts: list[RenderableType] = [Text(study.question)] if study.question else []
     parts += [study_table([study], width), "", *_best(study, BEST, width, importance)]
     if (final := study.final) is not None:
-        text = f"trial {final.winner}, {digits(final.test.accuracy)} of {final.test.n:,} test images correct"
+        text = f"trial {final.winner}, {final.test.accuracy:.2%} of {final.test.n:,} test images correct"
         parts.append(labelled("final", text if final.model is None else f"{text}; {final.model.uri}"))
     if importance:
         names = short_names(importance)
@@ -204,25 +205,33 @@ class Column:
     name: str
     cells: Sequence[str]
     right: bool = True  # aligned to the right
-    narrow: bool = False  # a name wider than the cells is broken after `_` and `.`
+    narrow: bool = False  # a name wider than the cells is broken after `_` and `.`, into few lines
 
     @property
     def heading(self) -> list[str]:
         """The lines of its name."""
         if not self.narrow:
             return [self.name]
-        widest = max(map(cell_len, self.cells), default=0)
-        lines = [""]
-        for piece in self.name.replace("_", "_ ").replace(".", ". ").split():
-            if lines[-1] and len(lines[-1]) + len(piece) > widest:
-                lines.append("")
-            lines[-1] += piece
+        pieces = self.name.replace("_", "_ ").replace(".", ". ").split()
+        width = max(map(cell_len, self.cells), default=0)
+        while len(lines := _packed(pieces, width)) > min(HEADING, len(pieces)):
+            width += 1
         return lines
 
     @property
     def width(self) -> int:
         """In characters."""
         return max(map(cell_len, [*self.heading, *self.cells]))
+
+
+def _packed(pieces: Sequence[str], width: int) -> list[str]:
+    """Lines of so many characters, or of one longer piece."""
+    lines = [""]
+    for piece in pieces:
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return lines
 
 
 def trial_table(
@@ -262,15 +271,18 @@ def trial_table(
 
 def _keys(trials: Sequence[Trial], importance: Mapping[str, float]) -> tuple[list[str], list[str]]:
     """Keys of one value in all trials, and keys that differ: by importance, then by the number of trials that have one,
-    then by the number of its values.
+    then by the number of its values. A key that chooses a table is as important as any key of that table.
     """
     every = searched_keys(trials)
     having = {key: [trial.params[key] for trial in trials if key in trial.params] for key in every}
     shared = [key for key in every if len(having[key]) == len(trials) and len(set(having[key])) == 1]
     others = [key for key in every if key not in shared]
-    return shared, sorted(
-        others, key=lambda key: (-importance.get(key, 0.0), -len(having[key]), -len(set(having[key])))
-    )
+
+    def weight(key: str) -> float:
+        table = key.removesuffix("name") if key.endswith(".name") else key
+        return max((part for other, part in importance.items() if other.startswith(table)), default=0.0)
+
+    return shared, sorted(others, key=lambda key: (-weight(key), -len(having[key]), -len(set(having[key]))))
 
 
 def _fixed(trials: Sequence[Trial]) -> list[Column]:

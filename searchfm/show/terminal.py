@@ -177,8 +177,9 @@ def finalist_table(final: Final) -> Table:
     shown = table("trial", "search", "fresh seeds", "mean", "parameters", "MFLOP", title="finalists, on validation")
     for finalist in sorted(final.finalists, key=lambda finalist: -finalist.mean):
         best = finalist.trial == final.winner
+        marks = ", ".join(["default"] * (finalist.trial == final.default) + ["wins"] * best)
         shown.add_row(
-            f"{finalist.trial}{' (default)' if finalist.trial == final.default else ''}{' (wins)' if best else ''}",
+            f"{finalist.trial} ({marks})" if marks else str(finalist.trial),
             "-" if finalist.value is None else digits(finalist.value),
             " ".join(map(digits, finalist.values)),
             digits(finalist.mean),
@@ -385,6 +386,8 @@ def note(trial: Trial, width: int) -> str:
     params, reason = param_texts(trial.params), " ".join((trial.reason or "").split())
     if pruned := re.fullmatch(r"pruned (.+) after epoch \d+", reason):
         return fitting([f"{pruned[1].removeprefix('by ')} ", *params], width)
+    if len(reason) > width:
+        reason = re.sub(r"^model\.custom\.factory = \S+: raises ", "", reason)  # what the user's code raised, first
     return reason or fitting(params, width)
 
 

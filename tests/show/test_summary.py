@@ -86,6 +86,25 @@ def test_the_most_important_key_is_the_first_column() -> None:
     assert next(name for name in header if name.startswith("a_key")) == "a_key_with_a_name_17"
 
 
+def test_a_key_that_chooses_a_table_stands_before_the_keys_of_that_table() -> None:
+    chosen = [
+        {"optimizer.lr": 0.1, "model.mlp.layers": 1, "model.name": "mlp"},
+        {"optimizer.lr": 0.2, "model.name": "cnn"},
+    ]
+    trials = [rows.trial(number=i, value=0.5, params=params) for i, params in enumerate(chosen)]
+    shown = text(trial_table(trials, 80, importance={"model.mlp.layers": 0.9, "optimizer.lr": 0.1}), 80)
+    assert shown.splitlines()[0].split()[-3:] == ["model", "layers", "lr"]
+
+
+def test_the_name_of_a_column_has_few_lines() -> None:
+    name = "a_rather_long_name_of_many_short_words_for_the_key_of_a_space"
+    trials = [rows.trial(number=i, value=0.5, params={name: i, "other": "x" * 60 + str(i)}) for i in range(2)]
+    lines = text(trial_table(trials, 80), 80).splitlines()
+    heading = lines[: next(i for i, line in enumerate(lines) if line.startswith("trial")) + 1]
+    assert len(heading) == 4
+    assert "".join(line.split()[-1] for line in heading) == name
+
+
 def test_a_twin_is_marked_and_explained(study: StudyRecord) -> None:
     shown = text(trial_table(study.trials, 120), 120)
     assert "complete =0" in shown
@@ -124,7 +143,7 @@ def test_a_page_of_a_study_has_its_final_model(tmp_path: Path) -> None:
     assert retrained.final is not None
     page = text(study_page(retrained, None, 80, {}), 80)
     assert (
-        f"final   trial 0, {retrained.final.test.accuracy:.4f} of {retrained.final.test.n} test images correct" in page
+        f"final   trial 0, {retrained.final.test.accuracy:.2%} of {retrained.final.test.n} test images correct" in page
     )
 
 

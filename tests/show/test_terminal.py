@@ -101,6 +101,8 @@ def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home)
         view.update(TrialEnded(trial.number, trial))
     pruned = replace(first, state="pruned", value=None, reason="pruned by median after epoch 2")
     assert note(pruned, 24) == "median  a_long_key_0=0 …"
+    raised = replace(first, state="failed", reason='model.custom.factory = "nets:net": raises ValueError: too wide')
+    assert note(raised, 26) == "ValueError: too wide"
     *_, complete, failed = shown.export_text().splitlines()
     assert all(len(row) <= 80 and row.endswith("…") for row in (complete, failed))
     assert complete.split("  ")[-1] == "a_long_key_0=0 …"
