@@ -279,8 +279,9 @@ def _keys(trials: Sequence[Trial], importance: Mapping[str, float]) -> tuple[lis
     others = [key for key in every if key not in shared]
 
     def weight(key: str) -> float:
-        table = key.removesuffix("name") if key.endswith(".name") else key
-        return max((part for other, part in importance.items() if other.startswith(table)), default=0.0)
+        table = key.removesuffix("name") if key.endswith(".name") else None
+        own = (part for other, part in importance.items() if other == key or (table and other.startswith(table)))
+        return max(own, default=0.0)
 
     return shared, sorted(others, key=lambda key: (-weight(key), -len(having[key]), -len(set(having[key]))))
 
