@@ -22,6 +22,7 @@ from searchfm.home import write_whole
 FORMAT = 2  # of the records that this version writes
 ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: where it comes from; of the file's own
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
+FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
 State = Literal["running", "complete", "pruned", "failed"]
 
 
@@ -332,6 +333,11 @@ class StudyRecord(StudyHeader):
     def of(self, state: State) -> list[Trial]:
         """The trials in one state, by number."""
         return [trial for trial in self.trials if trial.state == state]
+
+    @property
+    def final_folder(self) -> Path:
+        """The folder of the final model."""
+        return self.folder / FINAL
 
     @property
     def subset(self) -> float:

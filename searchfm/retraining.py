@@ -34,6 +34,7 @@ from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Sta
 from searchfm.pool import WorkerPool
 from searchfm.records import (
     EPOCHS,
+    FINAL,
     WEIGHTS,
     Epoch,
     Final,
@@ -59,7 +60,7 @@ from searchfm.tracking.registry import publish
 from searchfm.tuning import prepare, train_payload
 
 FIT, TEST = "searchfm.learn.entries:fit", "searchfm.learn.entries:test"
-FOLDER, READS = "final", "test-reads.json"
+READS = "test-reads.json"
 TRAINED, FITTED, TESTED = "result.json", "fit.json", "test.json"  # records in the folders of jobs
 
 
@@ -98,7 +99,7 @@ def retrain(
             left = f"{plural(len(running), 'trial')} of a stopped search left out"
             yield Note(f"{left}; searchfm tune {study.name} continues the search")
         final = study.final
-        exists = (study.folder / FOLDER / WEIGHTS).is_file()
+        exists = (study.final_folder / WEIGHTS).is_file()
         if final is None or final.plan != plan or not exists:
             if final is not None and exists:
                 yield Note(_why_again(final, plan))
@@ -117,7 +118,7 @@ def retrain(
             _keep(study, final, save)
         if final.model is None or (options.promote and not final.model.champion):
             yield Phase("registering the model with MLflow")
-            folder, code = study.folder / FOLDER, options.allow_code
+            folder, code = study.final_folder, options.allow_code
             model = publish(home, study, final, folder, promote=options.promote, allow_code=code)
             final = replace(final, model=model)
             _keep(study, final, save)
@@ -352,7 +353,7 @@ class _Retraining:
         """Trains the winner on all training data, then reads the test part with it, and writes everything down."""
         number, seed = selection.winner, self._seed(selection.winner, 0)
         config = _with_seed(self._chosen(number)[0], seed, self.plan.epochs)
-        done, partial = self.study.folder / FOLDER, self.study.folder / f"{FOLDER}-{number:04d}-{seed}"
+        done, partial = self.study.final_folder, self.study.folder / f"{FINAL}-{number:04d}-{seed}"
         identity = f"{self.study.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
         fit = self._task("final training", identity, done, FIT, config, FITTED)
         if fit.result() is None:
@@ -469,17 +470,17 @@ def count_read(home: Home, study: StudyRecord, winner: int, model: str) -> int:
 
 def _install(partial: Path, target: Path) -> None:
     """Puts a finished model in place of an earlier one, and removes what other plans began and left beside it."""
-    old = target.with_name(f"{FOLDER}-old")
+    old = target.with_name(f"{FINAL}-old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    for path in target.parent.glob(f"{FOLDER}-*"):
+    for path in target.parent.glob(f"{FINAL}-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _keep(study: StudyRecord, final: Final, save: Callable[[Final], None]) -> None:
     """Writes the record into the model's folder, then into the study, where it counts."""
-    write_json(study.folder / FOLDER / "final.json", final.to_json())
+    write_json(study.final_folder / "final.json", final.to_json())
     save(final)

@@ -37,6 +37,7 @@ from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.models.transfer import input_sides
 from searchfm.learn.train import Training, epoch_seconds, evaluate
 from searchfm.records import (
+    EXAMPLE,
     PREDICTIONS,
     Epoch,
     ForecastJob,
@@ -54,7 +55,6 @@ from searchfm.tables import digest
 
 log = logging.getLogger("searchfm")
 
-EXAMPLE = "example.npy"
 # Of a process on a GPU beside its tensors: CUDA's context and loaded kernels (H100, CUDA 13: 830 to 880 MB).
 CONTEXT_BYTES = 850_000_000
 Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final training

@@ -109,7 +109,7 @@ def _comparable(studies: Sequence[StudyRecord]) -> list[dict[int, Predictions]]:
     groups: dict[tuple[str, str, bytes], dict[int, Predictions]] = defaultdict(dict)
     for index, study in enumerate(studies):
         final = study.final
-        predictions = Predictions.read(study.folder / "final" if final else study.ranked(twins=False)[0].folder)
+        predictions = Predictions.read(study.final_folder if final else study.ranked(twins=False)[0].folder)
         if predictions is not None:
             part = final.test.fingerprint if final else "validation"
             groups[study.data.fingerprint, part, predictions.indices.tobytes()][index] = predictions

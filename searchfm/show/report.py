@@ -245,7 +245,7 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
 
 
 def _curves(study: StudyRecord, chosen: Trial, drawn: Sequence[Trial]) -> dict[str, Any]:
-    fitted = read_epochs(study.folder / "final" / EPOCHS) if study.final else ()
+    fitted = read_epochs(study.final_folder / EPOCHS) if study.final else ()
     epochs, saved = fitted or chosen.epochs, saved_epochs(study)
     return {
         "curves": figures.curves(epochs, figures.WIDE) if epochs else None,
@@ -262,7 +262,7 @@ def _errors(study: StudyRecord, chosen: Trial, data_dir: Path | None) -> dict[st
     looking at test images before the next change would tune on them.
     """
     validation = Predictions.read(chosen.folder)
-    test = Predictions.read(study.folder / "final") if study.final else None
+    test = Predictions.read(study.final_folder) if study.final else None
     predictions, names = test or validation, study.data.classes
     pairs = confused(validation) if validation else []
     shown = [index for pair in pairs for index in pair.examples]

@@ -21,7 +21,7 @@ import numpy as np
 from searchfm.errors import ModelError, StorageError, StudyError
 from searchfm.format import sentence
 from searchfm.home import Home, command_line, file_sha256, shown
-from searchfm.records import SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
+from searchfm.records import EXAMPLE, FINAL, SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.notes import Links
 from searchfm.search.storage import read_study
 from searchfm.tables import digest
@@ -31,7 +31,6 @@ from searchfm.tracking.mirror import COMMIT, NOTE, PACKAGES, SOURCE, Mirror, con
 log = logging.getLogger("searchfm")
 
 CHAMPION = "champion"
-EXAMPLE = "example.npy"
 REQUIRED = ("mlflow", "torch", "numpy")  # of whoever loads the model
 FILES = "extra_files"  # where MLflow keeps files beside a model of its own format
 SUFFIXES = (".onnx", ".safetensors")
@@ -185,7 +184,7 @@ def find_model(home: Home, model: str) -> Iterator[tuple[str, Path]]:
         elif (path / SPEC).is_file():
             folder = path.absolute()
             name = folder.parent.name
-            yield name if folder.name == "final" else f"{name}-{folder.name}", path
+            yield name if folder.name == FINAL else f"{name}-{folder.name}", path
         else:
             study = read_study(home, path.name)
             yield study.name, _champion(home, study, Path(temporary))
@@ -197,7 +196,7 @@ def _champion(home: Home, study: StudyRecord, temporary: Path) -> Path:
         raise StudyError(
             f"study {study.name!r}: was not retrained, so it has no model; first: searchfm retrain {study.name}"
         )
-    folder, ours = study.folder / "final", study.final.weights
+    folder, ours = study.final_folder, study.final.weights
     uri = f"models:/searchfm-{study.name}@{CHAMPION}"
     try:
         registered = _version(home, uri)
