@@ -144,7 +144,7 @@ class TuneView:
         row = Text.from_markup(
             f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{trial.state:<8}[/]"
             f" {digits(trial.accuracy):>6} {'[bold green]best[/]' if better else '    '}"
-            f" epoch {epochs} {seconds(trial.seconds):>6}  "
+            f" epoch {epochs} {seconds(trial.seconds):>7}  "
         )
         row.append(note(trial, self.console.width - row.cell_len))
         row.truncate(self.console.width, overflow="ellipsis")

@@ -399,7 +399,7 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "mlflow.user": str(os.getuid()),
-        "mlflow.source.type": "LOCAL",
+        "mlflow.source.type": "JOB",  # of a LOCAL one, MLflow's pages show a command from its last slash on
     }
     with suppress(KeyError, OSError):  # a container's user need not have a name
         tags["mlflow.user"] = getpass.getuser()
