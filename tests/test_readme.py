@@ -1,0 +1,181 @@
+"""Every command of README.md, as it is written."""
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from searchfm import cli
+from searchfm.home import STORAGE, TRACKING
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text("utf-8")
+SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)}
+
+
+def blocks(section: str, language: str) -> list[str]:
+    found = re.findall(rf"^```{language}\n(.*?)^```$", SECTIONS[section], re.DOTALL | re.MULTILINE)
+    assert found, f"README.md has no {language} in {section}"
+    return found
+
+
+def lines(section: str) -> list[str]:
+    return [line.partition("  #")[0].strip() for block in blocks(section, "sh") for line in block.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, where `searchfm` is a command, with images of digits."""
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images[:200], digits.target, strict=False)):
+        drawn = Image.fromarray((pixels * 15).astype(np.uint8))
+        names = [f"photos/{label}/{index}.png", *(["image.png", "boot.png", "shirts/white.png"] if index == 0 else [])]
+        for name in names:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            drawn.resize((28 + index % 5, 28)).save(name)
+    return tmp_path
+
+
+def run(*commands: str) -> str:
+    """Runs commands in one shell; returns what they print."""
+    shell = ["bash", "-ec", "\n".join(commands)]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, f"{commands}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def start(command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def serve(command: str) -> str:
+    """Runs a command that serves pages until Ctrl-C, which it gets once it has printed an address."""
+    process = start(command)
+    assert process.stdout
+    printed = next(line for line in process.stdout if "http://" in line)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    return printed
+
+
+# --- what a reader runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_first_command_and_the_ten_minutes(folder: Path) -> None:
+    first = re.search(r"^pip install uv && uv run (searchfm .*)$", TEXT, re.MULTILINE)
+    assert first
+    assert "12/12 trial" in run(first[1])
+    printed = {line: (serve if " dashboard " in line else run)(line) for line in lines("Ten minutes")}
+    assert len(printed) == 9
+    assert (folder / "mlp.onnx").is_file()
+    assert re.search(r"^boot.png +\w+", printed["searchfm predict mlp boot.png shirts/"], re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_own_images(folder: Path) -> None:
+    *looked, tuned = lines("Your own images")
+    run(*looked)
+    assert "registered as models:/searchfm-any/1" in run(tuned)
+
+
+@pytest.mark.slow
+def test_an_own_space(folder: Path) -> None:
+    (study,) = blocks("Your own space", "toml")
+    (folder / "wide.toml").write_text(study)
+    assert f"# Run:      {lines('Your own space')[0]}" in study
+    printed = [run(line) for line in lines("Your own space")]
+    assert re.search(r"^--warm-start wide: trials .* are tried first$", printed[-1], re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_an_own_model(folder: Path) -> None:
+    for language in ("python", "toml"):
+        (text,) = blocks("Your own model", language)
+        (folder / text.split()[1]).write_text(text)
+    assert re.search(r"^image.png +\d", run(*lines("Your own model"))[-400:], re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_python(folder: Path) -> None:
+    (script,) = blocks("From Python", "python")
+    (folder / "script.py").write_text(script)
+    printed = run("python script.py")
+    assert "SearchEnded" in printed
+
+
+@pytest.mark.slow
+def test_a_second_machine(folder: Path) -> None:
+    """Both are this one, and the trials are short."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    tune, worker, stop = (
+        line.replace("10.0.0.1:27001", address).replace("/shared", str(folder)) for line in commands("second machine")
+    )
+    search = start(f"{tune} --subset 0.05 --epochs 1")
+    assert search.stdout
+    next(line for line in search.stdout if f"searchfm worker {address}" in line)
+    joined = start(worker)
+    next(line for line in search.stdout if " complete " in line)
+    run(stop)
+    search.communicate(timeout=60)
+    joined.communicate(timeout=60)
+    assert (search.returncode, joined.returncode) == (130, 0)
+
+
+@pytest.mark.slow
+def test_clusters_and_databases(folder: Path) -> None:
+    """Dry runs, which check the flags. The engines' own tests run searches on SLURM, Ray and PostgreSQL."""
+    for title in ("SLURM", "Ray"):
+        *before, tune = commands(title)
+        run(*before, f"{tune.replace('/shared', str(folder))} --dry-run")
+    (table,) = blocks("Beyond one machine", "toml")
+    (folder / "cluster.toml").write_text(table)
+    run("searchfm tune cnn --dry-run --engine cluster.toml")
+    variables = [line.partition("=")[0].removeprefix("export ") for line in commands("Databases")]
+    assert variables == [STORAGE, TRACKING]
+
+
+def commands(title: str) -> list[str]:
+    """Those below a bold title."""
+    section = SECTIONS["Beyond one machine"]
+    (block,) = re.findall(rf"^\*\*(?:A )?{title}\b.*?^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return [line.partition("  #")[0].strip() for line in block.splitlines()]
+
+
+# --- what else is named -----------------------------------------------------------------------------------------------
+
+
+def test_every_command_in_a_sentence_and_every_flag_is_one() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    lines = set(re.findall(r"`(?:\w+=\S+ )?searchfm ([^`]+)`", TEXT)) - {"--version"}
+    assert len(lines) > 20
+    for line in lines:
+        name, *arguments = [
+            {"NUMBER": "3"}.get(word, word) for word in shlex.split(line) if word not in ("...", "[NAME]")
+        ]
+        group.commands[name].make_context(name, arguments, resilient_parsing=True)
+    known = {option for command in group.commands.values() for param in command.params for option in param.opts}
+    prose = re.sub(r"^```toml\n.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)  # arguments of sbatch
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) - known == {"--nightly"}
+
+
+def test_every_link_leads_to_a_file_or_a_heading() -> None:
+    headings = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in SECTIONS}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert (ROOT / target).exists() or target.removeprefix("#") in headings, target
