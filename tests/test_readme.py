@@ -40,7 +40,7 @@ def folder(tmp_path: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     digits = load_digits()
-    for index, (pixels, label) in enumerate(zip(digits.images[:200], digits.target, strict=False)):
+    for index, (pixels, label) in enumerate(zip(digits.images[:120], digits.target, strict=False)):
         drawn = Image.fromarray((pixels * 15).astype(np.uint8))
         names = [f"photos/{label}/{index}.png", *(["image.png", "boot.png", "shirts/white.png"] if index == 0 else [])]
         for name in names:
@@ -135,7 +135,7 @@ def test_a_second_machine(folder: Path) -> None:
     run(stop)
     search.communicate(timeout=60)
     joined.communicate(timeout=60)
-    assert (search.returncode, joined.returncode) == (130, 0)
+    assert (search.returncode, joined.returncode) == (143, 0), "stopped"
 
 
 @pytest.mark.slow
