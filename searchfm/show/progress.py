@@ -162,19 +162,24 @@ class TuneView:
             shown.add_row(str(number), *_pace(epochs, trial.planned_epochs), escape(params))
         best = "no complete trial yet"
         if self.best is not None:
-            best = f"best: trial {self.best.number} with {self.best.value:.4f}, "
-            best += fitting(param_texts(self.best.params), self.console.width - len(best))
+            best = f"best: trial {self.best.number} with {self.best.value:.4f}"
+            if self.best.params:
+                best += ", " + fitting(param_texts(self.best.params), self.console.width - len(best) - 2)
         line = Text(best, "green", overflow="ellipsis", no_wrap=True)
         return Group(_bar(self.console, "trials", done, self.trials, ", ".join(texts)), shown, line)
 
     def _left(self, done: int) -> str:
         """The time left: of the trials at the pace of this search, or of the timeout where that is shorter."""
         now = time.monotonic()
-        left, known = max(self.deadline - now, 0.0), self.before < done < self.trials
-        expected = (now - self.began) / (done - self.before) * (self.trials - done) if known else 0.0
-        if left < math.inf and (expected > left or not known):
-            return f"timeout in {seconds(left)}"
-        return f"about {seconds(expected)} left" if known else ""
+        if done >= self.trials:
+            return ""
+        expected = math.inf  # no pace is known yet
+        if done > self.before:
+            expected = (now - self.began) / (done - self.before) * (self.trials - done)
+        left = max(self.deadline - now, 0.0)
+        if expected <= left:
+            return f"about {seconds(expected)} left" if expected < math.inf else ""
+        return f"timeout in {seconds(left)}"
 
 
 class RetrainView:

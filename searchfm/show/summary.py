@@ -174,7 +174,8 @@ def _best(
         facts += f", {plural(len(best.epochs), 'epoch')} in {seconds(best.seconds)}"
         if best.result:
             facts += f", {best.result.parameters:,} parameters"
-        shown: list[RenderableType] = [labelled("best", facts, " ".join(param_texts(best.params)), style="bold green")]
+        params = [" ".join(param_texts(best.params))] if best.params else []
+        shown: list[RenderableType] = [labelled("best", facts, *params, style="bold green")]
         rest = complete[1:]
         return [*shown, "", trial_table(complete, width, "best trials", importance or {})] if rest else shown
     if pruned := sorted(study.of("pruned"), key=lambda trial: -max(trial.reported.values(), default=0))[:count]:

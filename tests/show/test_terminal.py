@@ -118,7 +118,10 @@ def test_the_time_left_is_that_of_the_timeout_where_it_ends_the_search_first(hom
         assert ("timeout in" in shown.export_text(clear=False)) == (left < math.inf)  # no pace is known yet
         view.update(TrialEnded(0, study.trials[0]))
         shown.print(view.render())
-        assert text in shown.export_text().splitlines()[-3]
+        assert text in shown.export_text(clear=False).splitlines()[-3]
+        view.update(TrialEnded(1, study.trials[0]))
+        shown.print(view.render())
+        assert shown.export_text().splitlines()[-3].endswith("2/2 2 complete")
 
 
 def test_the_account_of_the_images_is_wrapped_with_an_indent(home: Home) -> None:
