@@ -42,11 +42,28 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # else nanobind reports these objects as leaks
 
 
+ABOUT = {"hosts": 40.0, "slow": 6.0}  # seconds a test with this mark takes, on average
+OTHERS = 0.2
+
+
+@pytest.hookimpl(trylast=True)  # after tests were deselected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most work first: a long file that begins last leaves the other workers idle."""
+    work: Counter[str] = Counter()
+    for item in items:
+        work[_file(item.nodeid)] += max([OTHERS, *(ABOUT.get(mark.name, 0.0) for mark in item.iter_markers())])
+    items.sort(key=lambda item: (-work[_file(item.nodeid)], _file(item.nodeid)))
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 SECONDS: Counter[str] = Counter()  # of each test file, the fixtures included
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    SECONDS[report.nodeid.partition("::")[0]] += report.duration
+    SECONDS[_file(report.nodeid)] += report.duration
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -171,6 +188,15 @@ def any_home(request: pytest.FixtureRequest, home: Home, monkeypatch: pytest.Mon
     if request.param == "postgresql":
         monkeypatch.setenv(STORAGE, request.getfixturevalue("database"))
     return home
+
+
+@pytest.fixture
+def unfollowed() -> Iterator[None]:
+    """For tests that are not about MLflow; see `without_following`."""
+    from tests.driving import without_following  # not for tests of learn/ alone
+
+    with without_following():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import pytest
 from optuna.storages import BaseStorage
 
+from searchfm import tuning
 from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine, EngineOptions
 from searchfm.engines.local import LocalEngine
@@ -95,6 +98,14 @@ def search(
             if engine is None:
                 used.close()
             let_go(storage)
+
+
+@contextmanager
+def without_following() -> Iterator[None]:
+    """Searches of this process are not followed into MLflow, which takes 4 to 5 s of CPU each, most of it imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "Tuning", partial(tuning.Tuning, follow=False))
+        yield
 
 
 def let_go(storage: BaseStorage) -> None:

@@ -27,7 +27,7 @@ from searchfm.home import Home
 from searchfm.learn import export
 from searchfm.records import TestFigures
 from searchfm.show.report import FIGURES
-from tests.driving import facts
+from tests.driving import facts, without_following
 
 FUNCTIONS = ("tune", "iter_tune", "retrain", "iter_retrain", "open_study", "load_model")
 TINY: dict[str, Any] = {"dataset": "digits", "epochs": 1, "workers": 1, "device": "cpu"}
@@ -38,7 +38,8 @@ ROOT = Path(searchfm.__file__).parents[1]
 def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> searchfm.OpenStudy:
     """The study `mlp`, three trials on digits."""
     home = new_home(tmp_path_factory.mktemp("api") / "home")
-    return searchfm.tune("mlp", trials=3, home=home.path, progress=False, **TINY)
+    with without_following():
+        return searchfm.tune("mlp", trials=3, home=home.path, progress=False, **TINY)
 
 
 @pytest.fixture
@@ -143,6 +144,7 @@ def test_other_keys_come_as_a_dict_or_as_texts(study: searchfm.OpenStudy, value:
         searchfm.tune("mlp", set=value, home=study.home, progress=False, **TINY)
 
 
+@pytest.mark.usefixtures("unfollowed")
 def test_events_come_in_order_and_a_closed_search_resumes(study: searchfm.OpenStudy) -> None:
     asked: dict[str, Any] = {"trials": 5, "home": study.home, **TINY}
     kinds = []
@@ -165,6 +167,7 @@ def test_events_come_in_order_and_a_closed_search_resumes(study: searchfm.OpenSt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own imports
 def test_a_search_without_a_further_trial_keeps_its_final_model_whatever_the_timeout(study: searchfm.OpenStudy) -> None:
     asked: dict[str, Any] = {"trials": len(study.refresh().trials), "retrain": True, "home": study.home, **TINY}
@@ -175,6 +178,7 @@ def test_a_search_without_a_further_trial_keeps_its_final_model_whatever_the_tim
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_in_a_thread_a_function_that_says_stop_returns_the_study_as_it_stands(study: searchfm.OpenStudy) -> None:
     before = len(study.refresh().trials)
     reached = (study.folder / f"{before:04d}" / "epochs.csv").exists
@@ -193,6 +197,7 @@ def test_in_a_thread_a_function_that_says_stop_returns_the_study_as_it_stands(st
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's own imports
 def test_a_search_with_a_final_training_leaves_it_a_part_of_the_timeout(
     new_home: Callable[[Path], Home], tmp_path: Path

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from searchfm import __version__, cli
+from searchfm import __version__, cli, tuning
 from searchfm.home import Home
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import load_study, open_storage, read_study
@@ -92,6 +92,7 @@ def test_a_trial_leaves_its_folder(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_more_trials_leave_the_earlier_as_they_are(home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
     assert tune(home, "mlp", "--trials", "6", "--workers", "1")["trials"]["total"] == 6
@@ -101,6 +102,7 @@ def test_more_trials_leave_the_earlier_as_they_are(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_the_same_command_trains_nothing(home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
     assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == len(before)
@@ -108,6 +110,7 @@ def test_the_same_command_trains_nothing(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_known_configurations_of_the_study_a_file_and_an_older_study_are_tried_first(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +256,7 @@ def test_a_study_held_by_another_is_refused_by_pid(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home], home: Path, tmp_path: Path) -> None:
     row = load_study(open_storage(Home(home)), Home(home), "mlp").best
     assert row is not None
@@ -261,8 +265,9 @@ def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home
     assert output["best"]["value"] == row.value
 
 
-def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path) -> None:
-    done = searchfm("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))
+def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
+    done = searchfm_here("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))
     assert done.returncode == 0
     assert "model.cnn.filters.1" in done.stdout
     for line in (
@@ -290,6 +295,7 @@ def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_a_built_in_study_runs_and_resumes_on_images_that_some_values_do_not_fit(
     new_home: Callable[[Path], Home], tmp_path: Path
 ) -> None:

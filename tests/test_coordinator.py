@@ -274,9 +274,9 @@ def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> Non
                 os.kill(pid, signal.SIGTERM)
 
     toys = toy(search={"retries": 0}, train={"epochs": 9})
-    study = search(home, toys, trials=3, payload={"seconds": 0.05}, watch=terminate)
-    check(study, 3)
-    assert len(study.of("complete")) == 3
+    study = search(home, toys, trials=2, payload={"seconds": 0.05}, watch=terminate)
+    check(study, 2)
+    assert len(study.of("complete")) == 2
     assert len(pids) == 3  # a fresh worker each time
     assert study.trials[1].attempts in (3, 4)  # the third signal comes just before it is done, or after
 
@@ -688,16 +688,17 @@ def test_with_two_workers_the_next_trial_is_asked_for_while_they_train(any_home:
 @pytest.mark.usefixtures("slow_asks")
 def test_with_one_worker_nothing_is_asked_ahead(home: Home) -> None:
     seen: list[list[int]] = []
-    search(home, toy(**SLOW), watch=lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None)
-    assert seen == [[]] * 27
+    watch = lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None  # noqa: E731
+    search(home, toy(**SLOW), trials=5, watch=watch)
+    assert seen == [[]] * 15
 
 
 def test_a_fast_ask_waits_for_a_free_worker(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coordinator, "SLOW_SECONDS", 60.0)
     seen: list[list[int]] = []
     watch = lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None  # noqa: E731
-    check(search(home, toy(**SLOW), workers=2, watch=watch), 9)
-    assert seen == [[]] * 27
+    check(search(home, toy(**SLOW), trials=5, workers=2, watch=watch), 5)
+    assert seen == [[]] * 15
 
 
 @pytest.mark.usefixtures("slow_asks")

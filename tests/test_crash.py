@@ -19,6 +19,7 @@ from searchfm.home import Home
 from searchfm.records import StudyRecord
 from searchfm.search.storage import load_study, open_storage
 from tests.commands import searchfm_here
+from tests.driving import without_following
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
 
@@ -133,7 +134,8 @@ def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     """
     arguments = ("--workers", "1", "--set", "search.pruner=hyperband", "--epochs", "40")
     unbroken, broken = (new_home(tmp_path / name).path for name in ("unbroken", "broken"))
-    finish(unbroken, *arguments)
+    with without_following():
+        finish(unbroken, *arguments)
     process = start(broken, *arguments)
     wait_for_trials(process, broken, 5)
     time.sleep(0.1)

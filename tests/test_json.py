@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
+from searchfm import tuning
 from searchfm.home import Home
 from searchfm.search.lock import process_name, study_lock
 from searchfm.show import terminal
@@ -25,6 +26,11 @@ ENDS = [
     Ending(state=TrialState.PRUNED, epochs=2),
     Ending(state=TrialState.FAIL, epochs=1),
 ]
+
+
+@pytest.fixture(autouse=True)
+def short_dry_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -445,6 +445,7 @@ def command(home: Path, *arguments: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of
 def test_a_studys_champion_answers_by_its_name(
     searchfm: Callable[..., Output], new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ import pytest
 from searchfm.home import Home
 from searchfm.search.storage import read_study
 from tests.commands import searchfm_here
+from tests.driving import without_following
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
 
@@ -49,7 +50,8 @@ def finish(home: Path, *arguments: str) -> dict[str, Any]:
 def tuned(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = new_home(tmp_path_factory.mktemp("crash") / "tuned" / "home").path
     arguments = ("--trials", "3", "--dataset", "digits", "--epochs", "20", "--set", "search.checkpoint_seconds=0")
-    finish(home, "tune", "mlp", "--set", "search.pruner=none", *arguments, "--json")
+    with without_following():
+        finish(home, "tune", "mlp", "--set", "search.pruner=none", *arguments, "--json")
     return home
 
 

@@ -1,6 +1,7 @@
 """A study from open to close, and the checks before anything is written. Real training on digits."""
 
 import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,23 @@ def test_a_study_starts_resumes_and_completes(home: Home) -> None:
     assert (more.uuid, more.planned, more.resolved["train"]["epochs"]) == (study.uuid, 3, 1)
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home with the study of TABLE, complete."""
+    home = Home(tmp_path_factory.mktemp("begun") / "home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "tuning-cache"))
+        tune(home)
+    return home
+
+
+@pytest.fixture
+def copied(begun: Home, home: Home) -> StudyRecord:
+    """The study of `begun`, its home copied to `home`."""
+    shutil.copytree(begun.path, home.path)
+    return stored(home, "toy")
+
+
 def check_trained(study: StudyRecord, trials: int) -> None:
     assert [(row.number, row.state) for row in study.trials] == [(i, "complete") for i in range(trials)]
     for row in study.trials:
@@ -118,8 +136,8 @@ def test_a_dead_coordinators_trial_is_adopted_before_others_are_asked_for(home: 
     ]
 
 
-def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(home: Home) -> None:
-    before, _ = tune(home)
+def test_data_that_changed_since_are_refused_and_the_study_stays_as_it_was(copied: StudyRecord, home: Home) -> None:
+    before = copied
     storage = open_storage(home)
     data = dataclasses.replace(before.data, fingerprint="another")
     header = StudyHeader.from_json(storage.get_study_system_attrs(before.number)["searchfm"])
@@ -171,20 +189,19 @@ def test_a_stop_request_before_the_first_trial_leaves_nothing(home: Home) -> Non
     assert not home.path.exists()
 
 
+@pytest.mark.usefixtures("copied")
 def test_a_held_study_is_refused_before_any_worker_is_started(home: Home) -> None:
-    tune(home)
     engines = Engines()
     with study_lock(home, "toy"), pytest.raises(LockedError):
         tune(home, {"search.trials": 9}, engines=engines)
     assert engines.started == []
 
 
-def test_trials_of_another_process_are_read_once_the_lock_is_held(home: Home) -> None:
-    first, _ = tune(home)
+def test_trials_of_another_process_are_read_once_the_lock_is_held(copied: StudyRecord, home: Home) -> None:
     study, before, _ = find_study(file_of(home), None, {"search.trials": 3}, home)
     other, _ = tune(home, {"search.trials": 4})
     engines = Engines()
-    tuning = Tuning(study, home, first.file, before, engine=engines, follow=False)
+    tuning = Tuning(study, home, copied.file, before, engine=engines, follow=False)
     assert [event.kind for event in tuning.run()] == ["phase", "opened"]
     assert facts(tuning.result()) == facts(other)
     assert engines.started == []
