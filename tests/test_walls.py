@@ -169,8 +169,7 @@ def test_imports_run_downward_and_stay_inside_their_packages(trees: dict[str, as
     ],
 )
 def test_a_forbidden_import_is_detected(trees: dict[str, ast.Module], module: str, line: str) -> None:
-    before = set(faults(trees))
-    (fault,) = set(faults(trees | {module: ast.parse(line)})) - before
+    (fault,) = faults(trees | {module: ast.parse(line)})  # the package itself has none, see above
     assert fault.startswith(module)
 
 
