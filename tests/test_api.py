@@ -76,6 +76,7 @@ def test_no_module_has_the_name_of_a_public_function(name: str) -> None:
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tune_twice_in_a_row_trains_once_also_in_an_event_loop(
     study: searchfm.OpenStudy, capfd: pytest.CaptureFixture[str]
 ) -> None:

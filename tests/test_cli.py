@@ -265,6 +265,7 @@ def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home
     assert output["best"]["value"] == row.value
 
 
+@pytest.mark.slow
 def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
     done = searchfm_here("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))

@@ -262,6 +262,7 @@ def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home)
     assert [item.kind for item in progress if item.trial == 1].count("retried") == 2
 
 
+@pytest.mark.slow
 def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> None:
     pids: list[int] = []
 

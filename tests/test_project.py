@@ -1,15 +1,10 @@
-"""The project as a whole: its top level, its dependencies, and the README's first command."""
+"""The project as a whole: its top level, its dependencies, and the README's pictures."""
 
 import re
 import subprocess
 import tomllib
 from functools import cache
 from pathlib import Path
-
-import pytest
-
-from searchfm import tuning
-from tests.commands import searchfm_here
 
 ROOT = Path(__file__).parents[1]
 TOP_LEVEL = {
@@ -63,16 +58,3 @@ def test_the_readmes_pictures_are_small_and_load_nothing() -> None:
         assert (ROOT / name).stat().st_size < 150_000, name
         if name.endswith(".svg"):
             assert not re.search(r"@font-face|@import|href=|url\((?!#)", (ROOT / name).read_text("utf-8")), name
-
-
-def test_the_readmes_first_search_passes_a_dry_run(
-    tmp_path: Path, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
-    command = re.search(r"^pip install uv && uv run searchfm (tune .*)$", (ROOT / "README.md").read_text("utf-8"), re.M)
-    assert command
-    arguments = command[1].split()
-    done = searchfm_here(*arguments, "--home", str(tmp_path / "home"), "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "searchfm:" not in done.stderr  # phases that take long are there
-    assert not list(tmp_path.iterdir())  # a dry run leaves nothing behind

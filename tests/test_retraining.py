@@ -250,6 +250,7 @@ def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -
     assert back.test.reads == 2 == len(reads(copied)), "a model is counted once"
 
 
+@pytest.mark.slow
 def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None

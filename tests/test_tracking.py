@@ -229,6 +229,7 @@ def test_predictions_are_a_readable_table(synced: Home) -> None:
     assert table[1].split(",")[1] in rows.CLASSES
 
 
+@pytest.mark.slow
 def test_a_twin_names_whose_end_it_took(home: Home) -> None:
     rows.begin(home)
     trial = rows.ask(home)

@@ -166,6 +166,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert not home.path.exists()
 
 
+@pytest.mark.slow
 def test_images_of_different_sizes_get_one_size_that_the_study_keeps(home: Home, tmp_path: Path) -> None:
     root = small(tmp_path / "pets", count=20, side=20)
     write(root / "train" / "cat" / "wide.png", noise(0, 60, 90))

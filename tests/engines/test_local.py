@@ -59,6 +59,7 @@ def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_ticks_is_not_stopped() -> None:
     engine = LocalEngine(["cpu"], warm="tests.toys", timeout=8.0)  # heartbeats come every second
     engine.submit(job(ticks_for=2.5))

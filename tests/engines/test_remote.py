@@ -210,6 +210,7 @@ def test_every_node_runs_one_job_before_any_other_and_is_refused_where_it_fails(
         assert engine.free == 2
 
 
+@pytest.mark.slow
 def test_a_node_that_allows_no_code_is_refused_the_first_too_and_its_jobs_wait_for_one_that_does(
     engine: RemoteEngine, home: Path, lines: list[str]
 ) -> None:
