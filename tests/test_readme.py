@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ def test_the_first_command_and_the_ten_minutes(folder: Path) -> None:
     assert re.search(r"^boot.png +\w+", printed["searchfm predict mlp boot.png shirts/"], re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_own_images(folder: Path) -> None:
+@pytest.mark.nightly
+def test_own_images(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("figures", "an own folder of images, within its hour")
     *looked, tuned = lines("Your own images")
     run(*looked)
     assert "registered as models:/searchfm-any/1" in run(tuned)
@@ -102,16 +104,18 @@ def test_an_own_space(folder: Path) -> None:
     assert re.search(r"^--warm-start wide: trials .* are tried first$", printed[-1], re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_an_own_model(folder: Path) -> None:
+@pytest.mark.nightly
+def test_an_own_model(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("figures", "an own model")
     for language in ("python", "toml"):
         (text,) = blocks("Your own model", language)
         (folder / text.split()[1]).write_text(text)
     assert re.search(r"^image.png +\d", run(*lines("Your own model"))[-400:], re.MULTILINE)
 
 
-@pytest.mark.slow
-def test_python(folder: Path) -> None:
+@pytest.mark.nightly
+def test_python(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    record_property("figures", "README's script")
     (script,) = blocks("From Python", "python")
     (folder / "script.py").write_text(script)
     printed = run("python script.py")
