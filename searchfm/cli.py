@@ -494,12 +494,12 @@ def studies(
         raise files.not_found(name)
     study = files.read(path).study()
     live.notify(*study.notes)
-    shape, cost = image_shape(study.first.data), None
+    shape, cost = image_shape(study.example.data), None
     if shape is not None and (allow_code or not study.customs()):  # else known only once the images are read
         from searchfm.learn.models import costs  # imports torch, which nothing else here does
         from searchfm.learn.models.custom import Code
 
-        cost = costs(study.samples(16), shape, DATASETS[study.first.data.name][1], Code(allow_code))
+        cost = costs(study.samples(16), shape, DATASETS[study.example.data.name][1], Code(allow_code))
     _output(as_json, schema.describe_plan(study, cost=cost), lambda: terminal.show_plan(console, study, None, cost))
 
 

@@ -280,7 +280,7 @@ def final_sentences(final: Final) -> dict[str, list[str]]:
 
 
 def _default_sentence(final: Final) -> str | None:
-    """How the study's default did with fresh seeds; None where it is no finalist."""
+    """The accuracy of the study's default with fresh seeds; None where it is no finalist."""
     mean = next((one.mean for one in final.finalists if one.trial == final.default), None)
     if mean is None:
         return None

@@ -133,8 +133,8 @@ def retrain_within(
     stopping: Callable[[], bool],
     engine: Callable[[], Engine] = LocalEngine,
 ) -> Generator[StudyFound | Phase | Note | JobEvent, None, Final]:
-    """As `retrain`, with as many finalists and fresh seeds as fit into the `left` seconds. Nothing is cut off: a line
-    says at the end if it took longer. study: as the search left it. workers: that will train.
+    """As `retrain`, with as many finalists and fresh seeds as fit into the `left` seconds. Nothing is cut off: a note
+    at the end reports a longer time. study: as the search left it. workers: that will train.
     """
     began, best = time.monotonic(), study.ranked(twins=False)
     contest = fitting_contest(study, workers, left)
@@ -179,7 +179,7 @@ def make_plan(study: StudyRecord, options: RetrainOptions) -> FinalPlan:
         trials = tuple(each.number for each in ranked[:top])
         default = study.default
         if (top, seeds) != (1, 1) and default is not None and default not in trials:
-            trials += (default,)  # so that a search does not end worse than its default without saying so
+            trials += (default,)  # a search that ends worse than its default reports it
     epochs = options.epochs if options.epochs is not None else before.epochs
     return FinalPlan(trials, top, seeds, trial, epochs, before.round + options.again)
 

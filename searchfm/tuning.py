@@ -1,6 +1,5 @@
 """One study from open to close: locked, prepared, given its workers, tuned, followed into MLflow."""
 
-import math
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -105,8 +104,7 @@ class Tuning:
                 stack.callback(self._close, Tracking(self.home, study.name))
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
             self.workers = len(devices) or 1
-            left = self.stopping.left if isinstance(self.stopping, StopRequest) else math.inf
-            yield StudyOpened(self.result(), self.trials, tuple(devices), left)
+            yield StudyOpened(self.result(), self.trials, tuple(devices), StopRequest.of(self.stopping).left)
             coordinator = self._coordinator(data, pool)
             yield from coordinator.run()
             self.exhausted = coordinator.exhausted
@@ -307,7 +305,7 @@ def add_file(study: Study, path: Path, *, begun: bool) -> None:
 
 
 def add_best(study: Study, old: StudyRecord) -> None:
-    """Adds the best trials of an older study, as far as they fit the space; notes of the study say which do. Raises
+    """Adds the best trials of an older study, as far as they fit the space; notes of the study list them. Raises
     StudyError if it has no complete trial.
     """
     best = old.ranked(twins=False)[:WARM_START]

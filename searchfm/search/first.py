@@ -61,7 +61,7 @@ def config(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(tree: space.Tree, table: Mapping[str, Any], dropped: Collection[str] = ()) -> Known:
-    """The point of a table, nested or by dotted names; `from` says where it comes from. A key that it lacks takes its
+    """The point of a table, nested or by dotted names; `from` is its origin. A key that it lacks takes its
     default if the space holds that, else the first choice or the middle of the range.
 
     dropped: dotted keys whose values need not fit, such as those that the command line overrides: of these a value

@@ -146,8 +146,8 @@ class Study:
         self.notes: list[str] = []  # lines for the user: what has no effect, or was left out
         try:
             self.search, self.tree = parse(table)
-            self.first = Config.from_table(next(space.edge_cases(self.tree)))
-            self.check_images(image_shape(self.first.data))
+            self.example = Config.from_table(next(space.edge_cases(self.tree)))
+            self.check_images(image_shape(self.example.data))
             self._check_search()
         except ConfigError as error:
             raise error.at(where) from None
@@ -199,7 +199,7 @@ class Study:
     @property
     def data(self) -> Mapping[str, Any]:
         """The table `[data]`, the same for every trial."""
-        return self.first.data.to_table()
+        return self.example.data.to_table()
 
     def transfers(self) -> list[tuple[str, str]]:
         """(model, weights) of every timm model in the space."""
@@ -317,7 +317,7 @@ class Study:
             raise misfit.mended
         self._dropped |= {dotted} if _models(tree) == _models(self.tree) else {"model.name"}
         self.tree = tree
-        self.first = Config.from_table(next(space.edge_cases(tree)))
+        self.example = Config.from_table(next(space.edge_cases(tree)))
         self.__dict__.pop("points", None)  # cached
 
     @_experimental()

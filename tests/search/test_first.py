@@ -120,7 +120,7 @@ def test_a_choice_that_does_not_fit_the_images_is_dropped_from_a_built_in_study_
     table = {"data": {"name": "digits"}, "model": {"name": "vit", "vit": {"patch_size": {"choice": [4, 7]}}}}
     made = files.StudyFile(path, "x", "", {**table, "first": [{"model": {"vit": {"patch_size": 7}}}]}).study()
     assert made.known[0].params == {}
-    assert made.first.model.kind.to_table()["patch_size"] == 4
+    assert made.example.model.kind.to_table()["patch_size"] == 4
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

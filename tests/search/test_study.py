@@ -157,7 +157,7 @@ def counted(*counts: int) -> Prepared:
 
 def test_at_chance_means_that_the_bound_is_below_that_of_the_largest_class() -> None:
     study, even = toy(search={"pruner": "median"}, train={"epochs": 30}), counted(*[100] * 10)
-    judged = partial(study.at_chance, study.first, 3, data=even)
+    judged = partial(study.at_chance, study.example, 3, data=even)
     assert study.chance(even) == pytest.approx(0.12)
     assert judged(accuracy=0.096)  # whose exact bound is 0.1198
     assert not judged(accuracy=0.097)
@@ -182,7 +182,7 @@ def test_a_trial_is_not_at_chance_in_warm_up_nor_after_its_last_epoch(
     epochs: int, schedule: dict[str, Any], first: int | None
 ) -> None:
     study = toy(search={"pruner": "median"}, train={"epochs": epochs}, schedule=schedule)
-    judged = [i for i in range(1, epochs + 1) if study.at_chance(study.first, i, 0.05, counted(*[100] * 10))]
+    judged = [i for i in range(1, epochs + 1) if study.at_chance(study.example, i, 0.05, counted(*[100] * 10))]
     assert judged == ([] if first is None else list(range(first, epochs)))
 
 

@@ -160,7 +160,7 @@ def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
     assert "searchfm retrain toy" in text
 
 
-def test_a_search_that_leaves_time_for_the_final_training_says_why_it_stopped_early(home: Home) -> None:
+def test_a_search_that_leaves_time_for_the_final_training_gives_the_reason_of_its_early_end(home: Home) -> None:
     study, shown = searched.search(home, [Ending(range(30))]), console()
     show_end(shown, study, trials=5, reason="", missing=0, elapsed=75.0, stopped="timeout", last=False)
     expected = "stopped after 1 min 15 s (--timeout, with the rest for the final training); the same command resumes"
