@@ -132,7 +132,7 @@ def test_no_rung_is_in_the_last_third_of_the_epochs(pruner: str) -> None:
     settings = {"name": pruner, "min_epochs": 2, "reduction": 3}
     record = tune(toy(search={"pruner": settings}, train={"epochs": 7}, **OPEN), 30)
     assert {trial.last_step for trial in record.trials} == {2, 7}, "6 would be the next"
-    config = toy(search={"pruner": settings}, train={"epochs": 6}).first
+    config = toy(search={"pruner": settings}, train={"epochs": 6}).example
     judged = [
         index for index in range(1, 7) if toy(search={"pruner": settings}, train={"epochs": 6}).judges(config, index)
     ]
@@ -248,7 +248,7 @@ def test_the_replay_of_a_trial_is_a_study_of_its_config_alone() -> None:
     again = Study(table.pop("name"), table)
     assert check_name(again.name) == "x" * 58 + "-1234"
     assert (again.trials, len(space.points(again.tree, 1) or ())) == (1, 1)
-    assert again.first.to_table() == config
+    assert again.example.to_table() == config
     assert files.question(text) == f"does trial 1234 of {'x' * 64} give the same again?"
 
 

@@ -311,7 +311,7 @@ def test_the_files_it_shows_are_the_study_and_the_trial_again(home: Home, tmp_pa
         if index:
             assert (again.name, again.resolved) == (study.name, study.resolved)
         else:
-            assert again.first.to_table() == study.trials[0].config
+            assert again.example.to_table() == study.trials[0].config
 
 
 def test_no_complete_trial_is_refused(home: Home) -> None:
