@@ -80,7 +80,7 @@ def tune(
     study: the name of a built-in study file (`searchfm studies`), the path of a study file, the name of a study of the
         home, or the table of a study file as a dict, which needs `name`.
     trials: in total, those of earlier searches included.
-    dataset: a data set by name (`searchfm data`), or a folder of images.
+    dataset: a data set by name (`searchfm data`), or a path: a folder of images or parquet files, an .npz file.
     subset: fraction of the training part to search on, 0 to 1.
     epochs: of a trial.
     set: other keys by dotted name, {"optimizer.lr": 0.01} or {"optimizer.lr": {"low": 1e-3, "high": 0.1, "log": True}};
@@ -101,7 +101,7 @@ def tune(
     allow_code: run the code that [model.custom] names.
     home: folder of all studies; default: SEARCHFM_HOME, else ./runs. data_dir: folder to search for data first.
     progress: whether to show progress, on standard output; or a rich Console to show it on.
-    stopping: a function, called often, that says whether to stop.
+    stopping: a function, called often, that returns whether to stop.
 
     Ctrl-C stops the search, not the program: running trials keep their checkpoints, and the study is returned as it
     stands; a second Ctrl-C raises KeyboardInterrupt. SIGTERM ends the process after the same stop. With `stopping`,
@@ -366,7 +366,7 @@ def retrain(
     """Trains the best trials with fresh seeds, the winner on all training data, tests it once, and registers it.
 
     What an earlier call has done is not done again: the same call after a crash goes on, and a finished one returns
-    what was kept, without a further look at the test part.
+    what was kept, without a further reading of the test part.
 
     study: a name, the path of a study file, or what `tune` and `open_study` return.
     top: number of finalists, the best trials; default: as last time, else 3. seeds: fresh seeds of each; likewise.

@@ -98,9 +98,9 @@ def _engine_options(
         float | None, WhereOption(min=0, help="Ray: GPUs of a worker, such as 0.25. [default: 1 if there are any]")
     ] = None,
     cpus_per_worker: Annotated[float | None, WhereOption(min=0.01, help="Ray: cores of a worker. [default: 1]")] = None,
-    partition: Annotated[str | None, WhereOption(help="SLURM: partition.")] = None,
+    partition: Annotated[str | None, WhereOption(help="SLURM: partition. [default: SLURM's]")] = None,
     gres: Annotated[str | None, WhereOption(help="SLURM: resources of a worker, such as gpu:1.")] = None,
-    time_: Annotated[str | None, WhereOption("--time", help="SLURM: time limit of a worker.")] = None,
+    time_: Annotated[str | None, WhereOption("--time", help="SLURM: time limit of a worker, such as 4:00:00.")] = None,
     allow_code: Annotated[bool, WhereOption("--allow-code", help="Run the code that [model.custom] names.")] = False,
     slurm_args: Annotated[str | None, WhereOption(help="SLURM: further flags of sbatch, in one string.")] = None,
 ) -> dict[str, Any]:
@@ -193,7 +193,9 @@ def tune(
         str,
         typer.Argument(help="A study file by name or path, or a study of the home.", autocompletion=shell.all_studies),
     ],
-    trials: Annotated[int | None, typer.Option(min=1, help="Trials in total, earlier ones included.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trials in total, earlier ones included. [default: the file's]")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -204,7 +206,7 @@ def tune(
     subset: Annotated[
         float | None, typer.Option(help="Fraction of the training part. [default: the file's; 1 on other data]")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial. [default: the file's]")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -215,7 +217,7 @@ def tune(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Study name. [default: the file's name]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search. [default: the file's]")] = None,
     first: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Try first: [[first]] tables, or a trial's config.toml.")
     ] = None,
@@ -224,7 +226,8 @@ def tune(
         typer.Option(metavar="STUDY", help="Try first: the best trials of a study.", autocompletion=shell.home_studies),
     ] = None,
     timeout: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Stop after 90 (seconds), 30m or 1h30m of the command.")
+        str | None,
+        typer.Option(metavar="DURATION", help="Stop this long after the command's start: 90 (seconds), 30m or 1h30m."),
     ] = None,
     retrain_: Annotated[
         bool, typer.Option("--retrain", help="Then retrain the best and test once; --timeout is for all of it.")
@@ -298,10 +301,16 @@ def tune(
 @_with_engine
 def retrain(
     study: StudyArgument,
-    top: Annotated[int | None, typer.Option(min=1, help="Number of finalists, the best trials. [default: 3]")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Fresh seeds of each finalist. [default: 3]")] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="Number of finalists, the best trials. [default: as before, else 3]")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Fresh seeds of each finalist. [default: as before, else 3]")
+    ] = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Choose this trial, without finalists.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of the final training.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Epochs of the final training. [default: the trial's]")
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Retrain from scratch with new seeds.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make the model the champion, better or not.")] = False,
     home: HomeOption = None,
@@ -470,7 +479,10 @@ def trial(
 @app.command()
 def studies(
     name: Annotated[
-        str | None, typer.Argument(help="Built-in study file, or a path.", autocompletion=shell.built_in_studies)
+        str | None,
+        typer.Argument(
+            help="Built-in study file, or a path. [default: list all]", autocompletion=shell.built_in_studies
+        ),
     ] = None,
     allow_code: CodeOption = False,
     as_json: JsonOption = False,

@@ -211,7 +211,7 @@ class AdamW(Table, tag="adamw"):
 
 
 class OptimizerConfig(Table):
-    """`[optimizer]`."""
+    """`[optimizer]`: the optimizer, its learning rate and weight decay."""
 
     kind: Sgd | Adagrad | Rmsprop | Adam | AdamW = branch(AdamW, "the optimizer")
     lr: float = key(1e-3, "maximum learning rate", gt=0)
@@ -273,7 +273,7 @@ class AugmentConfig(Table):
 
 
 class TrainConfig(Table):
-    """`[train]`."""
+    """`[train]`: the length of training, its batches, targets, averaged weights and precision."""
 
     epochs: int = key(10, "passes over the training part", ge=1)
     batch_size: int = key(128, "images per step", ge=1)

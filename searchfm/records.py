@@ -65,10 +65,10 @@ class Epoch(Record):
     """One pass over the training part, and the validation after it."""
 
     index: int  # from 1
-    train_loss: float
+    train_loss: float  # mean cross-entropy, on augmented images in training mode
     train_accuracy: float  # fraction correct, 0 to 1, on augmented images in training mode
-    val_loss: float | None  # None without a validation part
-    val_accuracy: float | None
+    val_loss: float | None  # mean cross-entropy; None without a validation part
+    val_accuracy: float | None  # fraction correct, 0 to 1
     lr: float  # learning rate of the last batch
     seconds: float  # wall time of the epoch, validation included
     samples_per_second: float  # training images over the time of training alone
@@ -126,15 +126,15 @@ class TrainResult(Record):
     """The result of a training job. `value` is None where nothing is held out."""
 
     value: float | None  # validation accuracy after the last epoch, 0 to 1
-    best_epoch: int | None = None
+    best_epoch: int | None = None  # that with the highest validation accuracy, from 1
     parameters: int = 0
-    trainable: int = 0
+    trainable: int = 0  # parameters that are trained
     flops: int = 0  # of one image's forward pass
     seconds: float = 0.0  # of all epochs
-    epochs: int = 0
+    epochs: int = 0  # that were trained
     device: str = ""  # its name, and that of the worker: "NVIDIA H100 (cuda:1)"
     memory: float | None = None  # fraction of the GPU's memory that the worker took at most
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  # of torch and others, by name
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
 
 
@@ -143,20 +143,20 @@ class Trial:
     """One trial of a study: Optuna's record, and `epochs.csv` in its folder."""
 
     number: int  # Optuna's
-    state: State
+    state: State  # "running", "complete", "pruned" or "failed"
     value: float | None  # validation accuracy after the last epoch, 0 to 1; None unless complete
     params: Mapping[str, Any]  # what the search chose, by dotted key
     config: Mapping[str, Any]  # the whole config as a table, seed included
     digest: str  # of the config without its seed
     twin: int | None  # the earlier trial whose end this one copied
     reason: str | None  # why it failed, or what pruned it
-    attempts: int
+    attempts: int  # to train it: more than one after a worker died or was stopped
     reported: Mapping[int, float]  # validation accuracy by epoch, as Optuna has it
-    epochs: Sequence[Epoch]
+    epochs: Sequence[Epoch]  # by index; those of a twin are copied
     result: TrainResult | None  # None unless complete
     started: float | None  # seconds since 1970
-    ended: float | None
-    folder: Path
+    ended: float | None  # seconds since 1970; None while it runs
+    folder: Path  # of its files: config, epochs, pictures, log, weights of the best
     first: str | None = None  # where the known configuration comes from that it tried before the sampler proposed
 
     @property
@@ -201,9 +201,9 @@ class ClassFigures(Record):
     """Precision and recall of one class; 0 where it was never predicted, or has no image."""
 
     name: str
-    precision: float
-    recall: float
-    n: int  # images
+    precision: float  # correct ones among the images that were predicted as it, 0 to 1
+    recall: float  # correct ones among its images, 0 to 1
+    n: int  # its images
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,9 +264,9 @@ class Predictions:
 class Prepared(Record):
     """What `prepare` found of a study's data."""
 
-    fingerprint: str
+    fingerprint: str  # hash of the data; equal ones are the same data
     shape: tuple[int, int, int]  # channels, height, width
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # their names, in the order of the labels
     train: int  # images to train on
     validation: int  # images to compare trials with
     validation_classes: tuple[int, ...] = ()  # validation images of each class; empty in studies begun before 0.4
@@ -285,8 +285,8 @@ class Prepared(Record):
 class Forecast(Record):
     """What a search was forecast to take before its first trial. Times in seconds, sizes in bytes."""
 
-    trials: int
-    workers: int
+    trials: int  # of the search
+    workers: int  # that share them
     seconds: float  # of the search, where no trial is pruned
     pruned: float  # with the pruning that `searchfm.forecast` assumes
     retrain: float  # of `retrain` with its defaults
@@ -307,13 +307,13 @@ class StudyHeader(Record):
 
     upgrades = (_study_2,)
 
-    uuid: str
+    uuid: str  # of this study alone, whatever its name
     resolved: Mapping[str, Any]  # the resolved study: file, overrides and defaults
     file: Mapping[str, Any]  # the resolved study without overrides: the file as it was when the study was begun
     question: str  # the first comment of the study file
     digest: str  # of the resolved study
     planned: int  # trials in all
-    data: Prepared
+    data: Prepared  # its images: shape, classes, numbers
     forecast: Forecast | None = None  # None in studies begun before 0.4, and where nothing could be timed
     version: str = ""  # of searchfm, that wrote it last
     command: str = ""  # the command line that opened it last; empty: another program did
@@ -401,7 +401,7 @@ class FinalPlan(Record):
     """What was trained for a final model: equal plans give the same model."""
 
     trials: tuple[int, ...]  # the finalists; the winner alone where no fresh seed is trained
-    top: int
+    top: int  # finalists, the default aside
     seeds: int  # fresh ones of each finalist
     trial: int | None  # named by --trial
     epochs: int | None  # of the final training; None: the trial's own
@@ -412,12 +412,12 @@ class FinalPlan(Record):
 class FinalistFigures(Record):
     """A trial of the search, trained again with fresh seeds on the search's own data and epochs."""
 
-    trial: int
+    trial: int  # its number
     value: float | None  # as searched; None for a default that failed or was not run to its end
     values: tuple[float, ...]  # the accuracy with each seed
-    mean: float
+    mean: float  # of `values`
     seconds: float  # of a training, on average
-    seeds: tuple[int, ...]
+    seeds: tuple[int, ...]  # the fresh seeds, one a value
     parameters: int
     flops: int  # of one image's forward pass
 
@@ -426,9 +426,9 @@ class FinalistFigures(Record):
 class Validation(Record):
     """The winner on the validation part: mean over fresh seeds, and the interval for one further seed."""
 
-    accuracy: float
+    accuracy: float  # mean over fresh seeds, 0 to 1; without fresh seeds, as searched
     low: float | None  # 95% prediction interval; None where no seed or a single one was trained
-    high: float | None
+    high: float | None  # its upper end
     spread: float | None  # standard deviation of a training over seeds
     n: int  # images
 
@@ -437,9 +437,9 @@ class Validation(Record):
 class TestFigures(Record):
     """The final model on the test part."""
 
-    accuracy: float
+    accuracy: float  # fraction correct, 0 to 1
     low: float  # 95% interval (Wilson) of this one model
-    high: float
+    high: float  # its upper end
     n: int  # images
     reads: int  # of this test part by studies of this home so far, this one included
     fingerprint: str  # of the test part
@@ -454,10 +454,10 @@ class TestFigures(Record):
 class RegisteredModel(Record):
     """A version in MLflow's registry."""
 
-    name: str
-    version: int
-    uri: str
-    champion: bool
+    name: str  # `searchfm-STUDY`
+    version: int  # from 1
+    uri: str  # `models:/NAME/VERSION`, for `load_model`
+    champion: bool  # whether it has the alias `champion`
 
 
 def _final_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -472,22 +472,22 @@ class Final(Record):
 
     upgrades = (_final_2,)
 
-    study: str
-    plan: FinalPlan
-    finalists: tuple[FinalistFigures, ...]
+    study: str  # its name
+    plan: FinalPlan  # what was asked for
+    finalists: tuple[FinalistFigures, ...]  # trials that were trained with fresh seeds
     tie: tuple[int, ...]  # trials that cannot be distinguished from the best mean; empty if all can
     winner: int  # its trial's number
     optimism: float | None  # the winner's value as searched, less its mean over fresh seeds; None without one of these
-    validation: Validation
-    test: TestFigures
+    validation: Validation  # the winner's configuration on the validation part
+    test: TestFigures  # the final model on the test part
     per_class: tuple[ClassFigures, ...]  # on the test part
     model: RegisteredModel | None  # None until it is registered
     seconds: float | None  # of the whole command; None until it ends
-    seconds_per_epoch: float
-    training_seconds: float
-    parameters: int
+    seconds_per_epoch: float  # of the final training
+    training_seconds: float  # of all its epochs
+    parameters: int  # of the model
     flops: int  # of one image's forward pass
-    epochs: int
+    epochs: int  # of the final training
     fingerprint: str  # of the training data
     time: float  # seconds since 1970
     params: Mapping[str, Any]  # of the winner, as the search chose them

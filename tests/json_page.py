@@ -21,7 +21,9 @@ a JSON Schema. This is schema {SCHEMA}: an object alone, and each row of a list,
 - One name for one thing: `value` is what a study maximises, the validation accuracy of a trial after its last epoch; an
   `accuracy` is measured on the part that is named beside it. Both are fractions, 0 to 1. `flops` counts floating-point
   operations of one image's forward pass. Seconds are seconds.
-- `searchfm status STUDY --csv` has the keys of [Trial](#trial), then a column for each key of the search space.
+- `searchfm status STUDY --csv` has the keys of [Trial](#trial) but `params`, then a column for each key of the search
+  space. `searchfm predict --csv` has the columns `image`, `class` and `probability`, with `--top` also `class_2`,
+  `probability_2` and so on, and `error`, which is empty for an image that can be read.
 - `searchfm worker` and `searchfm status --watch` print no JSON.
 
 """

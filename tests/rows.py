@@ -1,6 +1,7 @@
 """Real studies in a real home, without training: in Optuna's database, with the files that trials leave."""
 
 import functools
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,13 @@ RESOLVED: dict[str, Any] = {
     "train": {"epochs": 4},
 }
 STARTED = 1_790_000_000.0  # a moment in 2026
+
+
+def documented_names() -> set[str]:
+    """The names in MLflow and Optuna that `.github/ARCHITECTURE.md` lists."""
+    page = (Path(__file__).parents[1] / ".github" / "ARCHITECTURE.md").read_text("utf-8")
+    (section,) = re.findall(r"^## What MLflow and Optuna hold\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    return set(re.findall(r"`([^`]+)`", section))
 
 
 def forget(home: Home) -> None:

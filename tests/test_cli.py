@@ -1,8 +1,11 @@
 """The command line: real training on digits, one line for every mistake."""
 
+import inspect
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from searchfm import __version__, cli, tuning
+from searchfm import __version__, api, cli, tuning
+from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.home import Home
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import load_study, open_storage, read_study
 from searchfm.search.study import Study
+from searchfm.tables import flatten, walk
 from tests.commands import searchfm, searchfm_here
 
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
@@ -74,6 +80,56 @@ def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
     assert study["home"] == str(home)
 
 
+def test_status_lists_all_trials_by_a_key_and_follows_until_ctrl_c(home: Path) -> None:
+    rows = searchfm_here("status", "mlp", "--all", "--sort", "number", "--home", str(home)).stdout
+    assert [int(number) for number in re.findall(r"^ *(\d+) +(?:complete|pruned) ", rows, re.M)] == [0, 1, 2, 3]
+    command = [sys.executable, "-m", "searchfm", "status", "mlp", "--watch", "--home", str(home)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert re.match(r"mlp: \d complete.* of 4; best 0\.\d+ ", watching.stdout.readline())
+        watching.send_signal(signal.SIGINT)
+    assert watching.returncode == 0
+
+
+def test_every_key_of_an_engine_file_has_a_flag() -> None:
+    command: Any = typer.main.get_command(cli.app)
+    flags = [
+        *("--engine", "slurm", "--workers", "3", "--workers-per-gpu", "2", "--device", "cuda", "--listen", "host:1"),
+        *("--tls-cert", "/cert.pem", "--tls-key", "/key.pem", "--allow-code", "--partition", "gpu", "--gres", "gpu:2"),
+        *("--time", "4:00:00", "--slurm-args", "--qos=low --mem=2G"),
+    ]
+    given: dict[str, Any] = {}
+    for arguments in (flags, ["--engine", "ray", "--gpus-per-worker", "0.25", "--cpus-per-worker", "2"]):
+        values = command.commands["retrain"].make_context("retrain", ["mlp", *arguments]).params
+        named = cli._engine_options(
+            **{name: values[name] for name in inspect.signature(cli._engine_options).parameters}
+        )
+        options = api._engine_options(more=named.pop("engine_options"), data_dir=Path("/data"), **named)
+        given |= {
+            key: value
+            for key, value in flatten(options.to_table())
+            if value != dict(flatten(DEFAULTS.to_table())).get(key)
+        }
+    assert given.pop("name") == "ray"
+    assert given == {
+        "workers": 3,
+        "workers_per_gpu": 2,
+        "device": "cuda",
+        "listen": "host:1",
+        "tls_cert": "/cert.pem",
+        "tls_key": "/key.pem",
+        "data_dir": "/data",
+        "allow_code": True,
+        "slurm.partition": "gpu",
+        "slurm.gres": "gpu:2",
+        "slurm.time": "4:00:00",
+        "slurm.args": ["--qos=low", "--mem=2G"],
+        "ray.gpus_per_worker": 0.25,
+        "ray.cpus_per_worker": 2.0,
+    }
+    assert {f"engine.{key}" for key in given} | {"engine.name"} == {key for key, *_ in walk(EngineOptions, "engine.")}
+
+
 def test_a_new_study_has_a_forecast_from_the_configs_of_its_first_trials(home: Path) -> None:
     record = read_study(Home(home), "mlp")
     assert record.forecast is not None
@@ -105,7 +161,7 @@ def test_more_trials_leave_the_earlier_as_they_are(home: Path) -> None:
 @pytest.mark.usefixtures("unfollowed")
 def test_the_same_command_trains_nothing(home: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")}
-    assert tune(home, "mlp", "--trials", "4", *TINY)["trials"]["total"] == len(before)
+    assert tune(home, "mlp", "--trials", "4", "--retry-failed", *TINY)["trials"]["total"] == len(before)
     assert {path: path.stat().st_mtime_ns for path in (home / "studies").rglob("epochs.csv")} == before
 
 

@@ -155,6 +155,8 @@ def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, p
     assert [m.step for m in client(home).get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]
     names = {info.path for info in client(home).list_artifacts(run.info.run_id)}
     assert {"epochs.csv", "final.json", "predictions.csv"} <= names
+    tags = {name for name in run.data.tags if not name.startswith("mlflow.")}
+    assert names | tags | run.data.metrics.keys() | version.tags.keys() <= rows.documented_names()
     assert "Wilson" in version.description
 
 

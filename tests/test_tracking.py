@@ -159,6 +159,19 @@ def test_the_content_of_a_run(synced: Home) -> None:
     assert active["toy"].data.metrics == {"value": study.best.value, "complete": 2.0, "pruned": 1.0, "failed": 1.0}
 
 
+def test_every_name_in_mlflow_and_in_optuna_is_documented(synced: Home) -> None:
+    study, names = rows.study(synced), rows.documented_names()
+    for run in runs(synced, study).values():
+        artifacts = {info.path for info in client(synced).list_artifacts(run.info.run_id)}
+        tags = {name for name in run.data.tags if not name.startswith("mlflow.")}
+        assert tags | run.data.metrics.keys() | artifacts <= names
+    storage = open_storage(synced)
+    attrs = {**storage.get_study_user_attrs(study.number), **storage.get_study_system_attrs(study.number)}
+    for trial in storage.get_all_trials(study.number):
+        attrs |= trial.user_attrs | trial.system_attrs
+    assert {name for name in attrs if not name.startswith(("dashboard:", "study:"))} <= names  # these are Optuna's own
+
+
 def test_the_table_opens_with_what_was_searched(synced: Home) -> None:
     study = rows.study(synced)
     links = run_links(synced, study)

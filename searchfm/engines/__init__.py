@@ -54,35 +54,33 @@ EngineName: TypeAlias = Literal["local", "listen", "slurm", "ray"]
 
 
 class SlurmOptions(Table):
-    """How nodes are asked of SLURM: flags of sbatch."""
+    """The array job of workers: flags of sbatch."""
 
-    partition: str | None = key(None, "Partition.")
-    gres: str | None = key(None, "Resources of each worker, such as gpu:1.")
-    time: str | None = key(None, "Time limit of each worker, as sbatch reads it.")
-    args: tuple[str, ...] = key((), "Further flags, such as --cpus-per-task=4.")
+    partition: str | None = key(None, "partition; default: that of SLURM")
+    gres: str | None = key(None, "resources of each worker, such as gpu:1")
+    time: str | None = key(None, "time limit of each worker, as sbatch reads it, such as 4:00:00")
+    args: tuple[str, ...] = key((), "further flags of sbatch, such as --cpus-per-task=4")
 
 
 class RayOptions(Table):
-    """What each worker takes of a Ray cluster."""
+    """The resources of each worker on a Ray cluster."""
 
-    gpus_per_worker: float | None = key(None, "GPUs; a fraction shares one. None: 1 where the cluster has any.", ge=0)
-    cpus_per_worker: float = key(1.0, "CPU cores.", gt=0)
+    gpus_per_worker: float | None = key(None, "GPUs; a fraction shares one; default: 1 where the cluster has any", ge=0)
+    cpus_per_worker: float = key(1.0, "CPU cores", gt=0)
 
 
 class EngineOptions(Table):
-    """Options of an engine; None means the engine's own default."""
+    """Options of a file for `--engine`; a flag comes before its key. Without a default, the engine has its own."""
 
-    name: EngineName = key("local", "Where workers run.")
-    device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps.")
-    workers: int | None = key(None, "None: local, cores or GPUs; slurm, 1; ray, as many as the cluster takes.", ge=1)
-    workers_per_gpu: int | Literal["auto"] = key(
-        1, "Workers that share a GPU; auto: by the first trial's memory.", ge=1
-    )
-    listen: str | None = key(None, "HOST:PORT that workers elsewhere dial.")
-    tls_cert: str | None = key(None, "PEM file: certificate of the listener.")
-    tls_key: str | None = key(None, "PEM file: its key.")
-    data_dir: str | None = key(None, "Folder to search for data first, on every node.")
-    allow_code: bool = key(False, "Run the code that [model.custom] names.")
+    name: EngineName = key("local", "where workers run")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps")
+    workers: int | None = key(None, "workers; default: cores or GPUs; slurm: 1; ray: all that have room", ge=1)
+    workers_per_gpu: int | Literal["auto"] = key(1, "workers that share a GPU; auto: by the first trial's memory", ge=1)
+    listen: str | None = key(None, "HOST:PORT that workers elsewhere dial")
+    tls_cert: str | None = key(None, "PEM file: certificate of the listener; encrypts the connection")
+    tls_key: str | None = key(None, "PEM file: key of the certificate")
+    data_dir: str | None = key(None, "folder to search for data first, on every node")
+    allow_code: bool = key(False, "whether to run the code that [model.custom] names")
     slurm: SlurmOptions = table(SlurmOptions)
     ray: RayOptions = table(RayOptions)
 

@@ -100,7 +100,8 @@ def _meaning(cls: type[Table]) -> str:
 
 def _row(name: str, key: LeafKey, fixed: bool) -> Row:
     values = key.expected().removeprefix("one of ")
-    values = f"{values}; a list of {key.per} entries, or one for all" if key.per else values
+    if key.many:
+        values += f"; a list of {key.per} entries, or one for all" if key.per else "; a list of them"
     default = "" if key.default is None else show(key.default)
     return Row(name, default, values, key.doc, key.fixed or fixed)
 

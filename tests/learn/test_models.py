@@ -20,6 +20,7 @@ from searchfm.learn.models import Classifier, build, classifier, flops, paramete
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import Pretrained, weights_file
 from searchfm.learn.train import Training
+from searchfm.tables import BranchKey, LeafKey
 from tests.learn.toys import config
 
 ANY_CODE = Code(allowed=True)
@@ -218,6 +219,36 @@ class TestTransferTopStage(SlowToLearn):
         "layer_decay": 0.8,
     }
     accuracy = 0.7
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vit", "residual"])
+def test_every_key_of_an_architecture_changes_the_net(name: str) -> None:
+    """In its layers, its weights or, where these are the same, its outputs."""
+    (kind,) = (option for item in ModelConfig.schema.values() if isinstance(item, BranchKey)
+               for tag, option in item.options.items() if tag == name)  # fmt: skip
+    base = {"dense_layers": 2} if name == "cnn" else {"layers": 2} if name == "vit" else {}
+    other = {"patch_size": 8, "hidden_dim": 128, "heads": 8, "dense_layers": 3, "mlp_ratio": 2.0, "pool": "average"}
+    images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def seen(settings: dict[str, Any]) -> tuple[str, list[float]]:
+        net = build(model_config(name, base | settings), (1, 32, 32), 10, seed=0)
+        return repr(net), net.eval()(images).flatten().tolist()
+
+    before = seen({})
+    for key, item in kind.schema.items():
+        assert isinstance(item, LeafKey)
+        match base.get(key, item.default):
+            case _ if key in other:
+                value: Any = other[key]
+            case bool(value):
+                value = not value
+            case int(value):
+                value += 2
+            case float():
+                value = 0.5
+            case str(text):
+                value = next(each for each in item.texts if each != text)
+        assert seen({key: value}) != before, key
 
 
 def test_classifier_takes_raw_images() -> None:

@@ -186,6 +186,36 @@ def test_a_trial_is_not_at_chance_in_warm_up_nor_after_its_last_epoch(
     assert judged == ([] if first is None else list(range(first, epochs)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        *(("sampler", "tpe.startup_trials", 7), ("sampler", "tpe.candidates", 48)),
+        *(("sampler", "cmaes.startup_trials", 7), ("sampler", "gp.startup_trials", 7)),
+        *(("pruner", "median.startup_trials", 7), ("pruner", "median.min_epochs", 3)),
+        *(("pruner", "percentile.keep", 40.0), ("pruner", "percentile.startup_trials", 7)),
+        *(("pruner", "percentile.min_epochs", 3), ("pruner", "hyperband.min_epochs", 3)),
+        *(("pruner", "hyperband.reduction", 2), ("pruner", "asha.min_epochs", 3), ("pruner", "asha.reduction", 2)),
+        *(("pruner", "patient.patience", 7), ("pruner", "patient.min_delta", 0.25)),
+    ],
+)
+def test_every_setting_of_a_sampler_or_pruner_reaches_optuna(kind: str, key: str, value: float) -> None:
+    name, _, setting = key.partition(".")
+    study = toy(search={kind: {"name": name, setting: value}}, train={"epochs": 9}, **OPEN)
+    assert value in vars(study.sampler(0) if kind == "sampler" else study.pruner()).values()
+
+
+def test_no_setting_of_a_sampler_or_pruner_is_untested() -> None:
+    (mark,) = test_every_setting_of_a_sampler_or_pruner_reaches_optuna.pytestmark  # type: ignore[attr-defined]
+    branches = {name: item for name, item in SearchConfig.schema.items() if isinstance(item, BranchKey)}
+    settings = {
+        (kind, f"{tag}.{key}")
+        for kind, item in branches.items()
+        for tag in item.options
+        for key in item.options[tag].schema
+    }
+    assert {(kind, key) for kind, key, _ in mark.args[1]} == settings
+
+
 def test_asha_continues_one_of_each_reduction() -> None:
     settings = {"name": "asha", "reduction": 3}
     record = tune(toy(search={"pruner": settings}, train={"epochs": 9}, **OPEN), 40)
