@@ -118,6 +118,7 @@ def test_python(folder: Path, record_property: Callable[[str, object], None]) ->
     record_property("figures", "README's script")
     (script,) = blocks("From Python", "python")
     (folder / "script.py").write_text(script)
+    run("searchfm tune mlp --trials 1 --subset 0.01 --epochs 1")  # a reader has come by the first command
     printed = run("python script.py")
     assert "SearchEnded" in printed
 
