@@ -139,7 +139,7 @@ def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     process = start(broken, *arguments)
     wait_for_trials(process, broken, 5)
     time.sleep(0.1)
-    assert searchfm_here("stop", "mlp", "--home", str(broken)).returncode == 0
+    assert searchfm_here("stop", "mlp", "--json", "--home", str(broken)).returncode == 0
     process.communicate(timeout=60)
     assert process.returncode == 143
     finish(broken, *arguments)

@@ -54,6 +54,10 @@ def test_own_code_goes_all_the_way_where_it_is_allowed(tmp_path: Path) -> None:
         return done.stdout
 
     assert json.loads(succeed("tune", "own.toml", "--workers", "1", "--json"))["trials"]["complete"] == 2
+    counts = [
+        json.loads(succeed("studies", "own.toml", "--json", allow=allow))["parameters"] for allow in (False, True)
+    ]
+    assert counts == [None, [610, 1210]]
     for command in (("tune", "own", "--trials", "3"), ("retrain", "own")):
         assert REFUSED in run(*command, allow=False).stderr
     succeed("retrain", "own", "--trial", "0", "--workers", "1")

@@ -82,7 +82,7 @@ class Best(Part, kw_only=True):
 class Data(Part, kw_only=True):
     """The data of a study."""
 
-    name: Annotated[str, about("a data set by name, or a folder")]
+    name: Annotated[str, about("a data set by name, or the path of user images")]
     shape: Annotated[tuple[int, int, int], about("channels, height and width of an image, in pixels")]
     classes: Annotated[int, about("number of classes")]
     subset: Annotated[float, about("fraction of the training part that is searched on, 0 to 1")]
@@ -512,7 +512,7 @@ class DataSet(Printed, kw_only=True):
     """A data set."""
 
     name: Annotated[str, about("for `--dataset`")]
-    shape: Annotated[tuple[int, int, int] | None, about("channels, height and width; null for a folder")]
+    shape: Annotated[tuple[int, int, int] | None, about("channels, height and width; null for user images")]
     classes: Annotated[int, about("number of classes")]
     train: Annotated[int, about("images, those for validation included")]
     test: Annotated[int | None, about("images; null where the test part will be carved out of `train`")]
