@@ -370,7 +370,7 @@ def retrain(
 
     study: a name, the path of a study file, or what `tune` and `open_study` return.
     top: number of finalists, the best trials; default: as last time, else 3. seeds: fresh seeds of each; likewise.
-    trial: choose this trial, without finalists. epochs: of the final training; default: the trial's own.
+    trial: choose this trial, without finalists. epochs: of the final training; default: as last time, else the trial's.
     again: retrain from scratch with new seeds. promote: make the model the champion, better or not.
     workers ... stopping: see `tune`.
 

@@ -309,7 +309,7 @@ def retrain(
     ] = None,
     trial: Annotated[int | None, typer.Option(min=0, help="Choose this trial, without finalists.")] = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Epochs of the final training. [default: the trial's]")
+        int | None, typer.Option(min=1, help="Epochs of the final training. [default: as before, else the trial's]")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Retrain from scratch with new seeds.")] = False,
     promote: Annotated[bool, typer.Option("--promote", help="Make the model the champion, better or not.")] = False,

@@ -30,8 +30,14 @@ class DataConfig(Table):
 
     name: str = key("fashion-mnist", "name of a data set, or path of user images: a folder or an .npz file", fixed=True)
     subset: float = key(1.0, "fraction of the training part to use, after the validation split", gt=0, le=1, fixed=True)
-    validation: float = key(0.15, "fraction of the training part held out to compare trials", gt=0, lt=1, fixed=True)
-    seed: int = key(0, "seed of the two splits above", ge=0, fixed=True)
+    validation: float = key(
+        0.15,
+        "fraction of the training part held out to compare trials, unless the data have a validation part",
+        gt=0,
+        lt=1,
+        fixed=True,
+    )
+    seed: int = key(0, "seed of the subset and of the validation split", ge=0, fixed=True)
     size: int = key(0, "side in pixels to resize images to, once; 0 keeps the original size", ge=0, le=1024, fixed=True)
 
 
@@ -73,7 +79,12 @@ class Cnn(Model, tag="cnn"):
     head: Literal["flatten", "average"] = key("flatten", "how feature maps of the last stage become features")
     dense_layers: int = key(0, "hidden dense layers between the convolutions and the classes", ge=0, le=16)
     dense_width: tuple[int, ...] = key(100, "units of each hidden dense layer", ge=1, per="dense_layers")
-    dropout: float = key(0.0, "probability of dropping a unit before dense layers but the first of several", ge=0, lt=1)
+    dropout: float = key(
+        0.0,
+        "probability of dropping a unit before the classes, and before hidden dense layers but the first",
+        ge=0,
+        lt=1,
+    )
 
     def check(self) -> None:
         """The kernel must be odd, so that images keep their size."""
@@ -140,7 +151,9 @@ class Residual(Model, tag="residual"):
     agree, fits = (("stages",),), "stages"
     stages: int = key(3, "stages of residual blocks; each but the first halves the image", ge=1, le=6)
     blocks: int = key(2, "residual blocks per stage", ge=1, le=64)
-    block: tuple[Literal["basic", "bottleneck"], ...] = key("basic", "block type of each stage", per="stages")
+    block: tuple[Literal["basic", "bottleneck"], ...] = key(
+        "basic", "block type of each stage; bottlenecks give four times its filters", per="stages"
+    )
     width: int = key(16, "filters of the first stage; each later stage doubles them", ge=1)
     dropout: float = key(0.0, "probability of dropping a feature before the classifier", ge=0, lt=1)
 
@@ -278,7 +291,9 @@ class TrainConfig(Table):
     epochs: int = key(10, "passes over the training part", ge=1)
     batch_size: int = key(128, "images per step", ge=1)
     label_smoothing: float = key(0.0, "fraction of the target spread over all classes", ge=0, lt=1)
-    ema: float = key(0.0, "decay per step of averaged weights, which are then validated; 0 is off", ge=0, lt=1)
+    ema: float = key(
+        0.0, "decay per step of averaged weights, lower in the first steps; these are validated; 0 is off", ge=0, lt=1
+    )
     precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on cuda, else float32", fixed=True)
     seed: int | None = key(
         None, "seed of initialisation, data order and augmentation; default: by search.seed and trial", ge=0, fixed=True

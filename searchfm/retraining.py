@@ -160,6 +160,9 @@ def retrain_within(
 
 def make_plan(study: StudyRecord, options: RetrainOptions) -> FinalPlan:
     """What is to be trained for a study as it stands. Raises StudyError, UserError."""
+    for name in ("top", "seeds", "epochs"):
+        if (count := getattr(options, name)) is not None and count < 1:
+            raise UserError(f"--{name} {count}: must be a whole number >= 1")
     contest = options.top is not None or options.seeds is not None
     if options.trial is not None and contest:
         raise UserError(f"--trial {options.trial}: names the winner; --top and --seeds are for finalists")

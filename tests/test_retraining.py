@@ -314,9 +314,12 @@ def four(home: Home) -> StudyRecord:
         ({"trial": 2}, "study 'toy': trial 2 is failed; may be 0, 3"),
         ({"trial": 9}, "study 'toy': trial 9 is unknown; may be 0, 3"),
         ({"trial": 0, "top": 2}, "--trial 0: names the winner; --top and --seeds are for finalists"),
+        ({"top": 0}, "--top 0: must be a whole number >= 1"),
+        ({"seeds": -1}, "--seeds -1: must be a whole number >= 1"),
+        ({"epochs": 0}, "--epochs 0: must be a whole number >= 1"),
     ],
 )
-def test_a_trial_that_cannot_win_is_named(four: StudyRecord, home: Home, asked: dict[str, int], message: str) -> None:
+def test_what_cannot_be_retrained_is_named(four: StudyRecord, home: Home, asked: dict[str, int], message: str) -> None:
     with pytest.raises(UserError) as refused:
         make_plan(four, RetrainOptions(home, "toy", **asked))  # type: ignore[arg-type]
     assert str(refused.value) == message
