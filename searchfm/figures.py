@@ -354,7 +354,7 @@ def factor(
     have one scale. name: of the key; figure_name: for the dots' ids; best: number of the trial that is marked. drawn:
     the trials that have a dot, None for all; medians are of all.
     """
-    figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.815, 0.72))
+    figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.8, 0.72))
     points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
     floor = _limits(axes, [row.value for row in trials if row.value is not None])
     options = _options(leaf)
@@ -589,16 +589,22 @@ def _front(axes: Axes, measured: Sequence[Measured]) -> None:
 
 
 def _name(axes: Axes, measured: Sequence[Measured]) -> None:
-    """Writes names beside their points, each at the first of four positions without another name or point."""
+    """Writes names beside their points, each at the first of four positions inside the axes without another name or
+    point.
+    """
     axes.get_ylim()  # scales the axis, which matplotlib else puts off until it draws
     points = axes.transData.transform([(item.seconds, item.accuracy) for item in measured])
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in points]
     style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "parse_math": False, "zorder": 5}
     for item in measured:
-        label = axes.annotate(item.name, (item.seconds, item.accuracy), (0, 0), textcoords="offset points", **style)
+        label = axes.annotate(
+            _short(item.name), (item.seconds, item.accuracy), (0, 0), textcoords="offset points", **style
+        )
         for x, y in itertools.product((6, -6), (1.5, -1.5)):
             label.xyann = (x, y)
             label.set(ha="left" if x > 0 else "right", va="bottom" if y > 0 else "top")
-            if not label.get_window_extent().count_overlaps(taken):
+            extent = label.get_window_extent()
+            inside = axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1
+            if inside and not extent.count_overlaps(taken):
                 break
         taken.append(label.get_window_extent())

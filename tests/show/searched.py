@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,48 @@ def retrained(home: Home, study: StudyRecord, wrong: Sequence[int], *, winner: i
     storage = open_storage(home)
     write_record(storage, study.number, final)
     return load_study(storage, home, study.name)
+
+
+CUT = """
+for (const frame of document.querySelectorAll("iframe")) {
+  const [page, view] = [frame.contentDocument, frame.contentWindow], found = [];
+  const style = (element) => view.getComputedStyle(element);
+  for (const folded of page.querySelectorAll("details")) folded.open = true;
+  if (page.documentElement.scrollWidth > view.innerWidth) found.push("the page scrolls");
+  for (const element of page.querySelectorAll("body *:not(svg *)")) {
+    const name = `${element.tagName} ${element.className} ${element.textContent.trim().slice(0, 40)}`;
+    const hidden = element.scrollWidth > element.clientWidth + 1 && style(element).overflowX !== "visible";
+    if (hidden && !element.matches("svg, figure, pre")) found.push(`scrolls: ${name}`);
+    let around = element.parentElement;
+    while (around !== page.body && style(around).overflowX === "visible") around = around.parentElement;
+    const { left, right, width } = element.getBoundingClientRect();
+    if (width && around === page.body && (left < 0 || right > view.innerWidth + 0.5)) found.push(`outside: ${name}`);
+  }
+  for (const text of page.querySelectorAll("svg text")) {
+    const [inner, outer] = [text, text.closest("svg")].map((element) => element.getBoundingClientRect());
+    if (inner.left < outer.left - 2 || inner.right > outer.right + 2) found.push(`cut: ${text.textContent}`);
+  }
+  document.body.append(...found.map((line) => `\n@${view.innerWidth} ${line}\n`));
+}
+document.querySelectorAll("iframe, script").forEach((element) => element.remove());
+"""
+
+
+def cut(page: Path, folder: Path, widths: Sequence[int]) -> list[str]:
+    """What a reader cannot see of the page, all unfolded, in windows of these widths in pixels.
+
+    That is: elements outside the window, tables that scroll, and texts of a figure outside it. Figures and listings
+    may scroll. Headless Chromium has no window below 500 pixels, so each width is a frame.
+    """
+    frames = [
+        f'<iframe style="width: {width}px" srcdoc="{escape(page.read_text("utf-8"))}"></iframe>' for width in widths
+    ]
+    script = f'<script>addEventListener("load", () => {{{CUT}}});</script>'
+    framed = folder / f"{page.stem}-framed.html"
+    framed.write_text(f'<!doctype html><meta charset="utf-8"><body>{"".join(frames)}{script}', "utf-8")
+    dom, _ = browse(framed, folder)
+    assert "<iframe" not in dom  # the script has run
+    return [unescape(line) for line in dom.splitlines() if line.startswith("@")]
 
 
 def browse(page: Path, folder: Path) -> tuple[str, list[str]]:

@@ -162,6 +162,7 @@ def test_the_page_has_the_table_and_opens_without_a_network(three: list[StudyRec
     path.write_text(comparison_page(lines))
     dom, console = searched.browse(path, tmp_path)
     assert console == []
+    assert searched.cut(path, tmp_path, (1000, 1200)) == []
     for text in ("near", "best", "far", "95.28%", "1,001", "digits, validation accuracy"):
         assert text in dom
     assert not [url for url in ("http://", "https://") if f'src="{url}' in dom or f'href="{url}' in dom]

@@ -223,9 +223,10 @@ def rendered(home: Home, study: StudyRecord, folder: Path) -> tuple[str, Path]:
 def test_the_page_opens_without_a_network_and_runs_no_foreign_script(home: Home, tmp_path: Path) -> None:
     classes = [*HOSTILE, "$\\bad{$", "日本", *searched.DIGITS[4:]]
     study = searched.search(home, many(), "hostile", question=f"Why? {HOSTILE[0]}", classes=classes)
-    text, path = rendered(home, study, tmp_path)
+    text, path = rendered(home, searched.retrained(home, study, range(30)), tmp_path)
     dom, console = searched.browse(path, tmp_path)
     assert console == []
+    assert searched.cut(path, tmp_path, (360, 768, 1000)) == []
     assert "<title>hostile: report</title>" in dom  # no script changed it
     assert "&lt;img src=x onerror=" in text
     links = Elements(text).links

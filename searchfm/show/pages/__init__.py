@@ -7,12 +7,13 @@ policy runs no script but ours, and fetches nothing.
 import base64
 import hashlib
 import io
+import re
 from functools import cache
 from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -34,6 +35,11 @@ def render(template: str, **values: Any) -> str:
 def embed(figure: Any, name: str) -> Markup:
     """A figure as an element of a page, its texts escaped. name: unique in the page."""
     return Markup(figures.svg(figure, name))
+
+
+def unbroken(text: str) -> Markup:
+    """The text as an element of a page, in which a line does not end inside an option such as `--set data.size=64`."""
+    return Markup(re.sub(r"--\S+( \S+=\S+)?", r'<span class="unbroken">\g<0></span>', str(escape(text))))
 
 
 def data_uri(image: NDArray[np.uint8]) -> str:
@@ -58,6 +64,6 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (data_lines, embed, megaflop, p_value, seconds, show_params, state, states)
+    functions = (data_lines, embed, megaflop, p_value, seconds, show_params, state, states, unbroken)
     templates.filters |= {function.__name__: function for function in functions}
     return templates
