@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+import searchfm
 from searchfm import cli
 from searchfm.show import keys
 from tests import rows
@@ -44,6 +45,13 @@ def test_every_command_option_and_argument_has_a_sentence_and_no_option_is_hidde
 def test_every_command_is_in_the_readme() -> None:
     listed = re.findall(r"^\| `searchfm (\w+)", text("README.md"), re.MULTILINE)
     assert set(listed) == {name for name, _ in options()}
+
+
+def test_every_public_function_is_in_the_readme_and_nothing_there_is_missing() -> None:
+    functions = {name for name in searchfm.__all__ if name.islower()}
+    readme = text("README.md")
+    assert {name for name in functions if not re.search(rf"\b{name}\b", readme)} == set()
+    assert set(re.findall(r"\bsearchfm\.([A-Za-z_]+)\b", readme)) - {"json"} <= set(searchfm.__all__)  # a file
 
 
 def test_every_flag_is_used_by_a_test() -> None:
