@@ -61,6 +61,7 @@ HomeOption = Annotated[Path | None, typer.Option(help="Folder of all studies. [d
 
 
 FORMATS = ("onnx", "pt2", "safetensors")  # of exported models
+PORTS = 65_535  # the last port of a host
 MANY = 1000  # trials whose keys' importance takes more than half a second
 WhereOption = partial(typer.Option, rich_help_panel="Where workers run")  # a panel of --help
 WorkersOption = Annotated[str | None, typer.Option(metavar="N|auto", help="Workers. [default: auto: cores or GPUs]")]
@@ -588,8 +589,10 @@ def dashboard(
     study: Annotated[
         str | None, typer.Argument(help="Study to open. [default: the latest]", autocompletion=shell.home_studies)
     ] = None,
-    port: Annotated[int, typer.Option(help="Port of optuna-dashboard; MLflow has --mlflow-port.")] = 8080,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+    port: Annotated[
+        int, typer.Option(min=1, max=PORTS, help="Port of optuna-dashboard; MLflow has --mlflow-port.")
+    ] = 8080,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=PORTS, help="Port of the MLflow UI.")] = 5000,
     host: Annotated[str, typer.Option(help="Address to bind; beyond loopback a token is required.")] = "127.0.0.1",
     allow_host: Annotated[list[str] | None, typer.Option(help="Also answer to this host name; repeatable.")] = None,
     token_file: Annotated[Path | None, typer.Option(help="File of the token. [default: SEARCHFM_UI_TOKEN]")] = None,

@@ -58,7 +58,11 @@ def _mistake(error: Any, message: str) -> str:
         problem = (
             came["msg"].partition(", unable")[0].replace("Input should be", "must be").replace("Value error, ", "")
         )
-        problem = problem.replace("a valid integer", "a whole number").replace("greater than or equal to", ">=")
+        problem = (
+            problem.replace("a valid integer", "a whole number")
+            .replace("greater than or equal to", ">=")
+            .replace("less than or equal to", "<=")
+        )
         message = f"{flag} {came['input']}: {problem}"
     return f"{message.rstrip('.')}; see {where} --help"
 

@@ -81,6 +81,7 @@ def test_the_script_of_a_shell_is_printed_for_the_command_searchfm() -> None:
         ),
         (("tune", "mlp", "--trials", "x"), "--trials x: must be a whole number; see searchfm tune --help"),
         (("tune", "mlp", "--trials", "0"), "--trials 0: must be >= 1; see searchfm tune --help"),
+        (("dashboard", "--port", "99999"), "--port 99999: must be <= 65535; see searchfm dashboard --help"),
         (("trial", "mlp", "x"), "NUMBER x: must be a whole number; see searchfm trial --help"),
         (("dashboard", "--only", "x"), "--only x: 'x' is not one of 'optuna', 'mlflow'; see searchfm dashboard --help"),
     ],

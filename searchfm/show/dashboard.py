@@ -120,7 +120,7 @@ def serve_one(home: Home, only: Only, access: Access, ports: tuple[int, int], re
 
 def free_port(first: int, taken: int = 0, host: str = LOOPBACK, tried: int = 0) -> int:
     """The first port from `first` on that is free at that address. tried: 20 by default. Raises WorldError."""
-    last = first + (tried or TRIED) - 1
+    last = min(first + (tried or TRIED) - 1, 65_535)  # no host has more
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(first, last + 1):
         if port != taken:

@@ -261,6 +261,8 @@ def test_no_free_port_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         with pytest.raises(WorldError, match="in use; name another with --port"):
             dashboard.free_port(taken.getsockname()[1])
+    with pytest.raises(WorldError, match="ports 65535 to 65535 on"):
+        dashboard.free_port(65_535, taken=65_535)
 
 
 def test_a_home_without_studies_says_so(home: Home) -> None:
