@@ -84,7 +84,7 @@ def tune(
     subset: fraction of the training part to search on, 0 to 1.
     epochs: of a trial.
     set: other keys by dotted name, {"optimizer.lr": 0.01} or {"optimizer.lr": {"low": 1e-3, "high": 0.1, "log": True}};
-        or texts as `--set` takes them.
+        or a text as `--set` takes it, or several.
     name: of the study; default: the file's name.
     seed: of the search.
     first: a file of configurations to try first: its `[[first]]` tables, or the config.toml of a trial.

@@ -140,7 +140,7 @@ def test_a_table_is_a_study_of_its_own_name(study: searchfm.OpenStudy) -> None:
     assert not (study.home / "studies" / "own").exists()
 
 
-@pytest.mark.parametrize("value", [{"optimizer.lr": 0.1}, ["optimizer.lr=0.1"]])
+@pytest.mark.parametrize("value", [{"optimizer.lr": 0.1}, ["optimizer.lr=0.1"], "optimizer.lr=0.1"])
 def test_other_keys_come_as_a_dict_or_as_texts(study: searchfm.OpenStudy, value: Any) -> None:
     with pytest.raises(ConfigError, match=r"optimizer.lr = 0.1: study 'mlp' was begun with"):
         searchfm.tune("mlp", set=value, home=study.home, progress=False, **TINY)

@@ -141,11 +141,12 @@ def from_table(table: Mapping[str, Any], name: str | None = None) -> StudyFile:
 
 
 def overrides(options: Mapping[str, Any], more: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """Overrides by dotted key, from options (None: absent) and `--set`, whose texts may be parsed already. Raises
-    ConfigError, UserError for a repeat.
+    """Overrides by dotted key, from options (None: absent) and `--set`: one text, several, or their values by key.
+    Raises ConfigError, UserError for a repeat.
     """
     values = {key: value for key, value in options.items() if value is not None}
-    pairs = more.items() if isinstance(more, Mapping) else [parse_override(text) for text in more]
+    texts = [more] if isinstance(more, str) else more
+    pairs = texts.items() if isinstance(texts, Mapping) else [parse_override(text) for text in texts]
     for key, value in pairs:
         if key in values:
             raise UserError(f"--set {key}: is given twice")
