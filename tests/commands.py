@@ -54,6 +54,11 @@ def header(study: str, data: str) -> str:
     return f"{study} on {data}: {question((shipped_folder() / f'{study}.toml').read_text('utf-8'))}\n"
 
 
+def after_imports(printed: str) -> str:
+    """What a command printed, less the phase that is shown once it takes long: on busy cores."""
+    return printed.removeprefix("importing Optuna\n")
+
+
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that searchfm reads."""
     return {name: value for name, value in environment.items() if name.startswith("SEARCHFM")}

@@ -344,7 +344,7 @@ def test_module_and_command_are_one() -> None:
 @pytest.mark.slow
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home = ("--home", str(new_home(tmp_path / "home").path))
-    done = searchfm("tune", "mlp", "--trials", "500", *TINY, "--timeout", "20", *home)  # the clock is the process's
+    done = searchfm("tune", "mlp", "--trials", "500", *TINY, "--timeout", "30", *home)  # the clock is the process's
     assert done.returncode == 0, done.stderr
     assert "(--timeout); the same command resumes" in done.stdout
     (row,) = json.loads(searchfm_here("status", "--json", *home).stdout)

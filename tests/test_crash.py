@@ -132,12 +132,12 @@ def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     """With hyperband, which has the most state; test_coordinator.py covers the other samplers and pruners. Its trials
     are long enough for the stop, which takes some three seconds, to come before the last.
     """
-    arguments = ("--workers", "1", "--set", "search.pruner=hyperband", "--epochs", "40")
+    arguments = ("--workers", "1", "--set", "search.pruner=hyperband", "--epochs", "20")
     unbroken, broken = (new_home(tmp_path / name).path for name in ("unbroken", "broken"))
     with without_following():
         finish(unbroken, *arguments)
     process = start(broken, *arguments)
-    wait_for_trials(process, broken, 5)
+    wait_for_trials(process, broken, 3)
     time.sleep(0.1)
     assert searchfm_here("stop", "mlp", "--json", "--home", str(broken)).returncode == 0
     process.communicate(timeout=60)

@@ -192,7 +192,7 @@ def write_digits(root: Path) -> Path:
 @pytest.mark.slow
 def test_a_folder_of_digits_gives_what_digits_give(home: Home, tmp_path: Path) -> None:
     """The images are the same, so the accuracy is the same except for their order in training."""
-    overrides = {"search.trials": 2, "search.pruner": "none", "train.epochs": 8}
+    overrides = {"search.trials": 1, "search.pruner": "none", "train.epochs": 6}
     named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
     root = write_digits(tmp_path / "images")
     folder = tuned("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
