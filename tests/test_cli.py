@@ -83,12 +83,18 @@ def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
 def test_status_lists_all_trials_by_a_key_and_follows_until_ctrl_c(home: Path) -> None:
     rows = searchfm_here("status", "mlp", "--all", "--sort", "number", "--home", str(home)).stdout
     assert [int(number) for number in re.findall(r"^ *(\d+) +(?:complete|pruned) ", rows, re.M)] == [0, 1, 2, 3]
-    command = [sys.executable, "-m", "searchfm", "status", "mlp", "--watch", "--home", str(home)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+    heeds = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's `&` turns it off
+    code = f"{heeds}; from searchfm.cli import main; main()"
+    command = [sys.executable, "-c", code, "status", "mlp", "--watch", "--home", str(home)]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
         assert watching.stdout is not None
         assert re.match(r"mlp: \d complete.* of 4; best 0\.\d+ ", watching.stdout.readline())
         watching.send_signal(signal.SIGINT)
-    assert watching.returncode == 0
+        assert watching.wait(60) == 0
+    finally:
+        watching.kill()
+        watching.communicate()
 
 
 def test_every_key_of_an_engine_file_has_a_flag() -> None:

@@ -27,7 +27,7 @@ for again in (False, True):
 
 
 def main(arguments: list[str]) -> None:
-    runs = [subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout.split()
-            for _ in range(REPEATS)]  # fmt: skip
+    command = [sys.executable, "-c", CODE]
+    runs = [subprocess.check_output(command, text=True).split() for _ in range(REPEATS)]
     new, again = (statistics.median(float(run[index]) for run in runs) for index in (0, 1))
     print(f"CPU seconds, medians of {REPEATS}: in a new process {new:.2f}, in one that has trained before {again:.2f}")
