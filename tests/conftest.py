@@ -42,7 +42,7 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # else nanobind reports these objects as leaks
 
 
-ABOUT = {"hosts": 40.0, "slow": 6.0}  # seconds a test with this mark takes, on average
+ABOUT = {"hosts": 40.0, "slow": 6.0}  # seconds a test with this mark takes, on average; `seconds` of a mark go before
 OTHERS = 0.2
 
 
@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most work first: a long file that begins last leaves the other workers idle."""
     work: Counter[str] = Counter()
     for item in items:
-        work[_file(item.nodeid)] += max([OTHERS, *(ABOUT.get(mark.name, 0.0) for mark in item.iter_markers())])
+        seconds = [mark.kwargs.get("seconds", ABOUT.get(mark.name, 0.0)) for mark in item.iter_markers()]
+        work[_file(item.nodeid)] += max([OTHERS, *seconds])
     items.sort(key=lambda item: (-work[_file(item.nodeid)], _file(item.nodeid)))
 
 

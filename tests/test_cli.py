@@ -80,6 +80,7 @@ def test_a_search_reports_its_trials_and_the_best(home: Path) -> None:
     assert study["home"] == str(home)
 
 
+@pytest.mark.slow
 def test_status_lists_all_trials_by_a_key_and_follows_until_ctrl_c(home: Path) -> None:
     rows = searchfm_here("status", "mlp", "--all", "--sort", "number", "--home", str(home)).stdout
     assert [int(number) for number in re.findall(r"^ *(\d+) +(?:complete|pruned) ", rows, re.M)] == [0, 1, 2, 3]

@@ -76,7 +76,7 @@ def serve(command: str) -> str:
 # --- what a reader runs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=150)
 def test_the_first_command_and_the_ten_minutes(folder: Path) -> None:
     first = re.search(r"^pip install uv && uv run (searchfm .*)$", TEXT, re.MULTILINE)
     assert first
@@ -95,7 +95,7 @@ def test_own_images(folder: Path, record_property: Callable[[str, object], None]
     assert "registered as models:/searchfm-any/1" in run(tuned)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=50)
 def test_an_own_space(folder: Path) -> None:
     (study,) = blocks("Your own space", "toml")
     (folder / "wide.toml").write_text(study)

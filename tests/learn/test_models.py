@@ -224,8 +224,8 @@ class TestTransferTopStage(SlowToLearn):
 @pytest.mark.parametrize("name", ["mlp", "cnn", "vit", "residual"])
 def test_every_key_of_an_architecture_changes_the_net(name: str) -> None:
     """In its layers, its weights or, where these are the same, its outputs."""
-    (kind,) = (option for item in ModelConfig.schema.values() if isinstance(item, BranchKey)
-               for tag, option in item.options.items() if tag == name)  # fmt: skip
+    (models,) = (item for item in ModelConfig.schema.values() if isinstance(item, BranchKey))
+    kind = models.options[name]
     base = {"dense_layers": 2} if name == "cnn" else {"layers": 2} if name == "vit" else {}
     other = {"patch_size": 8, "hidden_dim": 128, "heads": 8, "dense_layers": 3, "mlp_ratio": 2.0, "pool": "average"}
     images = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
