@@ -121,17 +121,17 @@ def _engine_options(
             "slurm.partition": partition,
             "slurm.gres": gres,
             "slurm.time": time_,
-            "slurm.args": _words("--slurm-args", slurm_args or ""),
+            "slurm.args": _sbatch_flags(slurm_args or ""),
         },
     }
 
 
-def _words(flag: str, text: str) -> tuple[str, ...]:
-    """The words of a text, as a shell has them. Raises UserError for a quotation without an end."""
+def _sbatch_flags(text: str) -> tuple[str, ...]:
+    """The words of `--slurm-args`, as a shell has them. Raises UserError for a quotation without an end."""
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise UserError(f"{flag} {text}: {str(error).lower()}") from None
+        raise UserError(f"--slurm-args {text}: {str(error).lower()}; must be flags as a shell reads them") from None
 
 
 def _number(text: str | None) -> int | str | None:

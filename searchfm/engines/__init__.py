@@ -70,7 +70,7 @@ class RayOptions(Table):
 
 
 class EngineOptions(Table):
-    """Options of a file for `--engine`; a flag comes before its key. Without a default, the engine has its own."""
+    """Options of a file for `--engine`; a flag overrides its key. Without a default, the engine has its own."""
 
     name: EngineName = key("local", "where workers run")
     device: str = key("auto", "auto, cpu, cuda, cuda:1 or mps")

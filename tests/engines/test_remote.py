@@ -442,7 +442,7 @@ TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--epochs", "1")
         ((*TUNE, "--engine", "cloud"), 2, "--engine cloud: must be local, listen"),
         ((*TUNE, "--engine", "none.toml"), 2, "--engine none.toml: No such file or directory"),
         ((*TUNE, "--gres", "gpu:1"), 2, "--gres gpu:1: is for --engine slurm"),
-        ((*TUNE, "--engine", "slurm", "--slurm-args", "'"), 2, "--slurm-args ': no closing quotation"),
+        ((*TUNE, "--engine", "slurm", "--slurm-args", "'"), 2, "--slurm-args ': no closing quotation; must be flags"),
         ((*TUNE, "--listen", "127.0.0.1"), 2, "--listen 127.0.0.1: is for --engine listen or slurm or ray"),
         (
             (*TUNE, "--engine", "listen", "--listen", "127.0.0.1", "--device", "cpu"),
