@@ -4,11 +4,12 @@ import importlib
 import sys
 from pathlib import Path
 
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+
 
 def main() -> None:
-    names = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
-    if len(sys.argv) < 2 or sys.argv[1] not in names:
-        sys.exit(f"usage: python -m tests.bench NAME; NAME may be {', '.join(names)}")
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: python -m tests.bench NAME; NAME may be {', '.join(NAMES)}")
     importlib.import_module(f"tests.bench.{sys.argv[1]}").main(sys.argv[2:])
 
 
