@@ -1,15 +1,15 @@
 """Search: asks Optuna for trials, gives them to a pool of workers, judges every epoch once, tells Optuna their ends.
 
-`tell` is the commit point of a trial. What precedes it (checkpoints, reports, files in the trial's folder) is found by
-the next coordinator, which adopts every RUNNING trial under its own number. What follows it (MLflow, the dashboard's
-notes) is a projection that can be made again at any time.
+Sampler and pruner read a study in memory (`MemoryStudy`). A trial is created in the database when a worker can take it,
+and written once an epoch. `tell` is the commit point of a trial. What precedes it (checkpoints, reports, files in the
+trial's folder) is found by the next coordinator, which adopts every RUNNING trial under its own number. What follows it
+(MLflow, the dashboard's notes) is a projection that can be made again at any time.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, 
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
 from searchfm.search import space
+from searchfm.search.memory import MemoryStudy
 from searchfm.search.storage import read_trial
 from searchfm.search.study import Study, fixed_sampler
 
 TRIAL = "searchfm.learn.entries:trial"
 HOPELESS = 3  # failed trials, with none that succeeded, that end a search
-SLOW_SECONDS = 0.1  # of an ask; the asks after it are made ahead
+ASK_SECONDS = 0.1  # to wait for a proposal before epochs are judged meanwhile
 CHANCE, AT_CHANCE = "pruned at chance", 3  # reason; trials so pruned, with none above chance, that end this rule
 
 
@@ -68,24 +69,25 @@ class Coordinator:
         entry: str = TRIAL,
         retry_failed: bool = False,
     ) -> None:
-        self.study, self.stored, self.storage, self.pool = study, stored, storage, pool
+        self.study, self.stored, self.pool = study, stored, pool
         self.payload, self.entry = payload, entry
         self.trials, self.points = trials, space.points(study.tree, most=trials)  # None: more points than trials
-        self.optuna = optuna.load_study(study_name=study.name, storage=storage, pruner=study.pruner())
+        self.memory = MemoryStudy(storage, stored.number, study.name, study.pruner())
         self.running: dict[int, LiveTrial] = {}  # in the pool
         self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is running
         self.trained: dict[str, int] = {}  # digest -> the trial that was, or is being, trained for it
         self.seen: set[str] = set()  # digests
-        self.asked = 0
+        self.asked = len(stored.trials)
         self.asking = ThreadPoolExecutor(1, "ask")
-        self.next: Future[tuple[optuna.Trial, Config]] | None = None  # asked for, of no worker yet
-        self.slow = False  # whether the last ask took long
+        self.next: Future[tuple[optuna.Trial, Config]] | None = None  # the proposal for trial `asked`, in memory alone
         self.failures: list[str] = []  # reasons since this coordinator began: the user may have fixed earlier ones
         self.useful = 0  # complete or pruned; one at chance too, since no error of every trial stops it
         self.chance, self.above, self.at_chance = study.chance(stored.data), False, 0  # trials above it, pruned at it
         self.kept: list[Trial] = []  # the best, whose weights are kept
-        self.ended = [trial for trial in stored.trials if trial.state != "running"]
-        self.ending = study.ended_by(self.ended)  # the rule that ends the search; a running trial may yet be better
+        self.ended = {trial.number: trial for trial in stored.trials if trial.state != "running"}
+        self.ending = study.ended_by(
+            self.ended.values()
+        )  # the rule that ends the search; a running trial may yet be better
         for trial in stored.trials:
             self._compare(trial.reported.values())
             if trial.state != "running":
@@ -107,73 +109,67 @@ class Coordinator:
             yield from self._adopt()
             while True:
                 yield from self._ask()
-                if self.pool.stopped or not (self.running or self.next or self._may_ask()):
-                    return  # running trials stay RUNNING, for the next coordinator to adopt
+                if self.pool.stopped or not (self.running or self._may_ask()):
+                    return  # running trials stay RUNNING, for the next coordinator to adopt; a proposal is dropped
                 for event in self.pool.events():
                     yield from self._on(event)
 
     def _adopt(self) -> Iterator[SearchEvent]:
         """Takes over the trials of a coordinator that is gone, under their own numbers, from their last checkpoints."""
-        trials = self.optuna.get_trials(deepcopy=False)  # also what lets `optuna.Trial` suggest for an old trial
-        self.asked = len(trials)
-        for frozen in [trial for trial in trials if not trial.state.is_finished()]:
-            # A trial with its config has all its parameters, and some samplers count how often they are asked. Without
-            # its config, no worker had it.
+        for frozen in [trial for trial in self.memory.trials if not trial.state.is_finished()]:
+            # A trial with its config has all its parameters, and some samplers count how often they are asked. Up to
+            # 0.3.0 a trial was RUNNING before it had its config; no worker had it then.
             complete = "config" in frozen.user_attrs
-            self.optuna.sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
-            trial = optuna.Trial(self.optuna, frozen._trial_id)
+            sampler = fixed_sampler(frozen.params) if complete else self.study.sampler(frozen.number)
+            trial = self.memory.adopt(frozen.number, sampler)
             current = self._open(trial, self.study.sample(trial))
             current.pruned = frozen.user_attrs.get("pruned", "")
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
-            current.epochs = list(self._record(current.number).epochs)
+            current.epochs = list(self.stored.trials[current.number].epochs)
             attempt, lost = frozen.user_attrs.get("attempt", int(complete)), frozen.user_attrs.get("lost", 0)
             current.job = replace(current.job, attempt=attempt, lost=lost, received=len(current.epochs))
             yield from self._begin(current, adopted=complete)
 
     def _ask(self) -> Iterator[SearchEvent]:
-        """Asks for a trial for each free worker, while the study is not full; after a slow ask, for one more ahead."""
-        while self.next is not None or self._may_ask():
-            if self.pool.free == 0 and not self._ahead:
-                return
+        """Starts a trial for each free worker, while the study is not full; then asks for one more ahead."""
+        while self._may_ask() and (self.pool.free or self._ahead):
+            if self.useful == 0 and len(self.failures) >= HOPELESS:
+                if self.running:
+                    return  # one of them may still succeed
+                raise WorldError(
+                    f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
+                    f"the last with: {self.failures[-1]}"
+                )
             if self.next is None:
-                if self.useful == 0 and len(self.failures) >= HOPELESS:
-                    if self.running:
-                        return  # one of them may still succeed
-                    raise WorldError(
-                        f"study {self.study.name!r}: {len(self.failures)} trials failed and none succeeded, "
-                        f"the last with: {self.failures[-1]}"
-                    )
-                # Repeated trials come after those that are fixed by their numbers, else they would take their places.
-                repeats = self.again and self.asked >= min(self.study.fixed, self.study.trials)
-                sampler = fixed_sampler(self.again.popleft()) if repeats else self.study.sampler(self.asked)
-                self.next = self.asking.submit(self._sample, sampler)
-                self.asked += 1
-            if self.pool.free == 0 or (self.slow and self.running and not self.next.done()):
+                self.next = self.asking.submit(self._propose, self._sampler())
+            if not self.pool.free:
+                return
+            if not wait([self.next], ASK_SECONDS if self.running else None).done:
                 return  # epochs are judged meanwhile
             trial, config = self.next.result()
-            assert trial.number == self.asked - 1, "another process asks in this study"
+            assert trial.number == self.asked
             self.next = None
+            self.asked += 1
             yield from self._begin(self._open(trial, config))
 
-    def _sample(self, sampler: BaseSampler) -> tuple[optuna.Trial, Config]:
-        """Asks for a trial and samples its parameters, in the thread of `asking`. Until a worker takes it, the trial is
-        RUNNING without a config, as after a kill between two writes: it is adopted, and MLflow does not see it.
+    def _sampler(self) -> BaseSampler:
+        """That of the next trial. Repeated trials come after those that are fixed by their numbers, else they would
+        take their places.
         """
-        began = time.monotonic()
-        self.optuna.sampler = sampler
-        trial = self.optuna.ask()
-        config = self.study.sample(trial)
-        self.slow = time.monotonic() > began + SLOW_SECONDS
-        return trial, config
+        repeats = self.again and self.asked >= min(self.study.fixed, self.study.trials)
+        return fixed_sampler(self.again.popleft()) if repeats else self.study.sampler(self.asked)
+
+    def _propose(self, sampler: BaseSampler) -> tuple[optuna.Trial, Config]:
+        """Asks for a trial and samples its parameters, in memory, in the thread of `asking`."""
+        trial = self.memory.ask(sampler)
+        return trial, self.study.sample(trial)
 
     @property
     def _ahead(self) -> bool:
         """Whether to ask although no worker is free. Not with one worker: its next proposal depends on the trial
-        before. Not in a study that may be hopeless, nor after a stop request: it would end with a trial that no worker
-        had.
+        before.
         """
-        busy = len(self.running) > 1 and not self.pool.stopping()
-        return busy and self.slow and self.next is None and self.useful > 0
+        return len(self.running) > 1 and not self.pool.stopping()
 
     def _on(self, event: Event) -> Iterator[SearchEvent]:
         current = self.running[int(event.job)]
@@ -190,6 +186,8 @@ class Coordinator:
                 current.trial.set_user_attr("attempt", attempt)
                 if reason:  # else its worker was stopped, which is no fault of the trial
                     current.trial.set_user_attr("lost", lost)
+                self.memory.write(current.number)
+                if reason:
                     yield TrialRetried(current.number, f"{reason}; goes on from its last checkpoint")
 
     # --- one trial ----------------------------------------------------------------------------------------------------
@@ -207,6 +205,7 @@ class Coordinator:
             if number < len(self.study.known):
                 trial.set_user_attr("first", self.study.known[number].origin)
             trial.set_user_attr("digest", current.digest)
+        self.memory.write(number)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(self.study.replay(number, table))
         return current
@@ -229,6 +228,7 @@ class Coordinator:
             attempt = self.pool.submit(current.job)
             if attempt > 1:
                 current.trial.set_user_attr("attempt", attempt)
+                self.memory.write(number)
             yield TrialStarted(number, self._record(number), "adopted" if adopted else "started")
 
     def _judge(self, current: LiveTrial, epoch: Epoch) -> Iterator[SearchEvent]:
@@ -241,6 +241,7 @@ class Coordinator:
             if reason := self._prune(current, epoch.index, accuracy):
                 current.pruned = f"{reason} after epoch {epoch.index}"
                 current.trial.set_user_attr("pruned", current.pruned)  # its worker may take a while to stop
+            self.memory.write(current.number)
         yield TrialEpoch(current.number, epoch)
         if current.pruned:
             self.pool.stop(str(current.number))
@@ -277,20 +278,20 @@ class Coordinator:
     def _end(
         self, current: LiveTrial, state: TrialState, value: float | None = None, **attrs: Any
     ) -> Iterator[SearchEvent]:
-        """Attributes (reason, result, twin), then `tell`: the trial has ended."""
+        """`tell`, with attributes (reason, result, twin): the trial has ended."""
         number = current.number
         for name, attr in attrs.items():
             if attr is not None:
                 current.trial.set_user_attr(name, attr)
-        self.optuna.tell(current.trial, value, state)
+        self.memory.tell(current.trial, value, state)
         self.running.pop(number, None)
         record = self._record(number)
         if state is TrialState.FAIL:
             self.failures.append(record.reason or "")
             del self.trained[current.digest]
         self._count(record)
-        self.ended.append(record)
-        self.ending = self.study.ended_by(self.ended)
+        self.ended[number] = record
+        self.ending = self.study.ended_by(self.ended.values())
         yield TrialEnded(number, record)
         if record.twin is None:
             for follower in [other for other in self.waiting.values() if other.digest == current.digest]:
@@ -299,8 +300,9 @@ class Coordinator:
 
     def _follow(self, current: LiveTrial, first: int) -> Iterator[SearchEvent]:
         """Ends a trial as its twin ended: the same value, or the same reports and state, without training."""
-        twin, reported = self._record(first), self._record(current.number).reported
-        for index in sorted(twin.reported.keys() - reported.keys()):
+        twin = self.ended[first]
+        reported = self.memory.trial(current.number).intermediate_values
+        for index in twin.reported.keys() - reported.keys():
             current.trial.report(twin.reported[index], index)
         write_epochs(current.folder / EPOCHS, twin.epochs)
         state = TrialState.COMPLETE if twin.state == "complete" else TrialState.PRUNED
@@ -310,8 +312,7 @@ class Coordinator:
     # --- what is known of the study -----------------------------------------------------------------------------------
 
     def _record(self, number: int) -> Trial:
-        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.stored.number, number)
-        return read_trial(self.storage.get_trial(trial_id), self.stored.folder / f"{number:04d}")
+        return read_trial(self.memory.trial(number), self.stored.folder / f"{number:04d}")
 
     def _count(self, trial: Trial) -> None:
         """Counts a trial that ended, and drops the weights that are not among the best any more."""

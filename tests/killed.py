@@ -15,7 +15,6 @@ from typing import Any
 
 import sqlalchemy
 
-from searchfm import coordinator
 from searchfm.home import Home
 from searchfm.search.storage import open_storage
 from tests.driving import let_go, search, toy
@@ -53,7 +52,6 @@ class KillAt:
 def run(spec: dict[str, Any]) -> None:
     kill = KillAt(spec.get("die_at"))
     kill.watch()
-    coordinator.SLOW_SECONDS = spec.get("slow_seconds", coordinator.SLOW_SECONDS)
     search(Home(Path(spec["home"])), toy(**spec["tables"]), workers=spec["workers"], payload=spec.get("payload"))
     Path(spec["home"], "writes").write_text(str(kill.seen))
 

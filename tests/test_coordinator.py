@@ -10,24 +10,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import FixedTrial
+import sqlalchemy
+from optuna.trial import FixedTrial, TrialState
 from scipy.stats import binom
 
-from searchfm import coordinator, pool
+from searchfm import pool
 from searchfm.coordinator import HOPELESS
 from searchfm.engines.local import LocalEngine
-from searchfm.errors import DataError, LockedError, StorageError, WorldError
+from searchfm.errors import DataError, LockedError, StorageError, StudyError, WorldError
 from searchfm.events import SearchEvent
 from searchfm.home import Home
 from searchfm.jobs import EpochDone, Event, Finished, Lost
 from searchfm.pool import STOP_SECONDS
 from searchfm.records import StudyRecord, Trial
 from searchfm.search import files
+from searchfm.search.storage import open_storage
 from tests import driving, toys
 from tests.driving import check, facts, search, toy
 
@@ -374,6 +378,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., S
             process.stdin.write(json.dumps({**spec, "home": str(path), "die_at": moment}) + "\n")
             process.stdin.flush()
             assert int(process.stdout.readline()) == (0 if moment is None else -signal.SIGKILL)
+            with suppress(StudyError):  # killed before it was begun
+                trials = driving.stored(Home(path), "toy").trials
+                assert all(row.config and row.digest and row.params for row in trials), "a trial is whole, or not there"
         return driving.stored(Home(path), "toy")
 
     with process:
@@ -411,12 +418,15 @@ def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(kille
 
 
 @pytest.mark.slow
-def test_after_a_kill_at_any_write_a_trial_asked_ahead_is_adopted(killed: Any) -> None:
-    spec = SPEC | {"workers": 2, "slow_seconds": 0.0}
-    unbroken = killed("unbroken", spec, [None])
-    writes = int((unbroken.folder.parents[1] / "writes").read_text())
-    for moment in range(40, writes - 5, 17):
-        check_killed(killed("broken", spec, [moment, None]), unbroken)
+def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken_one(killed: Any) -> None:
+    """Nothing that a sampler or pruner reads is lost: the trial is proposed again, or adopted with its rungs."""
+    one, two = (
+        {**SPEC, "tables": {**SPEC["tables"], "search": {**SPEC["tables"]["search"], "trials": n}}} for n in (2, 3)
+    )
+    writes = [int((killed("unbroken", spec, [None]).folder.parents[1] / "writes").read_text()) for spec in (one, two)]
+    unbroken = killed("unbroken", two, [None])
+    for moment in range(writes[0] + 1, writes[1] + 1):
+        assert facts(killed("broken", two, [moment, None])) == facts(unbroken), moment
 
 
 @pytest.mark.slow
@@ -660,83 +670,160 @@ def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) 
 
 # --- proposals asked ahead --------------------------------------------------------------------------------------------
 
-SLOW: dict[str, Any] = {"search": {"sampler": {"name": "tpe", "startup_trials": 2}, "trials": 9}}
+TPE: dict[str, Any] = {"search": {"sampler": {"name": "tpe", "startup_trials": 2}, "trials": 9}}
 
 
-@pytest.fixture
-def slow_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ask counts as slow."""
-    monkeypatch.setattr(coordinator, "SLOW_SECONDS", 0.0)
+class Asks:
+    """A study that counts the proposals it is asked for."""
+
+    def __init__(self, **tables: Any) -> None:
+        self.study, self.count = toy(**TPE, **tables), 0
+        self.sampler, self.study.sampler = self.study.sampler, self.counted  # type: ignore[method-assign]
+
+    def counted(self, number: int) -> Any:
+        assert number == self.count, "one proposal a trial, in their order"
+        self.count += 1
+        return self.sampler(number)
 
 
-def unstarted(home: Home, name: str = "toy") -> list[int]:
-    """The trials that were asked for, and are of no worker yet."""
-    return [row.number for row in driving.stored(home, name).of("running") if not row.config]
-
-
-@pytest.mark.usefixtures("slow_asks")
-def test_with_two_workers_the_next_trial_is_asked_for_while_they_train(any_home: Home) -> None:
-    ahead: list[int] = []
+def test_with_two_workers_the_next_trial_is_proposed_while_they_train_and_is_in_no_database(any_home: Home) -> None:
+    asks, ahead = Asks(), set()
 
     def watch(item: SearchEvent, _: LocalEngine) -> None:
-        if item.kind == "epoch" and item.epoch.index == 2 and not ahead:
-            ahead.extend(unstarted(any_home))
+        if item.kind == "epoch" and item.epoch.index == 2:
+            stored = driving.stored(any_home, "toy").trials
+            assert all(row.config for row in stored)
+            ahead.add(asks.count - len(stored))
 
-    check(search(any_home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch), 9)
-    assert len(ahead) == 1
+    check(search(any_home, asks.study, workers=2, payload={"seconds": 0.1}, watch=watch), 9)
+    assert ahead == {0, 1}, "the last trial has none after it"
+    assert asks.count == 9
 
 
-@pytest.mark.usefixtures("slow_asks")
 def test_with_one_worker_nothing_is_asked_ahead(home: Home) -> None:
-    seen: list[list[int]] = []
-    watch = lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None  # noqa: E731
-    search(home, toy(**SLOW), trials=5, watch=watch)
-    assert seen == [[]] * 15
+    asks, ahead = Asks(), []
+    watch = lambda item, _: ahead.append(asks.count - item.trial - 1) if item.kind == "epoch" else None  # noqa: E731
+    search(home, asks.study, trials=5, watch=watch)
+    assert ahead == [0] * 15
 
 
-def test_a_fast_ask_waits_for_a_free_worker(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "SLOW_SECONDS", 60.0)
-    seen: list[list[int]] = []
-    watch = lambda item, _: seen.append(unstarted(home)) if item.kind == "epoch" else None  # noqa: E731
-    check(search(home, toy(**SLOW), trials=5, workers=2, watch=watch), 5)
-    assert seen == [[]] * 15
-
-
-@pytest.mark.usefixtures("slow_asks")
-def test_a_trial_asked_ahead_is_adopted_after_a_stop(home: Home) -> None:
-    def watch(item: SearchEvent, _: LocalEngine) -> bool:
-        return item.kind == "epoch" and item.trial > 2 and bool(unstarted(home))
-
-    stopped = search(home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch)
-    (ahead,) = unstarted(home)
-    assert ahead == len(stopped.trials) - 1
-    params = stopped.trials[ahead].params
-    study = search(home, toy(**SLOW), workers=2)
+def test_a_proposal_that_no_worker_took_is_dropped(home: Home) -> None:
+    asks = Asks()
+    watch = lambda item, _: item.kind == "epoch" and asks.count > item.trial + 2  # noqa: E731
+    stopped = search(home, asks.study, workers=2, payload={"seconds": 0.1}, watch=watch)
+    assert len(stopped.trials) == asks.count - 1
+    assert all(row.config for row in stopped.trials)
+    study = search(home, toy(**TPE), workers=2)
     check(study, 9)
-    assert study.trials[ahead].params == params
-    assert study.trials[ahead].attempts == 1
     assert len(study.of("complete")) == 9
 
 
-@pytest.mark.usefixtures("slow_asks")
 def test_nothing_is_asked_ahead_after_a_stop_request(home: Home) -> None:
-    watch = lambda item, _: (item.kind, item.trial) == ("started", 4)  # noqa: E731
-    stopped = search(home, toy(**SLOW), workers=2, payload={"seconds": 0.1}, watch=watch)
-    assert len(stopped.trials) == 5
+    asks = Asks()
+    watch = lambda item, _: (item.kind, item.trial) == ("started", 1)  # noqa: E731
+    stopped = search(home, asks.study, workers=2, payload={"seconds": 0.1}, watch=watch)
+    assert len(stopped.trials) == asks.count == 2
     assert len(stopped.of("running")) == 2
 
 
-@pytest.mark.usefixtures("slow_asks")
 def test_asked_ahead_a_finite_space_still_ends_and_twins_are_trained_once(home: Home) -> None:
-    study = search(home, toy(search={"trials": 200}, **SIX), workers=2, payload={"fail": [0]})
+    study = search(home, toy(search={"trials": 200}, **SIX), workers=2, payload={"fail": [0], "seconds": 0.01})
     assert len({row.digest for row in study.trials}) == 6
     check(study, len(study.trials))
     assert len(study.trials) < 60
     assert len({row.digest for row in study.ranked(twins=False)}) == len(study.ranked(twins=False))
 
 
-@pytest.mark.usefixtures("slow_asks")
 def test_asked_ahead_a_study_whose_every_trial_fails_leaves_no_running_trial(home: Home) -> None:
     with pytest.raises(WorldError, match="none succeeded"):
-        search(home, toy(**SLOW), workers=2, payload={"fail": list(range(20))})
+        search(home, toy(**TPE), workers=2, payload={"fail": list(range(20))})
     assert driving.stored(home, "toy").of("running") == []
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_records_of_events_are_those_of_the_database(any_home: Home) -> None:
+    study, ended = with_twins("aabc", pruner={"name": "asha", "reduction": 2}), {}
+
+    def watch(item: SearchEvent, _: LocalEngine) -> None:
+        if item.kind == "ended":
+            ended[item.trial] = item.record
+
+    stored = search(any_home, study, payload={"fail": [3]}, watch=watch)
+    for row in stored.trials:
+        record = ended[row.number]
+        assert record.started == pytest.approx(row.started, abs=1e-5)
+        assert record.ended == pytest.approx(row.ended, abs=1e-5)
+        assert replace(record, started=row.started, ended=row.ended) == row
+
+
+def test_a_trial_takes_a_transaction_when_it_begins_for_each_epoch_and_at_its_end(home: Home) -> None:
+    commits: list[int] = []
+    count = lambda _: commits.append(1)  # noqa: E731
+    seen: list[int] = []
+    sqlalchemy.event.listen(sqlalchemy.Engine, "commit", count)
+    try:
+        watch = lambda item, _: seen.append(len(commits)) if item.kind == "ended" else None  # noqa: E731
+        search(home, toy(search={"pruner": {"name": "hyperband"}}, first=KNOWN), trials=4, watch=watch)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "commit", count)
+    assert [after - before for before, after in itertools.pairwise(seen)] == [1 + 3 + 1] * 3
+
+
+def test_a_running_trial_without_its_config_is_adopted_with_the_parameters_it_has(home: Home) -> None:
+    """Up to 0.3.0 a trial was created before its parameters, and these before its config."""
+    whole = search(home, toy(), trials=3)
+    other = Home(home.path / "other")
+    search(other, toy(), trials=2)
+    storage = open_storage(other)
+    optuna_study = optuna.load_study(study_name="toy", storage=storage, sampler=optuna.samplers.RandomSampler(1))
+    layers = optuna_study.ask().suggest_int("model.mlp.layers", 1, 3)
+    driving.let_go(storage)
+    progress: list[SearchEvent] = []
+    study = search(other, toy(), trials=3, watch=lambda item, _: progress.append(item))
+    check(study, 3)
+    assert progress[0].kind == "started"
+    assert study.trials[2].params.keys() == whole.trials[2].params.keys()
+    assert (study.trials[2].params["model.mlp.layers"], study.trials[2].attempts) == (layers, 1)
+
+
+SAMPLERS: list[dict[str, Any]] = [
+    {"name": "random"},
+    {"name": "tpe", "startup_trials": 2},
+    {"name": "cmaes", "startup_trials": 2},
+    {"name": "gp", "startup_trials": 2},
+    {"name": "qmc"},
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda table: table["name"])
+def test_proposals_and_prunings_in_memory_are_those_of_a_study_in_the_database(
+    home: Home, sampler: dict[str, Any]
+) -> None:
+    """Optuna alone, on its storage in a database, against the search. A twin copies its end, and the pruner is not
+    asked about it.
+    """
+    study = toy(search={"sampler": sampler, "pruner": {"name": "hyperband"}, "trials": 9}, train={"epochs": 4})
+    record = search(home, study)
+    storage = open_storage(Home(home.path / "direct"), create=True)
+    direct = optuna.create_study(storage=storage, study_name="toy", direction="maximize", pruner=study.pruner())
+    for row in record.trials:
+        direct.sampler = study.sampler(row.number)
+        trial = direct.ask()
+        config = study.sample(trial)
+        assert trial.params == row.params, row.number
+        reports = [toys.curve(config.to_table(), epoch) for epoch in range(1, 5)]
+        for epoch, value in enumerate(reports[: len(row.reported)], 1):
+            trial.report(value, epoch)
+            pruned = row.twin is None and study.judges(config, epoch) and trial.should_prune()
+            assert pruned == (row.twin is None and row.state == "pruned" and epoch == len(row.reported))
+        state = TrialState.PRUNED if row.state == "pruned" else TrialState.COMPLETE
+        direct.tell(trial, row.value, state)
+    here = open_storage(home)
+    pairs = zip(here.get_all_trials(record.number), direct.get_trials(), strict=True)
+    for mine, theirs in pairs:
+        assert mine.system_attrs == theirs.system_attrs
+        assert (mine.params, mine.distributions, mine.values) == (theirs.params, theirs.distributions, theirs.values)
+    driving.let_go(here)
+    driving.let_go(storage)

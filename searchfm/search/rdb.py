@@ -1,4 +1,5 @@
-"""Optuna's storage in a database: its trials are read as rows, and on PostgreSQL its calls survive dropped connections.
+"""Optuna's storage in a database: its trials are read and written as rows, and on PostgreSQL its calls survive dropped
+connections.
 
 Through Optuna's objects of SQLAlchemy, 10,000 trials of a toy study take 5.5 s of CPU to read, as rows 0.8 s.
 
@@ -12,21 +13,24 @@ import gc
 import json
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import msgspec
 import sqlalchemy
-from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import ColumnElement, Connection, select
+from sqlalchemy import ColumnElement, Connection, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from searchfm.search.database import CONNECT_ARGS, POOL_EVENTS, retry
 
@@ -36,11 +40,78 @@ T = TypeVar("T")
 NONCE = "searchfm:nonce"  # system attribute of a trial
 EPOCH = datetime(1970, 1, 1)
 TRIAL = models.TrialModel
+REPORT, VALUE = models.TrialIntermediateValueModel, models.TrialValueModel
 Rows = dict[int, list[Any]]  # by trial
 
 
+@dataclass(frozen=True)
+class Content:
+    """What Optuna's tables hold of a trial beside its state, values and times. Its mappings are its own."""
+
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    user_attrs: Mapping[str, Any]
+    system_attrs: Mapping[str, Any]
+    reports: Mapping[int, float]  # by step
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Self:
+        """That of a trial now. `optuna.Trial` changes mappings in place, also those of its trials before."""
+        params, distributions, reports = dict(trial.params), dict(trial.distributions), dict(trial.intermediate_values)
+        return cls(params, distributions, dict(trial.user_attrs), dict(trial.system_attrs), reports)
+
+    def since(self, before: Self) -> Self:
+        """The entries that `before` lacks, or has with other values."""
+        return type(self)(*map(_new, vars(self).values(), vars(before).values()))
+
+
+def _new(now: Mapping[Any, Any], old: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in now.items() if key not in old or old[key] != value}
+
+
 class RowStorage(RDBStorage):
-    """Reads the same trials as Optuna's own methods. Wrap it with `get_storage`."""
+    """Reads and writes the same trials as Optuna's own methods. Wrap it with `get_storage`."""
+
+    def write_trial(self, trial_id: int, content: Content, end: FrozenTrial | None = None) -> None:
+        """Adds to an unfinished trial, in one transaction; end: also gives it the state, values and time of its end.
+
+        Raises KeyError for an unknown trial, UpdateFinishedTrialError for one that has ended.
+        """
+        with self.engine.begin() as connection:
+            state = connection.scalar(select(TRIAL.state).where(TRIAL.trial_id == trial_id).with_for_update())
+            if state is None:
+                raise KeyError(f"no trial has the id {trial_id}")
+            self.check_trial_is_updatable(trial_id, state)
+            _write(connection, trial_id, content, (end and end.values) or ())
+            if end is not None:
+                ended = {TRIAL.state: end.state, TRIAL._datetime_complete_utc: _utc(end.datetime_complete)}
+                connection.execute(update(TRIAL).where(TRIAL.trial_id == trial_id).values(ended))
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
+        """Creates a trial, in one transaction and a statement a table. Raises KeyError for an unknown study."""
+        trial = copy(template_trial) if template_trial else create_trial(state=TrialState.RUNNING)
+        with self.engine.begin() as connection:
+            study = models.StudyModel.study_id
+            if connection.scalar(select(study).where(study == study_id).with_for_update()) is None:
+                raise KeyError(f"no study has the id {study_id}")
+            trial._trial_id = self._insert(connection, study_id, trial)
+            trial.number = connection.execute(
+                select(TRIAL.number).where(TRIAL.trial_id == trial._trial_id)
+            ).scalar_one()
+        return trial
+
+    def _insert(self, connection: Connection, study_id: int, trial: FrozenTrial) -> int:
+        """Inserts a trial, with the next number; returns its id."""
+        number = select(func.count()).where(TRIAL.study_id == study_id).scalar_subquery()
+        times = {
+            TRIAL._datetime_start_utc: _utc(trial.datetime_start),
+            TRIAL._datetime_complete_utc: _utc(trial.datetime_complete),
+        }
+        row = {TRIAL.study_id: study_id, TRIAL.number: number, TRIAL.state: trial.state, **times}
+        key = connection.execute(insert(TRIAL).values(row)).inserted_primary_key
+        assert key is not None
+        _write(connection, key[0], Content.of(trial), trial.values or ())
+        return int(key[0])
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """One trial. Raises KeyError for an unknown one."""
@@ -83,13 +154,13 @@ class RowStorage(RDBStorage):
             )
             trials = connection.execute(select(*columns).where(chosen).order_by(TRIAL.trial_id)).all()
             params = _rows(connection, chosen, models.TrialParamModel, "param_name", "param_value", "distribution_json")
-            values = _rows(connection, chosen, models.TrialValueModel, "objective", "value", "value_type")
+            values = _rows(connection, chosen, VALUE, "objective", "value", "value_type")
             user = _rows(connection, chosen, models.TrialUserAttributeModel, "key", "value_json")
             system = _rows(connection, chosen, models.TrialSystemAttributeModel, "key", "value_json")
             columns_of_reports = ("step", "intermediate_value", "intermediate_value_type")
-            reports = _rows(connection, chosen, models.TrialIntermediateValueModel, *columns_of_reports)
-        value_of = models.TrialValueModel.stored_repr_to_value
-        report_of = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+            reports = _rows(connection, chosen, REPORT, *columns_of_reports)
+        value_of = VALUE.stored_repr_to_value
+        report_of = REPORT.stored_repr_to_intermediate_value
         return [
             FrozenTrial(
                 number=number,
@@ -132,6 +203,45 @@ def _rows(connection: Connection, chosen: ColumnElement[bool], model: Any, *name
     return rows
 
 
+def backend(storage: BaseStorage) -> RowStorage:
+    """The storage that `get_storage` has wrapped."""
+    assert isinstance(storage, _CachedStorage)
+    assert isinstance(storage._backend, RowStorage)
+    return storage._backend
+
+
+def _write(connection: Connection, trial_id: int, content: Content, values: Sequence[float]) -> None:
+    """Writes rows as Optuna's own methods do, a statement a table, in place of those with the same keys."""
+    params = [
+        (name, distribution.to_internal_repr(content.params[name]), distribution_to_json(distribution))
+        for name, distribution in content.distributions.items()
+    ]
+    reports = [(step, *REPORT.intermediate_value_to_stored_repr(value)) for step, value in content.reports.items()]
+    numbers = [(objective, *VALUE.value_to_stored_repr(value)) for objective, value in enumerate(values)]
+    for model, rows, *names in (
+        (models.TrialParamModel, params, "param_name", "param_value", "distribution_json"),
+        (models.TrialUserAttributeModel, _encode(content.user_attrs), "key", "value_json"),
+        (models.TrialSystemAttributeModel, _encode(content.system_attrs), "key", "value_json"),
+        (REPORT, reports, "step", "intermediate_value", "intermediate_value_type"),
+        (VALUE, numbers, "objective", "value", "value_type"),
+    ):
+        if rows:
+            statement, columns = _upsert(connection.dialect.name, model, *names), ("trial_id", *names)
+            connection.execute(statement, [dict(zip(columns, (trial_id, *row), strict=True)) for row in rows])
+
+
+@cache
+def _upsert(dialect: str, model: Any, key: str, *names: str) -> sqlalchemy.Insert:
+    """Inserts rows of a table, or updates those of the same trial and key."""
+    statement = (sqlite.insert if dialect == "sqlite" else postgresql.insert)(model)
+    values = {name: statement.excluded[name] for name in names}
+    return statement.on_conflict_do_update(index_elements=["trial_id", key], set_=values)
+
+
+def _encode(attrs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(key, json.dumps(value)) for key, value in attrs.items()]
+
+
 def _decode(text: str) -> Any:
     """Python's JSON holds NaN, which msgspec, three times as fast, refuses."""
     try:
@@ -148,6 +258,10 @@ def _distribution(text: str) -> BaseDistribution:
 def _local(utc: datetime | None) -> datetime | None:
     """Optuna keeps times in UTC, and its trials have local ones, both without a zone."""
     return None if utc is None else datetime.fromtimestamp((utc - EPOCH).total_seconds())
+
+
+def _utc(local: datetime | None) -> datetime | None:
+    return None if local is None else local.astimezone(UTC).replace(tzinfo=None)
 
 
 def _repeated(
@@ -199,7 +313,7 @@ class ReconnectingStorage(RowStorage):
     _get_best_trial_id = _repeated(RDBStorage._get_best_trial_id)
 
     def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> FrozenTrial:
-        """Creates a trial once. Optuna itself repeats this call too, without a look at what an attempt has left."""
+        """Creates a trial once."""
         trial = copy(template_trial) if template_trial else create_trial(state=TrialState.RUNNING)
         nonce = uuid.uuid4().hex
         trial.system_attrs = {**trial.system_attrs, NONCE: nonce}
@@ -208,21 +322,18 @@ class ReconnectingStorage(RowStorage):
         finally:
             self._asked.discard(nonce)
 
-    def _get_prepared_new_trial(
-        self, study_id: int, template_trial: FrozenTrial | None, session: sqlalchemy.orm.Session
-    ) -> models.TrialModel:
+    def _insert(self, connection: Connection, study_id: int, trial: FrozenTrial) -> int:
         """The trial of an earlier attempt, else a new one; the caller has locked the study's row."""
-        assert template_trial is not None
-        nonce = template_trial.system_attrs[NONCE]
+        nonce = trial.system_attrs[NONCE]
         if nonce in self._asked:
-            self._check_lock()
             attribute = models.TrialSystemAttributeModel
-            query = session.query(models.TrialModel).join(attribute).filter(models.TrialModel.study_id == study_id)
-            trial = query.filter(attribute.key == NONCE, attribute.value_json == json.dumps(nonce)).one_or_none()
-            if trial is not None:
-                return trial
+            query = select(TRIAL.trial_id).join(attribute, attribute.trial_id == TRIAL.trial_id)
+            query = query.where(TRIAL.study_id == study_id, attribute.key == NONCE)
+            id_ = connection.scalar(query.where(attribute.value_json == json.dumps(nonce)))
+            if id_ is not None:
+                return int(id_)
         self._asked.add(nonce)
-        return super()._get_prepared_new_trial(study_id, template_trial, session)
+        return super()._insert(connection, study_id, trial)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """Ends a trial, or starts a waiting one, once."""
@@ -237,6 +348,18 @@ class ReconnectingStorage(RowStorage):
             return changed or (repeated and self._has(trial_id, state, values))
 
         return self._retry(call)
+
+    def write_trial(self, trial_id: int, content: Content, end: FrozenTrial | None = None) -> None:
+        """Adds to an unfinished trial, and ends it once."""
+
+        def call(repeated: bool) -> None:
+            try:
+                super(ReconnectingStorage, self).write_trial(trial_id, content, end)
+            except UpdateFinishedTrialError:
+                if not (repeated and end is not None and self._has(trial_id, end.state, end.values)):
+                    raise
+
+        self._retry(call)
 
     def _has(self, trial_id: int, state: TrialState, values: Sequence[float] | None) -> bool:
         trial = self.get_trial(trial_id)

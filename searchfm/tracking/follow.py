@@ -147,7 +147,7 @@ class Passes:
         return differences
 
     def _due(self) -> list[Trial]:
-        """The trials that are not aligned. One without a config is just being created."""
+        """The trials that are not aligned. One without a config was begun by 0.3.0, and is of no worker."""
         trials = [trial for trial in self._study.trials if trial.config or trial.state != "running"]
         return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 

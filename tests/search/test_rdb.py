@@ -22,6 +22,8 @@ from searchfm.home import STORAGE, Home
 from searchfm.search import database as database_module
 from searchfm.search.database import advisory, is_lost, postgres_engine
 from searchfm.search.lock import OWNER, Lock, study_lock
+from searchfm.search.memory import MemoryStudy
+from searchfm.search.rdb import NONCE, backend
 from searchfm.search.storage import create_study, load_study, locked_study, open_storage
 from tests import rows
 from tests.cutting import Cut, Proxy, drop_all
@@ -73,9 +75,8 @@ def content(study: optuna.Study) -> list[tuple[object, ...]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", Cut)
 def test_a_write_counts_once_though_each_of_its_transactions_is_cut(
-    storage: BaseStorage, proxy: Proxy, cut: Cut, monkeypatch: pytest.MonkeyPatch
+    storage: BaseStorage, proxy: Proxy, cut: Cut
 ) -> None:
-    monkeypatch.setattr("random.random", lambda: 0.0)  # Optuna waits up to two seconds before it asks again
     undisturbed, disturbed = [], []
     for name, write in WRITES.items():
         for place, contents in ((None, undisturbed), (storage, disturbed)):
@@ -87,6 +88,91 @@ def test_a_write_counts_once_though_each_of_its_transactions_is_cut(
             contents.append((name, content(study)))
         assert proxy.commits >= first, f"{name}: nothing was cut"
     assert disturbed == undisturbed
+
+
+# --- studies in memory ------------------------------------------------------------------------------------------------
+
+TABLES = {  # of a trial
+    "trial_params": "param_name, param_value, distribution_json",
+    "trial_values": "objective, value, value_type",
+    "trial_intermediate_values": "step, intermediate_value, intermediate_value_type",
+    "trial_user_attributes": "key, value_json",
+    "trial_system_attributes": "key, value_json",
+}
+
+
+def tables_of(storage: BaseStorage, study: int) -> list[list[tuple[object, ...]]]:
+    """All rows of a study, without ids and nonces."""
+    with backend(storage).engine.connect() as connection:
+
+        def rows(query: str) -> list[tuple[object, ...]]:
+            return [tuple(row) for row in connection.exec_driver_sql(query) if NONCE not in row]
+
+        chosen = f"JOIN trials USING (trial_id) WHERE study_id = {study} ORDER BY number"
+        return [
+            rows(f"SELECT number, state FROM trials WHERE study_id = {study} ORDER BY number"),
+            rows(f"SELECT key, value_json FROM study_system_attributes WHERE study_id = {study} ORDER BY key"),
+            *(rows(f"SELECT number, {names} FROM {table} {chosen}, 2") for table, names in TABLES.items()),
+        ]
+
+
+def trials_of(study: optuna.Study, write: Callable[[optuna.Trial], object], tell: Callable[..., object]) -> None:
+    """A complete, a pruned, a failed and a running trial; `write` after each step."""
+    for number, reports in enumerate([(0.1, 0.2), (float("nan"), float("inf")), (), (0.5,)]):
+        study.sampler = optuna.samplers.QMCSampler(seed=0)
+        trial = study.ask()
+        trial.suggest_float("lr", 1e-4, 0.1, log=True)
+        trial.suggest_categorical("name", ["adam", "sgd"])
+        trial.suggest_int("layers", 1, 3)
+        trial.set_user_attr("config", {"a": [1, 2.5, None], "é": True})
+        write(trial)
+        for step, value in enumerate(reports, 1):
+            trial.report(value, step)
+            trial.should_prune()
+            trial.set_user_attr("attempt", step)
+            write(trial)
+        if number < 3:
+            trial.set_user_attr("reason", "r")
+            value, state = ((0.3, TrialState.COMPLETE), (None, TrialState.PRUNED), (None, TrialState.FAIL))[number]
+            tell(trial, value, state)
+
+
+def make_pruner() -> optuna.pruners.BasePruner:
+    return optuna.pruners.SuccessiveHalvingPruner(1, 2)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_the_tables_of_a_study_in_memory_are_those_that_optuna_writes(any_home: Home) -> None:
+    storage = open_storage(any_home, create=True)
+    study = optuna.create_study(storage=storage, study_name="direct", direction="maximize", pruner=make_pruner())
+    trials_of(study, lambda _: None, study.tell)
+    number = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "memory")
+    memory = MemoryStudy(storage, number, "memory", make_pruner())
+    trials_of(memory.optuna, lambda trial: memory.write(trial.number), memory.tell)
+    tables = tables_of(storage, number)
+    assert tables == tables_of(storage, study._study_id)
+    assert all(tables)
+    again = MemoryStudy(storage, number, "memory", make_pruner())
+    assert str(content(again.optuna)[3]) == str(content(memory.optuna)[3])
+    for read, known in zip(again.trials, memory.trials, strict=True):
+        assert read.system_attrs.items() >= known.system_attrs.items()
+        assert str(read.intermediate_values) == str(known.intermediate_values)
+    let_go(storage)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("cut", Cut)
+def test_a_study_in_memory_is_written_once_though_each_transaction_is_cut(
+    storage: BaseStorage, proxy: Proxy, cut: Cut
+) -> None:
+    number = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE], "memory")
+    memory, first = MemoryStudy(storage, number, "memory", make_pruner()), proxy.commits + 1
+    proxy.cut = lambda commit: cut if (commit - first) % 2 == 0 else None
+    trials_of(memory.optuna, lambda trial: memory.write(trial.number), memory.tell)
+    proxy.cut = lambda commit: None
+    assert proxy.commits > first + 10
+    assert str(content(optuna.load_study(study_name="memory", storage=storage))) == str(content(memory.optuna))
 
 
 def test_a_study_whose_creation_is_cut_is_created_once(home: Home, storage: BaseStorage, proxy: Proxy) -> None:
