@@ -43,8 +43,13 @@ def augment(
 
 def flip(images: Tensor, probability: float, generator: Generator) -> Tensor:
     """Each image mirrored left to right with `probability`."""
-    chosen = _uniform((len(images), 1, 1, 1), generator, images.device) < probability
-    return torch.where(chosen, images.flip(-1), images)
+    chosen = flips(len(images), probability, generator, images.device)
+    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
+
+
+def flips(count: int, probability: float, generator: Generator, device: torch.device) -> Tensor:
+    """Which of `count` images `flip` mirrors: (count,) bool."""
+    return _uniform((count,), generator, device) < probability
 
 
 def crop(images: Tensor, shift: int, generator: Generator) -> Tensor:

@@ -75,7 +75,7 @@ def load_test(config: DataConfig, *, device: str | torch.device = "cpu", data_di
 
     Raises DataError as `load` does, and for a test part without images.
     """
-    return _to_device([_open(datasets.parsed(config, "test", data_dir))], torch.device(device))[0]
+    return to_device([_open(datasets.parsed(config, "test", data_dir))], torch.device(device))[0]
 
 
 def split(labels: Labels, classes: Sequence[str], config: DataConfig, *, own: int = 0) -> tuple[Labels, Labels]:
@@ -156,7 +156,7 @@ def moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _splits(train: Part, val: Part | None, classes: tuple[str, ...], device: str | torch.device) -> Splits:
     mean, std = moments(train.images)
-    train, *held = _to_device([train] if val is None else [train, val], torch.device(device))
+    train, *held = to_device([train] if val is None else [train, val], torch.device(device))
     return Splits(train, held[0] if held else None, classes, mean, std, train.fingerprint)
 
 
@@ -173,7 +173,7 @@ def _select(part: Part, indices: Labels) -> Part:
     return replace(part, images=images, labels=labels, indices=own)
 
 
-def _to_device(parts: list[Part], device: torch.device) -> list[Part]:
+def to_device(parts: list[Part], device: torch.device) -> list[Part]:
     """The parts on the device if all fit there, else in host memory, to be streamed."""
     size = sum(part.images.nbytes + part.labels.nbytes for part in parts)
     fits = device.type != "cuda" or size <= RESIDENT * torch.cuda.mem_get_info(device)[0]

@@ -28,7 +28,7 @@ from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, World
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
-from searchfm.learn import checkpoint
+from searchfm.learn import checkpoint, features
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
 from searchfm.learn.models import Classifier, build, custom, flops, parameters
@@ -64,8 +64,9 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     """Makes a study's data and pretrained weights available, before the first trial.
 
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
-    not run here, or differs.
+    not run here, or differs; ConfigError for a cache of features without a size.
     """
+    features.limit()
     job = PrepareJob.from_json(payload, "prepare")
     config = DataConfig.from_table(job.data)
     size = side(config, input_sides(job.input_models)) if job.choose_size and not config.size else 0

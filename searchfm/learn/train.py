@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from searchfm.config import Config, TrainConfig
 from searchfm.errors import ConfigError, DivergedError, SearchfmError
-from searchfm.learn import optim
+from searchfm.learn import features, optim
 from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
@@ -70,6 +71,8 @@ class Training(Iterator[Epoch]):
         self.epochs: list[Epoch] = []
         if resume is not None:
             self._restore(resume)
+        self._features = features.find(self.model, data, config, partial(_precision, config.train, self.device), tick)
+        self._net, self._judged = self._trained(self.model), self._trained(self.classifier)
 
     @property
     def classifier(self) -> Classifier:
@@ -107,23 +110,19 @@ class Training(Iterator[Epoch]):
     def _pass(self, index: int) -> tuple[float, float, float]:
         """One pass over the training part: mean loss, accuracy, last learning rate. Waits for the device at its end."""
         config, model, device = self.config, self.model, self.device
-        size, classes = config.train.batch_size, len(self.data.classes)
-        steps = math.ceil(self._count / size)
-        order = torch.randperm(len(self.data.train.labels), generator=_generator(self._seed, "order", index))
-        augmentation = _generator(self._seed, _AUGMENTATION, index, device=device)
+        steps = math.ceil(self._count / config.train.batch_size)
         loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         factor = 0.0
         model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_derive(self._seed, "dropout", index))
-            for i, (images, labels) in enumerate(batches(self.data.train, size, order[: self._count])):
+            for i, (inputs, targets) in enumerate(self._batches(index)):
                 self._tick()
                 step = (index - 1) * steps + i
                 factor = optim.lr_factor(step, steps, config.train.epochs * steps, config.schedule)
                 optim.set_lr(self._optimizer, factor)
-                images, targets = augment(images, labels, classes, config.augment, augmentation)
                 with _precision(config.train, device):
-                    logits = model(images)
+                    logits = self._net(inputs)
                     loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
                 self._optimizer.zero_grad()
                 torch.autograd.backward(loss)
@@ -133,17 +132,31 @@ class Training(Iterator[Epoch]):
                 if self._average:
                     self._average.update(step)
                 with torch.no_grad():
-                    loss_sum += loss * len(images)
+                    loss_sum += loss * len(inputs)
                     # Of a mixed image, the class with the larger weight is the correct one.
                     expected = targets if targets.ndim == 1 else targets.argmax(1)
                     correct += (logits.argmax(1) == expected).sum()
         return loss_sum.item() / self._count, correct.item() / self._count, config.optimizer.lr * factor
 
+    def _batches(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the trained part of the model takes, images or cached features, augmented; and the targets."""
+        data, config, size = self.data, self.config.augment, self.config.train.batch_size
+        order = torch.randperm(len(data.train), generator=_generator(self._seed, "order", index))[: self._count]
+        generator = _generator(self._seed, _AUGMENTATION, index, device=self.device)
+        if self._features:
+            yield from self._features.batches(size, order, config.flip, generator)
+            return
+        for images, labels in batches(data.train, size, order):
+            yield augment(images, labels, len(data.classes), config, generator)
+
+    def _trained(self, model: Classifier) -> nn.Module:
+        """What of a classifier takes the batches."""
+        return self._features.trained(model) if self._features else model
+
     def validate(self) -> tuple[float, Predictions] | None:
         """Evaluates on the validation part; None where nothing is held out."""
-        if self.data.val is None:
-            return None
-        return evaluate(self.classifier, self.data.val, self.config.train, self._tick)
+        part = self._features.val if self._features else self.data.val
+        return None if part is None else evaluate(self._judged, part, self.config.train, self._tick)
 
     def checkpoint(self) -> Checkpoint:
         """All that resuming from here needs, copied: later epochs do not change it."""
@@ -211,9 +224,11 @@ def _first(part: Part, size: int) -> Part:
 
 
 @torch.inference_mode()
-def evaluate(model: Classifier, part: Part, config: TrainConfig, tick: Callable[[], None]) -> tuple[float, Predictions]:
-    """Mean cross-entropy (no smoothing) and predictions, in the training's precision. The model stays in eval mode."""
-    device = model.mean.device
+def evaluate(model: nn.Module, part: Part, config: TrainConfig, tick: Callable[[], None]) -> tuple[float, Predictions]:
+    """Mean cross-entropy (no smoothing) and predictions, in the training's precision. The model, on the part's device,
+    stays in eval mode.
+    """
+    device = part.device
     loss_sum = torch.zeros((), device=device)
     rows: list[Tensor] = []
     model.eval()

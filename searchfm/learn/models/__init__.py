@@ -60,10 +60,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, C, H, W), pixels from 0 to 255, uint8 or (mixed images) float32 -> (N, K) logits."""
+        logits: Tensor = self.net(self.normalised(images))
+        return logits
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """What the net takes: float32, of mean 0 and standard deviation 1 in each channel."""
         scale = (1 / (255 * self.std)).view(-1, 1, 1)
         shift = (-self.mean / self.std).view(-1, 1, 1)
-        logits: Tensor = self.net(torch.addcmul(shift, images.float(), scale))
-        return logits
+        return torch.addcmul(shift, images.float(), scale)
 
 
 def served(model: Classifier) -> nn.Module:

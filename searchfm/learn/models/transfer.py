@@ -6,12 +6,13 @@ Pretrained weights come from a file, the hub's cache, or the hub itself, with a 
 import contextlib
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from searchfm.config import Shape, Transfer
 from searchfm.errors import ConfigError, ModelError, model_errors
@@ -27,17 +28,17 @@ class Pretrained(nn.Module):
     """A timm model with frozen stages: no gradient, no dropout, batch norm's statistics kept.
 
     `stages` are the names of its parameters by stage, the stem first, the head last; only the last `trained` are
-    trained.
+    trained. `frozen` are the names of the others, as `named_parameters` has them.
     """
 
-    moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1
+    moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1; of a file
 
     def __init__(self, model: Any, stages: list[list[str]], trained: int, layer_decay: float) -> None:
         super().__init__()
         self.model, self._stages, self._layer_decay = model, stages, layer_decay  # Any: nn.Module has too few types
-        frozen = {name for stage in stages[: len(stages) - trained] for name in stage}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+        self.frozen = frozenset(f"model.{name}" for stage in stages[: len(stages) - trained] for name in stage)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
         flags = {module: [parameter.requires_grad for parameter in module.parameters()] for module in model.modules()}
         self._frozen = [module for module, trains in flags.items() if trains and not any(trains)]
 
@@ -47,7 +48,9 @@ class Pretrained(nn.Module):
         return logits
 
     def train(self, mode: bool = True) -> "Pretrained":
-        """Frozen stages stay in evaluation mode: their batch norm must keep its statistics of ImageNet."""
+        """Frozen stages stay in evaluation mode: their batch norm must keep its statistics of ImageNet, and their
+        dropout, which is a module of theirs, drops nothing.
+        """
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -61,6 +64,108 @@ class Pretrained(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The parameters that timm excludes from weight decay, by name."""
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the frozen stages of a net end: graphs over the modules of a net of the same config."""
+
+    frozen: fx.Graph  # images (N, C, H, W), normalised -> features (N, ...), in evaluation mode
+    trained: Mapping[bool, fx.Graph]  # features -> logits (N, K), by the mode: whether in training
+
+
+def cut(net: Pretrained) -> Cut | None:
+    """The graph of a net, cut where one tensor, the features, is all that its trained part needs.
+
+    Pooling that follows the frozen stages is before the cut, dropout behind it. None where nothing is frozen, where
+    more than one tensor crosses, or where torch.fx cannot follow the model's code. Does not check that both halves
+    together compute what the net does.
+    """
+    training, graphs = net.training, {}
+    try:
+        for mode in (True, False):
+            graphs[mode] = _Tracer(net).trace(net.train(mode))
+        ends = {mode: _boundary(net, graph) for mode, graph in graphs.items()}
+        starts, outputs = ({m: next(n for n in g.nodes if n.op == op) for m, g in graphs.items()} for op in _ENDS)
+        trained = {mode: _between(ends[mode], outputs[mode].args[0]) for mode in graphs}
+        return Cut(_between(starts[False], ends[False]), trained)
+    except (
+        Exception
+    ) as error:  # the code of hundreds of models raises anything, where a proxy takes the place of a tensor
+        logging.getLogger(__name__).debug("not cut: %s", error)
+        return None
+    finally:
+        net.train(training)
+
+
+_ENDS = ("placeholder", "output")
+
+
+class _Tracer(fx.Tracer):
+    """Follows the code of modules that have frozen and trained parameters, and of trained heads with a pooling, which
+    may then come before the cut. Other modules are nodes of the graph.
+    """
+
+    def __init__(self, net: Pretrained) -> None:
+        super().__init__()
+        self._frozen = net.frozen
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is a node."""
+        frozen = {f"{module_qualified_name}.{name}" in self._frozen for name, _ in m.named_parameters()}
+        pools = any("Pool" in type(child).__name__ for child in m.children())
+        return len(frozen) < 2 and not (frozen == {False} and pools)
+
+
+def _boundary(net: Pretrained, graph: fx.Graph) -> fx.Node:
+    """The last node of the frozen part: what it gives does not change while the net is trained. Raises ValueError."""
+    of = {node: _parameters(net, node) for node in graph.nodes}
+    below: set[fx.Node] = set()  # frozen parameters, and all that is before them
+    for node in reversed(graph.nodes):
+        if node in below or of[node] & net.frozen:
+            below |= {node, *node.all_input_nodes}
+    fixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        constant = fixed.issuperset(node.all_input_nodes) and of[node] <= net.frozen
+        if node.op != "output" and constant and (node in below or not _random(net, node)):
+            fixed.add(node)
+    crossing: list[fx.Node] = [
+        node for node in graph.nodes if node in fixed and node.op != "get_attr" and not fixed.issuperset(node.users)
+    ]
+    if len(crossing) != 1 or crossing[0].op == "placeholder":
+        raise ValueError(f"{crossing} cross from the frozen to the trained part: must be one tensor, not the images")
+    return crossing[0]
+
+
+def _parameters(net: Pretrained, node: fx.Node) -> set[str]:
+    """The names of the parameters that a node uses."""
+    target = str(node.target)
+    if node.op == "call_module":
+        return {f"{target}.{name}" for name, _ in net.get_submodule(target).named_parameters()}
+    return {target} if node.op == "get_attr" and target in dict(net.named_parameters()) else set()
+
+
+def _random(net: Pretrained, node: fx.Node) -> bool:
+    """Whether a node is a kind of dropout."""
+    if node.op == "call_module":
+        return any("drop" in type(module).__name__.lower() for module in net.get_submodule(str(node.target)).modules())
+    return "drop" in getattr(node.target, "__name__", str(node.target))
+
+
+def _between(start: fx.Node, end: Any) -> fx.Graph:
+    """The graph from one node's value to that of another. Raises ValueError if `end` needs more than `start`."""
+    wanted, graph = {end}, fx.Graph()
+    for node in reversed(end.graph.nodes):
+        if node in wanted and node is not start:
+            wanted.update(node.all_input_nodes)
+    copies = {start: graph.placeholder("inputs")}
+    for node in end.graph.nodes:
+        if node in wanted and node is not start:
+            if node.op == "placeholder":
+                raise ValueError("the trained part takes the images, too")
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[end])
+    return graph
 
 
 def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
