@@ -178,10 +178,13 @@ class _Frozen:
         return any(_files(self._key(part, mirrored)))
 
     def splits(self, part: Part) -> bool:
-        """Whether both halves of the net compute what it does, in both modes, on two images."""
+        """Whether both halves of the net compute what it does, in both modes, on two images; and whether the trained one
+        leaves its input as it is, since files are mapped into memory.
+        """
         images = next(batches(part, 2))[0]
         model = copy.deepcopy(self._model)  # batch norm changes
         features, trained = self(images, False), _Trained(model, self._cut)
+        before = features.clone()
         cuda = [images.device] if images.device.type == "cuda" else []
         same = True
         for mode in (False, True):
@@ -191,7 +194,7 @@ class _Frozen:
                     torch.manual_seed(0)
                     logits.append(net(inputs).float())
             same = same and torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
-        return same
+        return same and torch.equal(features, before)
 
     def fit(self, images: int, part: Part, most: int) -> bool:
         """Whether the features of so many images are no more than `most` bytes. Raises OSError for a full disk."""
