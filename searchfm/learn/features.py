@@ -178,8 +178,8 @@ class _Frozen:
         return any(_files(self._key(part, mirrored)))
 
     def splits(self, part: Part) -> bool:
-        """Whether both halves of the net compute what it does, in both modes, on two images; and whether the trained one
-        leaves its input as it is, since files are mapped into memory.
+        """Whether both halves of the net compute what it does, in both modes, on two images; and whether the trained
+        one leaves its input as it is, since files are mapped into memory.
         """
         images = next(batches(part, 2))[0]
         model = copy.deepcopy(self._model)  # batch norm changes
