@@ -71,7 +71,8 @@ class Training(Iterator[Epoch]):
         self.epochs: list[Epoch] = []
         if resume is not None:
             self._restore(resume)
-        self._features = features.find(self.model, data, config, partial(_precision, config.train, self.device), tick)
+        precision = partial(_precision, config.train, self.device)
+        self._features = features.find(self.model, data, config.augment, precision, tick, restored=resume is not None)
         self._net, self._judged = self._trained(self.model), self._trained(self.classifier)
 
     @property
@@ -159,12 +160,17 @@ class Training(Iterator[Epoch]):
         return None if part is None else evaluate(self._judged, part, self.config.train, self._tick)
 
     def checkpoint(self) -> Checkpoint:
-        """All that resuming from here needs, copied: later epochs do not change it."""
+        """All that resuming from here needs, copied but for what is frozen: later epochs do not change it."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self._average:
             tensors |= {f"average.{name}": tensor for name, tensor in self._average.model.state_dict().items()}
+        frozen: frozenset[str] = getattr(self.model.net, "frozen", frozenset())
+        fixed = {f"{model}.net.{name}" for model in ("model", "average") for name in frozen}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optim.state(self._optimizer).items()}
-        return Checkpoint(tuple(self.epochs), {name: tensor.detach().clone() for name, tensor in tensors.items()})
+        copies = {
+            name: tensor.detach() if name in fixed else tensor.detach().clone() for name, tensor in tensors.items()
+        }
+        return Checkpoint(tuple(self.epochs), copies)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         def under(prefix: str) -> dict[str, Tensor]:

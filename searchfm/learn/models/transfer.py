@@ -31,7 +31,8 @@ class Pretrained(nn.Module):
     trained. `frozen` are the names of the others, as `named_parameters` has them.
     """
 
-    moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1; of a file
+    moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1
+    source: tuple[str, ...] | None = None  # names the state of the weights' file, and what timm adapts them to
 
     def __init__(self, model: Any, stages: list[list[str]], trained: int, layer_decay: float) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
     net = Pretrained(model, stages, trained, config.layer_decay)
     if path:
         mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
-        net.moments = mean, std
+        net.moments, net.source = (mean, std), _source(config, shape, path)
     return net
 
 
@@ -215,19 +216,31 @@ def _load(config: Transfer, shape: Shape, classes: int, path: Path) -> Any:
     timm loads leniently as soon as the head differs, so a file of another model could leave random weights in place
     without an error. Hence the comparison with a model of the same seed without a file. timm has no better way:
     load_checkpoint returns the missing keys, but adapts neither channels nor head; create_model adapts, and only logs.
+    A process compares once: half of the time of building a net.
     """
     state = torch.random.get_rng_state()
-    plain = _create(config, shape, classes)
+    plain = None if _source(config, shape, path) in _compared else _create(config, shape, classes)
     torch.random.set_rng_state(state)
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the head's keys, which it leaves out as intended
     model = _create(config, shape, classes, path)
+    if plain is None:
+        return model
     head = set(_stages(model)[-1])
     before = dict(plain.named_parameters())
     for name, after in model.named_parameters():
         # Biases and scales may be what they start as: zeros and ones.
         if name not in head and after.ndim > 1 and torch.equal(after, before[name]):
             raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {name}')
+    _compared.add(_source(config, shape, path))
     return model
+
+
+_compared: set[tuple[str, ...]] = set()  # files that this process found complete
+
+
+def _source(config: Transfer, shape: Shape, path: Path) -> tuple[str, ...]:
+    status = path.stat()
+    return (config.model, str(shape), str(path.resolve()), str(status.st_mtime_ns), str(status.st_size))
 
 
 def _stages(model: Any) -> list[list[str]]:
