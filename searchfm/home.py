@@ -139,8 +139,9 @@ def write_whole(path: Path, content: bytes) -> str:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)  # there is none once it is renamed
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
         try:
             os.fsync(folder)
