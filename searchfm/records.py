@@ -20,6 +20,7 @@ from searchfm.errors import StorageError
 from searchfm.home import write_whole
 
 FORMAT = 2  # of the records that this version writes
+NUMERICS = 2  # of training: equal ones give bitwise equal results. 1: dropout by torch, float32 on every CPU
 ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: where it comes from; of the file's own
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
 FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
@@ -136,6 +137,7 @@ class TrainResult(Record):
     memory: float | None = None  # fraction of the GPU's memory that the worker took at most
     versions: Mapping[str, str] = field(default_factory=dict)  # of torch and others, by name
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
+    numerics: list[int] = field(default_factory=lambda: [1])  # more than one if another version began the training
 
 
 @dataclass(frozen=True)
@@ -317,6 +319,7 @@ class StudyHeader(Record):
     forecast: Forecast | None = None  # None in studies begun before 0.4, and where nothing could be timed
     version: str = ""  # of searchfm, that wrote it last
     command: str = ""  # the command line that opened it last; empty: another program did
+    numerics: tuple[int, ...] = (1,)  # of the searches that trained its trials, in their order
     format: int = FORMAT
 
 
@@ -493,6 +496,7 @@ class Final(Record):
     params: Mapping[str, Any]  # of the winner, as the search chose them
     weights: str  # sha256 of weights.safetensors
     default: int | None = None  # the trial of the study's default, if it is among the finalists
+    numerics: tuple[int, ...] = (1,)  # of the final training
     format: int = FORMAT
 
     @property

@@ -404,6 +404,7 @@ class _Retraining:
             time=time.time(),
             params=dict(self._chosen(selection.winner)[1]),
             weights=fitted.files[WEIGHTS],
+            numerics=tuple(fitted.numerics),
         )
 
     def _one(self, task: Task) -> Generator[JobEvent, None, Result]:

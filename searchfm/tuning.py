@@ -19,6 +19,7 @@ from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import (
+    NUMERICS,
     Forecast,
     ForecastJob,
     ForecastResult,
@@ -99,7 +100,7 @@ class Tuning:
             if self.stored is None:
                 yield Phase("timing configs")
                 forecast = self._forecast(pool, data, len(devices), FORECAST_SECONDS)
-            self._write_down(data, lock, forecast)
+            self._write_down(data, lock, forecast, work)
             if self.follow:
                 stack.callback(self._close, Tracking(self.home, study.name))
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
@@ -183,8 +184,8 @@ class Tuning:
             finalists=TOP + study.default,
         )
 
-    def _write_down(self, data: Prepared, lock: Lock, forecast: Forecast | None) -> None:
-        """Creates the study in the database, or updates what may change in it."""
+    def _write_down(self, data: Prepared, lock: Lock, forecast: Forecast | None, work: bool) -> None:
+        """Creates the study in the database, or updates what may change in it. work: whether anything is trained."""
         study, stored = self.study, self.stored
         header = StudyHeader(
             uuid=stored.uuid if stored else uuid.uuid4().hex,
@@ -197,6 +198,7 @@ class Tuning:
             forecast=stored.forecast if stored else forecast,
             version=searchfm.__version__,
             command=command_line(),
+            numerics=tuple(dict.fromkeys([*(stored.numerics if stored else ()), *([NUMERICS] if work else [])])),
         )
         if stored is None:
             lock.claim(self.storage, create_study(self.storage, study.name, header))

@@ -18,6 +18,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.home import TRACKING
+from searchfm.records import NUMERICS
 from tests.commands import searchfm_here
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "home-format-1.tar.xz"
@@ -193,6 +194,8 @@ def test_a_killed_search_goes_on_from_its_checkpoints_and_is_retrained(older: Ol
     for number in (8, 9):
         trained = re.findall(r"epoch (\d+): ", older.log("mixed", number))
         assert trained == [str(epoch) for epoch in after[number].intermediate_values], "no epoch was trained twice"
+    numerics = {row["number"]: row["numerics"] for row in tuned["trial_list"]}
+    assert (tuned["numerics"], numerics[1], numerics[8]) == ([1, NUMERICS], [1], [1, NUMERICS]), "begun under another"
     # A new trial equal to an earlier one is its twin: digests are what they were.
     ended = [trial for trial in after[:10] if trial.state is not FAIL and "twin" not in trial.user_attrs]
     twins = {trial.number: old.number for trial in after[10:] for old in ended if trial.params == old.params}

@@ -40,6 +40,7 @@ class Checkpoint:
 
     epochs: tuple[Epoch, ...]
     tensors: Mapping[str, Tensor]
+    numerics: tuple[int, ...] = (1,)  # under which they were trained
 
 
 def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Path:
@@ -47,7 +48,12 @@ def write(folder: Path, checkpoint: Checkpoint, owner: Mapping[str, str]) -> Pat
 
     owner: what it belongs to (trial, config, data), which `read` compares. Raises StorageError; older ones then stay.
     """
-    about = {"format": _FORMAT, "owner": dict(owner), "epochs": [asdict(epoch) for epoch in checkpoint.epochs]}
+    about = {
+        "format": _FORMAT,
+        "owner": dict(owner),
+        "epochs": [asdict(epoch) for epoch in checkpoint.epochs],
+        "numerics": checkpoint.numerics,
+    }
     tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={METADATA: json.dumps(about)})
     sha = hashlib.sha256(content).hexdigest()
@@ -73,7 +79,8 @@ def read(path: Path, owner: Mapping[str, str]) -> Checkpoint:
     for key, expected in owner.items():
         if about["owner"].get(key) != expected:
             raise ValueError(f"belongs to {key} {about['owner'].get(key)}, not {expected}")
-    return Checkpoint(tuple(Epoch(**record) for record in about["epochs"]), tensors)
+    numerics = tuple(about.get("numerics", (1,)))  # versions that wrote none had the first
+    return Checkpoint(tuple(Epoch(**record) for record in about["epochs"]), tensors, numerics)
 
 
 def newest(folders: Iterable[Path], owner: Mapping[str, str]) -> Checkpoint | None:

@@ -285,6 +285,7 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         memory=_memory(training.device),
         versions=_versions(),
         files=files,
+        numerics=list(training.numerics),
     )
 
 

@@ -20,7 +20,7 @@ from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
 from searchfm.learn.models.custom import NO_CODE, Code
-from searchfm.records import Epoch, Predictions
+from searchfm.records import NUMERICS, Epoch, Predictions
 
 # The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
 _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
@@ -38,7 +38,8 @@ class Training(Iterator[Epoch]):
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
-    config averages), `validation` the last evaluation, and `checkpoint()` all that resuming needs.
+    config averages), `validation` the last evaluation, `numerics` those of all epochs, and `checkpoint()` all that
+    resuming needs.
 
     Every epoch has its own seeds, derived from `config.train.seed` (0 where there is none) and its index: for the order
     of the images, for augmentation, and for torch's global generator (dropout), whose state is restored afterwards. So
@@ -69,6 +70,7 @@ class Training(Iterator[Epoch]):
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
         self.validation: tuple[float, Predictions] | None = None
         self.epochs: list[Epoch] = []
+        self.numerics: tuple[int, ...] = (NUMERICS,)
         if resume is not None:
             self._restore(resume)
         precision = partial(_precision, config.train, self.device)
@@ -170,7 +172,7 @@ class Training(Iterator[Epoch]):
         copies = {
             name: tensor.detach() if name in fixed else tensor.detach().clone() for name, tensor in tensors.items()
         }
-        return Checkpoint(tuple(self.epochs), copies)
+        return Checkpoint(tuple(self.epochs), copies, self.numerics)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
@@ -181,6 +183,7 @@ class Training(Iterator[Epoch]):
             self._average.model.load_state_dict(under("average."))
         optim.restore(self._optimizer, under("optimizer."))
         self.epochs = list(checkpoint.epochs)
+        self.numerics = tuple(dict.fromkeys([*checkpoint.numerics, NUMERICS]))
 
 
 def epoch_seconds(

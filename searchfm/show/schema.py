@@ -119,6 +119,10 @@ class Trial(Part, kw_only=True):
         str | None, about("where its config comes from, if it was tried before the sampler proposed: `study file` ...")
     ]
     attempts: Annotated[int, about("attempts to train it: more than one after a worker died or was stopped")]
+    numerics: Annotated[
+        Sequence[int] | None,
+        about("numbers of the numerics it was trained under, two if another version began it; null unless complete"),
+    ]
     started: Annotated[float | None, about("seconds since 1970")]
     ended: Annotated[float | None, about("seconds since 1970; null while it runs")]
     folder: Annotated[str, about("path of its files")]
@@ -161,6 +165,10 @@ class Study(Printed, kw_only=True):
         Data | None, about("what is searched on; null where the timeout of `tune` ended before the study was opened")
     ]
     forecast: Annotated[Forecast | None, about("made before its first trial; null if nothing could be timed")]
+    numerics: Annotated[
+        Sequence[int],
+        about("numbers of the numerics of its trainings: equal configs give bitwise equal results within one"),
+    ]
     coordinator: Annotated[
         str | UnsetType | None, about("`status` alone: the process and host that search or retrain it; null if none")
     ] = UNSET
@@ -212,6 +220,7 @@ def describe_trial(trial: TrialRecord) -> Trial:
         reason=trial.reason,
         first=trial.first,
         attempts=trial.attempts,
+        numerics=trial.result.numerics if trial.result else None,
         started=trial.started,
         ended=trial.ended,
         folder=str(trial.folder),
@@ -261,6 +270,7 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             fingerprint=data.fingerprint,
         ),
         forecast=describe_forecast(study.forecast),
+        numerics=study.numerics,
         trial_list=[describe_trial(trial) for trial in study.trials] if listed else UNSET,
         **more,
     )
@@ -280,6 +290,7 @@ def describe_unopened(study: Plan, home: "Home", **more: Any) -> Study:
         folder=str(home.study(study.name)),
         data=None,
         forecast=None,
+        numerics=(),
         trial_list=[],
         **more,
     )

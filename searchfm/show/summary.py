@@ -431,6 +431,8 @@ def _times(trial: Trial) -> str:
         texts.append(f"on {trial.result.device}")
     if trial.attempts > 1:
         texts.append(f"{trial.attempts} attempts")
+    if trial.result and trial.result.numerics[0] != trial.result.numerics[-1]:
+        texts.append(f"begun under numerics {trial.result.numerics[0]}, ended under {trial.result.numerics[-1]}")
     if trial.first is not None:
         texts.append(f"a known configuration ({trial.first})")
     return "; ".join(texts)

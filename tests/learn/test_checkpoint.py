@@ -1,6 +1,7 @@
 """What is on disk is whole, its owner's, and holds no code; what is not is refused, and the one before it serves."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from searchfm.learn import checkpoint
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Splits
 from searchfm.learn.train import Training
-from searchfm.records import SPEC, WEIGHTS
+from searchfm.records import NUMERICS, SPEC, WEIGHTS
 from tests.learn.test_models import Hostile
 from tests.learn.toys import config, losses
 
@@ -47,6 +48,20 @@ def test_round_trip_is_bitwise(tmp_path: Path, kept: list[Checkpoint]) -> None:
     assert again.epochs == kept[1].epochs
     assert again.tensors.keys() == kept[1].tensors.keys()
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in kept[1].tensors.items())
+
+
+def test_a_checkpoint_records_its_numerics_and_an_older_one_has_the_first(
+    tmp_path: Path, kept: list[Checkpoint]
+) -> None:
+    path = checkpoint.write(tmp_path, kept[0], OWNER)
+    assert checkpoint.read(path, OWNER).numerics == (NUMERICS,)
+    with safetensors.safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()[checkpoint.METADATA])
+    del about["numerics"]
+    content = safetensors.torch.save(dict(kept[0].tensors), {checkpoint.METADATA: json.dumps(about)})
+    older = tmp_path / f"checkpoint-0001-{hashlib.sha256(content).hexdigest()}.safetensors"
+    older.write_bytes(content)
+    assert checkpoint.read(older, OWNER).numerics == (1,)
 
 
 def test_training_goes_on_bitwise_from_disk(tmp_path: Path, digits: Splits) -> None:

@@ -22,7 +22,7 @@ from searchfm.learn.checkpoint import load_classifier
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.entries import fit, forecast, prepare, trial
 from searchfm.learn.models import served
-from searchfm.records import Epoch, ForecastJob, ForecastResult, Prepared, PrepareResult
+from searchfm.records import NUMERICS, Epoch, ForecastJob, ForecastResult, Prepared, PrepareResult
 from tests.learn.test_transfer_real import lite0_weights
 from tests.learn.toys import config, drain, losses
 
@@ -186,6 +186,19 @@ def test_a_killed_attempt_goes_on_from_its_last_checkpoint(digits: Splits, tmp_p
     resumed = trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1"))
     assert [next(resumed), next(resumed), next(resumed)] == before
     assert next(resumed).index == 4
+
+
+def test_a_trial_begun_under_another_numerics_records_both(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("searchfm.learn.train.NUMERICS", 1)
+        job = trial(payload(SETTINGS, digits, checkpoint_seconds=0.0), context(tmp_path / "attempt-1"))
+        next(job), next(job)
+        job.close()
+    _, both = drain(trial(payload(SETTINGS, digits), context(tmp_path / "attempt-2", tmp_path / "attempt-1")))
+    _, new = drain(trial(payload(SETTINGS, digits), context(tmp_path / "attempt-3")))
+    assert (both["numerics"], new["numerics"]) == ([1, NUMERICS], [NUMERICS])
 
 
 def test_checkpoints_keep_their_distance(digits: Splits, tmp_path: Path) -> None:

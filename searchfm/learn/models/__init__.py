@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from searchfm.config import Cnn, Config, Custom, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
 from searchfm.learn.models import cnn, custom, mlp, residual, transfer, vit
 from searchfm.learn.models.custom import NO_CODE, Code
+from searchfm.learn.models.dropout import replace_dropout
 from searchfm.learn.models.transfer import Pretrained
 
 
@@ -28,19 +29,21 @@ def build(
         kind = config.kind
         match kind:
             case Mlp():
-                return mlp.build(kind, shape, classes)
+                net: nn.Module = mlp.build(kind, shape, classes)
             case Cnn():
-                return cnn.build(kind, shape, classes)
+                net = cnn.build(kind, shape, classes)
             case Vit():
-                return vit.build(kind, shape, classes)
+                net = vit.build(kind, shape, classes)
             case Transfer():
-                return transfer.build(kind if pretrained else replace(kind, weights="none"), shape, classes)
+                net = transfer.build(kind if pretrained else replace(kind, weights="none"), shape, classes)
             case Residual():
-                return residual.build(kind, shape, classes)
+                net = residual.build(kind, shape, classes)
             case Custom():
                 return custom.build(kind, shape, classes, code)
             case _:
                 assert_never(kind)
+    replace_dropout(net)
+    return net
 
 
 class Classifier(nn.Module):
