@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import searchfm
+from searchfm.home import Home
+from tests import rows
 
 PACKAGE = Path(searchfm.__file__).parent
 
@@ -193,30 +195,45 @@ def test_another_reader_of_the_test_part_is_detected(trees: dict[str, ast.Module
 
 
 def loaded(code: str) -> set[str]:
-    """The packages that a fresh interpreter has loaded after the code."""
-    tail = "\nimport sys; print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
+    """The modules that a fresh interpreter has loaded after the code."""
+    tail = "\nimport sys; print('loaded:', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=60)
     return set(done.stdout.rpartition("loaded:")[2].split())
 
 
-def test_help_loads_nothing_heavy() -> None:
-    code = """
-import contextlib, sys
+def command(*words: str) -> set[str]:
+    """The modules that a command has loaded at its end."""
+    return loaded(
+        f"""
 from searchfm.cli import main
-sys.argv = ["searchfm", "--help"]
+import sys
+sys.argv = {["searchfm", *words]}
 try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
 """
-    heavy = {"torch", "torchvision", "timm", "optuna", "mlflow", "matplotlib", "plotly", "sklearn", "scipy", "numpy"}
-    packages = loaded(code)
-    assert "typer" in packages
-    assert not heavy & packages
+    )
+
+
+HEAVY = {"torch", "torchvision", "timm", "mlflow", "matplotlib", "plotly", "sklearn", "pandas", "pyarrow"}
+
+
+def test_help_loads_nothing_heavy() -> None:
+    modules = command("--help")
+    assert "typer" in modules
+    assert not (HEAVY | {"optuna", "scipy", "numpy", "sqlalchemy", "searchfm.config"}) & modules
+
+
+def test_commands_that_list_load_optuna_alone(home: Home) -> None:
+    rows.four(home)
+    for words in (["status"], ["status", "toy"], ["trial", "toy", "3"]):
+        modules = command(*words, "--home", str(home.path))
+        assert "optuna" in modules
+        assert not (HEAVY | {"scipy", "alembic"}) & modules, words
 
 
 def test_the_coordinator_starts_without_torch_and_mlflow() -> None:
-    code = "import searchfm.cli, searchfm.tuning, searchfm.tracking.registry, searchfm.show.terminal"
-    packages = loaded(code)
-    assert "optuna" in packages
-    assert not {"torch", "torchvision", "timm", "mlflow", "matplotlib"} & packages
+    modules = loaded("import searchfm.cli, searchfm.tuning, searchfm.tracking.registry, searchfm.show.terminal")
+    assert "optuna" in modules
+    assert not HEAVY & modules

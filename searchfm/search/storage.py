@@ -93,8 +93,17 @@ def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
     with FileLock(path.with_suffix(".lock")):
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
+            ours = not create and _made_by(connection) == optuna.__version__
         engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS, "factory": _Sqlite}}
-        return get_storage(RowStorage(url.render_as_string(False), engine_kwargs=engine_kwargs))
+        return get_storage(RowStorage(url.render_as_string(False), engine_kwargs, check=not ours))
+
+
+def _made_by(connection: sqlite3.Connection) -> str | None:
+    """The version of Optuna that made the tables, or upgraded them last; None where it is unknown."""
+    with suppress(sqlite3.Error):
+        row = connection.execute("SELECT library_version FROM version_info").fetchone()
+        return None if row is None else str(row[0])
+    return None
 
 
 def _open_postgres(

@@ -22,7 +22,6 @@ from searchfm.search.notes import opened
 from searchfm.search.space import Choice, Range, leaves
 from searchfm.search.study import Study
 from searchfm.show import schema
-from searchfm.tuning import Forecasted
 
 if TYPE_CHECKING:
     from searchfm.learn.datasets import Described
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from searchfm.learn.overview import Overview
     from searchfm.tracking.mirror import Difference
     from searchfm.tracking.registry import Version
+    from searchfm.tuning import Forecasted
 
 STYLES: Mapping[State, str] = {"complete": "green", "pruned": "yellow", "failed": "red", "running": "cyan"}
 SHOWN = 20  # classes, those with the lowest recall
@@ -57,7 +57,7 @@ def show_plan(console: Console, study: Study, stored: StudyRecord | None, cost: 
         console.print(line, soft_wrap=False)
 
 
-def show_forecast(console: Console, timed: Forecasted) -> None:
+def show_forecast(console: Console, timed: "Forecasted") -> None:
     """What a search would do, and what it takes on its workers."""
     show_plan(console, timed.study, timed.stored)
     data, forecast, assumed = timed.data, timed.forecast, assumption(timed.study.search)

@@ -259,6 +259,7 @@ def test_tables_of_another_version_are_refused_and_kept(any_home: Home, storage:
     create_study(storage, "toy", HEADER)
     with storage._backend.engine.begin() as connection:  # type: ignore[attr-defined]
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'v2.4.0.a'")
+        connection.exec_driver_sql("UPDATE version_info SET library_version = '2.4.0'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Optuna leaves the connection open that it refuses to use
         with pytest.raises(StorageError, match=r"no longer compatible with the table schema .* optuna storage upgrade"):
@@ -269,6 +270,15 @@ def test_tables_of_another_version_are_refused_and_kept(any_home: Home, storage:
 
 
 # --- SQLite -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_of_tables_that_this_optuna_made_has_all_of_its_storage_but_the_version_manager(home: Home) -> None:
+    made, read = open_storage(home, create=True), open_storage(home)
+    names = [vars(storage._backend).keys() for storage in (made, read)]  # type: ignore[attr-defined]
+    assert names[0] - names[1] == {"_version_manager"}
+    assert not names[1] - names[0]
+    let_go(made)
+    let_go(read)
 
 
 def test_the_homes_own_database_is_a_file_in_wal_mode_whatever_the_homes_name(tmp_path: Path) -> None:
