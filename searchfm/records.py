@@ -138,7 +138,6 @@ class TrainResult(Record):
     versions: Mapping[str, str] = field(default_factory=dict)  # of torch and others, by name
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
     numerics: list[int] = field(default_factory=lambda: [1])  # more than one if another version began the training
-    frozen_seconds: float = 0.0  # that cached features of the training images took, once for all trials; not in seconds
 
 
 @dataclass(frozen=True)
@@ -557,7 +556,6 @@ class Timing(Record):
     parameters: int
     train: float | None  # seconds of an epoch's training; None: not timed
     validation: float | None  # seconds of the validation after it
-    frozen: float = 0.0  # seconds of frozen stages whose features are then cached for all configs; counted once
 
 
 @dataclass(frozen=True)

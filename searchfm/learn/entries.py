@@ -28,10 +28,9 @@ from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, World
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
-from searchfm.learn import checkpoint
+from searchfm.learn import checkpoint, features
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
-from searchfm.learn.features import limit, trained_flops
 from searchfm.learn.models import Classifier, build, custom, flops, parameters
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
@@ -67,7 +66,7 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
     not run here, or differs; ConfigError for a cache of features without a size.
     """
-    limit()
+    features.limit()
     job = PrepareJob.from_json(payload, "prepare")
     config = DataConfig.from_table(job.data)
     size = side(config, input_sides(job.input_models)) if job.choose_size and not config.size else 0
@@ -114,7 +113,6 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
     data = _data(load, configs[0].data, job.data_dir, context.device)
     began = time.perf_counter()  # a worker's first use of a GPU takes seconds
     timings: dict[int, Timing] = {}
-    missing: set[str] = set()  # files of features that a config timed earlier lacks, too
     for index, config in enumerate(configs):
         with suppress(SearchfmError):  # a config that cannot be built fails as a trial, not before
             timings[index] = _work(config, data, code)
@@ -124,26 +122,19 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
         if left > 0 or index in (order[0], order[-1]):
             seconds = epoch_seconds(configs[index], data, left, device=context.device, tick=context.tick, code=code)
             if seconds is not None:
-                train, validation, features = seconds
-                frozen = sum(taken for key, taken in features.items() if key not in missing)
-                timings[index] = replace(timings[index], train=train, validation=validation, frozen=frozen)
-                missing |= features.keys()
+                timings[index] = replace(timings[index], train=seconds[0], validation=seconds[1])
     yield from ()  # an entry is a generator, even one without epochs
     return ForecastResult(tuple(timings[index] for index in sorted(timings)), _peak_bytes(context.device)).to_json()
 
 
 def _work(config: Config, data: Splits, code: Code) -> Timing:
-    """What an epoch of a config computes, cached features left out. A backward pass takes twice as many operations as
-    a forward pass.
-    """
+    """What an epoch of a config computes. A backward pass takes twice as many operations as a forward pass."""
     channels, height, width = data.train.images.shape[1:]
     shape = (int(channels), int(height), int(width))
     net = build(config.model, shape, len(data.classes), seed=0, pretrained=False, code=code)
     model = Classifier(net, data.mean, data.std)
     images = 3 * len(data.train) + (0 if data.val is None else len(data.val))
-    cached = trained_flops(model, shape, config)
-    work = float(flops(model, shape) if cached is None else cached) * images
-    return Timing(config.train.epochs, work, parameters(model)[0], None, None)
+    return Timing(config.train.epochs, float(flops(model, shape)) * images, parameters(model)[0], None, None)
 
 
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -295,7 +286,6 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         versions=_versions(),
         files=files,
         numerics=list(training.numerics),
-        frozen_seconds=training.frozen_seconds,
     )
 
 

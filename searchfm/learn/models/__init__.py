@@ -146,14 +146,10 @@ def flops(model: Classifier, shape: Shape) -> int:
     """Floating-point operations of one image's forward pass, a multiply-add counted as two (torch's FlopCounterMode:
     products of matrices, convolutions, attention; not norms and activations). The model's mode is left as it was.
     """
-    return count_flops(model, torch.zeros(1, *shape, dtype=torch.uint8, device=model.mean.device))
-
-
-def count_flops(model: nn.Module, inputs: Tensor) -> int:
-    """Those of a forward pass of the inputs, in evaluation mode. The model's mode is left as it was."""
     training = model.training
+    image = torch.zeros(1, *shape, dtype=torch.uint8, device=model.mean.device)
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(inputs)
+        model(image)
     model.train(training)
     return int(counter.get_total_flops())
