@@ -21,6 +21,7 @@ def test_sides_take_turns_in_changing_order() -> None:
     assert results == {"A": [1, 4, 5], "B": [2, 3, 6]}
 
 
+@pytest.mark.slow  # they import torch, timm and torchvision
 @pytest.mark.parametrize("name", NAMES)
 def test_each_benchmark_has_a_main(name: str) -> None:
     assert callable(importlib.import_module(f"tests.bench.{name}").main)

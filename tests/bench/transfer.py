@@ -8,6 +8,7 @@ images in memory. Both train the same trials: same weights, same batches, learni
 """
 
 import argparse
+import importlib
 import os
 import shutil
 import statistics
@@ -27,7 +28,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import searchfm.learn.warm  # noqa: F401  one thread, denormals flushed, as in workers; for both sides
 from searchfm.config import Config
 from searchfm.jobs import Context
 from searchfm.learn import entries, features
@@ -174,7 +174,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 64], help="of the images, in pixels")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    importlib.import_module("searchfm.learn.warm")  # one thread, denormals flushed, as in workers; for both sides
     header(
         f"Head-only transfer of ResNet-18: {TRAIN} + {VALIDATION} images, {EPOCHS} epochs, CPU seconds of all trials"
     )

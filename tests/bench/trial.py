@@ -9,6 +9,7 @@ costs searchfm's training. Each of the two in place of the comparison with the p
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -21,14 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import searchfm.learn.warm  # noqa: F401  one thread, denormals flushed, as in workers; for both sides
 from searchfm.config import Config
 from searchfm.learn.data import Splits, load
 from searchfm.learn.train import Training, _first, _generator
 from tests.bench import _example as example
 from tests.bench._common import Cost, alternate, header, progress, ratio, row, table, timed
 
-BATCH, LR = 128, 1e-3
+BATCH = 128
 WITHIN = 0.01  # of accuracies that count as equal
 VALIDATION, REST = 1200, 58800  # images of Fashion-MNIST
 
@@ -40,10 +40,11 @@ ARCHS: dict[str, tuple[dict[str, Any], int, int]] = {
         6016,
         2,
     ),
-    "vit16": ({"name": "vit", "vit": {"hidden_dim": 16, "layers": 2, "heads": 4}}, 6016, 2),
-    "vit32": ({"name": "vit", "vit": {"hidden_dim": 32, "layers": 4, "heads": 4}}, 6016, 2),
-    "resnet": ({"name": "transfer", "transfer": {"weights": "none", "tuned_blocks": "all"}}, 1280, 2),
+    "vit16": ({"name": "vit", "vit": {"hidden_dim": 16, "layers": 2, "heads": 4}}, 6016, 4),
+    "vit32": ({"name": "vit", "vit": {"hidden_dim": 32, "layers": 4, "heads": 4}}, 6016, 4),
+    "resnet": ({"name": "transfer", "transfer": {"weights": "none", "tuned_blocks": "all"}}, 1280, 4),
 }
+LR = {"vit16": 3e-3, "vit32": 3e-3}  # of others 1e-3
 NAMES = {
     "mlp": "MLP 3x200",
     "cnn": "CNN 32/64 + 128",
@@ -64,7 +65,7 @@ def config_of(arch: str, seed: int, precision: str = "auto", dropout: float = 0.
                 "subset": images / REST,
             },
             "model": model | {model["name"]: kind | ({"dropout": dropout} if dropout else {})},
-            "optimizer": {"name": "adam", "lr": LR},
+            "optimizer": {"name": "adam", "lr": LR.get(arch, 1e-3)},
             "train": {"epochs": epochs, "batch_size": BATCH, "seed": seed, "precision": precision},
         }
     )
@@ -105,7 +106,7 @@ def ours(config: Config, arch: str, data: Splits) -> example.Trained:
 
 
 def theirs(config: Config, arch: str, data: Splits, weights: Mapping[str, Tensor]) -> example.Trained:
-    return example.train(arch, weights, data, orders(config, data), LR, BATCH)
+    return example.train(arch, weights, data, orders(config, data), config.optimizer.lr, BATCH)
 
 
 def same_batches(data: Splits) -> None:
@@ -123,7 +124,7 @@ def compare(arch: str, repeats: int, precision: str) -> bool:
     data = data_of(arch)
     same_batches(data)
     few = replace(data, train=_first(data.train, 2 * BATCH))
-    example.train(arch, initial(arch, 0, precision), few, iter([list(range(2 * BATCH))]), LR, BATCH)  # lazy imports
+    example.train(arch, initial(arch, 0, precision), few, iter([list(range(2 * BATCH))]), 1e-3, BATCH)  # lazy imports
     ours(config_of(arch, 0, precision), arch, few)
 
     seeds = {"searchfm": iter(range(repeats)), "peer": iter(range(repeats))}
@@ -222,7 +223,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.repeats < 3:
         parser.error("--repeats: 3 or more, since accuracies are compared over three seeds")
-    torch.set_num_threads(1)
+    importlib.import_module("searchfm.learn.warm")  # one thread, denormals flushed, as in workers; for both sides
     if options.parts:
         header("Share of the GEMM peak (float32, one thread) that training reaches")
         table("", "MFLOP a sample", "samples/s", "peak, GFLOP/s", "share")

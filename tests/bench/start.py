@@ -1,0 +1,81 @@
+"""What commands take, as whole processes, in a home with a small search of digits and its final model; and what imports
+take of a CPU.
+
+`python -m tests.bench start [--repeats 5] [NAME...]`, where a NAME is a command's or an import's, as in the tables.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.bench._common import Cost, alternate, header, progress, row, run, table
+
+COMMANDS = {
+    "help": ["--help"],
+    "studies": ["studies"],
+    "studies cnn": ["studies", "cnn"],
+    "status": ["status"],
+    "compare": ["compare", "mlp"],
+    "predict": ["predict", "mlp", "IMAGE"],
+    "report": ["report", "mlp"],
+}
+IMPORTS = {
+    "python": "",
+    "torch": "import torch",
+    "torch and its first optimizer": "import torch; torch.optim.AdamW([torch.zeros(1)])",
+    "a worker's start (learn.warm)": "import searchfm.learn.warm",
+    "timm": "import timm",
+    "optuna": "import optuna",
+    "a search (tuning)": "import searchfm.tuning",
+    "mlflow": "import mlflow",
+    "mlflow's client and store": "import mlflow.store.tracking.sqlalchemy_store; mlflow.MlflowClient()",
+    "matplotlib": "import matplotlib.figure, matplotlib.backends.backend_agg",
+}
+
+
+def make_home(folder: Path) -> None:
+    """A search of digits and its final model, and an image."""
+    program, environment = [sys.executable, "-m", "searchfm"], os.environ | {"SEARCHFM_HOME": str(folder)}
+    progress("the home: a search of digits, and its final model")
+    run([*program, "tune", "mlp", "--dataset", "digits", "--trials", "6", "--epochs", "3"], env=environment)
+    run([*program, "retrain", "mlp"], env=environment)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / "image.png")
+
+
+def measure(command: list[str], folder: Path) -> Cost:
+    return run(command, env=os.environ | {"SEARCHFM_HOME": str(folder)})[1]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench start")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join([*COMMANDS, *IMPORTS]))
+    parser.add_argument("--repeats", type=int, default=5)
+    options, names = parser.parse_args(arguments), [*COMMANDS, *IMPORTS]
+    if unknown := set(options.names) - set(names):
+        parser.error(f"{', '.join(unknown)}: must be among {', '.join(names)}")
+    chosen = options.names or names
+    header("Wall time until a process ends, and CPU time with its children; seconds, bytecode compiled")
+    with tempfile.TemporaryDirectory(prefix="bench-") as home:
+        folder, calls = Path(home), dict[str, Callable[[], Cost]]()
+        if set(chosen) & set(COMMANDS):
+            make_home(folder)
+        for name in chosen:
+            program = ["-m", "searchfm", *COMMANDS[name]] if name in COMMANDS else ["-c", IMPORTS[name]]
+            command = [sys.executable, *(str(folder / "image.png") if part == "IMAGE" else part for part in program)]
+            calls[name] = partial(measure, command, folder)
+        for call in calls.values():
+            call()  # compiles bytecode, and fills the machine's cache of files
+        results = alternate(calls, options.repeats)
+    table("", "wall, median", "min", "max", "CPU, median")
+    for name, costs in results.items():
+        walls = [cost.wall for cost in costs]
+        figures = (statistics.median(walls), min(walls), max(walls), statistics.median(cost.cpu for cost in costs))
+        row(f"`{name}`" if name in COMMANDS else f"import: {name}", *(f"{figure:.2f}" for figure in figures))
