@@ -23,6 +23,7 @@ FORMAT = 2  # of the records that this version writes
 NUMERICS = 2  # of training: equal ones give bitwise equal results. 1: dropout by torch, float32 on every CPU
 ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: where it comes from; of the file's own
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
+PICTURES = {"curves.png": EPOCHS, "confusion.png": PREDICTIONS}  # of a trial, and the file that each is drawn from
 FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
 State = Literal["running", "complete", "pruned", "failed"]
 
@@ -180,6 +181,13 @@ class Trial:
     def planned_epochs(self) -> int:
         """Epochs that its config asks for; 0 without a config."""
         return int(self.config.get("train", {}).get("epochs", 0))
+
+    @property
+    def undrawn(self) -> list[str]:
+        """Names of its pictures that are not drawn yet; none before its end."""
+        expected = ["curves.png"] * bool(self.reported) + ["confusion.png"] * (self.state == "complete")
+        missing = [name for name in expected if not (self.folder / name).is_file()]
+        return [name for name in missing if self.state != "running" and (self.folder / PICTURES[name]).is_file()]
 
     def log(self, count: int) -> list[str]:
         """The last lines of its log; while it runs, of its latest attempt's."""

@@ -11,7 +11,7 @@ from typing import Any
 import searchfm
 from searchfm.coordinator import Coordinator
 from searchfm.engines import Engine
-from searchfm.engines.local import LocalEngine
+from searchfm.engines.local import LocalEngine, usable_cores
 from searchfm.errors import ConfigError, DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened, TrialEnded
 from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve
@@ -79,6 +79,10 @@ class Tuning:
         self.home.probe()
         yield from self._notes()
         with failures(f"study {study.name!r}"), ExitStack() as stack:
+            # First, since it imports MLflow while workers import torch. It ends with any error before the study.
+            tracking = Tracking(self.home, study.name) if self.follow else None
+            if tracking is not None:
+                stack.callback(tracking.end)
             lock: Lock | None = None
             if self.stored is not None:  # from here on, no other process changes it
                 self.stored, lock = stack.enter_context(locked_study(self.home, study.name, self.stopping))
@@ -101,15 +105,17 @@ class Tuning:
                 yield Phase("timing configs")
                 forecast = self._forecast(pool, data, len(devices), FORECAST_SECONDS)
             self._write_down(data, lock, forecast, work)
-            if self.follow:
-                stack.callback(self._close, Tracking(self.home, study.name))
+            if tracking is not None:
+                # Drawing would take a core from a worker of this machine where they have all; others are elsewhere.
+                tracking.begin(draw=not isinstance(engine, LocalEngine) or len(devices) < usable_cores())
+                stack.callback(self._close, tracking)
             stack.enter_context(pool)  # left first: trials stop before MLflow is waited for
             self.workers = len(devices) or 1
             yield StudyOpened(self.result(), self.trials, tuple(devices), StopRequest.of(self.stopping).left)
             coordinator = self._coordinator(data, pool)
             yield from coordinator.run()
             self.exhausted = coordinator.exhausted
-            if self.follow:
+            if tracking is not None:
                 yield Phase("waiting for MLflow")
 
     def forecast(self) -> Generator[Phase | Note, None, "Forecasted"]:

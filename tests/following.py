@@ -23,6 +23,7 @@ LENGTH = 3  # epochs
 def main(home: Home, trials: int, last: int | None) -> int:
     """Trains what is left of so many trials; 0 once MLflow holds them all."""
     tracking = Tracking(home, "toy")
+    tracking.begin()
     stored = rows.study(home).trials
     for number in range(trials):
         if number < len(stored) and stored[number].state != "running":

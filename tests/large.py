@@ -69,6 +69,7 @@ def fill(home: Home, study: Study, numbers: range, pruned: int = 3) -> None:
 def main(home: Home, trials: int) -> None:
     this, ended = psutil.Process(), 0
     began, tracking = time.monotonic(), Tracking(home, "toy")
+    tracking.begin()
 
     def watch(item: object, _: object) -> None:
         nonlocal ended

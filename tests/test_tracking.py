@@ -94,6 +94,7 @@ def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_a_search_is_written_as_it_goes(home: Home) -> None:
     rows.begin(home)
     tracking = Tracking(home, "toy")
+    tracking.begin()
     trial, trained = rows.ask(home), rows.epochs(0, 4)
     rows.record(home, trial, trained[:2])
     until(lambda: bool(run_links(home, rows.study(home)).runs))
@@ -527,6 +528,7 @@ def test_without_mlflow_a_search_does_not_block_and_one_line_says_so(
     with caplog.at_level(logging.INFO):
         began = time.perf_counter()
         tracking = Tracking(home, "toy")
+        tracking.begin()
         assert time.perf_counter() - began < 0.5
         until(lambda: bool(caplog.records))
         assert tracking.close(3.0) == 4
@@ -582,12 +584,14 @@ def test_a_process_that_cannot_start_or_dies_is_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(home.path / "missing"))
         tracking = Tracking(home, "toy")
+        tracking.begin()
         assert tracking.close(5) == 4
     assert [entry.getMessage() for entry in caplog.records] == [
         "MLflow is not followed (No such file or directory); later: searchfm sync toy --apply"
     ]
     caplog.clear()
     tracking = Tracking(home, "toy")
+    tracking.begin()
     assert tracking._process is not None
     tracking._process.kill()
     assert tracking.close(5) == 4
@@ -611,6 +615,8 @@ def test_there_is_never_a_second_writer(home: Home) -> None:
     study = rows.four(home)
     with mirror.writer(home, "toy"):
         first, second = Tracking(home, "toy"), Tracking(home, "toy")
+        first.begin()
+        second.begin()
         time.sleep(6)  # both are under way
         assert not run_links(home, study).experiment
         assert second.close(1) == 4
@@ -624,7 +630,8 @@ def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[2]); import rows; from pathlib import Path\n"
         "from searchfm.home import Home; from searchfm.tracking.follow import Tracking\n"
-        "home = Home(Path(sys.argv[1])); tracking = Tracking(home, 'toy'); print(flush=True); time.sleep(60)"
+        "home = Home(Path(sys.argv[1])); tracking = Tracking(home, 'toy'); tracking.begin()\n"
+        "print(flush=True); time.sleep(60)"
     )
     coordinator = subprocess.Popen(
         [sys.executable, "-c", code, str(home.path), str(Path(__file__).parent)], stdout=subprocess.PIPE

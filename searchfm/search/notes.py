@@ -16,10 +16,9 @@ from optuna.storages import BaseStorage
 
 from searchfm.format import escape, plural, states
 from searchfm.home import Home, shown, write_whole
-from searchfm.records import StudyRecord, Trial
+from searchfm.records import PICTURES, StudyRecord, Trial
 from searchfm.search.storage import open_storage
 
-PICTURES = ("curves.png", "confusion.png")
 LONGEST = 2045  # characters that the dashboard puts in one attribute
 NOTED = 500  # trials: the dashboard looks through all notes for every trial it lists (1,000: 2 s a page, 2,000: 7 s)
 VIEW = "searchfm"  # the view that the table opens with

@@ -1,7 +1,8 @@
 """The tracking process: `python -m searchfm.tracking STUDY`, with the home in SEARCHFM_HOME. See `follow.Tracking`.
 
-Standard input: one line, the time (seconds since 1970) by which to finish; its end ends the process. Standard output: a
-JSON value a line, [level, text] for a line of log, at last the number of trials that are not aligned.
+Standard input: a line once the study is begun, 1 if each trial is to be drawn at its end, else 0; then a line with the
+time (seconds since 1970) by which to finish; its end ends the process. Before the first line the process only imports.
+Standard output: a JSON value a line, [level, text] for a line of log, at last the number of trials not aligned.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from typing import Any
 
 from searchfm.home import Home
 from searchfm.tracking.follow import Follower
-from searchfm.tracking.mirror import writer
+from searchfm.tracking.mirror import load, writer
 
 _stdout = os.fdopen(os.dup(1), "w")
 _lock = threading.Lock()
@@ -31,21 +32,25 @@ class LogHandler(logging.Handler):
 
 def main() -> None:
     """Follows until it is closed."""
-    with contextlib.suppress(OSError):
-        os.nice(5)  # training goes first
     logging.getLogger("searchfm").addHandler(LogHandler())
     logging.getLogger("searchfm").setLevel(logging.INFO)
     logging.getLogger("searchfm.database").setLevel(logging.ERROR)  # the coordinator waits for it too, and reports it
     home, name = Home.find(), sys.argv[1]
     follower = Follower(home, name)
     threading.Thread(target=receive, args=(follower,), daemon=True).start()
+    with contextlib.suppress(Exception):  # the first pass raises it again
+        load(home)
+    follower.begun.wait()
     with writer(home, name):
         follower.run()
         finish(follower)
 
 
 def receive(follower: Follower) -> None:
-    """Reads the deadline, in a thread: if the coordinator is killed, the process ends even during a call."""
+    """Reads the lines, in a thread: if the coordinator is killed, the process ends even during a call."""
+    if line := sys.stdin.readline():
+        follower.draw = line.strip() == "1"
+        follower.begun.set()
     for line in sys.stdin:
         timer = threading.Timer(max(0.0, float(line) - time.time()), finish, (follower,))
         timer.daemon = True

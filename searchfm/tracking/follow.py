@@ -14,20 +14,23 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sqlalchemy
+from filelock import Timeout
 from optuna.storages import BaseStorage
 
 from searchfm.home import HOME, Home, shown
 from searchfm.records import StudyRecord, Trial
+from searchfm.search.lock import holder
 from searchfm.search.notes import Notes
 from searchfm.search.storage import load_study, open_storage, read_study
 from searchfm.tracking.mirror import Difference, Mirror, reaching, study_content, trial_content, writer
 
 log = logging.getLogger("searchfm")
 
+NICE = 5  # of the process: training goes first
 PASS_SECONDS = 1.0  # between two passes: several epochs go in one call
 STUDY_SECONDS = 5.0  # between two writes to the study's own run
 FIRST_DELAY, MAX_DELAY = 0.5, 30.0  # seconds between two attempts while MLflow does not answer
@@ -43,13 +46,14 @@ class Tracking:
 
     A process, since the same work in a thread, some 300 ms of Python a trial, would hold the interpreter's lock when
     the coordinator decides: measured, its decisions took four times as long. It runs at low priority, since
-    training has precedence, and ends when the coordinator ends, even if that is killed.
+    training has precedence, and ends when the coordinator ends, even if that is killed. Until `begin` it only imports.
     """
 
     def __init__(self, home: Home, name: str) -> None:
         self._home, self._name = home, name
         self._process: subprocess.Popen[bytes] | None = None
         self._left: int | None = None  # trials that are not aligned; None: unknown
+        self._ended = False  # by `end`
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "searchfm.tracking", name],
@@ -62,8 +66,14 @@ class Tracking:
         except OSError as error:
             log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, name)
             return
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, NICE)
         self._relay = threading.Thread(target=self._relay_log, args=(self._process,), name="tracking", daemon=True)
         self._relay.start()
+
+    def begin(self, *, draw: bool = True) -> None:
+        """Begins to follow the study, which exists. draw: see `Passes`."""
+        self._send(f"{draw:d}")
 
     def close(self, seconds: float) -> int:
         """Lets the process finish within this many seconds, then ends it.
@@ -71,14 +81,30 @@ class Tracking:
         Returns how many trials are not aligned: 0 unless MLflow was unreachable or refused some.
         """
         if self._process is not None:
+            self._send(f"{time.time() + seconds:f}")
+            self._relay.join(seconds + 1.0)
+            self.end()
+        return len(read_study(self._home, self._name).trials) if self._left is None else self._left
+
+    def end(self) -> None:
+        """Ends the process, if it has not ended: it has written nothing before `begin`, and later what it leaves half
+        done is found again.
+        """
+        if self._process is not None and not self._ended:
+            assert self._process.stdin is not None
+            self._ended = True
+            self._process.kill()
+            self._process.wait()
+            self._relay.join()
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def _send(self, line: str) -> None:
+        if self._process is not None:
             assert self._process.stdin is not None
             with contextlib.suppress(OSError):  # it has died
-                self._process.stdin.write(b"%f\n" % (time.time() + seconds))
+                self._process.stdin.write(f"{line}\n".encode())
                 self._process.stdin.flush()
-            self._relay.join(seconds + 1.0)
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()  # which ends it
-        return len(read_study(self._home, self._name).trials) if self._left is None else self._left
 
     def _relay_log(self, process: subprocess.Popen[bytes]) -> None:
         """Logs what the process reports, until it ends."""
@@ -90,18 +116,21 @@ class Tracking:
                         self._left = left
                     case [int(level), str(text)]:
                         log.log(level, "%s", text)
-        if process.wait() != 0:
+        if process.wait() != 0 and not self._ended:
             log.warning("the process that follows into MLflow has died; later: searchfm sync %s --apply", self._name)
 
 
 class Passes:
     """Aligns MLflow with a study, pass by pass; what is aligned is not read again.
 
-    deep, send: see `Mirror`; a deep pass raises every error.
+    deep, send: see `Mirror`; a deep pass raises every error. draw: each trial at its end; else only the trials whose
+    weights are kept are drawn, in the last pass. A deep pass that sends draws all that lack pictures, at last.
     """
 
-    def __init__(self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True) -> None:
-        self._study = study
+    def __init__(
+        self, home: Home, study: StudyRecord, *, deep: bool = False, send: bool = True, draw: bool = True
+    ) -> None:
+        self._study, self._draw_each = study, draw and not deep
         self._mirror = Mirror(home, study, send=send, deep=deep)
         self._notes: Notes | None = None  # opened at the first note
         self._aligned: dict[int, Trial] = {}
@@ -109,7 +138,7 @@ class Passes:
         self._study_due = 0.0  # monotonic seconds
         self._failures: Counter[int] = Counter()
         self._refusals: Counter[int] = Counter()
-        self._notes_failed = self._complete = False
+        self._notes_failed = self._drawing_failed = self._complete = False
 
     @property
     def left(self) -> int:
@@ -140,11 +169,38 @@ class Passes:
                 differences += self._mirror.align(study_content(study, status))
                 self._note(lambda notes: notes.study(study, self._mirror.links()))
                 self._states, self._study_due = states, time.monotonic() + STUDY_SECONDS
+            if self._mirror.send and (last or self._mirror.deep):
+                self.add_pictures(study.trials if self._mirror.deep else study.kept)
         except Exception:
             self._mirror.forget()
             raise
         self._complete = True
         return differences
+
+    def add_pictures(self, trials: Sequence[Trial], going: Callable[[], bool] = lambda: True) -> None:
+        """Draws the pictures that trials lack, and adds them to their runs and notes, while `going`."""
+        self._mirror.open()
+        for trial in trials:
+            if not going():
+                return
+            if (names := trial.undrawn) and self._draw(trial):
+                self._mirror.add_pictures(trial, names)
+                self._note_trial(trial, again=True)
+
+    def _draw(self, trial: Trial) -> bool:
+        """Draws a trial into its folder. Everything else goes on without pictures."""
+        from searchfm import figures  # and with it matplotlib
+
+        try:
+            figures.draw(trial, self._study.data.classes)
+        except Exception as error:
+            if self._mirror.deep:
+                raise
+            if not self._drawing_failed:
+                log.warning("trial %d cannot be drawn (%s)", trial.number, type(error).__name__)
+            self._drawing_failed = True
+            return False
+        return True
 
     def _due(self) -> list[Trial]:
         """The trials that are not aligned. One without a config was begun by 0.3.0, and is of no worker."""
@@ -152,6 +208,8 @@ class Passes:
         return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 
     def _align_trial(self, trial: Trial) -> list[Difference]:
+        if self._draw_each and trial.undrawn:
+            self._draw(trial)
         try:
             differences = self._mirror.align(trial_content(self._study, trial, self._mirror.parent))
         except Exception as error:
@@ -167,8 +225,11 @@ class Passes:
             return []
         self._aligned[trial.number] = trial
         if trial.state != "running":
-            self._note(lambda notes: notes.trial(trial, self._mirror.links(), again=bool(differences)))
+            self._note_trial(trial, again=bool(differences))
         return differences
+
+    def _note_trial(self, trial: Trial, *, again: bool) -> None:
+        self._note(lambda notes: notes.trial(trial, self._mirror.links(), again=again))
 
     def _note(self, write: Callable[[Notes], None]) -> None:
         """Writes a note of optuna-dashboard. Notes come last: without them everything else goes on."""
@@ -192,11 +253,27 @@ def sync(home: Home, study: StudyRecord, *, apply: bool = False) -> list[Differe
         return Passes(home, study, deep=True, send=apply).run(study, status, last=True)
 
 
+def draw_missing(home: Home, study: StudyRecord, going: Callable[[], bool] = lambda: True) -> None:
+    """Draws the pictures that the study's trials lack, and sends them, trial by trial: while `going`, no other process
+    writes the study into MLflow, and no process searches or retrains it. Raises StorageError.
+    """
+
+    def free() -> bool:
+        return going() and holder(home, study.name) is None
+
+    if any(trial.undrawn for trial in study.trials) and free():
+        with contextlib.suppress(Timeout), reaching(home), writer(home, study.name).acquire(timeout=0):
+            Passes(home, study).add_pictures(study.trials, free)
+
+
 class Follower:
-    """The work of the tracking process: a pass about every second, until it is closed. `run` is for one thread."""
+    """The work of the tracking process: a pass about every second, until it is closed. `run` is for one thread.
+
+    draw: see `Passes`; it is set before `begun`, and that once the study exists.
+    """
 
     def __init__(self, home: Home, name: str) -> None:
-        self.closing = threading.Event()
+        self.begun, self.closing, self.draw = threading.Event(), threading.Event(), True
         self._home, self._name = home, name
         self._storage: BaseStorage | None = None
         self._ended: dict[int, Trial] = {}
@@ -230,7 +307,7 @@ class Follower:
             study = self._read()
             subject = f"MLflow at {shown(self._home.tracking_uri)}"
             status = "RUNNING" if not closing else "KILLED" if study.of("running") else "FINISHED"
-            self.passes = self.passes or Passes(self._home, study)
+            self.passes = self.passes or Passes(self._home, study, draw=self.draw)
             self.passes.run(study, status, last=closing)
         except Exception as error:
             if self._unreachable != subject:

@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -33,6 +33,7 @@ from searchfm.format import csv_text, escape, final_sentences, show_params
 from searchfm.home import Home, command_line, shown
 from searchfm.records import (
     EPOCHS,
+    PICTURES,
     PREDICTIONS,
     SPEC,
     WEIGHTS,
@@ -44,7 +45,7 @@ from searchfm.records import (
     Trial,
     read_epochs,
 )
-from searchfm.search.notes import PICTURES, VIEW, Links, trial_lines, web_address
+from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
@@ -52,7 +53,7 @@ from searchfm.tables import flatten
 STATUS: Mapping[State, str] = {"running": "RUNNING", "complete": "FINISHED", "pruned": "FINISHED", "failed": "FAILED"}
 PACKAGES = ("searchfm", "torch", "torchvision", "timm", "optuna", "mlflow", "numpy")
 # Files of a trial's or a final model's folder that its run has as they are.
-LOGGED = ("config.toml", EPOCHS, "log.txt", "curves.png", "confusion.png")
+LOGGED = ("config.toml", EPOCHS, "log.txt", *PICTURES)
 TABLE = "predictions.csv"
 COMMIT = "mlflow.source.git.commit"
 MARKER = "seconds"  # a metric that every epoch has
@@ -108,6 +109,19 @@ def connect(home: Home) -> Any:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def load(home: Home) -> None:
+    """Imports what aligning a study needs, some 3 s of CPU. Writes nothing."""
+    import mlflow.data
+    import mlflow.entities
+    import mlflow.tracking
+
+    import searchfm.figures  # noqa: F401
+
+    if database(home) is not None:
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    environment()
+
+
 def make_schema(home: Home) -> None:
     """Makes MLflow's database if that is a missing file. Raises StorageError."""
     with reaching(home):
@@ -157,7 +171,7 @@ class Content:
     note: Sequence[str] = ()  # the description, paragraphs of Markdown; pictures are added. Empty: as it is
     params: Mapping[str, str] = field(default_factory=dict)
     points: Sequence[Point]
-    files: Mapping[str, str | Path]  # artifacts by name: a text, or a file that may yet have to be drawn
+    files: Mapping[str, str | Path]  # artifacts by name: a text, or a file
     status: str | None  # MLflow's; None: as it is
     started: float | None  # seconds since 1970
     ended: float | None = None
@@ -199,8 +213,6 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
             "epochs": trial.epochs[-1].index if trial.epochs else 0,
         }
         points += make_points(values, trial.ended, values["epochs"])
-    predicted = trial.state == "complete" and (trial.folder / PREDICTIONS).is_file()
-    drawn = ["curves.png"] * bool(trial.epochs) + ["confusion.png"] * predicted
     note = [*trial_lines(trial), escape(show_params(trial.params))] if trial.ended is not None else ()
     return Content(
         trial=trial,
@@ -208,7 +220,7 @@ def trial_content(study: StudyRecord, trial: Trial, parent: str) -> Content:
         note=note,
         params={key: _text(value) for key, value in (*flatten(trial.config), *trial.params.items())},
         points=points,
-        files={} if trial.state == "running" else folder_files(trial.folder, drawn),
+        files={} if trial.state == "running" else folder_files(trial.folder),
         status=STATUS[trial.state],
         started=trial.started,
         ended=trial.ended,
@@ -299,11 +311,9 @@ def study_points(trials: Iterable[Trial]) -> list[Point]:
     return points
 
 
-def folder_files(folder: Path, drawn: Collection[str] = ()) -> dict[str, Path]:
-    """The artifacts of a trial's or a final model's folder. drawn: pictures that are drawn when they are sent."""
-    if not folder.is_dir():
-        return {}
-    files = {name: folder / name for name in LOGGED if name in drawn or (folder / name).is_file()}
+def folder_files(folder: Path) -> dict[str, Path]:
+    """The artifacts of a trial's or a final model's folder. Pictures that are not drawn yet are none."""
+    files = {name: folder / name for name in LOGGED if (folder / name).is_file()}
     return files | ({TABLE: folder / PREDICTIONS} if (folder / PREDICTIONS).is_file() else {})
 
 
@@ -583,6 +593,15 @@ class Mirror:
                     self._log_weights(run, trial.folder)
         return differences
 
+    def add_pictures(self, trial: Trial, names: Sequence[str]) -> None:
+        """Adds pictures to the run of a trial that is aligned, and to its note. Nothing where there is no such run."""
+        if run := self.active(trial.number):
+            for name in names:
+                self.client.log_artifact(run.id, str(trial.folder / name))
+            tags = _changed(run.tags, _with_note(run, trial_content(self.study, trial, self.parent)))
+            if NOTE in tags:
+                self._tag(run, NOTE, tags[NOTE])
+
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _missing_points(self, run: Run, content: Content) -> tuple[list[Point], list[str]]:
@@ -651,11 +670,6 @@ class Mirror:
         run.points = set(content.points) if run.status == "RUNNING" else None
 
     def _log_files(self, run: Run, content: Content, names: Sequence[str]) -> None:
-        classes = self.study.data.classes
-        if content.trial is not None:
-            from searchfm import figures  # and with it matplotlib
-
-            figures.draw(content.trial, classes)
         for name in names:
             match content.files[name]:
                 case str(text):
@@ -663,7 +677,7 @@ class Mirror:
                 case path if path.name != PREDICTIONS:
                     self.client.log_artifact(run.id, str(path))
                 case path if predictions := Predictions.read(path.parent):
-                    self.client.log_text(run.id, predictions_csv(predictions, classes), name)
+                    self.client.log_text(run.id, predictions_csv(predictions, self.study.data.classes), name)
 
     def _remove(self, run: Run) -> None:
         self._tag(run, "role", REPLACED)
@@ -765,12 +779,19 @@ def described(paragraphs: Iterable[str], pictures: Iterable[str], run: str, *, f
 
 
 def _with_note(run: Run, content: Content) -> Mapping[str, str]:
-    """The tags that a run must have. A trial's note is written once: a user may then edit it."""
-    held, earlier = run.tags.get(NOTE), f"{content.tags['state']}: {content.tags.get('reason')}"  # of 0.3.0
-    if not content.note or (content.trial is not None and held not in (None, "", earlier)):
+    """The tags that a run must have. A trial's note is written once, since a user may then edit it; one that is as it
+    was written gets the pictures that were drawn later.
+    """
+    if not content.note:
         return content.tags
-    pictures = [name for name in PICTURES if name in content.files]
-    return {**content.tags, NOTE: described(content.note, pictures, run.id)}
+    note = described(content.note, [name for name in PICTURES if name in content.files], run.id)
+    if content.trial is not None:
+        earlier = f"{content.tags['state']}: {content.tags.get('reason')}"  # of 0.3.0
+        fewer = [described(content.note, list(PICTURES)[:count], run.id) for count in range(len(PICTURES))]
+        ours = (None, "", earlier, *(text for text in fewer if len(text) < len(note)))
+        if run.tags.get(NOTE) not in ours:
+            return content.tags
+    return {**content.tags, NOTE: note}
 
 
 def _changed(held: Mapping[str, str], expected: Mapping[str, str]) -> dict[str, str]:
