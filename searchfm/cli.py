@@ -444,8 +444,9 @@ def status(
         trials, key = summary.sort_trials(records[0].trials, sort or ("number" if as_csv else "value"))
     if as_json:
         held = ((record, holder(where, record.name)) for record in records)
+        more = {} if name is None else {"undrawn": len(records[0].undrawn)}
         values = [
-            schema.describe_study(record, where, listed=name is not None, coordinator=process)
+            schema.describe_study(record, where, listed=name is not None, coordinator=process, **more)
             for record, process in held
         ]
         typer.echo(schema.dump(values))
@@ -680,7 +681,7 @@ def report(
     from searchfm.search.storage import load_study, open_storage
     from searchfm.show import schema
     from searchfm.show.report import report_page
-    from searchfm.tracking import registry
+    from searchfm.tracking import follow, registry
 
     where = Home.find(home)
     storage = open_storage(where)  # one, since it keeps the trials that it has read
@@ -694,6 +695,7 @@ def report(
     _output(as_json, schema.Report(study=record.name, report=str(path)), lambda: typer.echo(path))
     context.call_on_close(_doing("logging the report to MLflow").end)
     registry.log_report(where, record, path)
+    follow.draw_missing(where, record)
 
 
 @app.command()

@@ -383,6 +383,11 @@ class StudyRecord(StudyHeader):
         return ranked(self.trials, twins=twins)
 
     @property
+    def undrawn(self) -> list[Trial]:
+        """The trials that ended and lack pictures."""
+        return [trial for trial in self.trials if trial.undrawn]
+
+    @property
     def kept(self) -> list[Trial]:
         """The trials whose weights are kept, the best first: a twin has none, and does not count."""
         return self.ranked(twins=False)[: self.resolved["search"]["keep"]]

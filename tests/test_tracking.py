@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -25,11 +26,13 @@ from optuna.trial import TrialState
 from searchfm.errors import StorageError
 from searchfm.format import escape
 from searchfm.home import STORAGE, TRACKING, Home, shown
-from searchfm.records import EPOCHS, WEIGHTS, Epoch, StudyHeader, StudyRecord
+from searchfm.records import EPOCHS, PICTURES, WEIGHTS, Epoch, StudyHeader, StudyRecord
+from searchfm.search.lock import study_lock
 from searchfm.search.notes import Notes, artifact_folder, web_address
 from searchfm.search.storage import open_storage, write_record
+from searchfm.show.dashboard import draw_pictures
 from searchfm.tracking import mirror
-from searchfm.tracking.follow import Follower, Passes, Tracking, sync
+from searchfm.tracking.follow import Follower, Passes, Tracking, draw_missing, sync
 from searchfm.tracking.mirror import Mirror, make_schema, run_links
 from tests.serving import Server
 
@@ -514,6 +517,70 @@ def test_exactly_the_best_weights_stay(synced: Home) -> None:
     best, other = (f"toy-{row.number:04d}" for row in study.ranked())
     assert has_weights(best)
     assert not has_weights(other)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pictures_of(home: Home, run: Any) -> set[str]:
+    """The pictures that a run has, after a look that its note shows these alone."""
+    stored = {info.path for info in client(home).list_artifacts(run.info.run_id)}
+    note = run.data.tags["mlflow.note.content"]
+    assert set(re.findall(r"path=(\w+\.png)", note)) == stored & set(PICTURES)
+    return stored & set(PICTURES)
+
+
+def test_while_workers_have_all_cores_only_kept_trials_are_drawn_and_that_last(home: Home) -> None:
+    study = rows.four(home)
+    study = replace(study, resolved={**study.resolved, "search": {"keep": 1}})
+    passes = Passes(home, study, draw=False)
+    passes.run(study, "RUNNING")
+    assert {name for run in runs(home, study).values() for name in pictures_of(home, run)} == set()
+    passes.run(study, "FINISHED", last=True)
+    assert passes.settled
+    (kept,) = study.kept
+    for number, run in enumerate(sorted(runs(home, study).items())[1:]):
+        assert pictures_of(home, run[1]) == (set(PICTURES) if number == kept.number else set())
+    assert [trial.number for trial in rows.study(home).undrawn] == [n for n in range(4) if n != kept.number]
+
+
+def test_missing_pictures_are_no_difference_and_sync_draws_and_sends_them(home: Home) -> None:
+    study = rows.four(home)
+    Passes(home, study, draw=False).run(study, "FINISHED")
+    mine = run_links(home, study).runs[1]
+    client(home).set_tag(mine, "mlflow.note.content", "mine")
+    assert sync(home, study) == []
+    assert sync(home, study, apply=True) == []
+    active = runs(home, study)
+    assert pictures_of(home, active["toy-0003"]) == set(PICTURES)
+    assert active["toy-0001 (pruned)"].data.tags["mlflow.note.content"] == "mine"
+    assert "curves.png" in {info.path for info in client(home).list_artifacts(mine)}
+    assert "![confusion](/artifacts/" in attributes(home, study)["dashboard:1:note_str:0"]
+    assert rows.study(home).undrawn == []
+    assert sync(home, study) == []
+
+
+def test_the_dashboard_draws_what_is_missing_unless_a_search_runs(home: Home) -> None:
+    study = rows.four(home)
+    Passes(home, study, draw=False).run(study, "FINISHED")
+    stop = threading.Event()
+    with study_lock(home, "toy"):
+        drawing = threading.Thread(target=draw_pictures, args=(home, stop))
+        drawing.start()
+        time.sleep(1)
+        stop.set()
+        drawing.join()
+        assert len(rows.study(home).undrawn) == 4
+    with mirror.writer(home, "toy"):  # of a tracking process that is about to end
+        draw_missing(home, study)
+        assert len(rows.study(home).undrawn) == 4
+    stop.clear()
+    drawing = threading.Thread(target=draw_pictures, args=(home, stop))
+    drawing.start()
+    until(lambda: not rows.study(home).undrawn)
+    stop.set()
+    drawing.join()
+    assert pictures_of(home, runs(home, study)["toy-0003"]) == set(PICTURES)
 
 
 # --- MLflow away ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from searchfm.errors import UserError, WorldError
 from searchfm.home import HOME, TRACKING, Home
 from searchfm.records import StudyRecord
 from searchfm.search.notes import HERE, OPEN, artifact_folder, opened, web_address
-from searchfm.search.storage import load_study, no_study, open_storage, study_names
+from searchfm.search.storage import load_study, no_study, open_storage, read_again, study_names
 from searchfm.show.guard import HEALTH, LOOPBACK, TOKEN, Access, Guard, read_token, with_token
 
 Only = Literal["optuna", "mlflow"]
@@ -40,6 +40,7 @@ START_SECONDS = 90.0
 STOP_SECONDS = 5.0  # for a server to end after SIGTERM
 GROUP_SECONDS = 3.0  # for the rest of its group, once the parent is gone
 REQUEST_SECONDS = 2  # for open requests to end after SIGTERM
+DRAW_SECONDS = 10.0  # between two looks for pictures that are not drawn yet
 THREADS = 10  # requests that optuna-dashboard answers at once: a plot may take seconds, and a page needs several
 
 
@@ -70,7 +71,7 @@ def serve(
     where one is in use. A server that MLFLOW_TRACKING_URI names is linked to, not started. Raises StudyError without
     any study, WorldError if a server does not start or ends by itself.
     """
-    from searchfm.tracking.mirror import make_schema, run_links  # here: the servers import this module without them
+    from searchfm.tracking.mirror import make_schema, run_links  # here: the servers import this module without it
 
     study = study or _latest(home)
     stop = threading.Event()
@@ -80,6 +81,7 @@ def serve(
     first = free_port(ports[0], host=access.host)
     second = 0 if remote else free_port(ports[1], taken=first, host=access.host)
     servers: list[Server] = []
+    drawing = threading.Thread(target=draw_pictures, args=(home, stop), daemon=True)
     try:
         for name, port in [("optuna-dashboard", first), ("MLflow", second)][: 1 if remote else 2]:
             if name == "MLflow":
@@ -96,12 +98,34 @@ def serve(
             local = f"{access.address(second)}{opened(table)}"
             mlflow = f"{remote}{table}" if remote else with_token(local, access.token)
             ready(with_token(dashboard, access.token), mlflow)
+            drawing.start()
         while not stop.wait(0.5):
             for server in servers:
                 server.check()
     finally:
+        stop.set()
         for server in servers:
             server.stop()
+        if drawing.is_alive():
+            drawing.join(STOP_SECONDS)
+
+
+def draw_pictures(home: Home, stop: threading.Event) -> None:
+    """Draws the trials of all studies that have no pictures yet, and sends them to MLflow, until `stop`; it gives way
+    to a search. In a thread of its own.
+    """
+    from searchfm.tracking.follow import draw_missing
+
+    with contextlib.suppress(OSError):
+        os.nice(5)  # on Linux of this thread alone: pages go first
+    studies = read_again(home)
+    while not stop.is_set():
+        try:
+            for study in next(studies):
+                draw_missing(home, study, lambda: not stop.is_set())
+        except Exception:  # a database or a server that does not answer now is tried again
+            studies = read_again(home)
+        stop.wait(DRAW_SECONDS)
 
 
 def serve_one(home: Home, only: Only, access: Access, ports: tuple[int, int], ready: Callable[[str], None]) -> None:

@@ -172,6 +172,10 @@ class Study(Printed, kw_only=True):
     coordinator: Annotated[
         str | UnsetType | None, about("`status` alone: the process and host that search or retrain it; null if none")
     ] = UNSET
+    undrawn: Annotated[
+        int | UnsetType,
+        about("`status NAME` alone: trials whose pictures are not drawn yet; `sync --apply` draws them"),
+    ] = UNSET
     trial_list: Annotated[list[Trial] | UnsetType, about("`tune` and `status NAME` alone: all trials, by number")] = (
         UNSET
     )

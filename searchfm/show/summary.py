@@ -91,6 +91,10 @@ def study_page(
         parts.append(labelled("importance", ", ".join(texts), indent=12))
     if failed := study.of("failed"):
         parts.append(labelled("failed", *_reasons(failed), style="red"))
+    if not coordinator and (undrawn := len(study.undrawn)):
+        which = "trial's pictures are" if undrawn == 1 else "trials' pictures are"
+        text = f"{undrawn:,} {which} not drawn yet; searchfm dashboard or searchfm sync {study.name} --apply draws them"
+        parts.append(Text(text))
     if running := study.of("running"):
         parts.append(_running_table(running, width))
         held = f"held by {coordinator}" if coordinator else f"no process runs it; searchfm tune {study.name} resumes it"

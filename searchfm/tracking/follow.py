@@ -261,9 +261,9 @@ def draw_missing(home: Home, study: StudyRecord, going: Callable[[], bool] = lam
     def free() -> bool:
         return going() and holder(home, study.name) is None
 
-    if any(trial.undrawn for trial in study.trials) and free():
-        with contextlib.suppress(Timeout), reaching(home), writer(home, study.name).acquire(timeout=0):
-            Passes(home, study).add_pictures(study.trials, free)
+    if study.undrawn and free():
+        with contextlib.suppress(Timeout), writer(home, study.name).acquire(timeout=0), reaching(home):
+            Passes(home, study).add_pictures(study.undrawn, free)
 
 
 class Follower:

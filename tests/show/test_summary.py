@@ -134,6 +134,8 @@ def test_a_page_of_a_study_has_its_best_its_failures_and_who_runs_it(study: Stud
     assert "5        2/4" in shown
     assert "held by process 7 on host" in shown
     idle = text(study_page(replace(study, trials=trials), None, 80, {}), 80)
+    assert "5 trials' pictures are not drawn yet; searchfm dashboard or" in text(study_page(study, None, 80, {}), 80)
+    assert "pictures" not in text(study_page(study, "process 7 on host", 80, {}), 80), "its search draws some"
     assert "no process runs it; searchfm tune toy resumes it" in idle
 
 
