@@ -48,7 +48,8 @@ trials = 60
 sampler = "random"
 pruner = "none"
 [data]
-subset = 0.1179 # 6,013 images
+validation = 0.02 # 1,200 images
+subset = 0.10231 # 6,016 images
 [model]
 name = "mlp"
 [model.mlp]
@@ -242,7 +243,7 @@ def share(repeats: int) -> None:
             study = Path(folder) / "share.toml"
             study.write_text(SHARE)
             start, end, _, record = tune(Path(folder), str(study), "--workers", str(WORKERS))
-        seconds = [trial.seconds for trial in record.trials if trial.twin is None]
+            seconds = [trial.seconds for trial in record.trials if trial.twin is None]  # read from the folder
         trained.append(sum(seconds) / (WORKERS * (end - start)))
         lengths.append(statistics.median(seconds))
         walls.append(end - start)
