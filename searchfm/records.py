@@ -25,6 +25,7 @@ ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: 
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
 PICTURES = {"curves.png": EPOCHS, "confusion.png": PREDICTIONS}  # of a trial, and the file that each is drawn from
 FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
+PROGRAM = "model.pt2"  # a file in that folder until the model is registered: its torch.export program
 State = Literal["running", "complete", "pruned", "failed"]
 
 
@@ -599,6 +600,22 @@ class TestJob(Record):
     model: str  # folder
     files: Mapping[str, str]  # sha256 of its files by name
     data_dir: str | None
+
+
+@dataclass(frozen=True)
+class ExportJob(Record):
+    """Payload of `export`."""
+
+    model: str  # folder
+    files: Mapping[str, str]  # sha256 of its files by name
+
+
+@dataclass(frozen=True)
+class ExportResult(Record):
+    """Result of `export`, which writes a model as a torch.export program."""
+
+    torch: str  # version that wrote it, with what it was built for: "2.15.0+cu132"
+    files: Mapping[str, str]  # sha256 by name
 
 
 @dataclass(frozen=True)

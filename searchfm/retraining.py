@@ -8,9 +8,9 @@ import json
 import math
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import closing
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,8 +35,11 @@ from searchfm.pool import WorkerPool
 from searchfm.records import (
     EPOCHS,
     FINAL,
+    PROGRAM,
     WEIGHTS,
     Epoch,
+    ExportJob,
+    ExportResult,
     Final,
     FinalistFigures,
     FinalPlan,
@@ -54,14 +57,16 @@ from searchfm.records import (
     write_epochs,
 )
 from searchfm.search.files import reopen
+from searchfm.search.lock import Lock
 from searchfm.search.storage import locked_study, open_storage, write_record
 from searchfm.search.study import Study
-from searchfm.tracking.registry import publish
+from searchfm.tracking.registry import Program, preload, publish
 from searchfm.tuning import prepare, train_payload
 
-FIT, TEST = "searchfm.learn.entries:fit", "searchfm.learn.entries:test"
+FIT, TEST, EXPORT = (f"searchfm.learn.entries:{name}" for name in ("fit", "test", "export"))
 READS = "test-reads.json"
-TRAINED, FITTED, TESTED = "result.json", "fit.json", "test.json"  # records in the folders of jobs
+# Records in the folders of jobs.
+TRAINED, FITTED, TESTED, EXPORTED = "result.json", "fit.json", "test.json", "export.json"
 
 
 @dataclass(frozen=True)
@@ -99,29 +104,31 @@ def retrain(
             left = f"{plural(len(running), 'trial')} of a stopped search left out"
             yield Note(f"{left}; searchfm tune {study.name} continues the search")
         final = study.final
+        if final is None or final.plan != plan or final.model is None:
+            preload()
         exists = (study.final_folder / WEIGHTS).is_file()
         if final is None or final.plan != plan or not exists:
             if final is not None and exists:
                 yield Note(_why_again(final, plan))
             search = reopen(None, study, {})
             search.check_code(options.allow_code)
-            retries = search.search.retries
-            with (
-                closing(engine()) as workers,
-                WorkerPool(workers, retries=retries, stopping=stopping, check_lock=lock.check) as pool,
-            ):
+            with _workers(engine, stopping, lock, search) as pool:
                 _, _, devices = yield from prepare(search, pool, options.data_dir, study.data)
                 yield Note(f"workers: {', '.join(f'{n} x {d}' for d, n in Counter(devices).items())}")
                 work = _Retraining(home, study, search, plan, pool, len(devices), options.data_dir)
                 final = yield from work.final((yield from work.select()))
-            final = replace(final, seconds=round(time.monotonic() - began, 3))
-            _keep(study, final, save)
+                final = replace(final, seconds=round(time.monotonic() - began, 3))
+                _keep(study, final, save)
+                yield Phase("exporting the model")
+                export(pool, study, final)
         if final.model is None or (options.promote and not final.model.champion):
             yield Phase("registering the model with MLflow")
-            folder, code = study.final_folder, options.allow_code
-            model = publish(home, study, final, folder, promote=options.promote, allow_code=code)
+            program = partial(_program, study, final, options, partial(_workers, engine, stopping, lock))
+            model = publish(home, study, final, study.final_folder, program, promote=options.promote)
             final = replace(final, model=model)
             _keep(study, final, save)
+            for name in (PROGRAM, EXPORTED):  # MLflow has it
+                (study.final_folder / name).unlink(missing_ok=True)
     return final
 
 
@@ -450,6 +457,65 @@ def _with_seed(config: Mapping[str, Any], seed: int, epochs: int | None = None) 
     """A trial's config with another seed, and other epochs if there are some."""
     train = {**config["train"], "seed": seed}
     return {**config, "train": train | ({} if epochs is None else {"epochs": epochs})}
+
+
+@contextmanager
+def _workers(
+    engine: Callable[[], Engine], stopping: Callable[[], bool], lock: Lock, search: Study
+) -> Iterator[WorkerPool]:
+    """Workers for the jobs of a study."""
+    retries = search.search.retries
+    with (
+        closing(engine()) as workers,
+        WorkerPool(workers, retries=retries, stopping=stopping, check_lock=lock.check) as pool,
+    ):
+        yield pool
+
+
+def export(pool: WorkerPool, study: StudyRecord, final: Final) -> None:
+    """Writes the final model as a torch.export program, in a worker, since this process has no torch.
+
+    Raises ModelError, WorldError; CodeError for the user's code that may not run.
+    """
+    task = _exporting(study, final)
+    for event in pool.run_all([task.job]):
+        match event:
+            case Failed(reason=reason):
+                raise WorldError(f"study {study.name!r}: {task.job.label}: {reason}")
+            case Finished(result=result):
+                write_json(task.folder / task.record, JobRecord(task.identity, result).to_json())
+
+
+def _program(
+    study: StudyRecord,
+    final: Final,
+    options: RetrainOptions,
+    workers: Callable[[Study], AbstractContextManager[WorkerPool]],
+) -> Program:
+    """The program of the final model; written now where an earlier command was stopped before that."""
+    if (program := exported(study, final)) is None:
+        search = reopen(None, study, {})
+        with workers(search) as pool:
+            deque(prepare(search, pool, options.data_dir, study.data), maxlen=0)
+            export(pool, study, final)
+        program = exported(study, final)
+        assert program is not None
+    return program
+
+
+def exported(study: StudyRecord, final: Final) -> Program | None:
+    """The program of the final model, if it was written."""
+    task = _exporting(study, final)
+    result, path = task.result(), task.folder / PROGRAM
+    if result is None or not path.is_file():
+        return None
+    return Program(path, ExportResult.from_json(result, str(path)).torch)
+
+
+def _exporting(study: StudyRecord, final: Final) -> Task:
+    folder = study.final_folder
+    payload = ExportJob(str(folder), {WEIGHTS: final.weights})
+    return Task(Job("export", folder, EXPORT, payload.to_json(), label="export"), final.weights, EXPORTED)
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------

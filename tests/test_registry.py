@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -21,11 +22,17 @@ from searchfm.config import Config
 from searchfm.errors import ModelError, StorageError
 from searchfm.format import sentence, times
 from searchfm.home import TRACKING, Home
+from searchfm.jobs import Context
+from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier, save_weights
 from searchfm.learn.models import classifier, served
 from searchfm.records import (
     EPOCHS,
+    PROGRAM,
+    SPEC,
     WEIGHTS,
+    ExportJob,
+    ExportResult,
     Final,
     FinalPlan,
     RegisteredModel,
@@ -38,6 +45,7 @@ from searchfm.search.storage import open_storage, write_record
 from searchfm.tracking import registry
 from searchfm.tracking.mirror import Mirror, final_content
 from tests import rows
+from tests.learn.toys import drain
 
 # mlflow's own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -90,6 +98,18 @@ def model(folder: Path, seed: int) -> Final:
     )
 
 
+def publish(home: Home, study: StudyRecord, final: Final, folder: Path, **options: bool) -> RegisteredModel:
+    """As `retrain` does, with the program that a worker leaves."""
+
+    def program() -> registry.Program:
+        context = Context(folder, (), "cpu", lambda: None)
+        job = ExportJob(str(folder), {WEIGHTS: final.weights})
+        _, written = drain(entries.export(job.to_json(), context))
+        return registry.Program(folder / PROGRAM, ExportResult.from_json(written, "export").torch)
+
+    return registry.publish(home, study, final, folder, program, **options)
+
+
 @pytest.fixture(scope="module")
 def first(home: Home, study: StudyRecord, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Final]:
     folder = tmp_path_factory.mktemp("models") / "first"
@@ -100,7 +120,7 @@ def first(home: Home, study: StudyRecord, tmp_path_factory: pytest.TempPathFacto
 def published(home: Home, study: StudyRecord, first: tuple[Path, Final]) -> RegisteredModel:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(TRACKING, raising=False)
-        return registry.publish(home, study, first[1], first[0])
+        return publish(home, study, first[1], first[0])
 
 
 def client(home: Home) -> Any:
@@ -130,6 +150,40 @@ def test_it_loads_with_mlflow_alone_and_answers_what_the_model_does(
         with torch.no_grad():
             expected = ours(torch.from_numpy(images)).numpy()
         assert np.abs(loaded.predict(images) - expected).max() < 1e-6
+
+
+def test_it_is_laid_out_as_mlflows_own_pytorch_flavor_lays_out_a_program(
+    home: Home, first: tuple[Path, Final], published: RegisteredModel, tmp_path: Path
+) -> None:
+    """`registry.save` writes that flavor without it, since it imports torch."""
+    import mlflow.pytorch
+    from mlflow.models import Model
+
+    folder = Path(client(home).get_model_version("searchfm-toy", "1").source.removeprefix("file://"))
+    ours = Model.load(str(folder))
+    example = np.load(first[0] / "example.npy")
+    net = served(load_classifier(first[0])[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mlflow.pytorch.save_model(
+            net,
+            tmp_path / "theirs",
+            signature=ours.signature,
+            input_example=example,
+            pip_requirements=["torch"],
+            serialization_format="pt2",
+            extra_files=[str(first[0] / name) for name in (WEIGHTS, SPEC)],
+        )
+        theirs = Model.load(str(tmp_path / "theirs"))
+        loaded = mlflow.pytorch.load_model(str(folder))
+    moved = {**theirs.flavors["pytorch"], "model_data": "data/pytorch"}
+    assert ours.flavors["pytorch"] == moved
+    for key in ("loader_module", "env", "python_version"):
+        assert ours.flavors["python_function"][key] == theirs.flavors["python_function"][key]
+    names = [{path.name for path in root.rglob("*") if path.is_file()} for root in (folder, tmp_path / "theirs")]
+    assert names[0] == names[1]
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.from_numpy(example)), net(torch.from_numpy(example)))
 
 
 def test_it_says_what_it_needs_and_carries_plain_weights(home: Home, published: RegisteredModel) -> None:
@@ -163,7 +217,7 @@ def test_its_run_stands_below_the_studys_with_pictures_and_figures(home: Home, p
 def test_a_model_is_registered_once(
     home: Home, study: StudyRecord, first: tuple[Path, Final], published: RegisteredModel
 ) -> None:
-    assert registry.publish(home, study, first[1], first[0]) == published
+    assert publish(home, study, first[1], first[0]) == published
     assert len(client(home).search_model_versions("name = 'searchfm-toy'")) == 1
 
 
@@ -172,21 +226,21 @@ def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
 ) -> None:
     models: dict[int, Final] = {}
 
-    def publish(seed: int, accuracy: float, promote: bool = False, **changes: Any) -> tuple[int, bool]:
+    def publish_one(seed: int, accuracy: float, promote: bool = False, **changes: Any) -> tuple[int, bool]:
         folder = tmp_path / str(seed)
         if seed not in models:
             models[seed] = model(folder, seed)
         final = replace(models[seed], test=replace(models[seed].test, accuracy=accuracy), **changes)
-        version = registry.publish(home, study, final, folder, promote=promote)
+        version = publish(home, study, final, folder, promote=promote)
         alias = client(home).get_model_version_by_alias("searchfm-toy", "champion").version
         assert (str(alias) == str(version.version)) == version.champion
         return version.version, version.champion
 
-    assert publish(2, 0.9) == (2, False), "no better"
-    assert publish(3, 0.91) == (3, True)
-    assert publish(4, 0.99, fingerprint="0" * 64) == (4, False), "other data say nothing"
-    assert publish(2, 0.9, promote=True) == (2, True)
-    assert publish(2, 0.9) == (2, True), "asked again it stays"
+    assert publish_one(2, 0.9) == (2, False), "no better"
+    assert publish_one(3, 0.91) == (3, True)
+    assert publish_one(4, 0.99, fingerprint="0" * 64) == (4, False), "other data say nothing"
+    assert publish_one(2, 0.9, promote=True) == (2, True)
+    assert publish_one(2, 0.9) == (2, True), "asked again it stays"
 
 
 def test_a_champion_trained_on_other_data_does_not_answer_by_the_studys_name(
@@ -209,7 +263,7 @@ def test_a_run_has_all_parameters_though_mlflow_takes_a_hundred_at_once(
 ) -> None:
     params = {f"key.{number}": number for number in range(250)}
     final = replace(model(tmp_path / "many", 5), params=params)
-    version = registry.publish(home, study, final, tmp_path / "many").version
+    version = publish(home, study, final, tmp_path / "many").version
     run = client(home).get_run(client(home).get_model_version("searchfm-toy", str(version)).run_id)
     assert run.data.params == {key: str(value) for key, value in params.items()}
 
@@ -222,7 +276,7 @@ def test_a_final_run_that_a_crash_left_without_metrics_is_completed(
     runs.open()
     content = final_content(study, final, tmp_path / "crashed", runs.parent)
     left = runs._create(content).id  # and no more
-    version = registry.publish(home, study, final, tmp_path / "crashed").version
+    version = publish(home, study, final, tmp_path / "crashed").version
     run = client(home).get_run(left)
     assert client(home).get_model_version("searchfm-toy", str(version)).run_id == left
     assert run.info.status == "FINISHED"
@@ -237,13 +291,13 @@ def test_mlflow_away_is_one_line_without_a_password(
 ) -> None:
     monkeypatch.setenv(TRACKING, "http://somebody:secret@127.0.0.1:9")
     with pytest.raises(StorageError, match=r"MLflow at http://127\.0\.0\.1:9: ") as refused:
-        registry.publish(home, study, first[1], first[0])
+        publish(home, study, first[1], first[0])
     assert "secret" not in str(refused.value)
 
 
 def test_a_folder_without_a_model_is_named(home: Home, study: StudyRecord, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model here"):
-        registry.save(tmp_path, tmp_path / "out", study)
+        registry.save(tmp_path, registry.Program(tmp_path / PROGRAM, "2"), tmp_path / "out", study)
 
 
 def test_the_result_in_a_sentence_says_what_its_interval_is_about(first: tuple[Path, Final]) -> None:

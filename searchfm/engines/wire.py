@@ -47,6 +47,7 @@ ENTRIES: Mapping[str, tuple[str, ...]] = {
     "searchfm.learn.entries:trial": (),
     "searchfm.learn.entries:fit": (),
     "searchfm.learn.entries:test": ("model",),
+    "searchfm.learn.entries:export": ("model",),
 }
 
 

@@ -1,5 +1,5 @@
-"""The job entries: `prepare`, `forecast` and `trial` for a search; `fit` and `test` for the final model; `devices` for
-a node.
+"""The job entries: `prepare`, `forecast` and `trial` for a search; `fit`, `test` and `export` for the final model;
+`devices` for a node.
 
 `test` alone reads the test part; whoever submits it counts the read first.
 """
@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -24,14 +25,15 @@ import numpy as np
 import torch
 
 from searchfm.config import Config, Custom, DataConfig, Shape, Transfer
-from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, WorldError, one_line
+from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, WorldError, model_errors, one_line
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
 from searchfm.learn import checkpoint, features
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
-from searchfm.learn.models import Classifier, build, custom, flops, parameters
+from searchfm.learn.export import program
+from searchfm.learn.models import Classifier, build, custom, flops, parameters, served
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
 from searchfm.learn.models.transfer import input_sides
@@ -39,7 +41,10 @@ from searchfm.learn.train import Training, epoch_seconds, evaluate
 from searchfm.records import (
     EXAMPLE,
     PREDICTIONS,
+    PROGRAM,
     Epoch,
+    ExportJob,
+    ExportResult,
     ForecastJob,
     ForecastResult,
     Prepared,
@@ -178,15 +183,7 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
     """
     assert context.folder is not None
     job = TestJob.from_json(payload, "test")
-    folder = Path(job.model)
-    for name, expected in job.files.items():
-        try:
-            actual = file_sha256(folder / name)
-        except OSError as error:
-            raise ModelError(f"{folder / name}: cannot be read ({error.strerror})") from None
-        if actual != expected:
-            raise ModelError(f"{folder / name}: damaged, its sha256 is not the one it was written with")
-    model, spec = checkpoint.load_classifier(folder, allow_code=context.allow_code)
+    model, spec = _model(job.model, job.files, context)
     config = Config.from_table(spec["config"])
     part = load_test(config.data, device=context.device, data_dir=Path(job.data_dir) if job.data_dir else None)
     yield from ()  # an entry is a generator, even one without epochs
@@ -202,6 +199,37 @@ def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
         seconds=time.perf_counter() - began,
         files={PREDICTIONS: predictions.write(context.folder)},
     ).to_json()
+
+
+def export(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
+    """Writes the model of `fit` as a torch.export program: raw images (N, C, H, W) uint8 -> probabilities (N, K)
+    float32, on the CPU.
+
+    A job, since a worker has torch, and has to import only torch._dynamo (2 s of CPU).
+    payload: an ExportJob. Writes PROGRAM into the context's folder. Returns an ExportResult. Raises CodeError, and
+    ModelError also if the weights are not those that were trained.
+    """
+    assert context.folder is not None
+    job = ExportJob.from_json(payload, "export")
+    model, spec = _model(job.model, job.files, context)
+    yield from ()  # an entry is a generator, even one without epochs
+    with model_errors(f"{job.model}: torch cannot write this model as .pt2"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own insides
+        content = program(served(model), tuple(spec["shape"]))
+    return ExportResult(str(torch.__version__), {PROGRAM: write_whole(context.folder / PROGRAM, content)}).to_json()
+
+
+def _model(path: str, files: Mapping[str, str], context: Context) -> tuple[Classifier, dict[str, Any]]:
+    """The model of `fit`, with its spec. Raises ModelError unless its files have these hashes; CodeError."""
+    folder = Path(path)
+    for name, expected in files.items():
+        try:
+            actual = file_sha256(folder / name)
+        except OSError as error:
+            raise ModelError(f"{folder / name}: cannot be read ({error.strerror})") from None
+        if actual != expected:
+            raise ModelError(f"{folder / name}: damaged, its sha256 is not the one it was written with")
+    return checkpoint.load_classifier(folder, allow_code=context.allow_code)
 
 
 def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:

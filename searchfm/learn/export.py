@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
 
 import msgspec
@@ -130,7 +131,7 @@ def export(model: Classifier, spec: Mapping[str, Any], path: Path, *, force: boo
             _, answer = _read_onnx(content, runtime)
         case ".pt2":
             with model_errors(f"{path}: torch cannot write this model as .pt2"):
-                content = _pt2(module, interface.shape, metadata)
+                content = program(module, interface.shape, metadata)
             answer = _answer(torch.export.load(io.BytesIO(content)).module())  # our own, so it may be unpickled
         case _:
             content = safetensors.torch.save(tensors, metadata)
@@ -167,7 +168,8 @@ def _example(shape: Shape) -> dict[str, Any]:
     return {"args": (example,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
-def _pt2(model: nn.Module, shape: Shape, metadata: Mapping[str, str]) -> bytes:
+def program(model: nn.Module, shape: Shape, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The torch.export program (.pt2) of a model that takes images (N, *shape) uint8, with texts by name beside it."""
     content = io.BytesIO()
     files = {f"{name}.json": text for name, text in metadata.items()}
     torch.export.save(torch.export.export(model, **_example(shape)), content, extra_files=files)

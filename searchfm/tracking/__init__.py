@@ -13,6 +13,7 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # else a model gets the uv.lock of the folder that a command was typed in
 }
 # Overrides a user's setting: the printed URL of a run holds the server's password, and it breaks --json.
 FORCED = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}

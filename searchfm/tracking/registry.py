@@ -4,13 +4,16 @@ What is registered needs nothing of ours to be used: a torch.export program (pt2
 probabilities, with signature, input example, class names and pinned requirements.
 """
 
+import json
 import logging
 import re
+import shutil
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from searchfm.errors import ModelError, StorageError, StudyError
+from searchfm.errors import ModelError, StorageError, StudyError, one_line
 from searchfm.format import sentence
 from searchfm.home import Home, command_line, file_sha256, shown
 from searchfm.records import EXAMPLE, FINAL, SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
@@ -42,21 +45,40 @@ _UNKNOWN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's er
 # --- registering a final model ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Program:
+    """A model as a torch.export program, which a worker wrote: raw images -> probabilities."""
+
+    path: Path
+    torch: str  # version that wrote it
+
+
+def preload() -> None:
+    """Begins to import what `publish` needs, in a thread: workers train meanwhile, and this process waits for them."""
+
+    def work() -> None:
+        with suppress(Exception):  # raised again where it is needed
+            import mlflow.pyfunc
+            import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+    threading.Thread(target=work, name="import mlflow", daemon=True).start()
+
+
 def publish(
     home: Home,
     study: StudyRecord,
     final: Final,
     folder: Path,
+    program: Callable[[], Program],
     *,
     promote: bool = False,
-    allow_code: bool = False,
 ) -> RegisteredModel:
     """Registers a study's final model as `searchfm-STUDY`. Hold the study's lock.
 
     The alias `champion` goes to the first version, to one that was better on the same test part than the champion so
     far, and to any with `promote`. A model that is registered already (known by the hash of its weights) is not
-    registered again. folder: of the model. allow_code: whether the user's code that makes the model may run.
-    Raises StorageError where MLflow cannot be reached, CodeError, ModelError where the folder holds no model.
+    registered again. folder: of the model. program: called where it is not registered yet.
+    Raises StorageError where MLflow cannot be reached, ModelError where the folder holds no model.
     """
     name = f"searchfm-{study.name}"
     with writer(home, study.name), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
@@ -71,7 +93,7 @@ def publish(
             registered = next((each for each in versions if each.tags.get("weights") == final.weights), None)
         if registered is None:
             path = Path(temporary) / "model"
-            save(folder, path, study, allow_code=allow_code)
+            save(folder, program(), path, study)
             with reaching(home):
                 registered = _register(client, runs.experiment, study, final, run, path)
         with reaching(home):
@@ -81,38 +103,49 @@ def publish(
     return model
 
 
-def save(folder: Path, path: Path, study: StudyRecord, *, allow_code: bool = False) -> None:
-    """Saves the model of a folder in MLflow's format: raw images (N, C, H, W) uint8 -> probabilities (N, K) float32.
+def save(folder: Path, program: Program, path: Path, study: StudyRecord) -> None:
+    """Saves a model in MLflow's format, as `mlflow.pytorch.save_model` would, which imports torch and exports the model
+    in this process: raw images (N, C, H, W) uint8 -> probabilities (N, K) float32.
 
-    Raises ModelError where the folder holds no model, CodeError.
+    folder: of the model. Raises ModelError where it holds no model.
     """
-    from searchfm.learn.checkpoint import load_classifier
-    from searchfm.learn.models import served
-
-    classifier, spec = load_classifier(folder, allow_code=allow_code)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow and torch.export warn of their own insides
-        import mlflow.pytorch
+    try:
+        spec = json.loads((folder / SPEC).read_text("utf-8"))
+        example = np.load(folder / EXAMPLE, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: no model here ({one_line(error)})") from None
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+        warnings.simplefilter("ignore")  # MLflow warns of its own insides
+        import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
         from mlflow.types import Schema, TensorSpec
 
-        mlflow.pytorch.save_model(
-            served(classifier),
+        data = Path(temporary) / "pytorch"
+        data.mkdir()
+        shutil.copyfile(program.path, data / "model.pt2")  # the name that `mlflow.pytorch` reads
+        extra = [{"path": f"{FILES}/{name}"} for name in (WEIGHTS, SPEC)]  # once more: reading these unpickles nothing
+        model = Model()
+        model.add_flavor(
+            "pytorch", model_data=f"data/{data.name}", pytorch_version=program.torch, code=None, extra_files=extra
+        )
+        mlflow.pyfunc.save_model(
             path,
+            loader_module="mlflow.pytorch",
+            data_path=str(data),
+            mlflow_model=model,
+            # An exported program stays on its device, and MLflow would ask for a GPU wherever there is one.
+            model_config={"device": "cpu"},
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *spec["shape"]))]),
                 outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, len(spec["classes"])))]),
             ),
-            input_example=np.load(folder / EXAMPLE, allow_pickle=False),
+            input_example=example,
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIRED],
-            serialization_format="pt2",
-            extra_files=[str(folder / name) for name in (WEIGHTS, SPEC)],  # once more: reading these unpickles nothing
             metadata={"study": study.name, "classes": spec["classes"], "shape": spec["shape"]},
         )
-    # An exported program stays on the device it was exported on, and MLflow would ask for a GPU wherever there is one.
-    saved = Model.load(str(path))
-    saved.flavors["python_function"]["config"] = {"device": "cpu"}
-    saved.save(str(path / "MLmodel"))
+    (path / FILES).mkdir()
+    for name in (WEIGHTS, SPEC):
+        shutil.copyfile(folder / name, path / FILES / name)
 
 
 def _register(client: Any, experiment: str, study: StudyRecord, final: Final, run: str, path: Path) -> Any:
