@@ -229,7 +229,7 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     options = []
     if weights:
         path = resnet18_weights(tmp_path / "resnet18.safetensors")
-        options = ["--set", f"model.transfer.weights={path}"]
+        options = ["--set", "model.transfer.model=resnet18", "--set", f"model.transfer.weights={path}"]
     options += ["--subset", "0.015", "--set", "data.validation=0.01", "--set", "train.batch_size=16", "--epochs", "1"]
     result = tune(new_home(tmp_path / "home").path, study, "--trials", "2", *options)
     assert result["study"] == study

@@ -112,13 +112,17 @@ def _resolved(search: SearchConfig, tree: space.Tree, known: Sequence[first.Know
 
 
 def read_known(tree: space.Tree, tables: Any, dropped: Collection[str] = ()) -> list[first.Known]:
-    """The points of `[[first]]` tables (see `first.read`). Raises ConfigError, with the number of the table."""
-    known = []
+    """The points of `[[first]]` tables (see `first.read`), without repeats: tables may differ in what the command line
+    overrides. Raises ConfigError, with the number of the table.
+    """
+    known: list[first.Known] = []
     for number, table in enumerate(first.tables(tables), 1):
         try:
-            known.append(first.read(tree, table, dropped))
+            point = first.read(tree, table, dropped)
         except ConfigError as error:
             raise error.under(f"first.{number}") from None
+        if all(each.params != point.params for each in known):
+            known.append(point)
     return known
 
 

@@ -113,6 +113,11 @@ def test_the_command_line_wins_over_a_table(tmp_path: Path) -> None:
     other = study(tmp_path, overrides={"model.name": "cnn"})
     assert len(other.known) == 2
     assert study(tmp_path, overrides={"first": []}).known == []
+    alike = (
+        '\n[[first]]\noptimizer = { name = "sgd", lr = 0.01 }\n[[first]]\noptimizer = { name = "adamw", lr = 0.01 }\n'
+    )
+    assert len(study(tmp_path, alike).known) == 2
+    assert len(study(tmp_path, alike, {"optimizer.name": "sgd"}).known) == 1, "they differ in what is overridden"
 
 
 def test_a_choice_that_does_not_fit_the_images_is_dropped_from_a_built_in_study_and_its_tables() -> None:

@@ -19,7 +19,8 @@ from searchfm.errors import ConfigError, ModelError, model_errors
 
 _PROBE_SECONDS = 5.0  # for the hub's first answer; its own client retries for 47 s
 _WAYS_OUT = (
-    "use --set model.transfer.weights=FILE (.safetensors or .pth), or train all of it from a random start with "
+    "use --set model.transfer.model=NAME --set model.transfer.weights=FILE (.safetensors or .pth), or train all of it "
+    "from a random start with "
     "--set model.transfer.weights=none --set model.transfer.tuned_blocks=all"
 )
 
