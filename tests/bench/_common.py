@@ -137,16 +137,19 @@ def table(*columns: str) -> None:
     print("|" + "---|" * len(columns), flush=True)
 
 
-def header(what: str, *, cores: int = 1) -> None:
+def header(what: str, *, cores: int | None = 1) -> None:
     """Prints what is measured, when, on what, with which versions; and a warning if the machine is busy.
 
-    cores: how many a run needs.
+    cores: how many a run needs; None: nothing is timed, so that a busy machine does not matter.
     """
     model, flags = processor()
     load = os.getloadavg()[0]
     print(f"{what}\n")
     print(f"{date.today():%-d %B %Y}, {model}, {usable()} cores ({', '.join(flags) or 'no flags known'})  ")
     print(f"searchfm {commit()}, Python {platform.python_version()}, {', '.join(versions())}  ")
+    if cores is None:
+        print()
+        return
     print(f"load before the run {load:.1f}; a run needs {cores} of the cores\n")
     if load > BUSY * cores:
         print(

@@ -1,0 +1,210 @@
+"""Each pruner replayed over curves that were trained to the end: epochs that it takes, and the best value it finds.
+
+`python -m tests.bench prune [--configs 40] [--searches 5] [--family mlp|cnn|vit] [--collect]`. A family's curves are
+trained once, by random configurations of a shipped study on few images, and kept; the same command resumes a
+collection that was stopped. A replay is a search by the real coordinator, pool and pruner, with an engine whose two
+workers deliver the kept epochs in turn. A search takes all configurations, in an order of its own, which is the same
+for each pruner.
+"""
+
+import argparse
+import math
+import random
+import statistics
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from scipy import stats
+
+from searchfm.config import Config
+from searchfm.coordinator import CHANCE
+from searchfm.home import Home
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job
+from searchfm.records import StudyRecord, TrainResult
+from searchfm.search.study import Study, fixed_sampler
+from tests.bench import _common as common
+from tests.bench._curves import FAMILIES, FRESH, Curve, Family
+from tests.driving import search
+
+PRUNERS = ("none", "median", "percentile", "hyperband", "asha", "patient")
+WORKERS = 2
+
+
+class Ordered(Study):
+    """A study whose trials take given points, where a sampler would draw them."""
+
+    points_in_order: Sequence[Mapping[str, Any]] = ()
+
+    def sampler(self, number: int) -> BaseSampler:
+        return fixed_sampler(self.points_in_order[number])
+
+
+class Replay:
+    """An engine whose workers deliver the epochs of kept curves, one of each worker in turn."""
+
+    def __init__(self, curves: Mapping[str, Curve]) -> None:
+        self.curves = curves  # by the digest of their config
+        self.jobs: deque[tuple[Job, Iterator[Event]]] = deque()
+        self.stopped: set[str] = set()
+        self.delivered = 0  # epochs
+        self.finished: list[tuple[float, int]] = []  # value of each training that ended, and epochs delivered by then
+
+    @property
+    def free(self) -> int:
+        return WORKERS - len(self.jobs)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.jobs)
+
+    def expand(self, accelerators: Mapping[str, int]) -> Sequence[str]:
+        return ["cpu"] * WORKERS
+
+    def each(self, job: Job) -> None:
+        pass
+
+    def pack(self, memory: float) -> str:
+        return ""
+
+    def submit(self, job: Job) -> None:
+        self.stopped.discard(job.id)
+        curve = self.curves[Config.from_table(job.payload["config"]).digest()]
+        self.jobs.append((job, self._events(job, curve)))
+
+    def stop(self, job: str) -> None:
+        self.stopped.add(job)
+
+    def next_event(self, timeout: float) -> Event | None:
+        if not self.jobs:
+            return None
+        job, events = self.jobs.popleft()
+        event = Interrupted(job.id, job.attempt) if job.id in self.stopped else next(events)
+        if isinstance(event, EpochDone):
+            self.jobs.append((job, events))
+        return event
+
+    def close(self) -> None:
+        self.jobs.clear()
+
+    def _events(self, job: Job, curve: Curve) -> Iterator[Event]:
+        for epoch in curve.epochs[job.received :]:
+            self.delivered += 1
+            yield EpochDone(job.id, job.attempt, epoch)
+        if curve.error:
+            yield Failed(job.id, job.attempt, "DivergedError", curve.error)
+        else:
+            self.finished.append((curve.value, self.delivered))
+            yield Finished(job.id, job.attempt, TrainResult(curve.value, epochs=len(curve.epochs)).to_json())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search took and found."""
+
+    epochs: int
+    to_best: float  # epochs until a training ended within noise of the best of all; infinite where none did
+    value: float  # the best
+    found: int  # number of its configuration
+    lost: int  # trials of the best tenth that were pruned
+    chance: int  # trials that were pruned at chance
+    chance_lost: int  # those of them that are in the best tenth
+
+
+def replay(family: Family, curves: Sequence[Curve], pruner: str, order: Sequence[int], data: dict[str, Any]) -> Outcome:
+    """One search. order: numbers of the configurations."""
+    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": pruner}}
+    study = Ordered(family.name, table)
+    study.points_in_order = [curves[number].params for number in order]
+    by_digest = {study.config(curve.params).digest(): curve for curve in curves}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        engine = Replay(by_digest)
+        record = search(Home(Path(folder)), study, engine=engine, data=data)
+        return outcome(record, engine, curves, order)
+
+
+def outcome(record: StudyRecord, engine: Replay, curves: Sequence[Curve], order: Sequence[int]) -> Outcome:
+    """Reads a replayed study, whose epochs lie in its folder."""
+    assert record.best is not None
+    most = max(curves[number].value for number in order)
+    noise = math.sqrt(most * (1 - most) / record.data.validation)  # the standard error of a value
+    best = sorted(order, key=lambda number: -curves[number].value)[: max(1, len(order) // 10)]
+    pruned = {order[trial.number]: trial.reason or "" for trial in record.of("pruned")}
+    chance = [number for number, reason in pruned.items() if reason.startswith(CHANCE)]
+    return Outcome(
+        epochs=sum(len(trial.epochs) for trial in record.trials),
+        to_best=next((epochs for value, epochs in engine.finished if value >= most - noise), math.inf),
+        value=record.best.value or 0.0,
+        found=order[record.best.number],
+        lost=sum(number in pruned for number in best),
+        chance=len(chance),
+        chance_lost=sum(number in best for number in chance),
+    )
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean, and half the width of its 95% interval (Student's t)."""
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def compare(family: Family, configs: int, trials: int, searches: int) -> None:
+    """Replays all pruners over a family's curves, and prints a row each."""
+    curves, data = family.curves(range(configs)), family.data()
+    about = {name: value for name, value in asdict(data).items() if name != "fingerprint"}
+    outcomes: dict[str, list[Outcome]] = {}
+    for pruner in PRUNERS:
+        outcomes[pruner] = []
+        for index in range(searches):
+            common.progress(f"{family.name}: {pruner}, search {index + 1} of {searches}")
+            order = random.Random(index).sample(range(configs), trials)
+            outcomes[pruner].append(replay(family, curves, pruner, order, about))
+    found = sorted({each.found for runs in outcomes.values() for each in runs})
+    family.collect([(number, seed) for number in found for seed in range(1, FRESH + 1)], configs)
+    fresh = {n: statistics.mean(family.curve(n, seed).value for seed in range(1, FRESH + 1)) for n in found}
+    for pruner, runs in outcomes.items():
+        fewer = common.ratio([each.epochs for each in outcomes["none"]], [each.epochs for each in runs])
+        common.row(
+            family.name,
+            pruner,
+            round(statistics.median(each.epochs for each in runs)),
+            fewer,
+            statistics.median(each.to_best for each in runs),
+            interval([each.value for each in runs]),
+            interval([fresh[each.found] for each in runs]),
+            f"{sum(each.lost for each in runs)} of {max(1, trials // 10) * searches}",
+            f"{sum(each.chance for each in runs)}, {sum(each.chance_lost for each in runs)}",
+        )
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser("python -m tests.bench prune", description=__doc__.partition("\n")[0])
+    parser.add_argument("--configs", type=int, default=40, help="configurations of each family")
+    parser.add_argument("--trials", type=int, help="of them, drawn for each search; default: all")
+    parser.add_argument("--searches", type=int, default=5, help="searches of each pruner")
+    parser.add_argument("--family", choices=list(FAMILIES), action="append", help="default: all")
+    parser.add_argument("--collect", action="store_true", help="only train the curves that are missing")
+    options = parser.parse_args(arguments)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    families = [Family.of(name) for name in options.family or FAMILIES]
+    for family in families:
+        family.collect([(number, 0) for number in range(options.configs)], options.configs)
+    if options.collect:
+        return
+    trials = min(options.configs, options.trials or options.configs)
+    searches = f"{options.searches} searches of {trials} trials each"
+    common.header(f"Pruners replayed over {options.configs} trainings a family: {searches}", cores=None)
+    columns = ("family", "pruner", "epochs", "times fewer", "epochs to the best", "best value", "with fresh seeds")
+    common.table(*columns, "best tenth: pruned", "pruned at chance: all, best tenth")
+    for family in families:
+        compare(family, options.configs, trials, options.searches)
+    print(f"\nValues: means with 95% intervals over the searches; with fresh seeds: means of {FRESH}. Epochs: medians;")
+    print("to the best: until a training ended within one standard error of the best of all; inf: none did.")
