@@ -294,7 +294,9 @@ class TrainConfig(Table):
     ema: float = key(
         0.0, "decay per step of averaged weights, lower in the first steps; these are validated; 0 is off", ge=0, lt=1
     )
-    precision: Literal["auto", "float32", "bfloat16"] = key("auto", "auto: bfloat16 on cuda, else float32", fixed=True)
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto", "auto: bfloat16 on cuda, and on CPUs with it for nets without attention", fixed=True
+    )
     seed: int | None = key(
         None, "seed of initialisation, data order and augmentation; default: by search.seed and trial", ge=0, fixed=True
     )

@@ -26,6 +26,7 @@ WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predi
 PICTURES = {"curves.png": EPOCHS, "confusion.png": PREDICTIONS}  # of a trial, and the file that each is drawn from
 FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
 PROGRAM = "model.pt2"  # a file in that folder until the model is registered: its torch.export program
+NO_BFLOAT16 = "has no bfloat16 (avx512_bf16 or amx_bf16)"  # a refused CPU
 State = Literal["running", "complete", "pruned", "failed"]
 
 
@@ -140,6 +141,7 @@ class TrainResult(Record):
     versions: Mapping[str, str] = field(default_factory=dict)  # of torch and others, by name
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
     numerics: list[int] = field(default_factory=lambda: [1])  # more than one if another version began the training
+    precision: str = ""  # of the training: float32 or bfloat16; empty in trials trained before 0.4
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,7 @@ class Prepared(Record):
     available: int | None = None  # images to train on before `data.subset`; None as above
     test: int | None = None  # images of the test part, counted without opening it; None as above
     sides: tuple[int, int] | None = None  # shortest and longest side of user images before `data.size`; None as above
+    bfloat16: tuple[str, ...] = ()  # architectures that `precision = "auto"` trains in bfloat16 on a CPU
 
     @property
     def largest(self) -> float | None:
@@ -540,6 +543,8 @@ class PrepareJob(Record):
     code: str | None = None  # sha256 that their code must have; None: any
     choose_size: bool = False  # whether to choose `data.size` for user images that differ in size or are large
     input_models: tuple[str, ...] = ()  # timm models whose input size that is, where it is known
+    architectures: tuple[str, ...] = ()  # whose precision is to be chosen, since it is "auto"
+    bfloat16: tuple[str, ...] = ()  # those of them that the node's CPU must train faster in bfloat16
 
 
 @dataclass(frozen=True)
@@ -559,6 +564,7 @@ class ForecastJob(Record):
     data_dir: str | None
     seconds: float  # after which only the configs of minimum and maximum work are timed
     code: str = ""  # as in `Prepared`
+    bfloat16: tuple[str, ...] = ()  # as in `Prepared`
 
 
 @dataclass(frozen=True)
@@ -591,6 +597,7 @@ class TrainJob(Record):
     checkpoint_seconds: float  # least time between two checkpoints
     threads: int | None = None  # of the final training on a CPU
     code: str = ""  # as in `Prepared`
+    bfloat16: tuple[str, ...] = ()  # as in `Prepared`
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import (
+    NO_BFLOAT16,
     NUMERICS,
     Forecast,
     ForecastJob,
@@ -173,7 +174,10 @@ class Tuning:
         study, folder = self.study, str(self.data_dir) if self.data_dir else None
         tables = [config.to_table() for config in study.samples(CONFIGS)]
         count = min(workers, max(1, len(tables) // 2))
-        payloads = [ForecastJob(tuple(tables[i::count]), folder, seconds, data.code).to_json() for i in range(count)]
+        payloads = [
+            ForecastJob(tuple(tables[i::count]), folder, seconds, data.code, data.bfloat16).to_json()
+            for i in range(count)
+        ]
         jobs = [Job(f"forecast {i}", None, FORECAST, payload) for i, payload in enumerate(payloads)]
         with closing(pool.run_all(jobs)) as events:
             ends = [event for event in events if isinstance(event, Finished)]
@@ -337,8 +341,8 @@ def prepare(
     anything is written; then takes all workers, and lets every other node do the same. Returns the study, with the
     `data.size` that was chosen for the images, if any; what was found of the data; and the workers' devices.
 
-    before: what an earlier command found. Raises DataError, also where the data changed since; ModelError, CodeError,
-    UserError, WorldError, KeyboardInterrupt.
+    before: what an earlier command found, and chose. Raises DataError, also where the data changed since; ModelError,
+    CodeError, UserError, KeyboardInterrupt; WorldError, also for a CPU without the bfloat16 that was chosen.
     """
     payload = PrepareJob(
         study.data,
@@ -348,6 +352,7 @@ def prepare(
         code=before.code if before else None,
         choose_size=not study.sized,
         input_models=study.input_models,
+        architectures=study.architectures,
     )
     job = Job("prepare", None, PREPARE, payload.to_json(), label="preparing the data")
     yield Phase("starting a worker")
@@ -367,10 +372,22 @@ def prepare(
         )
     yield Phase("starting the workers")
     devices = pool.engine.expand(result.devices)
+    found = result.data if before is None else replace(result.data, bfloat16=before.bfloat16)
+    if "cpu" in devices and not set(found.bfloat16) <= set(result.data.bfloat16):
+        raise WorldError(
+            f"study {study.name!r} trains {', '.join(found.bfloat16)} in bfloat16, and this CPU {NO_BFLOAT16}: "
+            "go on where it is there, or begin another study with --name"
+        )
     if result.size:
         study = study.with_size(result.size)
-    found = result.data
-    expected = replace(payload, data=study.data, fingerprint=found.fingerprint, code=found.code, choose_size=False)
+    expected = replace(
+        payload,
+        data=study.data,
+        fingerprint=found.fingerprint,
+        code=found.code,
+        choose_size=False,
+        bfloat16=found.bfloat16,
+    )
     pool.engine.each(replace(job, payload=expected.to_json()))
     return study, found, devices
 
@@ -381,4 +398,5 @@ def train_payload(
     """The payload of a training job."""
     folder = str(data_dir) if data_dir else None
     seconds = study.search.checkpoint_seconds
-    return TrainJob(config, identity, folder, data.fingerprint, seconds, threads, data.code).to_json()
+    job = TrainJob(config, identity, folder, data.fingerprint, seconds, threads, data.code, data.bfloat16)
+    return job.to_json()

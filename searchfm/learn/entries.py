@@ -29,7 +29,7 @@ from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, World
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
-from searchfm.learn import checkpoint, features
+from searchfm.learn import checkpoint, features, precision
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
 from searchfm.learn.export import program
@@ -40,6 +40,7 @@ from searchfm.learn.models.transfer import input_sides
 from searchfm.learn.train import Training, epoch_seconds, evaluate
 from searchfm.records import (
     EXAMPLE,
+    NO_BFLOAT16,
     PREDICTIONS,
     PROGRAM,
     Epoch,
@@ -69,10 +70,14 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     """Makes a study's data and pretrained weights available, before the first trial.
 
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
-    not run here, or differs; ConfigError for a cache of features without a size.
+    not run here, or differs; ConfigError for a cache of features without a size; WorldError for a CPU without bfloat16
+    where the study needs it.
     """
     features.limit()
     job = PrepareJob.from_json(payload, "prepare")
+    bfloat16 = precision.faster(precision.cpu_features(), job.architectures)
+    if context.device == "cpu" and not set(job.bfloat16) <= set(bfloat16):
+        raise WorldError(f"its CPU {NO_BFLOAT16}, in which the search trains {', '.join(job.bfloat16)}")
     config = DataConfig.from_table(job.data)
     size = side(config, input_sides(job.input_models)) if job.choose_size and not config.size else 0
     config = replace(config, size=size or config.size)
@@ -85,7 +90,8 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     prepared = _prepared(config, splits, Path(job.data_dir) if job.data_dir else None)
     for model, weights in job.models:  # built, not only located: a file of another model is refused here too
         build_transfer(Transfer.from_table({"model": model, "weights": weights}), prepared.shape, len(splits.classes))
-    prepared = replace(prepared, code=_try_out(job, prepared.shape, len(splits.classes), context))
+    code = _try_out(job, prepared.shape, len(splits.classes), context)
+    prepared = replace(prepared, code=code, bfloat16=bfloat16)
     yield from ()  # an entry is a generator, even one without epochs
     return PrepareResult(prepared, _accelerators(), size).to_json()
 
@@ -125,7 +131,15 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
     for index in [*order[:1], *order[:0:-1]]:
         left = began + job.seconds - time.perf_counter()
         if left > 0 or index in (order[0], order[-1]):
-            seconds = epoch_seconds(configs[index], data, left, device=context.device, tick=context.tick, code=code)
+            seconds = epoch_seconds(
+                configs[index],
+                data,
+                left,
+                device=context.device,
+                tick=context.tick,
+                code=code,
+                bfloat16=job.bfloat16,
+            )
             if seconds is not None:
                 timings[index] = replace(timings[index], train=seconds[0], validation=seconds[1])
     yield from ()  # an entry is a generator, even one without epochs
@@ -176,7 +190,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
 
 
 def test(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
-    """Evaluates the model of `fit` on the test part.
+    """Evaluates the model of `fit` on the test part, in float32.
 
     payload: a TestJob. Writes the predictions into the context's folder. Returns a TestResult. Raises ModelError if the
     weights are not those that were trained, DataError as `load_test` does.
@@ -260,7 +274,9 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
     folders = [context.folder, *context.earlier]
     resume = checkpoint.newest(folders, owner)
     code = Code(context.allow_code, job.code)
-    training = Training(config, data, device=context.device, resume=resume, tick=context.tick, code=code)
+    training = Training(
+        config, data, device=context.device, resume=resume, tick=context.tick, code=code, bfloat16=job.bfloat16
+    )
     if resume is not None:
         log.info("resumed after epoch %d", len(resume.epochs))
         yield from resume.epochs
@@ -314,6 +330,7 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         versions=_versions(),
         files=files,
         numerics=list(training.numerics),
+        precision=training.precision,
     )
 
 

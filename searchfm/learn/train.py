@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from searchfm.config import Config, TrainConfig
 from searchfm.errors import ConfigError, DivergedError, SearchfmError
-from searchfm.learn import features, optim
+from searchfm.learn import features, optim, precision
 from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
 from searchfm.learn.models.custom import NO_CODE, Code
+from searchfm.learn.precision import Precision
 from searchfm.records import NUMERICS, Epoch, Predictions
 
 # The stream of augmentation. The name is part of the numbers: another one would change every stored trial.
@@ -34,12 +35,12 @@ class Training(Iterator[Epoch]):
 
     data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
-    code: whether the user's code may run, and which.
+    code: whether the user's code may run, and which. bfloat16: the architectures that "auto" trains in it on a CPU.
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
-    config averages), `validation` the last evaluation, `numerics` those of all epochs, and `checkpoint()` all that
-    resuming needs.
+    config averages), `validation` the last evaluation, in the `precision` of the training, `numerics` those of all
+    epochs, and `checkpoint()` all that resuming needs.
 
     Every epoch has its own seeds, derived from `config.train.seed` (0 where there is none) and its index: for the order
     of the images, for augmentation, and for torch's global generator (dropout), whose state is restored afterwards. So
@@ -55,6 +56,7 @@ class Training(Iterator[Epoch]):
         resume: Checkpoint | None = None,
         tick: Callable[[], None] = lambda: None,
         code: Code = NO_CODE,
+        bfloat16: Collection[str] = (),
     ) -> None:
         self.config, self.data, self.device = config, data, torch.device(device)
         self._tick = tick
@@ -65,6 +67,7 @@ class Training(Iterator[Epoch]):
         self.model = classifier(
             config.model, self.shape, classes, data.mean, data.std, seed=seed, device=self.device, code=code
         )
+        self.precision: Precision = precision.choose(config, self.model, self.shape, bfloat16)
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
         self._optimizer = optim.optimizer(self.model, config.optimizer)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
@@ -73,8 +76,8 @@ class Training(Iterator[Epoch]):
         self.numerics: tuple[int, ...] = (NUMERICS,)
         if resume is not None:
             self._restore(resume)
-        precision = partial(_precision, config.train, self.device)
-        self._features = features.find(self.model, data, config.augment, precision, tick, restored=resume is not None)
+        casts = partial(precision.autocast, self.precision, self.device)
+        self._features = features.find(self.model, data, config.augment, casts, tick, restored=resume is not None)
         self._net, self._judged = self._trained(self.model), self._trained(self.classifier)
 
     @property
@@ -124,7 +127,7 @@ class Training(Iterator[Epoch]):
                 step = (index - 1) * steps + i
                 factor = optim.lr_factor(step, steps, config.train.epochs * steps, config.schedule)
                 optim.set_lr(self._optimizer, factor)
-                with _precision(config.train, device):
+                with precision.autocast(self.precision, device):
                     logits = self._net(inputs)
                     loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
                 self._optimizer.zero_grad()
@@ -159,7 +162,9 @@ class Training(Iterator[Epoch]):
     def validate(self) -> tuple[float, Predictions] | None:
         """Evaluates on the validation part; None where nothing is held out."""
         part = self._features.val if self._features else self.data.val
-        return None if part is None else evaluate(self._judged, part, self.config.train, self._tick)
+        if part is None:
+            return None
+        return evaluate(self._judged, part, self.config.train, self._tick, self.precision)
 
     def checkpoint(self) -> Checkpoint:
         """All that resuming from here needs, copied but for what is frozen: later epochs do not change it."""
@@ -194,9 +199,10 @@ def epoch_seconds(
     device: torch.device | str = "cpu",
     tick: Callable[[], None] = lambda: None,
     code: Code = NO_CODE,
+    bfloat16: Collection[str] = (),
 ) -> tuple[float, float] | None:
     """Seconds of an epoch's training, and of the validation after it, timed on a few batches; None where the config
-    cannot be trained. data, device, tick, code: as those of `Training`.
+    cannot be trained. data, device, tick, code, bfloat16: as those of `Training`.
 
     The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others, and never
     on a GPU, where it loads libraries and kernels.
@@ -206,7 +212,7 @@ def epoch_seconds(
     def train(batches: int) -> Training:
         size = batches * config.train.batch_size
         few = replace(data, train=_first(data.train, size), val=data.val and _first(data.val, size))
-        return Training(longer, few, device=device, tick=tick, code=code)
+        return Training(longer, few, device=device, tick=tick, code=code, bfloat16=bfloat16)
 
     longer, began = replace(config, train=replace(config.train, epochs=max(3, config.train.epochs))), time.monotonic()
     try:
@@ -233,8 +239,10 @@ def _first(part: Part, size: int) -> Part:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, part: Part, config: TrainConfig, tick: Callable[[], None]) -> tuple[float, Predictions]:
-    """Mean cross-entropy (no smoothing) and predictions, in the training's precision. The model, on the part's device,
+def evaluate(
+    model: nn.Module, part: Part, config: TrainConfig, tick: Callable[[], None], computed: Precision = "float32"
+) -> tuple[float, Predictions]:
+    """Mean cross-entropy (no smoothing) and predictions, computed in a precision. The model, on the part's device,
     stays in eval mode.
     """
     device = part.device
@@ -243,18 +251,12 @@ def evaluate(model: nn.Module, part: Part, config: TrainConfig, tick: Callable[[
     model.eval()
     for images, labels in batches(part, config.batch_size, None):
         tick()
-        with _precision(config, device):
+        with precision.autocast(computed, device):
             logits = model(images).float()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         rows.append(logits)
     probabilities = torch.cat(rows).softmax(1).cpu().numpy()
     return loss_sum.item() / len(part), Predictions(part.indices.numpy(), part.labels.cpu().numpy(), probabilities)
-
-
-def _precision(config: TrainConfig, device: torch.device) -> torch.autocast:
-    bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    # The cache of casts saves nothing where every weight is used once a step.
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def _whole_batches(images: int, config: TrainConfig, model: nn.Module) -> int:

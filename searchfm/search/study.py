@@ -237,6 +237,12 @@ class Study:
         only = space.all_leaves(self.tree)["model.name"].ends == (Transfer.tag,)
         return tuple(dict.fromkeys(model for model, _ in self.transfers())) if only else ()
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """The architectures of the space, if their precision is to be chosen."""
+        leaves = space.all_leaves(self.tree)
+        return tuple(leaves["model.name"].ends) if leaves["train.precision"].ends == ("auto",) else ()
+
     def sample(self, trial: BaseTrial) -> Config:
         """The config of one trial. With `FixedTrial(trial.params)`, an earlier trial's config except its seed."""
         return Config.from_table(space.sample(trial, self.tree))

@@ -292,6 +292,7 @@ def _reproduce(study: StudyRecord, chosen: Trial, environment: Mapping[str, str]
         **({"device": chosen.result.device, **chosen.result.versions} if chosen.result else {}),
         "data fingerprint": study.data.fingerprint,
         "study digest": study.digest,
+        "precision": chosen.result.precision if chosen.result else "",
         "numerics": ", ".join(map(str, chosen.result.numerics if chosen.result else ())),
         "seeds": f"search {resolved['search']['seed']}, data {resolved['data']['seed']}, "
         f"trial {chosen.config.get('train', {}).get('seed', '')}",

@@ -94,6 +94,7 @@ class Data(Part, kw_only=True):
         float | None, about("validation accuracy of always answering the largest class, 0 to 1; null if unknown")
     ]
     fingerprint: Annotated[str, about("hash of the data; equal ones are the same data")]
+    bfloat16: Annotated[Sequence[str], about('architectures that `precision = "auto"` trains in bfloat16 on a CPU')]
 
 
 class Trial(Part, kw_only=True):
@@ -122,6 +123,9 @@ class Trial(Part, kw_only=True):
     numerics: Annotated[
         Sequence[int] | None,
         about("numbers of the numerics it was trained under, two if another version began it; null unless complete"),
+    ]
+    precision: Annotated[
+        str | None, about("float32 or bfloat16, that it was trained in; null unless complete, and in trials before 0.4")
     ]
     started: Annotated[float | None, about("seconds since 1970")]
     ended: Annotated[float | None, about("seconds since 1970; null while it runs")]
@@ -225,6 +229,7 @@ def describe_trial(trial: TrialRecord) -> Trial:
         first=trial.first,
         attempts=trial.attempts,
         numerics=trial.result.numerics if trial.result else None,
+        precision=(trial.result.precision or None) if trial.result else None,
         started=trial.started,
         ended=trial.ended,
         folder=str(trial.folder),
@@ -272,6 +277,7 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             test=data.test,
             largest=data.largest,
             fingerprint=data.fingerprint,
+            bfloat16=data.bfloat16,
         ),
         forecast=describe_forecast(study.forecast),
         numerics=study.numerics,

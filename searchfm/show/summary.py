@@ -432,7 +432,7 @@ def _times(trial: Trial) -> str:
     if trial.started is not None and trial.ended is not None:
         texts.append(f"ended after {seconds(trial.ended - trial.started)}")
     if trial.result and trial.result.device:
-        texts.append(f"on {trial.result.device}")
+        texts.append(f"on {trial.result.device}" + ", in bfloat16" * (trial.result.precision == "bfloat16"))
     if trial.attempts > 1:
         texts.append(f"{trial.attempts} attempts")
     if trial.result and trial.result.numerics[0] != trial.result.numerics[-1]:

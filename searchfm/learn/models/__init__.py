@@ -143,8 +143,13 @@ def costs(configs: Iterable[Config], shape: Shape, classes: int, code: Code = NO
 
 
 def flops(model: Classifier, shape: Shape) -> int:
-    """Floating-point operations of one image's forward pass, a multiply-add counted as two (torch's FlopCounterMode:
-    products of matrices, convolutions, attention; not norms and activations). The model's mode is left as it was.
+    """Floating-point operations of one image's forward pass. The model's mode is left as it was."""
+    return sum(operations(model, shape).values())
+
+
+def operations(model: Classifier, shape: Shape) -> dict[str, int]:
+    """`flops` by torch's operators, such as aten.convolution. A multiply-add is counted as two (torch's
+    FlopCounterMode: products of matrices, convolutions, attention; not norms and activations).
     """
     training = model.training
     image = torch.zeros(1, *shape, dtype=torch.uint8, device=model.mean.device)
@@ -152,4 +157,4 @@ def flops(model: Classifier, shape: Shape) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     model.train(training)
-    return int(counter.get_total_flops())
+    return {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
