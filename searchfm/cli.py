@@ -517,11 +517,16 @@ def studies(
     study = files.read(path).study()
     live.notify(*study.notes)
     shape, cost = image_shape(study.example.data), None
-    if shape is not None and (allow_code or not study.customs()):  # else known only once the images are read
-        from searchfm.learn.models import costs  # imports torch, which nothing else here does
+    configs, classes = study.samples(16), DATASETS[study.example.data.name][1] if shape else 0
+    if shape is not None and not study.customs():  # else known only once the images are read
+        from searchfm.learn.costs import kept_costs
+
+        cost = kept_costs(configs, shape, classes)
+    elif shape is not None and allow_code:
+        from searchfm.learn.models import costs
         from searchfm.learn.models.custom import Code
 
-        cost = costs(study.samples(16), shape, DATASETS[study.example.data.name][1], Code(allow_code))
+        cost = costs(configs, shape, classes, Code(allow_code))
     _output(as_json, schema.describe_plan(study, cost=cost), lambda: terminal.show_plan(console, study, None, cost))
 
 

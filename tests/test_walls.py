@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -231,6 +232,18 @@ def test_commands_that_list_load_optuna_alone(home: Home) -> None:
         modules = command(*words, "--home", str(home.path))
         assert "optuna" in modules
         assert not (HEAVY | {"scipy", "alembic"}) & modules, words
+
+
+def test_a_study_file_is_shown_without_torch_once_its_costs_were_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path))
+    assert "torch" in command("studies", "mlp")
+    assert not HEAVY & command("studies", "mlp")
+    (kept,) = (tmp_path / "costs").iterdir()
+    kept.write_text("damaged")
+    assert "torch" in command("studies", "mlp"), "counted again"
+    assert json.loads(kept.read_text()).keys() == {"parameters", "flops"}
 
 
 def test_the_coordinator_starts_without_torch_and_mlflow() -> None:
