@@ -920,6 +920,7 @@ def test_a_server_that_dies_and_comes_back_misses_nothing(
     monkeypatch.setenv(TRACKING, f"http://127.0.0.1:{server.port}")
     study = rows.begin(home)
     tracking = Tracking(home, "toy")
+    tracking.begin()
     with caplog.at_level(logging.INFO):
         for number in range(6):
             trial = rows.ask(home)
