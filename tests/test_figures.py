@@ -111,6 +111,33 @@ def test_a_trial_is_drawn_once(tmp_path: Path) -> None:
     assert drawn[1].stat().st_mtime_ns == before[1]
 
 
+def test_on_canvases_that_are_reused_a_trial_looks_as_on_its_own(tmp_path: Path) -> None:
+    one, other = left_in(tmp_path / "one"), left_in(tmp_path / "other", count=9)
+    labels = np.arange(10).repeat(3)
+    Predictions(np.arange(30), labels, np.eye(10, dtype=np.float32)[labels[::-1]]).write(other.folder)
+    figures.draw(one, rows.CLASSES)
+    before = [path.read_bytes() for path in figures.draw(one, rows.CLASSES)]
+    figures.draw(other, rows.CLASSES)
+    for path in (tmp_path / "one").glob("*.png"):
+        path.unlink()
+    curves, confusion = (path.read_bytes() for path in figures.draw(one, rows.CLASSES))
+    assert [curves, confusion] == before
+    assert curves == figures.png(figures.curves(one.epochs))
+    predictions = Predictions.read(one.folder)
+    assert predictions is not None
+    alone = pixels(figures.png(figures.confusion(predictions, rows.CLASSES)))
+    drawn = pixels(confusion)
+    assert drawn.shape == alone.shape
+    assert np.abs(drawn.astype(int) - alone).mean() < 2, "the counts differ in the edges of their digits alone"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_matrix_without_counts_and_a_name_without_glyphs_are_drawn(tmp_path: Path) -> None:
+    row = left_in(tmp_path)
+    Predictions(np.arange(0), np.arange(0), np.zeros((0, 2), np.float32)).write(tmp_path)
+    assert len(figures.draw(row, ["ズボン", "$\\frac{"])) == 2
+
+
 def test_only_complete_trials_have_a_confusion_matrix(tmp_path: Path) -> None:
     drawn = figures.draw(left_in(tmp_path, state="pruned"), rows.CLASSES)
     assert [path.name for path in drawn] == ["curves.png"]
