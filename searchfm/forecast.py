@@ -11,7 +11,7 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig
-from searchfm.records import Forecast, Prepared, StudyRecord, Timing
+from searchfm.records import Forecast, Prepared, StudyRecord, Timing, Trial
 
 CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
 TRIAL_SECONDS = 0.15  # of a trial beside its epochs: model, weights, figures, database
@@ -49,14 +49,15 @@ def make_forecast(
     parameters = max(timing.parameters for timing in filled)
     predictions = data.validation * (16 + 4 * len(data.classes))  # indices, labels and probabilities of images
     kept = min(trials, search.keep) + 1  # the final model too
+    every = all_images(data, subset)
+    frozen = sum(timing.frozen for timing in timings)
+    all_frozen = max(timing.frozen for timing in timings) * every / (data.train + data.validation)
     return Forecast(
         trials=trials,
         workers=workers,
-        seconds=search_seconds([whole] * trials, workers),
-        pruned=search_seconds(stopped, workers),
-        retrain=retrain_seconds(
-            [whole] * finalists, SEEDS, epochs * train * all_images(data, subset) / data.train, workers
-        ),
+        seconds=frozen + search_seconds([whole] * trials, workers),
+        pruned=frozen + search_seconds(stopped, workers),
+        retrain=retrain_seconds([whole] * finalists, SEEDS, epochs * train * every / data.train + all_frozen, workers),
         memory=memory,
         disk=STUDY_BYTES
         + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
@@ -179,7 +180,7 @@ def costs(study: StudyRecord) -> list[Cost]:
     """
     images = all_images(study.data, study.subset)
     found = [
-        Cost(trial.number, trial.seconds, sum(images / epoch.samples_per_second for epoch in trial.epochs))
+        Cost(trial.number, trial.seconds, _final_seconds(trial, images, study.data.train))
         for trial in study.ranked(twins=False)
     ]
     best, default = found[:TOP], study.default
@@ -187,6 +188,12 @@ def costs(study: StudyRecord) -> list[Cost]:
         maximum = Cost(default, max(cost.training for cost in best), max(cost.final for cost in best))
         best.append(next((cost for cost in found if cost.trial == default), maximum))
     return best
+
+
+def _final_seconds(trial: Trial, images: float, trained: int) -> float:
+    """Seconds of a training like a trial's on so many images, with the features that the cache has for others only."""
+    frozen = trial.result.frozen_seconds * images / trained if trial.result else 0.0
+    return frozen + sum(images / epoch.samples_per_second for epoch in trial.epochs)
 
 
 def all_images(data: Prepared, subset: float) -> float:

@@ -142,6 +142,7 @@ class TrainResult(Record):
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 by name
     numerics: list[int] = field(default_factory=lambda: [1])  # more than one if another version began the training
     precision: str = ""  # of the training: float32 or bfloat16; empty in trials trained before 0.4
+    frozen_seconds: float = 0.0  # that cached features of the training images took, once for all trials; not in seconds
 
 
 @dataclass(frozen=True)
@@ -576,6 +577,7 @@ class Timing(Record):
     parameters: int
     train: float | None  # seconds of an epoch's training; None: not timed
     validation: float | None  # seconds of the validation after it
+    frozen: float = 0.0  # seconds of frozen stages whose features are then cached for all configs; counted once
 
 
 @dataclass(frozen=True)

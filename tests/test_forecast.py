@@ -24,7 +24,7 @@ from searchfm.forecast import (
     search_seconds,
     trained_fraction,
 )
-from searchfm.records import DEFAULT, ORIGIN, Prepared, StudyRecord, Timing, Trial
+from searchfm.records import DEFAULT, ORIGIN, Prepared, StudyRecord, Timing, TrainResult, Trial
 from tests.rows import epochs, header, trial
 
 DATA = Prepared("sha", (1, 8, 8), tuple("0123456789"), train=800, validation=200)
@@ -102,6 +102,11 @@ def test_a_forecast_counts_start_up_trials_in_full_and_the_final_training_on_all
     smaller = make_forecast(timings, 5, search=tree, subset=0.5, data=DATA, startup=4, trials=5, workers=1)
     assert smaller is not None
     assert smaller.disk < made.disk
+    cached = [replace(timings[0], frozen=3.0), timings[1]]
+    slower = make_forecast(cached, 5, search=tree, subset=0.5, data=DATA, startup=4, trials=10, workers=1)
+    assert slower is not None
+    assert slower.seconds == pytest.approx(made.seconds + 3.0), "frozen stages are computed once"
+    assert slower.retrain == pytest.approx(made.retrain + 3.0 * 1800 / 1000), "and once for all images"
 
 
 # --- from trials that have ended --------------------------------------------------------------------------------------
@@ -165,6 +170,8 @@ def test_the_reserve_is_for_the_contest_that_fits_into_a_third_at_least_for_the_
 def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
     one = ended(6.0, rates=(400.0, 800.0))
     assert costs(study(one)) == [Cost(0, 6.0, 1800 / 400 + 1800 / 800)]
+    cached = replace(one, result=TrainResult(0.5, frozen_seconds=4.0))
+    assert costs(study(cached)) == [Cost(0, 6.0, 4.0 * 1800 / 800 + 1800 / 400 + 1800 / 800)]
     known = replace(DATA, available=1000)
     several = [ended(6.0, number, (400.0, 800.0)) for number in range(5)]
     assert [cost[1:] for cost in costs(study(*several, data=known))] == [(6.0, 1200 / 400 + 1200 / 800)] * 3

@@ -29,10 +29,11 @@ from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, World
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import Context, Result
-from searchfm.learn import checkpoint, features, precision
+from searchfm.learn import checkpoint, precision
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
 from searchfm.learn.export import program
+from searchfm.learn.features import limit, trained_flops
 from searchfm.learn.models import Classifier, build, custom, flops, parameters, served
 from searchfm.learn.models.custom import Code
 from searchfm.learn.models.transfer import build as build_transfer
@@ -73,7 +74,7 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     not run here, or differs; ConfigError for a cache of features without a size; WorldError for a CPU without bfloat16
     where the study needs it.
     """
-    features.limit()
+    limit()
     job = PrepareJob.from_json(payload, "prepare")
     bfloat16 = precision.faster(precision.cpu_features(), job.architectures)
     if context.device == "cpu" and not set(job.bfloat16) <= set(bfloat16):
@@ -124,6 +125,7 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
     data = _data(load, configs[0].data, job.data_dir, context.device)
     began = time.perf_counter()  # a worker's first use of a GPU takes seconds
     timings: dict[int, Timing] = {}
+    missing: set[str] = set()  # files of features that a config timed earlier lacks, too
     for index, config in enumerate(configs):
         with suppress(SearchfmError):  # a config that cannot be built fails as a trial, not before
             timings[index] = _work(config, data, code)
@@ -141,19 +143,26 @@ def forecast(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, N
                 bfloat16=job.bfloat16,
             )
             if seconds is not None:
-                timings[index] = replace(timings[index], train=seconds[0], validation=seconds[1])
+                train, validation, features = seconds
+                frozen = sum(taken for key, taken in features.items() if key not in missing)
+                timings[index] = replace(timings[index], train=train, validation=validation, frozen=frozen)
+                missing |= features.keys()
     yield from ()  # an entry is a generator, even one without epochs
     return ForecastResult(tuple(timings[index] for index in sorted(timings)), _peak_bytes(context.device)).to_json()
 
 
 def _work(config: Config, data: Splits, code: Code) -> Timing:
-    """What an epoch of a config computes. A backward pass takes twice as many operations as a forward pass."""
+    """What an epoch of a config computes, cached features left out. A backward pass takes twice as many operations as
+    a forward pass.
+    """
     channels, height, width = data.train.images.shape[1:]
     shape = (int(channels), int(height), int(width))
     net = build(config.model, shape, len(data.classes), seed=0, pretrained=False, code=code)
     model = Classifier(net, data.mean, data.std)
     images = 3 * len(data.train) + (0 if data.val is None else len(data.val))
-    return Timing(config.train.epochs, float(flops(model, shape)) * images, parameters(model)[0], None, None)
+    cached = trained_flops(model, shape, config)
+    work = float(flops(model, shape) if cached is None else cached) * images
+    return Timing(config.train.epochs, work, parameters(model)[0], None, None)
 
 
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -331,6 +340,7 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         files=files,
         numerics=list(training.numerics),
         precision=training.precision,
+        frozen_seconds=training.frozen_seconds,
     )
 
 

@@ -14,12 +14,13 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import safetensors.torch
@@ -27,14 +28,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, fx, nn
 
-from searchfm.config import AugmentConfig
+from searchfm.config import AugmentConfig, Config, Shape, Transfer
 from searchfm.errors import ConfigError
 from searchfm.format import seconds, size
 from searchfm.home import file_sha256
 from searchfm.learn.augment import flips
 from searchfm.learn.data import Part, Splits, batches, to_device
 from searchfm.learn.datasets import cache_dir
-from searchfm.learn.models import Classifier
+from searchfm.learn.models import Classifier, count_operations
 from searchfm.learn.models.transfer import Cut, Pretrained, cut
 from searchfm.tables import show
 
@@ -56,6 +57,8 @@ class Features:
     mirrored: Part | None  # the training images mirrored left to right, where the augmentation flips some
     val: Part | None
     cut: Cut
+    seconds: float  # that the frozen stages took for the training images, mirrored ones too, when they were computed
+    missing: Mapping[str, float]  # seconds that they would take for what the cache lacks, by its key; with `part_of`
 
     def batches(self, count: int, order: Tensor, flip: float, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (B, ...) and labels (B,) of the training part, `count` at a time: of mirrored images where
@@ -105,13 +108,15 @@ def find(
     tick: Callable[[], None] = lambda: None,
     *,
     restored: bool = False,
+    part_of: Splits | None = None,
 ) -> Features | None:
     """The features of the data; the cache gets those that it lacks.
 
     None where nothing is frozen, or without weights that all trials share; where the augmentation needs the images;
     where the net cannot be cut; where the features of all images are more than the cache may take; or where it cannot
     be written. tick: called every batch, and while another process computes the same features. restored: whether the
-    model's weights are those of a checkpoint. Raises what `tick` raises, and ConfigError for the variable.
+    model's weights are those of a checkpoint. part_of: all of the data, of which `data` are a few images to time a
+    training with: then nothing is written. Raises what `tick` raises, and ConfigError for the variable.
     """
     most, net = limit(), model.net
     if not (isinstance(net, Pretrained) and net.source and net.frozen and most and data.train.fingerprint):
@@ -119,23 +124,52 @@ def find(
     if not _spares_images(augment) or (where := cut(net)) is None:
         return None
     frozen = _Frozen(model, where, precision, tick, None if restored else net.source)
-    wanted = [(data.train, False)]
-    wanted += [(data.train, True)] if augment.flip else []
-    wanted += [(data.val, False)] if data.val is not None else []
+    wanted, whole = (_wanted(splits, augment) for splits in (data, part_of or data))
     try:
-        if not all(frozen.kept(*each) for each in wanted):
-            images = sum(len(part) for part, _ in wanted)
+        missing = [each for each in whole if not frozen.kept(*each)]
+        if missing:
+            images = sum(len(part) for part, _ in whole)
             if not frozen.splits(data.train) or not frozen.fit(images, data.train, most):
                 return None
-        tensors = [frozen.features(*each, most) for each in wanted]
+        found = [frozen.computed(*each) if part_of else frozen.features(*each, most) for each in wanted]
     except (OSError, SafetensorError) as error:
         log.warning("features are not cached: %s", error)
         return None
+    an_image = sum(each.seconds for each in found) / sum(len(part) for part, _ in wanted)
     parts = to_device(
-        [replace(part, images=tensor) for (part, _), tensor in zip(wanted, tensors, strict=True)], data.train.device
+        [replace(part, images=each.tensor) for (part, _), each in zip(wanted, found, strict=True)],
+        data.train.device,
     )
-    val = parts.pop() if data.val is not None else None
-    return Features(parts[0], parts[1] if augment.flip else None, val, where)
+    train, *mirrored = parts if data.val is None else parts[:-1]
+    return Features(
+        train,
+        mirrored[0] if mirrored else None,
+        None if data.val is None else parts[-1],
+        where,
+        sum(each.seconds for (part, _), each in zip(wanted, found, strict=True) if part is data.train),
+        {frozen.key(*each): an_image * len(each[0]) for each in missing},
+    )
+
+
+def _wanted(data: Splits, augment: AugmentConfig) -> list[tuple[Part, bool]]:
+    """The parts whose features are needed, and whether mirrored; the validation part last."""
+    mirrored = [(data.train, True)] if augment.flip else []
+    return [(data.train, False), *mirrored, *([] if data.val is None else [(data.val, False)])]
+
+
+def trained_flops(model: Classifier, shape: Shape, config: Config) -> int | None:
+    """Floating-point operations for one image in the part of a model that takes cached features, as `models.flops`
+    counts them; None where a training of the config takes images. The model's weights need not be the config's.
+    """
+    net, kind = model.net, config.model.kind
+    if not (isinstance(net, Pretrained) and isinstance(kind, Transfer) and kind.weights != "none" and net.frozen):
+        return None
+    if not (limit() and _spares_images(config.augment)) or (where := cut(net)) is None:
+        return None
+    with torch.no_grad():
+        model.eval()
+        features = fx.GraphModule(net, where.frozen)(torch.zeros(1, *shape))
+    return sum(count_operations(_Trained(model, where), features).values())
 
 
 def _spares_images(config: AugmentConfig) -> bool:
@@ -189,7 +223,7 @@ class _Frozen:
 
     def kept(self, part: Part, mirrored: bool) -> bool:
         """Whether there is a file."""
-        return any(_files(self._key(part, mirrored)))
+        return any(_files(self.key(part, mirrored)))
 
     def splits(self, part: Part) -> bool:
         """Whether both halves of the net compute what it does, in both modes, on two images; and whether the trained
@@ -221,16 +255,27 @@ class _Frozen:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_folder()))
         return True
 
-    def features(self, part: Part, mirrored: bool, most: int) -> Tensor:
-        """The features (N, ...) of a part, from its file, which is written where there is none or it is damaged."""
-        key = self._key(part, mirrored)
-        tensor = _opened(key)
-        if tensor is None:
+    def features(self, part: Part, mirrored: bool, most: int) -> "_Kept":
+        """The features of a part, from its file, which is written where there is none or it is damaged."""
+        key = self.key(part, mirrored)
+        kept = _opened(key)
+        if kept is None:
             with _locked(key, self._tick):
-                tensor = _opened(key)
-                if tensor is None:
-                    tensor = _write(key, self._computed(part, mirrored), most)
-        return tensor
+                kept = _opened(key)
+                if kept is None:
+                    new = self.computed(part, mirrored)
+                    taken = size(new.tensor.nbytes)
+                    log.info("features of %d images computed in %s (%s)", len(part), seconds(new.seconds), taken)
+                    kept = _write(key, new, most)
+        return kept
+
+    def computed(self, part: Part, mirrored: bool) -> "_Kept":
+        """The features of a part, in memory."""
+        began, rows = time.perf_counter(), []
+        for images, _ in batches(part, BATCH):
+            self._tick()
+            rows.append(self(images, mirrored).cpu())
+        return _Kept(torch.cat(rows), time.perf_counter() - began)
 
     def __call__(self, images: Tensor, mirrored: bool) -> Tensor:
         """Raw images (B, C, H, W) -> features (B, ...)."""
@@ -241,19 +286,17 @@ class _Frozen:
         self._model.train(training)
         return features
 
-    def _computed(self, part: Part, mirrored: bool) -> Tensor:
-        began, rows = time.perf_counter(), []
-        for images, _ in batches(part, BATCH):
-            self._tick()
-            rows.append(self(images, mirrored).cpu())
-        features = torch.cat(rows)
-        taken = seconds(time.perf_counter() - began)
-        log.info("features of %d images computed in %s (%s)", len(part), taken, size(features.nbytes))
-        return features
-
-    def _key(self, part: Part, mirrored: bool) -> str:
+    def key(self, part: Part, mirrored: bool) -> str:
+        """The name of the file, but for its content's sha256."""
         about = f"{part.fingerprint} {tuple(part.images.shape)} {mirrored} ".encode()
         return hashlib.sha256(self._digest + about + part.indices.numpy().tobytes()).hexdigest()
+
+
+class _Kept(NamedTuple):
+    """What a file holds."""
+
+    tensor: Tensor  # features (N, ...)
+    seconds: float  # that they took to compute
 
 
 def _folder() -> Path:
@@ -264,13 +307,13 @@ def _files(key: str) -> list[Path]:
     return list(_folder().glob(f"{key}-*.safetensors"))
 
 
-def _opened(key: str) -> Tensor | None:
+def _opened(key: str) -> _Kept | None:
     """The features in a file, memory-mapped. A damaged file is removed."""
     for path in _files(key):
         try:
-            tensor = _read(path)
+            kept = _read(path)
             os.utime(path)  # the time of the last use
-            return tensor
+            return kept
         except FileNotFoundError:  # another process removed it
             continue
         except (OSError, SafetensorError, ValueError) as error:
@@ -280,20 +323,19 @@ def _opened(key: str) -> Tensor | None:
 
 
 @lru_cache(maxsize=8)  # read and checked once a process
-def _read(path: Path) -> Tensor:
+def _read(path: Path) -> _Kept:
     if (actual := file_sha256(path)) != path.stem.partition("-")[2]:
         raise ValueError(f"damaged, its sha256 is {actual[:12]}...")
     with safe_open(path, "pt") as opened:
-        tensor: Tensor = opened.get_tensor("features")
-        return tensor
+        return _Kept(opened.get_tensor("features"), float(opened.metadata()["seconds"]))
 
 
-def _write(key: str, features: Tensor, most: int) -> Tensor:
+def _write(key: str, new: _Kept, most: int) -> _Kept:
     """Writes a file, whole or not at all, in the place of those that were not used for longest."""
-    _make_room(most - features.nbytes)
+    _make_room(most - new.tensor.nbytes)
     partial = _folder() / f".{key}.tmp"
     try:
-        safetensors.torch.save_file({"features": features}, partial)
+        safetensors.torch.save_file({"features": new.tensor}, partial, {"seconds": f"{new.seconds:.6f}"})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         path = partial.rename(_folder() / f"{key}-{file_sha256(partial)}.safetensors")

@@ -4,7 +4,7 @@ import hashlib
 import math
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -36,6 +36,7 @@ class Training(Iterator[Epoch]):
     data: as `learn.data.load` returns it for the same device; without a validation part the epochs' val_* are None.
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
     code: whether the user's code may run, and which. bfloat16: the architectures that "auto" trains in it on a CPU.
+    part_of: where `data` are a few images to time a training with, all of them.
     Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
@@ -57,6 +58,7 @@ class Training(Iterator[Epoch]):
         tick: Callable[[], None] = lambda: None,
         code: Code = NO_CODE,
         bfloat16: Collection[str] = (),
+        part_of: Splits | None = None,
     ) -> None:
         self.config, self.data, self.device = config, data, torch.device(device)
         self._tick = tick
@@ -77,8 +79,22 @@ class Training(Iterator[Epoch]):
         if resume is not None:
             self._restore(resume)
         casts = partial(precision.autocast, self.precision, self.device)
-        self._features = features.find(self.model, data, config.augment, casts, tick, restored=resume is not None)
+        self._features = features.find(
+            self.model, data, config.augment, casts, tick, restored=resume is not None, part_of=part_of
+        )
         self._net, self._judged = self._trained(self.model), self._trained(self.classifier)
+
+    @property
+    def frozen_seconds(self) -> float:
+        """Seconds that the frozen stages took for the training images, whoever computed their features; 0 if they are
+        computed in every epoch.
+        """
+        return self._features.seconds if self._features else 0.0
+
+    @property
+    def missing_features(self) -> Mapping[str, float]:
+        """Seconds that the frozen stages take for all images of `part_of`, by the files that the cache lacks."""
+        return self._features.missing if self._features else {}
 
     @property
     def classifier(self) -> Classifier:
@@ -200,9 +216,10 @@ def epoch_seconds(
     tick: Callable[[], None] = lambda: None,
     code: Code = NO_CODE,
     bfloat16: Collection[str] = (),
-) -> tuple[float, float] | None:
-    """Seconds of an epoch's training, and of the validation after it, timed on a few batches; None where the config
-    cannot be trained. data, device, tick, code, bfloat16: as those of `Training`.
+) -> tuple[float, float, Mapping[str, float]] | None:
+    """Seconds of an epoch's training, and of the validation after it, timed on a few batches; and
+    `Training.missing_features`. None where the config cannot be trained. data, device, tick, code, bfloat16: as
+    those of `Training`.
 
     The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others, and never
     on a GPU, where it loads libraries and kernels.
@@ -212,7 +229,7 @@ def epoch_seconds(
     def train(batches: int) -> Training:
         size = batches * config.train.batch_size
         few = replace(data, train=_first(data.train, size), val=data.val and _first(data.val, size))
-        return Training(longer, few, device=device, tick=tick, code=code, bfloat16=bfloat16)
+        return Training(longer, few, device=device, tick=tick, code=code, bfloat16=bfloat16, part_of=data)
 
     longer, began = replace(config, train=replace(config.train, epochs=max(3, config.train.epochs))), time.monotonic()
     try:
@@ -231,7 +248,7 @@ def epoch_seconds(
     count, held = training._count, training.data.val
     trained = count / epoch.samples_per_second
     validated = 0.0 if data.val is None or held is None else (epoch.seconds - trained) * len(data.val) / len(held)
-    return trained * len(data.train) / count, validated
+    return trained * len(data.train) / count, validated, training.missing_features
 
 
 def _first(part: Part, size: int) -> Part:

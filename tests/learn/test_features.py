@@ -18,9 +18,9 @@ from searchfm.config import Config
 from searchfm.errors import ConfigError
 from searchfm.learn import features
 from searchfm.learn.data import Splits
-from searchfm.learn.models import build
+from searchfm.learn.models import build, flops
 from searchfm.learn.models.transfer import Pretrained, cut
-from searchfm.learn.train import Training
+from searchfm.learn.train import Training, epoch_seconds
 from tests.learn.test_models import transfer_settings
 from tests.learn.toys import config, first, losses
 
@@ -326,6 +326,25 @@ def test_frozen_stages_drop_nothing() -> None:
     inside = [module for frozen in net._frozen for module in frozen.modules()]
     assert any("drop" in type(module).__name__.lower() for module in inside)
     assert not any(module.training for module in inside)
+
+
+def test_a_forecast_times_the_trained_part_and_counts_the_frozen_one_once(
+    weights: Path, data: Splits, cache: Path
+) -> None:
+    settings = probe(weights, augment={"flip": 0.5})
+    with_cache = epoch_seconds(settings, data, 0.0)
+    assert with_cache is not None
+    assert sum(with_cache[2].values()) > 0
+    assert not list(cache.glob("*"))
+    training = Training(settings, data)
+    assert {path.name.partition("-")[0] for path in cache.glob("*")} == with_cache[2].keys()
+    assert training.frozen_seconds > 0
+    again = epoch_seconds(settings, data, 0.0)
+    assert again is not None
+    assert again[2] == {}, "nothing is missing now"
+    model = training.model
+    assert 0 < (features.trained_flops(model, (1, 8, 8), settings) or 0) < flops(model, (1, 8, 8)) / 100
+    assert features.trained_flops(model, (1, 8, 8), probe(weights, augment={"crop": 1})) is None
 
 
 def test_a_net_whose_code_cannot_be_followed_has_no_cut() -> None:

@@ -151,10 +151,14 @@ def operations(model: Classifier, shape: Shape) -> dict[str, int]:
     """`flops` by torch's operators, such as aten.convolution. A multiply-add is counted as two (torch's
     FlopCounterMode: products of matrices, convolutions, attention; not norms and activations).
     """
+    return count_operations(model, torch.zeros(1, *shape, dtype=torch.uint8, device=model.mean.device))
+
+
+def count_operations(model: nn.Module, inputs: Tensor) -> dict[str, int]:
+    """The operations of a forward pass in evaluation mode. The model's mode is left as it was."""
     training = model.training
-    image = torch.zeros(1, *shape, dtype=torch.uint8, device=model.mean.device)
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model(inputs)
     model.train(training)
     return {str(operator): int(count) for operator, count in counter.get_flop_counts().get("Global", {}).items()}
