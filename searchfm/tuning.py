@@ -1,5 +1,6 @@
 """One study from open to close: locked, prepared, given its workers, tuned, followed into MLflow."""
 
+import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -36,7 +37,15 @@ from searchfm.records import (
 from searchfm.search import files, first
 from searchfm.search.database import failures
 from searchfm.search.lock import Lock, study_lock
-from searchfm.search.storage import create_study, load_study, locked_study, open_storage, read_study, write_record
+from searchfm.search.storage import (
+    create_study,
+    import_ahead,
+    load_study,
+    locked_study,
+    open_storage,
+    read_study,
+    write_record,
+)
 from searchfm.search.study import Study, check_name
 from searchfm.stopping import StopRequest
 from searchfm.tables import digest
@@ -92,6 +101,7 @@ class Tuning:
             engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
             pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
             if work:
+                threading.Thread(target=import_ahead, daemon=True).start()  # this thread waits for a worker
                 self.study, data, devices = yield from prepare(study, pool, self.data_dir, data)
                 self.study.check_images(data.shape)
                 yield from self._notes()

