@@ -71,10 +71,9 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     """Makes a study's data and pretrained weights available, before the first trial.
 
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
-    not run here, or differs; ConfigError for a cache of features without a size; WorldError for a CPU without bfloat16
-    where the study needs it.
+    not run here, or differs; WorldError for a CPU without bfloat16 where the study needs it.
     """
-    limit()
+    limit()  # so that a text that is no size is refused before the first trial
     job = PrepareJob.from_json(payload, "prepare")
     bfloat16 = precision.faster(precision.cpu_features(), job.architectures)
     if context.device == "cpu" and not set(job.bfloat16) <= set(bfloat16):

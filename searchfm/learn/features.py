@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, fx, nn
 
 from searchfm.config import AugmentConfig, Config, Shape, Transfer
-from searchfm.errors import ConfigError
+from searchfm.errors import DataError
 from searchfm.format import seconds, size
 from searchfm.home import file_sha256
 from searchfm.learn.augment import flips
@@ -92,11 +92,11 @@ class _Trained(nn.Module):
 
 
 def limit() -> int:
-    """Bytes that the cache may take, from SEARCHFM_FEATURE_CACHE; 0 turns it off. Raises ConfigError."""
+    """Bytes that the cache may take, from SEARCHFM_FEATURE_CACHE; 0 turns it off. Raises DataError."""
     text = os.environ.get(LIMIT) or DEFAULT
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ConfigError(LIMIT, f"= {show(text)}: must be bytes, such as 500MB or {DEFAULT}; 0 turns the cache off")
+        raise DataError(f"{LIMIT} = {show(text)}: must be bytes, such as 500MB or {DEFAULT}; 0 turns the cache off")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
@@ -116,7 +116,7 @@ def find(
     where the net cannot be cut; where the features of all images are more than the cache may take; or where it cannot
     be written. tick: called every batch, and while another process computes the same features. restored: whether the
     model's weights are those of a checkpoint. part_of: all of the data, of which `data` are a few images to time a
-    training with: then nothing is written. Raises what `tick` raises, and ConfigError for the variable.
+    training with: then nothing is written. Raises what `tick` raises, and DataError for the variable.
     """
     most, net = limit(), model.net
     if not (isinstance(net, Pretrained) and net.source and net.frozen and most and data.train.fingerprint):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from searchfm.config import Config
-from searchfm.errors import ConfigError
+from searchfm.errors import DataError
 from searchfm.learn import features
 from searchfm.learn.data import Splits
 from searchfm.learn.models import build, flops
@@ -197,7 +197,7 @@ def test_random_weights_and_trained_stems_leave_nothing_in_the_cache(weights: Pa
 
 def test_a_limit_that_is_no_size_is_refused(weights: Path, data: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEARCHFM_FEATURE_CACHE", "much")
-    with pytest.raises(ConfigError, match='SEARCHFM_FEATURE_CACHE = "much": must be bytes, such as 500MB or 4GB; 0'):
+    with pytest.raises(DataError, match='SEARCHFM_FEATURE_CACHE = "much": must be bytes, such as 500MB or 4GB; 0'):
         Training(probe(weights), data)
     monkeypatch.setenv("SEARCHFM_FEATURE_CACHE", "1.5GB")
     assert features.limit() == 1_500_000_000
