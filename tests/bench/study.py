@@ -166,7 +166,7 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run], asha: bool) -> str:
 
 
 def best(runs: Sequence[Run]) -> float:
-    """The best accuracy of a search: the median over the runs, which have up to three seeds."""
+    """The best accuracy of a search: the median over the runs, each with another seed."""
     return statistics.median(max(run.accuracies) for run in runs)
 
 
@@ -192,7 +192,7 @@ def measure(peers: Sequence[str], trials: int, repeats: int, asha: bool) -> dict
             common.progress(f"warm-up: {side}")
             call(1, 0)  # files are read from the disk once
         seeds = {side: count() for side in calls}
-        sides = {side: lambda side=side: calls[side](trials, next(seeds[side]) % 3) for side in calls}
+        sides = {side: lambda side=side: calls[side](trials, next(seeds[side])) for side in calls}
         return common.alternate(sides, repeats)
 
 
@@ -233,7 +233,7 @@ def main(arguments: list[str]) -> None:
     common.header(f"Whole studies as processes: {work}", cores=common.usable())
     results = measure(peers, options.trials, options.repeats, options.asha)
     same = print_table(results, options.asha)
-    print(f"\nAccuracies are medians over the runs ({options.repeats}; seeds of training: {min(3, options.repeats)}).")
+    print(f"\nAccuracies are medians over the runs, each with a seed of its own ({options.repeats}).")
     print("Of a peer with two rows, the ratio to quote is the smaller one.")
     if not same:
         sys.exit("the two sides did not do the same work: no ratio")
