@@ -36,7 +36,7 @@ IMPORTS = {
     "optuna": "import optuna",
     "a search (tuning)": "import searchfm.tuning",
     "mlflow": "import mlflow",
-    "mlflow's client and store": "import mlflow.store.tracking.sqlalchemy_store; mlflow.MlflowClient()",
+    "mlflow's client and store": "import mlflow.store.tracking.sqlalchemy_store; mlflow.MlflowClient('sqlite://')",
     "matplotlib": "import matplotlib.figure, matplotlib.backends.backend_agg",
 }
 
