@@ -234,6 +234,7 @@ def test_commands_that_list_load_optuna_alone(home: Home) -> None:
         assert not (HEAVY | {"scipy", "alembic"}) & modules, words
 
 
+@pytest.mark.slow  # two commands of three import torch
 def test_a_study_file_is_shown_without_torch_once_its_costs_were_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
