@@ -274,8 +274,7 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     """
     where = file.path.name if file else ""
     search = dict(stored.resolved["search"])
-    begun = dict(stored.file)
-    tables = begun.pop("first", None)
+    begun, tables = _completed(stored.file), stored.file.get("first")
     if file is not None:
         table = resolve(apply_overrides(file.table, {}), where)
         if table.pop("first", None) != tables and "first" in stored.resolved:  # a study begun without goes on without
@@ -284,13 +283,18 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     if overrides:
         # Names first: another sampler's name with the settings of this one cannot be resolved.
         names = [name for name in ("search.sampler.name", "search.pruner.name") if name in overrides]
-        _free_changes(stored.name, [(name, get(stored.resolved, name), _lower(overrides[name])) for name in names])
-        before = {name: value for name, value in stored.resolved.items() if name != "first"}
+        before = _completed(stored.resolved)
+        _free_changes(stored.name, [(name, get(before, name), _lower(overrides[name])) for name in names])
         table = resolve(apply_overrides(before, overrides), "command line")
         _refuse_unused(table, overrides)
-        pairs = [(dotted, get(stored.resolved, dotted), get(table, dotted)) for dotted in overrides]
+        pairs = [(dotted, get(before, dotted), get(table, dotted)) for dotted in overrides]
         search |= _free_changes(stored.name, pairs)
     return Study(stored.name, {**stored.resolved, "search": search}, question=stored.question, where=where)
+
+
+def _completed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored table without its known configurations, with the defaults of keys that came after its version."""
+    return resolve({name: value for name, value in table.items() if name != "first"})
 
 
 def _lower(value: Any) -> Any:

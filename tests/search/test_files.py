@@ -366,6 +366,19 @@ def test_start_up_trials_of_an_older_study_stay_where_the_file_does_not_name_the
         reopen(now, stored, {"search.sampler.startup_trials": 4})
 
 
+def test_a_study_begun_before_a_key_existed_goes_on_with_its_default(path: Path) -> None:
+    file = read(path)
+    table = {**file.table, "search": {**file.table["search"], "pruner": "asha"}}
+    now = StudyFile(path, "deep", "", table)
+    stored = begun(now.study(), now)
+    for kept in (stored.resolved, stored.file):
+        del kept["search"]["pruner"]["promote"]  # type: ignore[index]
+    for overrides in ({}, {"search.pruner.promote": False}):
+        assert reopen(now, stored, overrides).resolved["search"]["pruner"]["promote"] is False
+    with pytest.raises(ConfigError, match=r"search.pruner.promote = true: study 'deep' was begun with false"):
+        reopen(now, stored, {"search.pruner.promote": True})
+
+
 def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
     file = read(path)
     with pytest.raises(ConfigError, match=r"model.mlp.depth is unknown here"):
