@@ -387,6 +387,7 @@ class Asha(Table, tag="asha"):
 
     min_epochs: int = key(1, "epochs before the first halving; there is none in the last third of the epochs", ge=1)
     reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
+    promote: bool = key(False, "pause every trial at each halving, and continue the best when a worker is free")
 
 
 class Patient(Table, tag="patient"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -21,8 +21,8 @@ from optuna.trial import TrialState
 
 from searchfm.config import Config
 from searchfm.errors import WorldError
-from searchfm.events import Note, SearchEvent, TrialEnded, TrialEpoch, TrialRetried, TrialStarted
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Result, Retried
+from searchfm.events import Note, SearchEvent, TrialEnded, TrialEpoch, TrialPaused, TrialRetried, TrialStarted
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
 from searchfm.search import space
@@ -74,7 +74,9 @@ class Coordinator:
         self.trials, self.points = trials, space.points(study.tree, most=trials)  # None: more points than trials
         self.memory = MemoryStudy(storage, stored.number, study.name, study.pruner())
         self.running: dict[int, LiveTrial] = {}  # in the pool
-        self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is running
+        self.rungs = study.rungs()
+        self.paused: dict[int, LiveTrial] = {}  # at a rung, without a worker
+        self.waiting: dict[int, LiveTrial] = {}  # twins of a trial that is running or paused
         self.trained: dict[str, int] = {}  # digest -> the trial that was, or is being, trained for it
         self.seen: set[str] = set()  # digests
         self.asked = len(stored.trials)
@@ -90,6 +92,8 @@ class Coordinator:
         )  # the rule that ends the search; a running trial may yet be better
         for trial in stored.trials:
             self._compare(trial.reported.values())
+            if trial.twin is None:
+                self.rungs.add(trial.number, trial.reported)
             if trial.state != "running":
                 self._count(trial)
                 self.seen.add(trial.digest)
@@ -109,8 +113,11 @@ class Coordinator:
             yield from self._adopt()
             while True:
                 yield from self._ask()
-                if self.pool.stopped or not (self.running or self._may_ask()):
-                    return  # running trials stay RUNNING, for the next coordinator to adopt; a proposal is dropped
+                if self.pool.stopped:
+                    return  # running and paused trials stay RUNNING, for the next coordinator to adopt
+                if not (self.running or self._may_ask() or self._promotable() is not None):
+                    yield from self._prune_paused()
+                    return  # a proposal is dropped
                 for event in self.pool.events():
                     yield from self._on(event)
 
@@ -127,13 +134,20 @@ class Coordinator:
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
             current.epochs = list(self.stored.trials[current.number].epochs)
             attempt, lost = frozen.user_attrs.get("attempt", int(complete)), frozen.user_attrs.get("lost", 0)
-            current.job = replace(current.job, attempt=attempt, lost=lost, received=len(current.epochs))
+            current.job = replace(current.job, attempt=attempt, lost=lost)
             yield from self._begin(current, adopted=complete)
 
     def _ask(self) -> Iterator[SearchEvent]:
-        """Starts a trial for each free worker, while the study is not full; then asks for one more ahead."""
-        while self._may_ask() and (self.pool.free or self._ahead):
-            if self.useful == 0 and len(self.failures) >= HOPELESS:
+        """Gives each free worker a trial: one that is to be promoted, else a new one while the study is not full; then
+        asks for one more ahead.
+        """
+        while True:
+            if self.pool.free and (number := self._promotable()) is not None:
+                yield from self._promote(number)
+                continue
+            if not (self._may_ask() and (self.pool.free or self._ahead)):
+                return
+            if not (self.useful or self.rungs.highest) and len(self.failures) >= HOPELESS:
                 if self.running:
                     return  # one of them may still succeed
                 raise WorldError(
@@ -178,11 +192,15 @@ class Coordinator:
                 yield from self._judge(current, epoch)
             case Interrupted():
                 yield from self._end(current, TrialState.PRUNED, reason=current.pruned)
+            case Paused():
+                self._pause(self.running.pop(current.number))
+                yield TrialPaused(current.number, self._record(current.number))
             case Finished(result=result):
                 yield from self._finish(current, result)
             case Failed(reason=reason):
                 yield from self._end(current, TrialState.FAIL, reason=reason)
             case Retried(attempt=attempt, reason=reason, lost=lost):
+                current.job = replace(current.job, attempt=attempt, lost=lost)
                 current.trial.set_user_attr("attempt", attempt)
                 if reason:  # else its worker was stopped, which is no fault of the trial
                     current.trial.set_user_attr("lost", lost)
@@ -216,20 +234,74 @@ class Coordinator:
         self.seen.add(current.digest)
         first = self.trained.setdefault(current.digest, number)
         if first != number:
-            if first in self.running:
+            if first in self.running or first in self.paused:
                 self.waiting[number] = current
+                if first in self.paused:
+                    self.memory.pause(number, first)
             else:
                 yield from self._follow(current, first)
         elif current.pruned:
             gather(current.folder, keep=False)
             yield from self._end(current, TrialState.PRUNED, reason=current.pruned)
+        elif self._pauses(current):
+            self._pause(current)
         else:
-            self.running[number] = current
-            attempt = self.pool.submit(current.job)
-            if attempt > 1:
-                current.trial.set_user_attr("attempt", attempt)
-                self.memory.write(number)
-            yield TrialStarted(number, self._record(number), "adopted" if adopted else "started")
+            yield from self._submit(current, "adopted" if adopted else "started")
+
+    def _submit(self, current: LiveTrial, kind: Literal["started", "adopted", "promoted"]) -> Iterator[SearchEvent]:
+        """Gives the trial to the pool, up to its next rung if it is paused there."""
+        number, received = current.number, len(current.epochs)
+        job = replace(current.job, received=received)
+        if (until := self.rungs.after(received)) is not None and not self._is_default(number):
+            job = replace(job, payload={**job.payload, "until": until})
+        self.running[number] = current
+        attempt = self.pool.submit(job)
+        if attempt > 1:
+            current.trial.set_user_attr("attempt", attempt)
+            self.memory.write(number)
+        yield TrialStarted(number, self._record(number), kind)
+
+    # --- trials at rungs ----------------------------------------------------------------------------------------------
+
+    def _pauses(self, current: LiveTrial) -> bool:
+        """Whether a trial is paused where it stands, by its reports alone: the attribute `paused` is for readers."""
+        return len(current.epochs) in self.rungs.epochs and not self._is_default(current.number)
+
+    def _pause(self, current: LiveTrial) -> None:
+        """Keeps a trial that no worker has, and its twins, until it is promoted or the search ends."""
+        assert self._pauses(current)
+        self.paused[current.number] = current
+        if self.memory.trial(current.number).user_attrs.get("paused") is None:  # promoted, but trained no epoch since
+            current.trial.set_user_attr("paused", len(current.epochs))
+            self.memory.write(current.number)
+        for each in (current, *self._followers(current)):
+            self.memory.pause(each.number, current.number)
+
+    def _wake(self, number: int) -> LiveTrial:
+        """Takes a trial out of the paused ones."""
+        current = self.paused.pop(number)
+        for each in (current, *self._followers(current)):
+            self.memory.wake(each.number)
+        return current
+
+    def _promotable(self) -> int | None:
+        """The paused trial that the next free worker continues; none once a rule has ended the search."""
+        return self.rungs.promotable(self.paused) if self.paused and self.ending is None else None
+
+    def _promote(self, number: int) -> Iterator[SearchEvent]:
+        current = self._wake(number)
+        current.trial.set_user_attr("paused", None)
+        yield from self._submit(current, "promoted")
+
+    def _prune_paused(self) -> Iterator[SearchEvent]:
+        """Ends all paused trials, for good: the search is over."""
+        for number in sorted(self.paused):
+            current = self._wake(number)
+            gather(current.folder, keep=False)
+            reason = f"{self._by_pruner} after epoch {len(current.epochs)}"
+            yield from self._end(current, TrialState.PRUNED, reason=reason)
+
+    # --- epochs and ends ----------------------------------------------------------------------------------------------
 
     def _judge(self, current: LiveTrial, epoch: Epoch) -> Iterator[SearchEvent]:
         """Takes an epoch down, and asks the pruner about it once."""
@@ -241,6 +313,9 @@ class Coordinator:
             if reason := self._prune(current, epoch.index, accuracy):
                 current.pruned = f"{reason} after epoch {epoch.index}"
                 current.trial.set_user_attr("pruned", current.pruned)  # its worker may take a while to stop
+            elif self._pauses(current):
+                current.trial.set_user_attr("paused", epoch.index)
+            self.rungs.add(current.number, {epoch.index: accuracy})
             self.memory.write(current.number)
         yield TrialEpoch(current.number, epoch)
         if current.pruned:
@@ -256,10 +331,18 @@ class Coordinator:
         self._compare([accuracy])
         applies = self.above or self.at_chance < AT_CHANCE  # else the task may be hard, and takes all epochs
         if current.number < len(self.study.known):
-            applies, halts = False, halts and not (self.study.default and current.number == 0)
+            applies, halts = False, halts and not self._is_default(current.number)
         if applies and self.study.at_chance(current.config, epoch, accuracy, self.stored.data):
             return CHANCE
-        return f"pruned by {self.study.search.pruner.tag}" if halts else ""
+        return self._by_pruner if halts else ""
+
+    @property
+    def _by_pruner(self) -> str:
+        return f"pruned by {self.study.search.pruner.tag}"
+
+    def _is_default(self, number: int) -> bool:
+        """Whether a trial is the study's default, which is neither pruned nor paused."""
+        return self.study.default and number == 0
 
     def _compare(self, accuracies: Iterable[float]) -> None:
         """Notes whether a trial was above chance."""
@@ -294,9 +377,13 @@ class Coordinator:
         self.ending = self.study.ended_by(self.ended.values())
         yield TrialEnded(number, record)
         if record.twin is None:
-            for follower in [other for other in self.waiting.values() if other.digest == current.digest]:
+            for follower in self._followers(current):
                 del self.waiting[follower.number]
                 yield from self._begin(follower)
+
+    def _followers(self, current: LiveTrial) -> list[LiveTrial]:
+        """The twins that wait for a trial."""
+        return [other for other in self.waiting.values() if other.digest == current.digest]
 
     def _follow(self, current: LiveTrial, first: int) -> Iterator[SearchEvent]:
         """Ends a trial as its twin ended: the same value, or the same reports and state, without training."""

@@ -57,11 +57,11 @@ class StudyOpened:
 
 @dataclass(frozen=True)
 class TrialStarted:
-    """A trial begins to train; "adopted": it goes on where an earlier search left it."""
+    """A trial begins to train; "adopted": it goes on where an earlier search left it; "promoted": from its pause."""
 
     trial: int
     record: Trial
-    kind: Literal["started", "adopted"] = "started"
+    kind: Literal["started", "adopted", "promoted"] = "started"
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,15 @@ class TrialRetried:
     trial: int
     text: str  # how it died
     kind: Literal["retried"] = "retried"
+
+
+@dataclass(frozen=True)
+class TrialPaused:
+    """A trial reached a halving (`promote = true`), and waits, without a worker, to be continued or pruned."""
+
+    trial: int
+    record: Trial
+    kind: Literal["paused"] = "paused"
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ class SearchEnded:
     kind: Literal["finished"] = "finished"
 
 
-SearchEvent: TypeAlias = TrialStarted | TrialEpoch | TrialRetried | TrialEnded | Note
+SearchEvent: TypeAlias = TrialStarted | TrialEpoch | TrialRetried | TrialPaused | TrialEnded | Note
 TuneEvent: TypeAlias = Phase | StudyFound | StudyOpened | SearchEvent | SearchEnded
 
 # --- a final model ----------------------------------------------------------------------------------------------------

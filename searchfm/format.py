@@ -133,13 +133,18 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 def state(trial: Trial) -> str:
     """A trial's state, and whose twin it is."""
+    if trial.paused is not None:
+        return f"paused after epoch {trial.paused}"
     return trial.state if trial.twin is None else f"{trial.state} (twin of {trial.twin})"
 
 
 def states(study: StudyRecord, shown: Iterable[State] = STATES, *, zeros: bool = True) -> str:
-    """How many trials are in each state: `2 complete, 1 pruned`."""
+    """How many trials are in each state: `2 complete, 1 pruned, 3 running (2 paused)`."""
     counts = ((len(study.of(state)), state) for state in shown)
-    return ", ".join(f"{count} {state}" for count, state in counts if zeros or count)
+    paused = f" ({len(study.paused)} paused)" if study.paused else ""
+    return ", ".join(
+        f"{count} {state}{paused if state == 'running' else ''}" for count, state in counts if zeros or count
+    )
 
 
 def data_lines(study: StudyRecord) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from searchfm.records import Epoch
 
 Result: TypeAlias = Mapping[str, Any]  # plain values (what JSON can hold)
+PAUSED = "paused"  # the one key of the result of a job that ended at an epoch that its payload names, with a checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Lost(Event):
 
 
 # Events of pools alone.
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    """The job returned at the epoch that its payload names; its folders and checkpoint stay for a later `submit`."""
 
 
 @dataclass(frozen=True)

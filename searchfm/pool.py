@@ -14,7 +14,7 @@ from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Retried, Started
+from searchfm.jobs import PAUSED, EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Paused, Retried, Started
 
 STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
@@ -149,6 +149,8 @@ class WorkerPool:
             yield Interrupted(job.id, job.attempt)
             return
         match event:
+            case Finished(result=result) if PAUSED in result:
+                yield Paused(job.id, job.attempt)
             case Finished():
                 gather(job.folder, keep=True)
                 yield event

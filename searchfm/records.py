@@ -157,7 +157,7 @@ class Trial:
     digest: str  # of the config without its seed
     twin: int | None  # the earlier trial whose end this one copied
     reason: str | None  # why it failed, or what pruned it
-    attempts: int  # to train it: more than one after a worker died or was stopped
+    attempts: int  # to train it: more than one after a worker died or was stopped, or after a pause
     reported: Mapping[int, float]  # validation accuracy by epoch, as Optuna has it
     epochs: Sequence[Epoch]  # by index; those of a twin are copied
     result: TrainResult | None  # None unless complete
@@ -165,6 +165,7 @@ class Trial:
     ended: float | None  # seconds since 1970; None while it runs
     folder: Path  # of its files: config, epochs, pictures, log, weights of the best
     first: str | None = None  # where the known configuration comes from that it tried before the sampler proposed
+    paused: int | None = None  # epoch after which a running trial waits for promotion; None unless it waits
 
     @property
     def seconds(self) -> float:
@@ -349,6 +350,11 @@ class StudyRecord(StudyHeader):
     def of(self, state: State) -> list[Trial]:
         """The trials in one state, by number."""
         return [trial for trial in self.trials if trial.state == state]
+
+    @property
+    def paused(self) -> list[Trial]:
+        """The running trials that wait to be promoted, without a worker."""
+        return [trial for trial in self.trials if trial.paused is not None]
 
     @property
     def final_folder(self) -> Path:
@@ -600,6 +606,7 @@ class TrainJob(Record):
     threads: int | None = None  # of the final training on a CPU
     code: str = ""  # as in `Prepared`
     bfloat16: tuple[str, ...] = ()  # as in `Prepared`
+    until: int | None = None  # epoch after which it is paused; None: it trains to its end
 
 
 @dataclass(frozen=True)

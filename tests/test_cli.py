@@ -329,6 +329,29 @@ def test_config_toml_trains_the_same_trial_again(new_home: Callable[[Path], Home
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
+def test_promotion_trains_the_best_to_their_ends_as_a_search_without_pauses_does(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    home = new_home(tmp_path / "home").path
+    search = ("mlp", "--dataset", "digits", "--epochs", "3", "--trials", "8", "--workers", "2")
+    settings = ("sampler=random", "pruner.name=asha", "pruner.promote=true", "pruner.reduction=2")
+    plain = ("sampler=random", "pruner=none")
+    paused, whole = (
+        {trial["number"]: trial for trial in tune(home, *search, "--name", name, *options)["trial_list"]}
+        for name, keys in (("paused", settings), ("whole", plain))
+        for options in [[part for key in keys for part in ("--set", f"search.{key}")]]
+    )
+    assert {trial["state"] for trial in paused.values()} == {"complete", "pruned"}
+    assert paused[0]["state"] == "complete", "the default of the study"
+    others = [trial for trial in paused.values() if trial["state"] == "complete" and trial["number"]]
+    assert others
+    assert all(trial["attempts"] == 3 for trial in others)
+    assert all(trial["value"] == whole[number]["value"] for number, trial in paused.items() if trial["value"])
+    assert not list(home.glob("studies/paused/*/attempt-*"))
+
+
+@pytest.mark.slow
 def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
     done = searchfm_here("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))

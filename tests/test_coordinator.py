@@ -339,6 +339,7 @@ def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int], data: Any
     [
         ({"name": "tpe", "startup_trials": 3}, {"name": "hyperband"}),
         ({"name": "random"}, {"name": "asha", "reduction": 2}),
+        ({"name": "tpe", "startup_trials": 3}, {"name": "asha", "reduction": 2, "promote": True}),
         pytest.param(
             {"name": "tpe", "startup_trials": 3}, {"name": "median", "startup_trials": 2}, marks=pytest.mark.slow
         ),
@@ -405,11 +406,21 @@ def check_killed(broken: StudyRecord, unbroken: StudyRecord) -> None:
     assert all(row.value == values.get(row.digest, row.value) for row in broken.of("complete"))
 
 
+def promoting(spec: dict[str, Any]) -> dict[str, Any]:
+    """The same with promotion."""
+    tables = spec["tables"]
+    search = {**tables["search"], "pruner": {**tables["search"]["pruner"], "promote": True}}
+    return {**spec, "tables": {**tables, "search": search}}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("promote", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(killed: Any, workers: int) -> None:
+def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(
+    killed: Any, workers: int, promote: bool
+) -> None:
     """Every ninth write: from the first with one worker, from the second with two."""
-    spec = SPEC | {"workers": workers}
+    spec = (promoting(SPEC) if promote else SPEC) | {"workers": workers}
     unbroken = killed("unbroken", spec, [None])
     writes = int((unbroken.folder.parents[1] / "writes").read_text())
     assert writes > 60
@@ -418,10 +429,14 @@ def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(kille
 
 
 @pytest.mark.slow
-def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken_one(killed: Any) -> None:
+@pytest.mark.parametrize("promote", [False, True])
+def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken_one(
+    killed: Any, promote: bool
+) -> None:
     """Nothing that a sampler or pruner reads is lost: the trial is proposed again, or adopted with its rungs."""
+    spec = promoting(SPEC) if promote else SPEC
     one, two = (
-        {**SPEC, "tables": {**SPEC["tables"], "search": {**SPEC["tables"]["search"], "trials": n}}} for n in (2, 3)
+        {**spec, "tables": {**spec["tables"], "search": {**spec["tables"]["search"], "trials": n}}} for n in (2, 3)
     )
     writes = [int((killed("unbroken", spec, [None]).folder.parents[1] / "writes").read_text()) for spec in (one, two)]
     unbroken = killed("unbroken", two, [None])
@@ -430,9 +445,156 @@ def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken
 
 
 @pytest.mark.slow
-def test_after_six_kills_another_coordinator_completes_the_study(killed: Any) -> None:
-    unbroken = killed("unbroken", SPEC, [None])
-    check_killed(killed("broken", SPEC, [40, 20, 9, 14, 30, 11, None]), unbroken)
+@pytest.mark.parametrize("promote", [False, True])
+def test_after_six_kills_another_coordinator_completes_the_study(killed: Any, promote: bool) -> None:
+    spec = promoting(SPEC) if promote else SPEC
+    unbroken = killed("unbroken", spec, [None])
+    check_killed(killed("broken", spec, [40, 20, 9, 14, 30, 11, None]), unbroken)
+
+
+# --- promotion --------------------------------------------------------------------------------------------------------
+
+PROMOTE: dict[str, Any] = {"pruner": {"name": "asha", "reduction": 2, "promote": True}}
+
+
+def asha(study: Any, trials: list[Trial], rungs: list[int], *totals: int) -> list[tuple[int, int]]:
+    """Algorithm 2 of arXiv 1810.05834 with one worker, in searches of so many trials in all: each job as (trial, epoch
+    that it trains to). At the end of a search, those that were not promoted never are.
+    """
+    reached: list[dict[int, float]] = [{} for _ in rungs]
+    promoted: list[set[int]] = [set() for _ in rungs]
+    jobs: list[tuple[int, int]] = []
+    asked = 0
+    for total in totals:
+        while True:
+            for k in reversed(range(len(rungs))):
+                ranked = sorted(reached[k], key=lambda trial: (-reached[k][trial], trial))
+                candidates = [t for t in ranked[: len(ranked) // 2] if t not in promoted[k]]
+                if candidates:
+                    trial, rung = candidates[0], k + 1
+                    promoted[k].add(trial)
+                    break
+            else:
+                if asked == total:
+                    break
+                trial, rung, asked = asked, 0, asked + 1
+            jobs.append((trial, rungs[rung] if rung < len(rungs) else study.epochs))
+            if rung < len(rungs):
+                reached[rung][trial] = toys.curve(trials[trial].config, rungs[rung])
+        for at, done in zip(promoted, reached, strict=True):
+            at.update(done)
+    return jobs
+
+
+def jobs_of(progress: list[SearchEvent]) -> list[tuple[int, int]]:
+    """Each job as (trial, last epoch that it trained)."""
+    jobs: list[tuple[int, int]] = []
+    for item in progress:
+        if item.kind in ("started", "promoted"):
+            jobs.append((item.trial, 0))
+        if item.kind == "epoch":
+            assert jobs[-1][0] == item.trial
+            jobs[-1] = (item.trial, item.epoch.index)
+    return jobs
+
+
+def test_trials_are_promoted_as_the_paper_says_and_told_ones_compete_but_do_not_wake(home: Home) -> None:
+    def make(trials: int) -> Any:
+        return toy(search={**PROMOTE, "trials": trials}, train={"epochs": 6})
+
+    progress: list[SearchEvent] = []
+    first = search(home, make(9), watch=lambda item, _: progress.append(item))
+    check(first, 9)
+    assert jobs_of(progress) == asha(make(9), list(first.trials), [1, 2, 4], 9)
+    assert len({len(row.epochs) for row in first.trials}) == 4, "each rung, and the end"
+    assert all(row.reason == f"pruned by asha after epoch {len(row.epochs)}" for row in first.of("pruned"))
+    assert {row.attempts for row in first.of("complete")} == {4}
+    more = search(home, make(15), watch=lambda item, _: progress.append(item))
+    check(more, 15)
+    assert facts(more)[:9] == facts(first)
+    assert jobs_of(progress) == asha(make(15), list(more.trials), [1, 2, 4], 9, 15)
+    assert len(more.of("complete")) > len(first.of("complete"))
+
+
+def test_two_workers_give_exactly_the_trials_and_a_pause_charges_no_retry(any_home: Home) -> None:
+    study = search(any_home, toy(search={**PROMOTE, "trials": 12, "retries": 0}, train={"epochs": 6}), workers=2)
+    check(study, 12)
+    assert study.of("complete")
+    assert {len(row.epochs) for row in study.of("pruned")} <= {1, 2, 4}
+
+
+def test_a_worker_that_dies_after_a_promotion_costs_one_retry(home: Home) -> None:
+    settings = toy(search={**PROMOTE, "trials": 4, "retries": 1}, train={"epochs": 3})
+    first = search(home, toy("same", search={**PROMOTE, "trials": 4}, train={"epochs": 3}))
+    best = max(first.trials, key=lambda row: len(row.epochs)).number
+    study = search(home, settings, payload={"kill": {str(best): 2}})
+    assert facts(study) == facts(first)
+    assert study.trials[best].attempts == first.trials[best].attempts + 1
+    lost = search(home, toy("lost", search={**PROMOTE, "trials": 4, "retries": 1}), payload={"kill": {str(best): 9}})
+    check(lost, 4)
+    assert lost.trials[best].reason == "its worker died (signal SIGKILL), 2 times"
+
+
+def test_a_stopped_search_leaves_trials_paused_for_the_next(home: Home) -> None:
+    study = toy(search={**PROMOTE, "trials": 6}, train={"epochs": 6})
+    stopped = search(home, study, watch=lambda item, _: item.kind == "promoted")
+    assert [(row.state, row.paused) for row in stopped.trials] == [("running", None), ("running", 1)]
+    assert stopped.paused == [stopped.trials[1]]
+    assert [path.name for path in stopped.trials[1].folder.glob("attempt-*")] == ["attempt-1"]
+    progress: list[SearchEvent] = []
+    resumed = search(home, study, watch=lambda item, _: progress.append(item))
+    check(resumed, 6)
+    assert (progress[0].kind, progress[0].trial) == ("promoted", 0), (
+        "by its reports it is paused; the decision is the same"
+    )
+    assert not resumed.paused
+
+
+def test_a_paused_trial_shows_that_not_every_trial_fails(home: Home) -> None:
+    study = search(home, toy(search=PROMOTE), payload={"fail": [1, 2, 3]})
+    check(study, 8)
+    assert [row.number for row in study.of("failed")] == [1, 2, 3]
+
+
+def test_a_target_prunes_the_paused_trials_and_a_default_is_never_paused(home: Home) -> None:
+    study = toy(search={**PROMOTE, "trials": 30, "target": 0.01}, train={"epochs": 6})
+    done = search(home, study)
+    check(done, len(done.trials))
+    assert len(done.trials) < 30
+    assert len(done.of("complete")) == 1
+    known = search(home, toy("known", search=PROMOTE, first=KNOWN, train={"epochs": 6}))
+    check(known, 8)
+    assert (known.trials[0].state, known.trials[0].attempts) == ("complete", 1)
+    assert known.trials[1].attempts > 1 or known.trials[1].state == "pruned"
+
+
+def test_a_trial_at_chance_is_pruned_at_its_rung(home: Home) -> None:
+    study = search(home, toy(search={**PROMOTE, "trials": 20, "seed": 1}), data=COUNTED)
+    check(study, 20)
+    assert {row.number for row in study.trials if (row.reason or "").startswith("pruned at chance")} == {
+        row.number for row in study.trials if at_chance(row)
+    }
+
+
+def test_a_twin_of_a_paused_trial_waits_and_ends_with_it_however_the_study_is_stopped(tmp_path: Path) -> None:
+    def make() -> Any:
+        pruner = {**PROMOTE["pruner"], "min_epochs": 2}
+        return with_twins("ababc", falling=True, pruner=pruner, sampler={"name": "random"})
+
+    study = search(Home(tmp_path / "unbroken"), make())
+    check(study, 5)
+    assert [(row.state, row.twin) for row in study.trials] == [
+        ("complete", None),
+        ("pruned", None),
+        ("complete", 0),
+        ("pruned", 1),
+        ("pruned", None),
+    ]
+    assert study.trials[3].reported == study.trials[1].reported
+    assert goes_on_after(study.trials[3]) == []
+    broken, stops = in_pieces(Home(tmp_path / "broken"), make, [2, 3, 4])
+    assert stops > 1
+    assert facts(broken) == facts(study)
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, ModelError, StorageError
-from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Started
+from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Started
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
 from searchfm.retraining import Task, run_tasks
@@ -87,6 +88,28 @@ def test_a_stopped_job_has_one_further_event_and_leaves_its_log_alone(engine: Lo
     assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [1, 2]
     assert isinstance(events[-1], Interrupted)
     assert [path.name for path in (tmp_path / "0").iterdir()] == ["log.txt"]
+
+
+def test_a_paused_job_keeps_its_folders_and_goes_on_where_it_was(engine: LocalEngine, tmp_path: Path) -> None:
+    pool = WorkerPool(engine)
+    events: list[Any] = list(until_end(pool, job(tmp_path, 0, until=2)))
+    assert isinstance(events[-1], Paused)
+    assert (tmp_path / "0" / "attempt-1" / "done").read_text() == "2"
+    events = list(until_end(pool, replace(job(tmp_path, 0), received=2)))
+    assert [event.epoch.index for event in events if isinstance(event, EpochDone)] == [3]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].attempt == 2
+    assert not list((tmp_path / "0").glob("attempt-*"))
+
+
+def until_end(pool: WorkerPool, spec: Job) -> Iterator[Event]:
+    """The events of a job."""
+    pool.submit(spec)
+    while True:
+        for event in pool.events():
+            yield event
+            if isinstance(event, Paused | Finished | Failed):
+                return
 
 
 def test_a_job_that_keeps_nothing_is_not_waited_for_when_all_is_to_stop() -> None:

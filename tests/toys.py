@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from searchfm import errors
-from searchfm.jobs import Context, Result
+from searchfm.jobs import PAUSED, Context, Result
 from searchfm.records import Epoch
 
 JOBS = itertools.count(1)  # of this process
@@ -27,7 +27,7 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
 
     payload: `kill` ({trial: attempts whose worker is killed in the second epoch}), `fail` (trials that raise), `raise`
     ({trial: name of the searchfm error that it raises}), `nan` (trials whose value is NaN), `ticks` an epoch, `seconds`
-    a tick.
+    a tick, `until` (the epoch after which it is paused).
     """
     config, number = payload["config"], int(payload["identity"].rpartition("/")[2])
     assert context.folder is not None
@@ -54,6 +54,8 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
             (context.folder / "done").write_text(str(index))
         value = curve(config, index)
         yield Epoch(index, 1 - value, value, 1 - value, value, config["optimizer"]["lr"], 0.1, 1000.0, time.time())
+        if index == payload.get("until"):
+            return {PAUSED: index}
     (context.folder / "weights.safetensors").write_bytes(b"weights")
     (context.folder / "model.json").write_text("{}")
     value = float("nan") if number in payload.get("nan", []) else curve(config, epochs)

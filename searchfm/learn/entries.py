@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ from searchfm.config import Config, Custom, DataConfig, Shape, Transfer
 from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, WorldError, model_errors, one_line
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
-from searchfm.jobs import Context, Result
+from searchfm.jobs import PAUSED, Context, Result
 from searchfm.learn import checkpoint, precision
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
@@ -168,10 +169,13 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
     """Trains one config, from its newest checkpoint if there is one, whose epochs it yields again first.
 
     payload: a TrainJob. Writes the weights, their spec and the predictions for the validation part into the
-    context's folder. Returns a TrainResult.
+    context's folder. Returns a TrainResult. A job with `until` ends after that epoch with a checkpoint alone, and
+    returns {PAUSED: epoch}.
     Raises DataError, ConfigError, ModelError, DivergedError, StorageError; WorldError if memory runs out.
     """
-    return (yield from _trained(TrainJob.from_json(payload, "trial"), context, load)).to_json()
+    job = TrainJob.from_json(payload, "trial")
+    result = yield from _trained(job, context, load)
+    return {PAUSED: job.until} if result is None else result.to_json()
 
 
 def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
@@ -189,6 +193,7 @@ def fit(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, 
     finally:
         torch.set_num_threads(threads)
     assert context.folder is not None
+    assert result is not None
     config = Config.from_table(job.config).data
     images = _data(load_full, config, job.data_dir, context.device).train.images[:2]
     content = io.BytesIO()
@@ -254,8 +259,10 @@ def _model(path: str, files: Mapping[str, str], context: Context) -> tuple[Class
     return checkpoint.load_classifier(folder, allow_code=context.allow_code)
 
 
-def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
-    """Trains a config on the data that `load` gives; without a validation part `value` is None."""
+def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult | None]:
+    """Trains a config on the data that `load` gives; without a validation part `value` is None. Returns None where the
+    job's `until` ends it.
+    """
     try:
         return (yield from _training(job, context, load))
     except (MemoryError, RuntimeError) as error:
@@ -269,7 +276,7 @@ def _trained(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, 
     raise WorldError(f"out of memory on {context.device}: {reason}")
 
 
-def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult]:
+def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch, None, TrainResult | None]:
     assert context.folder is not None
     config = Config.from_table(job.config)
     table, data = config.to_table(), _data(load, config.data, job.data_dir, context.device)
@@ -290,13 +297,18 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
         yield from resume.epochs
     written, last = time.monotonic(), training.checkpoint()
     try:
-        for epoch in training:
+        left = (job.until or config.train.epochs) - len(training.epochs)
+        for epoch in islice(training, max(left, 0)):
             last = training.checkpoint()  # in memory: the next epoch may be stopped midway
-            if time.monotonic() - written >= job.checkpoint_seconds:
+            if epoch.index == job.until or time.monotonic() - written >= job.checkpoint_seconds:
                 checkpoint.write(context.folder, last, owner)
                 written = time.monotonic()
+            if epoch.index == job.until:
+                checkpoint.remove(context.earlier)  # a paused trial may wait for long: it keeps one
             log.info("epoch %d: %s", epoch.index, _line(epoch))
             yield epoch
+        if job.until is not None:
+            return None
         validation = training.validation or training.validate()
     except (Stopped, GeneratorExit):  # in the middle of an epoch, or between two
         if last.epochs:

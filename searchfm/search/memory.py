@@ -32,6 +32,7 @@ class MemoryStudy:
         self._attrs = self._memory.get_study_system_attrs(id_)
         self._ids: dict[int, int] = {}  # of unfinished trials in the database, by number
         self._written: dict[int, Content] = {}  # of them
+        self._paused: dict[int, FrozenTrial] = {}  # trials that are shown as pruned, as they stand
         with no_collection():
             for trial in storage.get_all_trials(number, deepcopy=False):
                 template = copy(trial)
@@ -58,7 +59,24 @@ class MemoryStudy:
 
     def trial(self, number: int) -> FrozenTrial:
         """A trial as it stands."""
-        return self._memory.get_trial(self._id(number))
+        return self._paused.get(number) or self._memory.get_trial(self._id(number))
+
+    def pause(self, number: int, like: int) -> None:
+        """Shows a RUNNING trial to the sampler as PRUNED, with the reports of trial `like`, until `wake`. Some samplers
+        take a RUNNING trial for a bad one. In the database it stays RUNNING.
+        """
+        trial = self._memory.get_trial(self._id(number))
+        assert trial.state is TrialState.RUNNING
+        reports, shown = self.trial(like).intermediate_values, copy(trial)
+        shown.state, shown.datetime_complete = TrialState.PRUNED, datetime.now()
+        shown.intermediate_values, shown.values = dict(reports), [reports[max(reports)]]
+        self._paused[number] = trial
+        self._memory._set_trial(trial._trial_id, shown)
+
+    def wake(self, number: int) -> None:
+        """Shows a paused trial as RUNNING again."""
+        trial = self._paused.pop(number)
+        self._memory._set_trial(trial._trial_id, trial)
 
     def write(self, number: int) -> None:
         """Writes what of a trial is not in the database yet, in one transaction; creates the trial if it is new. Raises

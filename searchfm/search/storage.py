@@ -213,6 +213,7 @@ def read_trial(trial: FrozenTrial, folder: Path) -> Trial:
         ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         folder=folder,
         first=attrs.get("first"),
+        paused=attrs.get("paused") if state == "running" else None,
     )
 
 

@@ -41,6 +41,7 @@ from searchfm.config import (
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
 from searchfm.records import DEFAULT, Prepared, Trial, ranked
 from searchfm.search import first, space
+from searchfm.search.promotion import Rungs, rungs
 from searchfm.stats import Accuracy
 from searchfm.tables import below, digest, read_within, show, walk
 
@@ -375,14 +376,21 @@ class Study:
                 return optuna.pruners.PercentilePruner(keep, self.startup(startup), min_epochs)
             case Hyperband(min_epochs=min_epochs, reduction=reduction):
                 return optuna.pruners.HyperbandPruner(min_epochs, self.epochs, reduction)
+            case Asha(promote=True) | NoPruner():  # paused trials are pruned at the end of the search
+                return optuna.pruners.NopPruner()
             case Asha(min_epochs=min_epochs, reduction=reduction):
                 return optuna.pruners.SuccessiveHalvingPruner(min_epochs, reduction)
             case Patient(patience=patience, min_delta=delta):
                 return optuna.pruners.PatientPruner(None, patience, delta)
-            case NoPruner():
-                return optuna.pruners.NopPruner()
             case _ as never:
                 assert_never(never)
+
+    def rungs(self) -> Rungs:
+        """Where trials are paused; without `promote = true` nowhere."""
+        match self.search.pruner:
+            case Asha(promote=True, min_epochs=min_epochs, reduction=reduction):
+                return Rungs(rungs(min_epochs, reduction, self.epochs), reduction)
+        return Rungs()
 
     def judges(self, config: Config, epoch: int) -> bool:
         """Whether the pruner is asked after this epoch of a trial, from 1. Not after the last one: a trial that is
@@ -460,6 +468,15 @@ class Study:
             raise ConfigError("search.sampler", f"= grid: the space must have at most {space.MAX_POINTS} points")
         if "train.epochs" in leaves and not (grid and isinstance(self.search.pruner, NoPruner)):
             raise ConfigError("train.epochs", "takes a value here; only a grid with pruner = none compares epochs")
+        if grid and getattr(self.search.pruner, "promote", False):
+            raise ConfigError("search.pruner.promote", "= true: with search.sampler = grid it must be false")
+        halving = self.rungs()
+        sure = halving.reduction ** len(halving.epochs)
+        if sure > self.trials and not self.default:
+            self._note(
+                f"search.trials = {self.trials}: with promote = true, fewer than {sure} trials may leave none that is "
+                "trained to its end"
+            )
         min_epochs = getattr(self.search.pruner, "min_epochs", 1)
         if min_epochs > self.epochs:
             raise ConfigError("search.pruner.min_epochs", f"= {min_epochs}: must be <= train.epochs = {self.epochs}")

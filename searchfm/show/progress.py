@@ -27,6 +27,7 @@ from searchfm.events import (
     StudyOpened,
     TrialEnded,
     TrialEpoch,
+    TrialPaused,
     TrialRetried,
     TrialStarted,
     TuneEvent,
@@ -98,7 +99,8 @@ class TuneView:
     ) -> None:
         self.console, self.trials, self.best = console, trials, study.best
         self.counts: Counter[State] = Counter(trial.state for trial in study.trials if trial.state != "running")
-        self.before = self.counts.total()
+        self.paused = {trial.number for trial in study.paused}
+        self.before = self._done
         self.running: dict[int, tuple[Trial, list[Epoch]]] = {}
         self.began = time.monotonic()
         self.deadline = self.began + left
@@ -115,6 +117,7 @@ class TuneView:
         """Updates the table, and prints a line for the end of a trial."""
         match event:
             case TrialStarted(number, trial, kind):
+                self.paused.discard(number)
                 self.running[number] = (trial, list(trial.epochs))
                 if kind == "adopted":
                     where = f"after epoch {len(trial.reported)}" if trial.reported else "from its start"
@@ -125,6 +128,13 @@ class TuneView:
                 self.console.print(f"{self._name(number)} [red]lost[/]: {escape(text)}", soft_wrap=False)
             case Note(text):
                 self.console.print(escape(text), soft_wrap=False)
+            case TrialPaused(number, trial):
+                self.running.pop(number, None)
+                self.paused.add(number)
+                self.console.print(self._ended(trial), no_wrap=True, soft_wrap=False)
+            case TrialEnded(number, trial) if number in self.paused:  # its row is there
+                self.paused.remove(number)
+                self.counts[trial.state] += 1
             case TrialEnded(number, trial):
                 self.running.pop(number, None)
                 self.counts[trial.state] += 1
@@ -133,16 +143,22 @@ class TuneView:
                     self.best = trial
                 self.console.print(self._ended(trial, better), no_wrap=True, soft_wrap=False)
 
+    @property
+    def _done(self) -> int:
+        """Trials that ended, or are paused: few of those go on."""
+        return self.counts.total() + len(self.paused)
+
     def _name(self, number: int) -> str:
         return f"trial {number:>{len(str(self.trials - 1))}}"
 
-    def _ended(self, trial: Trial, better: bool) -> Text:
+    def _ended(self, trial: Trial, better: bool = False) -> Text:
         """One row: the params that fit, or why the trial ended."""
-        done = f"{self.counts.total():>{len(str(self.trials))}}/{self.trials}"
+        done = f"{self._done:>{len(str(self.trials))}}/{self.trials}"
+        state = trial.state if trial.paused is None else "paused"
         planned = str(trial.planned_epochs or "?")
         epochs = f"{len(trial.reported) or len(trial.epochs):>{len(planned)}}/{planned}"
         row = Text.from_markup(
-            f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{trial.state:<8}[/]"
+            f"[dim]{done}[/] {self._name(trial.number)} [{STYLES[trial.state]}]{state:<8}[/]"
             f" {digits(trial.accuracy):>6} {'[bold green]best[/]' if better else '    '}"
             f" epoch {epochs} {seconds(trial.seconds):>7}  "
         )
@@ -152,8 +168,9 @@ class TuneView:
 
     def render(self) -> RenderableType:
         """A bar over the trials, the running ones, and the best."""
-        done = self.counts.total()
-        texts = [f"{n} {state}" for state in ("complete", "pruned", "failed") if (n := self.counts[state])]
+        done = self._done
+        counts = [*((self.counts[state], str(state)) for state in STYLES), (len(self.paused), "paused")]
+        texts = [f"{count} {state}" for count, state in counts if count]
         if text := self._left(done):
             texts.append(text)
         shown = table("trial", "epoch", "accuracy", "params", compact=True)

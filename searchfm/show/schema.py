@@ -119,7 +119,12 @@ class Trial(Part, kw_only=True):
     first: Annotated[
         str | None, about("where its config comes from, if it was tried before the sampler proposed: `study file` ...")
     ]
-    attempts: Annotated[int, about("attempts to train it: more than one after a worker died or was stopped")]
+    attempts: Annotated[
+        int, about("attempts to train it: more than one after a worker died or was stopped, or after a pause")
+    ]
+    paused: Annotated[
+        int | None, about("epoch after which a running trial is paused (`promote = true`); null unless it is")
+    ]
     numerics: Annotated[
         Sequence[int] | None,
         about("numbers of the numerics it was trained under, two if another version began it; null unless complete"),
@@ -150,7 +155,8 @@ class Study(Printed, kw_only=True):
     study: Annotated[str, about("its name")]
     question: Annotated[str, about("first comment of the study file")]
     trials: Annotated[Counts, about("how many there are")]
-    running: Annotated[int, about("trials that run, or wait for the same command to resume them")]
+    running: Annotated[int, about("trials that run, are paused, or wait for the same command to resume them")]
+    paused: Annotated[int, about("of these, trials that are paused (`promote = true`)")]
     planned: Annotated[int, about("trials that were asked for in total, such as by `--trials`")]
     best: Annotated[Best | None, about("the complete trial with the highest value, the earliest of equal ones")]
     seconds: Annotated[float, about("from the first trial's start to the last one's end, in s")]
@@ -228,6 +234,7 @@ def describe_trial(trial: TrialRecord) -> Trial:
         reason=trial.reason,
         first=trial.first,
         attempts=trial.attempts,
+        paused=trial.paused,
         numerics=trial.result.numerics if trial.result else None,
         precision=(trial.result.precision or None) if trial.result else None,
         started=trial.started,
@@ -261,6 +268,7 @@ def describe_study(study: StudyRecord, home: "Home", *, listed: bool = False, **
             total=len(study.trials),
         ),
         running=len(study.of("running")),
+        paused=len(study.paused),
         planned=study.planned,
         best=Best(trial=best.number, value=best.value or 0.0, params=best.params) if best else None,
         seconds=round(study.seconds, 3),
@@ -293,6 +301,7 @@ def describe_unopened(study: Plan, home: "Home", **more: Any) -> Study:
         question=study.question,
         trials=Counts(complete=0, pruned=0, failed=0, total=0),
         running=0,
+        paused=0,
         planned=study.trials,
         best=None,
         seconds=0.0,

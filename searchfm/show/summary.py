@@ -96,7 +96,10 @@ def study_page(
         text = f"{undrawn:,} {which} not drawn yet; searchfm dashboard or searchfm sync {study.name} --apply draws them"
         parts.append(Text(text))
     if running := study.of("running"):
-        parts.append(_running_table(running, width))
+        if active := [trial for trial in running if trial.paused is None]:
+            parts.append(_running_table(active, width))
+        if study.paused:
+            parts.append(Text(f"{plural(len(study.paused), 'trial')} paused, to be continued if among the best"))
         held = f"held by {coordinator}" if coordinator else f"no process runs it; searchfm tune {study.name} resumes it"
         parts.append(Text(held))
     elif coordinator:
@@ -161,7 +164,7 @@ def show_end(
         rest = "" if last else ", with the rest for the final training"
         console.print(f"stopped after {seconds(elapsed)} (--timeout{rest}); the same command resumes", soft_wrap=False)
     elif study.of("running"):
-        console.print("the same command resumes the running trials")
+        console.print(f"the same command resumes the {'running and paused' if study.paused else 'running'} trials")
     if last:
         console.print(f"[dim]next[/]  searchfm dashboard {study.name}")
     if last and study.best is not None:
@@ -295,7 +298,11 @@ def _fixed(trials: Sequence[Trial]) -> list[Column]:
     """The columns that each table of trials has."""
     columns = [Column("trial", [str(trial.number) for trial in trials])]
     if {trial.state for trial in trials} != {"complete"} or any(trial.twin is not None for trial in trials):
-        ends = [trial.state + (f" ={trial.twin}" if trial.twin is not None else "") for trial in trials]
+        ends = [
+            ("paused" if trial.paused is not None else trial.state)
+            + (f" ={trial.twin}" if trial.twin is not None else "")
+            for trial in trials
+        ]
         columns.append(Column("state", ends, right=False))
     value = "value" if len(columns) == 1 else "accuracy"  # of a trial that did not complete, the last one reported
     columns.append(Column(value, [digits(trial.accuracy) for trial in trials]))

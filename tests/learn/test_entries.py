@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, precision_score, recall_score
 
 from searchfm.config import Config
 from searchfm.errors import DataError, DivergedError, ModelError, Stopped, WorldError
-from searchfm.jobs import Context
+from searchfm.jobs import PAUSED, Context
 from searchfm.learn import entries
 from searchfm.learn.checkpoint import load_classifier
 from searchfm.learn.data import Splits, load, load_full, load_test
@@ -164,6 +164,22 @@ def test_stopped_anywhere_and_taken_up_again_is_bitwise_unbroken(digits: Splits,
     assert result["value"] == whole["value"]
     weights = "weights.safetensors"
     assert result["files"][weights] == whole["files"][weights]
+    assert not list((tmp_path).glob("attempt-*/checkpoint-*"))
+
+
+def test_a_trial_that_is_paused_twice_is_bitwise_unbroken(digits: Splits, tmp_path: Path) -> None:
+    unbroken, whole = drain(trial(payload(SETTINGS, digits), context(tmp_path / "whole")))
+    folders: list[Path] = []
+    for until in (1, 3, 3, None):  # the second 3: nothing was received of the attempt before
+        folders.insert(0, tmp_path / f"attempt-{len(folders) + 1}")
+        epochs, result = drain(trial(payload(SETTINGS, digits, until=until), context(*folders)))
+        assert [epoch.index for epoch in epochs] == list(range(1, (until or 4) + 1))
+        if until is not None:
+            assert result == {PAUSED: until}
+            assert [path.name[:15] for path in tmp_path.glob("attempt-*/*")] == [f"checkpoint-{until:04}"]
+    assert losses(epochs) == losses(unbroken)
+    assert result["value"] == whole["value"]
+    assert result["files"]["weights.safetensors"] == whole["files"]["weights.safetensors"]
     assert not list((tmp_path).glob("attempt-*/checkpoint-*"))
 
 

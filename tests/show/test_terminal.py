@@ -1,6 +1,7 @@
 """Terminal views: what they print while jobs run, with and without a terminal."""
 
 import math
+import re
 from collections.abc import Generator
 from dataclasses import replace
 from io import StringIO
@@ -26,18 +27,19 @@ from searchfm.events import (
     StudyOpened,
     TrialEnded,
     TrialEpoch,
+    TrialPaused,
     TrialRetried,
     TrialStarted,
     TuneEvent,
 )
-from searchfm.format import seconds, sentence, short_names
+from searchfm.format import seconds, sentence, short_names, states
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
 from searchfm.show.live import follow, open_console
 from searchfm.show.progress import RetrainView, TuneView, tune_view
 from searchfm.show.schema import Retrained, describe
-from searchfm.show.summary import show_end
+from searchfm.show.summary import show_end, show_trial, study_page, trial_table
 from searchfm.show.terminal import note, show_final
 
 
@@ -88,6 +90,35 @@ def test_a_search_prints_a_line_for_each_end(home: Home, terminal: bool) -> None
     assert "trial 1 resumes after epoch 1" in text
     assert "loss is nan in epoch 2" in text
     assert not view.running
+
+
+def test_a_paused_trial_has_a_row_at_its_pause_and_none_when_it_is_pruned_at_the_end(home: Home) -> None:
+    study = searched.search(home, [Ending(range(30)), Ending(state=TrialState.PRUNED, epochs=1)])
+    first, second = study.trials
+    paused = replace(second, state="running", reason=None, paused=1)
+    shown = console()
+    view = TuneView(shown, replace(study, trials=(paused,)), 2, ["cpu"])
+    shown.print(view.render())
+    assert "1/2 1 paused" in shown.export_text(clear=False)
+    view.update(TrialStarted(1, paused, "promoted"))
+    view.update(TrialPaused(1, paused))
+    view.update(TrialEnded(0, first))
+    view.update(TrialEnded(1, second))
+    shown.print(view.render())
+    text = shown.export_text()
+    assert "1/2 trial 1 paused " in text
+    assert "trial 1 pruned" not in text
+    assert "2/2 1 complete, 1 pruned" in text
+    page = replace(study, trials=(first, paused))
+    assert states(page, zeros=False) == "1 complete, 1 running (1 paused)"
+    shown.print(study_page(page, None, 100, {}))
+    show_trial(shown, page, paused)
+    shown.print(trial_table(page.trials, 100))
+    text = shown.export_text()
+    assert "1 trial paused, to be continued if among the best" in text
+    assert "searchfm tune toy resumes it" in text
+    assert "trial 1: paused after epoch 1" in text
+    assert re.search(r"^ *1 +paused ", text, re.M)
 
 
 def test_at_80_columns_a_trial_has_one_row_whose_last_param_is_whole(home: Home) -> None:
