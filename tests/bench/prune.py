@@ -25,14 +25,19 @@ from scipy import stats
 from searchfm.config import Config
 from searchfm.coordinator import CHANCE
 from searchfm.home import Home
-from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job
+from searchfm.jobs import PAUSED, EpochDone, Event, Failed, Finished, Interrupted, Job
 from searchfm.records import StudyRecord, TrainResult
 from searchfm.search.study import Study, fixed_sampler
 from tests.bench import _common as common
 from tests.bench._curves import FAMILIES, FRESH, Curve, Family
 from tests.driving import search
 
-PRUNERS = ("none", "median", "percentile", "hyperband", "asha", "patient")
+PRUNERS: dict[str, Any] = {
+    **{name: name for name in ("none", "median", "percentile", "hyperband", "asha")},
+    "asha, promote": {"name": "asha", "promote": True},
+    "patient": "patient",
+}
+PROMOTABLE = 30  # trials with which promotion, of two rungs and a quarter each, is sure to train some to their ends
 WORKERS = 2
 
 
@@ -96,6 +101,9 @@ class Replay:
         for epoch in curve.epochs[job.received :]:
             self.delivered += 1
             yield EpochDone(job.id, job.attempt, epoch)
+            if epoch.index == job.payload.get("until"):
+                yield Finished(job.id, job.attempt, {PAUSED: epoch.index})
+                return
         if curve.error:
             yield Failed(job.id, job.attempt, "DivergedError", curve.error)
         else:
@@ -118,7 +126,7 @@ class Outcome:
 
 def replay(family: Family, curves: Sequence[Curve], pruner: str, order: Sequence[int], data: dict[str, Any]) -> Outcome:
     """One search. order: numbers of the configurations."""
-    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": pruner}}
+    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": PRUNERS[pruner]}}
     study = Ordered(family.name, table)
     study.points_in_order = [curves[number].params for number in order]
     by_digest = {study.config(curve.params).digest(): curve for curve in curves}
@@ -161,7 +169,7 @@ def compare(family: Family, configs: int, trials: int, searches: int) -> None:
     curves, data = family.curves(range(configs)), family.data()
     about = {name: value for name, value in asdict(data).items() if name != "fingerprint"}
     outcomes: dict[str, list[Outcome]] = {}
-    for pruner in PRUNERS:
+    for pruner in PRUNERS if trials >= PROMOTABLE else [name for name in PRUNERS if "promote" not in name]:
         outcomes[pruner] = []
         for index in range(searches):
             common.progress(f"{family.name}: {pruner}, search {index + 1} of {searches}")
