@@ -2,9 +2,9 @@
 
 import os
 
-import searchfm.learn.warm  # noqa: F401
-from searchfm.learn import precision
-
 FEATURES = "TEST_CPU_FEATURES"
-if FEATURES in os.environ:
+if FEATURES in os.environ:  # not in a process of tests: the settings of `warm` would hold for all of them
+    import searchfm.learn.warm  # noqa: F401
+    from searchfm.learn import precision
+
     precision.cpu_features = lambda: frozenset(os.environ[FEATURES].split())
