@@ -86,6 +86,7 @@ def test_a_study_has_its_trials_its_data_and_its_coordinator(home: Home) -> None
     assert one["trial_list"][one["best"]["trial"]]["value"] == one["best"]["value"]
 
 
+@pytest.mark.slow
 def test_ranges_are_objects(home: Home) -> None:
     done = run(home, "tune", "mlp", "--dry-run", "--json")
     assert "searchfm:" not in done.stderr

@@ -231,6 +231,7 @@ def test_the_same_command_again_trains_and_reads_nothing(retrained: tuple[Home, 
     assert len(reads(home)) == 1
 
 
+@pytest.mark.slow
 def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
@@ -268,6 +269,7 @@ def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(co
     assert final.test.reads == (1 if final.winner == before.winner else 2)
 
 
+@pytest.mark.slow
 def test_again_trains_with_other_seeds_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
@@ -279,6 +281,7 @@ def test_again_trains_with_other_seeds_and_reads_the_test_part_again(copied: Hom
     assert finish(copied)[1] == []
 
 
+@pytest.mark.slow
 def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
     copied: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -477,6 +477,7 @@ def test_five_faults_are_five_differences(synced: Home) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_a_user_logs_in_the_studys_run_stays(home: Home) -> None:
     """The run is not replaced for it, and with it the report."""
     study = rows.four(home)
@@ -560,6 +561,7 @@ def test_missing_pictures_are_no_difference_and_sync_draws_and_sends_them(home: 
     assert sync(home, study) == []
 
 
+@pytest.mark.slow
 def test_the_dashboard_draws_what_is_missing_unless_a_search_runs(home: Home) -> None:
     study = rows.four(home)
     Passes(home, study, draw=False).run(study, "FINISHED")
@@ -692,6 +694,7 @@ def test_there_is_never_a_second_writer(home: Home) -> None:
     assert len(runs(home, study)) == 5
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_its_coordinator(home: Home) -> None:
     rows.begin(home)
     code = (

@@ -124,6 +124,7 @@ def check_trained(study: StudyRecord, trials: int) -> None:
         assert not list(row.folder.glob("attempt-*"))
 
 
+@pytest.mark.slow
 def test_a_dead_coordinators_trial_is_adopted_before_others_are_asked_for(home: Home) -> None:
     study, _ = tune(home, {"search.trials": 1})
     storage = open_storage(home)

@@ -226,6 +226,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert not (HEAVY | {"optuna", "scipy", "numpy", "sqlalchemy", "searchfm.config"}) & modules
 
 
+@pytest.mark.slow
 def test_commands_that_list_load_optuna_alone(home: Home) -> None:
     rows.four(home)
     for words in (["status"], ["status", "toy"], ["trial", "toy", "3"]):

@@ -90,6 +90,7 @@ def script(tmp_path: Path, body: str, *arguments: str) -> list[str]:
     return [sys.executable, str(path), *arguments]
 
 
+@pytest.mark.slow
 def test_workers_stop_when_their_coordinator_is_killed(tmp_path: Path) -> None:
     body = """
 engine.submit(Job("1", Path(sys.argv[2], "1"), "tests.toys:work", {"ticks_for": 600}, attempt=1))

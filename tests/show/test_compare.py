@@ -156,6 +156,7 @@ def test_only_of_imbalanced_data_a_comparison_notes_the_largest_class(three: lis
         assert sum("always answering the largest class is correct for 20.0%" in note for note in notes) == noted
 
 
+@pytest.mark.slow
 def test_the_page_has_the_table_and_opens_without_a_network(three: list[StudyRecord], tmp_path: Path) -> None:
     lines = compare_studies(three)
     path = tmp_path / "compare.html"
