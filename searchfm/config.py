@@ -295,7 +295,7 @@ class TrainConfig(Table):
         0.0, "decay per step of averaged weights, lower in the first steps; these are validated; 0 is off", ge=0, lt=1
     )
     precision: Literal["auto", "float32", "bfloat16"] = key(
-        "auto", "auto: bfloat16 on cuda, and on CPUs with it for nets without attention", fixed=True
+        "auto", "auto: bfloat16 on cuda, and for nets without attention on CPUs that have it; else float32", fixed=True
     )
     seed: int | None = key(
         None, "seed of initialisation, data order and augmentation; default: by search.seed and trial", ge=0, fixed=True

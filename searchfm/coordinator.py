@@ -87,9 +87,8 @@ class Coordinator:
         self.chance, self.above, self.at_chance = study.chance(stored.data), False, 0  # trials above it, pruned at it
         self.kept: list[Trial] = []  # the best, whose weights are kept
         self.ended = {trial.number: trial for trial in stored.trials if trial.state != "running"}
-        self.ending = study.ended_by(
-            self.ended.values()
-        )  # the rule that ends the search; a running trial may yet be better
+        # The rule that ends the search; a running trial may yet be better.
+        self.ending = study.ended_by(self.ended.values())
         for trial in stored.trials:
             self._compare(trial.reported.values())
             if trial.twin is None:

@@ -29,7 +29,7 @@ class MemoryStudy:
         id_ = self.optuna._study_id
         for key, value in storage.get_study_system_attrs(number).items():
             self._memory.set_study_system_attr(id_, key, value)
-        self._attrs = self._memory.get_study_system_attrs(id_)
+        self._attrs = dict(self._memory.get_study_system_attrs(id_))
         self._ids: dict[int, int] = {}  # of unfinished trials in the database, by number
         self._written: dict[int, Content] = {}  # of them
         self._paused: dict[int, FrozenTrial] = {}  # trials that are shown as pruned, as they stand
@@ -105,10 +105,10 @@ class MemoryStudy:
         trial.datetime_start = datetime.now()
         self._memory._set_trial(trial._trial_id, trial)
         attrs = self._memory.get_study_system_attrs(self.optuna._study_id)
-        for key, value in attrs.items() if attrs is not self._attrs else ():
-            if key not in self._attrs or self._attrs[key] != value:  # before the trial: else its proposal would repeat
+        for key, value in attrs.items():
+            if self._attrs.get(key) != value:  # before the trial: else its proposal would repeat
                 self._rows.set_study_system_attr(self._number, key, value)
-        self._attrs = attrs
+        self._attrs = dict(attrs)
         created = self._rows._create_new_trial(self._number, trial)
         assert created.number == trial.number, "another process asks in this study"
         self._ids[trial.number] = created._trial_id

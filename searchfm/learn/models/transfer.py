@@ -20,8 +20,7 @@ from searchfm.errors import ConfigError, ModelError, model_errors
 _PROBE_SECONDS = 5.0  # for the hub's first answer; its own client retries for 47 s
 _WAYS_OUT = (
     "use --set model.transfer.model=NAME --set model.transfer.weights=FILE (.safetensors or .pth), or train all of it "
-    "from a random start with "
-    "--set model.transfer.weights=none --set model.transfer.tuned_blocks=all"
+    "from a random start with --set model.transfer.weights=none --set model.transfer.tuned_blocks=all"
 )
 
 
@@ -91,9 +90,7 @@ def cut(net: Pretrained) -> Cut | None:
         starts, outputs = ({m: next(n for n in g.nodes if n.op == op) for m, g in graphs.items()} for op in _ENDS)
         trained = {mode: _between(ends[mode], outputs[mode].args[0]) for mode in graphs}
         return Cut(_between(starts[False], ends[False]), trained)
-    except (
-        Exception
-    ) as error:  # the code of hundreds of models raises anything, where a proxy takes the place of a tensor
+    except Exception as error:  # hundreds of models, whose code may raise anything for a proxy in place of a tensor
         logging.getLogger(__name__).debug("not cut: %s", error)
         return None
     finally:
