@@ -131,6 +131,13 @@ class Training(Iterator[Epoch]):
 
     def _pass(self, index: int) -> tuple[float, float, float]:
         """One pass over the training part: mean loss, accuracy, last learning rate. Waits for the device at its end."""
+        loss_sum, correct, factor = self._steps(index)
+        return loss_sum.item() / self._count, correct.item() / self._count, self.config.optimizer.lr * factor
+
+    def _steps(self, index: int) -> tuple[Tensor, Tensor, float]:
+        """All steps of an epoch, none of which waits for the device: scalars on the device, the sum of the losses and
+        the number of correct predictions; and the last factor of the learning rate.
+        """
         config, model, device = self.config, self.model, self.device
         steps = math.ceil(self._count / config.train.batch_size)
         loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -158,7 +165,7 @@ class Training(Iterator[Epoch]):
                     # Of a mixed image, the class with the larger weight is the correct one.
                     expected = targets if targets.ndim == 1 else targets.argmax(1)
                     correct += (logits.argmax(1) == expected).sum()
-        return loss_sum.item() / self._count, correct.item() / self._count, config.optimizer.lr * factor
+        return loss_sum, correct, factor
 
     def _batches(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What the trained part of the model takes, images or cached features, augmented; and the targets."""

@@ -143,7 +143,8 @@ def test_a_cancelled_task_hands_its_job_back_and_the_other_goes_on(
     cluster.run("scancel", task(cluster, 0))
     interrupted = end(engine, 10)
     assert isinstance(interrupted, Interrupted)
-    wait_until(lambda: engine.next_event(0.1) is None and "node node leaves" in lines)  # it may come after the job's end
+    # It may come after the job's end.
+    wait_until(lambda: engine.next_event(0.1) is None and "node node leaves" in lines)
     engine.stop({"1": "2", "2": "1"}[interrupted.job])
     assert isinstance(end(engine), Interrupted)
     engine.submit(job("3"))

@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from searchfm.config import Config
 from searchfm.errors import ConfigError, DivergedError, Stopped
@@ -183,6 +188,22 @@ def test_a_loss_that_is_not_finite_ends_training(digits: Splits, lr: float) -> N
     wild = config(optimizer={"name": "sgd", "lr": lr, "sgd": {"momentum": 0.99}}, train={"epochs": 4})
     with pytest.raises(DivergedError, match=r"^(train|val)_loss is (nan|inf) in epoch \d; .*optimizer\.lr"):
         list(Training(wild, digits))
+
+
+VIT = config(
+    "vit", {"patch_size": 4, "hidden_dim": 16, "layers": 2, "heads": 2, "dropout": 0.1}, augment={"erase": 0.3}
+)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "vit"])
+def test_no_step_of_an_epoch_waits_for_the_device(name: str, digits: Splits) -> None:
+    """A fake tensor has no value: what needs one, as `.item()` and `if` do, raises. On a GPU it would wait."""
+    training = Training(CONFIGS.get(name, VIT), first(digits, 130))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss, correct, _ = training._steps(1)
+        for waits in (loss.item, correct.tolist, lambda: bool(loss > 0), lambda: correct.nonzero().shape):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                waits()
 
 
 def test_what_tick_raises_leaves_the_epoch(digits: Splits) -> None:
