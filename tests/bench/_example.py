@@ -134,20 +134,27 @@ def steps_of(optimizer: torch.optim.Optimizer) -> int:
 
 
 def train(
-    arch: str, weights: Mapping[str, Tensor], data: Splits, orders: Iterator[Sequence[int]], lr: float, batch: int
+    arch: str,
+    weights: Mapping[str, Tensor],
+    data: Splits,
+    orders: Iterator[Sequence[int]],
+    lr: float,
+    batch: int,
+    device: str = "cpu",
 ) -> Trained:
     """A trial. weights: of the fresh net. orders: of an epoch's training images each, as positions in the part."""
     images = dataset(data)
     assert data.val is not None
     training = Subset(images, data.train.indices.tolist())
     validation = DataLoader(Subset(images, data.val.indices.tolist()), batch_size=batch)
-    net = NETS[arch]()
+    net = NETS[arch]().to(device)
     net.load_state_dict(weights)
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     for order in orders:
         net.train()
         running = 0.0
         for x, y in DataLoader(training, batch_size=batch, sampler=order):
+            x, y = x.to(device), y.to(device)
             optimizer.zero_grad()
             loss = F.cross_entropy(net(x), y)
             loss.backward()
@@ -157,6 +164,7 @@ def train(
         correct, rows = 0, []
         with torch.no_grad():
             for x, y in validation:
+                x, y = x.to(device), y.to(device)
                 predicted = net(x).argmax(1)
                 rows.append(predicted)
                 correct += predicted.eq(y).sum().item()

@@ -1,0 +1,139 @@
+"""Training on a GPU: samples a second of searchfm's workers, alone and side by side, against Optuna's PyTorch example.
+
+`python -m tests.bench gpu [--arch mlp cnn vit32 resnet] [--workers 1 4 8] [--repeats 5] [--airbench] [--device cuda]`.
+Each worker is a process with its own training of the same work; all begin an epoch together, after one that warms up.
+The rate of a side is that of all its workers together, from the first one's start to the last one's end. The peer is
+one process, as its users run it. --airbench: the time of an epoch of airbench94's net.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import torch
+
+from searchfm.config import Config
+from searchfm.learn.data import Part, Splits, load
+from searchfm.learn.models.custom import Code
+from searchfm.learn.train import Training
+from tests.bench import _example as example
+from tests.bench._common import alternate, header, ratio, row, table
+from tests.bench.trial import NAMES, REST, VALIDATION, config_of, initial, orders
+
+IMAGES = {"mlp": 40_960, "cnn": 40_960, "vit16": 40_960, "vit32": 40_960, "resnet": 10_240}
+EPOCHS = 3  # timed; the one before them warms up
+WITHIN = 0.05  # of training losses after as many epochs, since searchfm trains in bfloat16
+CIFAR = (50_000, 3, 32, 32)  # images of CIFAR-10; random pixels take as long
+PUBLISHED = 2.6 / 9.9  # seconds of an epoch of airbench94 on an A100, as published
+
+
+def work(arch: str, images: int) -> Config:
+    """The config of `bench trial`, with more images, and EPOCHS after a first one."""
+    config = config_of(arch, 0)
+    data = replace(config.data, subset=images / REST, validation=VALIDATION / (VALIDATION + REST))
+    return replace(config, data=data, train=replace(config.train, epochs=EPOCHS + 1))
+
+
+def wait(device: str) -> float:
+    """Waits until the device has done all, and returns the time."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def ours(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
+    """A worker of searchfm: when it began and ended its timed epochs, and its training loss of epoch EPOCHS."""
+    config = work(arch, images)
+    training = Training(config, replace(load(config.data, device=device), val=None), device=device)
+    next(training)
+    barrier.wait()
+    began = wait(device)
+    epochs = [*training.epochs, *training]
+    return began, wait(device), epochs[EPOCHS - 1].train_loss
+
+
+def theirs(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
+    """The peer: the same from the same weights, in float32, with its validation on one image."""
+    config, data = work(arch, images), load(work(arch, images).data)
+    few = replace(data, val=part_of(data.val, 1))
+    train = partial(example.train, arch, initial(arch, 0, "float32"), few, lr=config.optimizer.lr, batch=128)
+    train(iter(list(orders(config, data))[:1]), device=device)
+    barrier.wait()
+    began = wait(device)
+    trained = train(iter(list(orders(config, data))[:EPOCHS]), device=device)
+    return began, wait(device), trained.loss
+
+
+def part_of(part: Part | None, count: int) -> Part:
+    assert part is not None
+    return replace(part, images=part.images[:count], labels=part.labels[:count], indices=part.indices[:count])
+
+
+def rate(side: Any, workers: int, arch: str, images: int, device: str) -> tuple[float, float]:
+    """Samples a second of all workers together, and the mean of their last losses."""
+    context = get_context("spawn")
+    with context.Manager() as manager, context.Pool(workers) as pool:
+        barrier = manager.Barrier(workers)
+        ends = pool.starmap(side, [(arch, images, device, barrier)] * workers, chunksize=1)
+    seconds = max(end for _, end, _ in ends) - min(began for began, _, _ in ends)
+    return workers * images * EPOCHS / seconds, statistics.mean(loss for *_, loss in ends)
+
+
+def compare(arch: str, workers: Sequence[int], device: str, images: int, repeats: int) -> None:
+    """Prints a row for each number of workers."""
+    sides = {f"{count}": partial(rate, ours, count, arch, images, device) for count in workers}
+    results = alternate({**sides, "peer": partial(rate, theirs, 1, arch, images, device)}, repeats)
+    peer = [each for each, _ in results["peer"]]
+    for count in sides:
+        rates, losses = zip(*results[count], strict=True)
+        loss, expected = statistics.median(losses), statistics.median(loss for _, loss in results["peer"])
+        equal = abs(loss - expected) <= WITHIN
+        medians = (f"{statistics.median(side):,.0f}" for side in (peer, rates))
+        found = ratio(rates, peer) if equal else "none: not the same work"
+        row(NAMES[arch], count, *medians, found, f"{loss:.4f} / {expected:.4f}")
+
+
+def airbench(device: str, count: int, epochs: int) -> None:
+    """Prints the time of an epoch of airbench94's net."""
+    images = torch.randint(256, (count, *CIFAR[1:]), dtype=torch.uint8, device=device)
+    labels = torch.randint(10, (count,), device=device)
+    train = Part(images, labels, torch.arange(count), torch.device(device))
+    data = Splits(train, None, tuple("0123456789"), torch.full((3,), 0.5), torch.full((3,), 0.25), "")
+    table_of = {
+        "model": {"name": "custom", "custom": {"factory": "tests.bench.peers.airbench:net"}},
+        "optimizer": {"name": "sgd", "lr": 0.05, "sgd": {"momentum": 0.85, "nesterov": True}},
+        "augment": {"flip": 0.5, "crop": 2},
+        "train": {"epochs": epochs + 2, "batch_size": 1024, "label_smoothing": 0.2},
+    }
+    training = Training(Config.from_table(table_of), data, device=device, code=Code(allowed=True))
+    seconds = [epoch.seconds for epoch in training][2:]
+    print(f"an epoch of {count:,} images: {statistics.median(seconds):.3f} s, {training.precision}; ", end="")
+    print(f"published for an A100: {PUBLISHED:.3f} s for 50,000")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench gpu")
+    parser.add_argument("--arch", nargs="+", choices=NAMES, default=["mlp", "cnn", "vit32", "resnet"])
+    parser.add_argument("--workers", nargs="+", type=int, default=[1, 4, 8], help="side by side on the device")
+    parser.add_argument("--images", type=int, help="of an epoch; default: 40,960, ResNet-18: 10,240")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--airbench", action="store_true", help="only the time of an epoch of airbench94's net")
+    parser.add_argument("--device", default="cuda", help="cpu tries the benchmark out")
+    options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("this machine has no GPU; --device cpu tries the benchmark out")
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "no GPU"
+    header(f"Training on {name}: samples/s of all workers together", cores=max(options.workers))
+    if options.airbench:
+        airbench(options.device, options.images or CIFAR[0], 10)
+        return
+    table("", "workers", "peer", "searchfm", "ratio, wall", f"training loss after {EPOCHS} epochs, searchfm / peer")
+    for arch in options.arch:
+        compare(arch, options.workers, options.device, options.images or IMAGES[arch], options.repeats)
