@@ -20,7 +20,7 @@ from searchfm.errors import StorageError
 from searchfm.home import write_whole
 
 FORMAT = 2  # of the records that this version writes
-NUMERICS = 2  # of training: equal ones give bitwise equal results. 1: dropout by torch, float32 on every CPU
+NUMERICS = 2  # of training: equal ones give bitwise equal results. 1: torch's dropout, float32 on CPUs, timm's heads
 ORIGIN, DEFAULT = "from", "study file"  # key of a stored table of `[[first]]`: where it comes from; of the file's own
 WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predictions.npz", "epochs.csv"
 PICTURES = {"curves.png": EPOCHS, "confusion.png": PREDICTIONS}  # of a trial, and the file that each is drawn from

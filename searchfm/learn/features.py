@@ -119,11 +119,11 @@ def find(
     training with: then nothing is written. Raises what `tick` raises, and DataError for the variable.
     """
     most, net = limit(), model.net
-    if not (isinstance(net, Pretrained) and net.source and net.frozen and most and data.train.fingerprint):
+    if not (isinstance(net, Pretrained) and net.loaded and net.frozen and most and data.train.fingerprint):
         return None
     if not _spares_images(augment) or (where := cut(net)) is None:
         return None
-    frozen = _Frozen(model, where, precision, tick, None if restored else net.source)
+    frozen = _Frozen(model, where, precision, tick, None if restored else net.loaded.source)
     wanted, whole = (_wanted(splits, augment) for splits in (data, part_of or data))
     try:
         missing = [each for each in whole if not frozen.kept(*each)]

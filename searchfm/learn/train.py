@@ -20,6 +20,7 @@ from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
 from searchfm.learn.models import Classifier, classifier
 from searchfm.learn.models.custom import NO_CODE, Code
+from searchfm.learn.models.transfer import Pretrained
 from searchfm.learn.precision import Precision
 from searchfm.records import NUMERICS, Epoch, Predictions
 
@@ -206,6 +207,8 @@ class Training(Iterator[Epoch]):
         def under(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
 
+        if isinstance(self.model.net, Pretrained):
+            self.model.net.unshare()
         self.model.load_state_dict(under("model."))
         if self._average:
             self._average.model.load_state_dict(under("average."))

@@ -122,6 +122,23 @@ def test_a_training_goes_on_without_the_cache_and_with_it(
         assert one == pytest.approx(other, abs=1e-5)
 
 
+def test_a_checkpoint_of_other_weights_changes_no_other_training(weights: Path, data: Splits) -> None:
+    settings = probe(weights, train={"epochs": 3})
+    expected, begun = Training(settings, data), Training(settings, data)
+    list(expected), next(begun)
+    state = begun.checkpoint()
+    other = replace(state, tensors={n: t + 1 if "layer1" in n else t for n, t in state.tensors.items()})
+    resumed = Training(settings, data, resume=other)
+    next(resumed)
+    assert torch.equal(
+        resumed.model.state_dict()["net.model.layer1.0.conv1.weight"],
+        other.tensors["model.net.model.layer1.0.conv1.weight"],
+    )
+    after = Training(settings, data)
+    assert losses(list(after)) == losses(expected.epochs)
+    assert losses([*begun]) == losses(expected.epochs)[1:]
+
+
 def test_each_image_passes_the_frozen_stages_once_for_all_trials(
     weights: Path, data: Splits, computed: list[int], cache: Path
 ) -> None:

@@ -394,6 +394,48 @@ def test_weights_come_from_a_file(weights: Path, suffix: str) -> None:
     torch.testing.assert_close(whole.mean, torch.tensor(net.model.pretrained_cfg["mean"]))
 
 
+def test_nets_of_a_file_share_what_is_frozen_and_nothing_else(weights: Path) -> None:
+    def pretrained(seed: int, **settings: Any) -> Pretrained:
+        torch.manual_seed(3 * seed)  # of no influence
+        net = build(transfer_settings(weights=str(weights), **settings), (1, 28, 28), 10, seed=seed)
+        assert isinstance(net, Pretrained)
+        return net
+
+    head = {"model.fc.weight", "model.fc.bias"}
+    one, other, stage = pretrained(1), pretrained(2), pretrained(1, tuned_blocks=1)
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert a is not b
+        assert (a.data_ptr() == b.data_ptr()) == torch.equal(a, b) == (name not in head), name
+    apart = [n for (n, a), b in zip(one.state_dict().items(), stage.state_dict().values(), strict=True) if a is not b]
+    assert {name for name, p in stage.named_parameters() if p.requires_grad} <= set(apart)
+    memory = {tensor.data_ptr() for tensor in one.state_dict().values()}
+    alone = {n for n, tensor in stage.state_dict().items() if tensor.data_ptr() not in memory}
+    assert {name.split(".")[1] for name in alone} == {"layer4", "fc"}, "statistics of batch norm too"
+    assert all(torch.equal(one.state_dict()[name], tensor) for name, tensor in stage.state_dict().items())
+    again = pretrained(1)
+    other.unshare()
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.zero_()
+    for net in (one, pretrained(1), copy.deepcopy(one)):
+        assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in again.state_dict().items())
+
+
+def test_a_head_for_as_many_classes_comes_from_the_file(weights: Path) -> None:
+    expected = safetensors.torch.load_file(weights)["fc.weight"]
+    for seed in (1, 2):
+        net = build(transfer_settings(weights=str(weights)), (1, 28, 28), 1000, seed=seed)
+        assert torch.equal(net.state_dict()["model.fc.weight"], expected)
+
+
+def test_a_file_that_changed_is_loaded_again(weights: Path) -> None:
+    settings = transfer_settings(weights=str(weights))
+    before = build(settings, (1, 28, 28), 10, seed=0).state_dict()["model.bn1.weight"].clone()
+    state = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({**state, "bn1.weight": state["bn1.weight"] + 1}, weights)
+    assert torch.equal(build(settings, (1, 28, 28), 10, seed=0).state_dict()["model.bn1.weight"], before + 1)
+
+
 def test_an_unknown_model_is_refused_with_names_near_it() -> None:
     with pytest.raises(ModelError, match=r'"resnet81".*near: .*resnet18'):
         build(transfer_settings(model="resnet81"), (1, 28, 28), 10, seed=0)

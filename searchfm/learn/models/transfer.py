@@ -4,10 +4,12 @@ Pretrained weights come from a file, the hub's cache, or the hub itself, with a 
 """
 
 import contextlib
+import copy
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ class Pretrained(nn.Module):
     """
 
     moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1
-    source: tuple[str, ...] | None = None  # names the state of the weights' file, and what timm adapts them to
+    loaded: "Loaded | None" = None  # the model with the pretrained weights, of which this net has a copy
 
     def __init__(self, model: Any, stages: list[list[str]], trained: int, layer_decay: float) -> None:
         super().__init__()
@@ -40,8 +42,7 @@ class Pretrained(nn.Module):
         self.frozen = frozenset(f"model.{name}" for stage in stages[: len(stages) - trained] for name in stage)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
-        flags = {module: [parameter.requires_grad for parameter in module.parameters()] for module in model.modules()}
-        self._frozen = [module for module, trains in flags.items() if trains and not any(trains)]
+        self._frozen = list(_frozen_modules(model, {id(p) for p in self.parameters() if not p.requires_grad}))
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) float32, normalised -> (N, K) logits."""
@@ -57,6 +58,11 @@ class Pretrained(nn.Module):
             module.eval()
         return self
 
+    def unshare(self) -> None:
+        """Copies all tensors, so that loading others into them changes no other net."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            tensor.data = tensor.data.clone()
+
     def lr_scales(self) -> dict[str, float]:
         """Each parameter's learning rate over the head's: `layer_decay` to the power of the stages between them."""
         top = len(self._stages) - 1
@@ -65,6 +71,42 @@ class Pretrained(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The parameters that timm excludes from weight decay, by name."""
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
+
+
+def _frozen_modules(module: nn.Module, frozen: Set[int]) -> Iterator[nn.Module]:
+    """The outermost modules that have parameters and only such with one of these ids."""
+    ids = {id(parameter) for parameter in module.parameters()}
+    if ids and ids <= frozen:
+        yield module
+    else:
+        for child in module.children():
+            yield from _frozen_modules(child, frozen)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A timm model with the weights of a file, never trained itself."""
+
+    model: Any
+    stages: list[list[str]]
+    lacking: tuple[str, ...]  # layers that the file lacks: the head for other classes
+    source: tuple[str, ...]  # names the state of the file, and what timm adapts the weights to
+    cuts: dict[int, "Cut | None"] = field(default_factory=dict)  # of its nets, by their number of frozen parameters
+
+    def copy(self, frozen: Collection[str]) -> Any:
+        """The model again, with the same memory for its frozen parameters and what belongs to them. Layers that the
+        file lacks start as torch initialises them.
+        """
+        parameters = {id(p): nn.Parameter(p.detach(), False) for n, p in self.model.named_parameters() if n in frozen}
+        modules = _frozen_modules(self.model, parameters.keys())
+        buffers = {id(buffer): buffer.detach() for module in modules for buffer in module.buffers()}
+        model = copy.deepcopy(self.model, {**parameters, **buffers})
+        for name in self.lacking:
+            model.get_submodule(name).reset_parameters()
+        return model
+
+    def __deepcopy__(self, memo: object) -> "Loaded":
+        return self  # of a net and its copies
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,18 @@ def cut(net: Pretrained) -> Cut | None:
     more than one tensor crosses, or where torch.fx cannot follow the model's code. Does not check that both halves
     together compute what the net does.
     """
+    if net.loaded is None:
+        return _cut(net)
+    cuts, attributes = net.loaded.cuts, len(vars(net))
+    if len(net.frozen) not in cuts:
+        where = _cut(net)
+        if len(vars(net)) > attributes:  # constants of the code, which the graphs take from this net
+            return where
+        cuts[len(net.frozen)] = where
+    return cuts[len(net.frozen)]
+
+
+def _cut(net: Pretrained) -> Cut | None:
     training, graphs = net.training, {}
     try:
         for mode in (True, False):
@@ -170,12 +224,21 @@ def _between(start: fx.Node, end: Any) -> fx.Graph:
 def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
     """(N, C, H, W) float32 -> (N, classes) float32 logits; the first convolution, the embeddings of position and the
     head are adapted to the images as timm does it. Raises ModelError, ConfigError.
+
+    A model with the weights of a file is loaded once, and copied for each net. The nets share the memory of what is
+    frozen in them: `Pretrained.unshare` comes before a change in place.
     """
     _check_name(config.model)
-    path = None if config.weights == "none" else weights_file(config.model, config.weights)
-    model = _load(config, shape, classes, path) if path else _create(config, shape, classes)
-    _try_out(model, config, shape, classes)
-    stages = _stages(model)
+    loaded = None
+    if config.weights == "none":
+        model = _create(config, shape, classes)
+        _try_out(model, config, shape, classes)
+        stages = _stages(model)
+    else:
+        path = weights_file(config.model, config.weights)
+        alike = replace(config, weights=str(path), tuned_blocks=0, layer_decay=1.0)
+        loaded = _load(alike, shape, classes, _source(config, shape, path))
+        stages = loaded.stages
     below = len(stages) - 1
     if config.tuned_blocks != "all" and config.tuned_blocks > below:
         raise ConfigError(
@@ -183,10 +246,12 @@ def build(config: Transfer, shape: Shape, classes: int) -> Pretrained:
             f'= {config.tuned_blocks}: {config.model} has {below} stages below its head; may be 0 to {below}, or "all"',
         )
     trained = len(stages) if config.tuned_blocks == "all" else 1 + int(config.tuned_blocks)
+    if loaded is None:
+        return Pretrained(model, stages, trained, config.layer_decay)
+    model = loaded.copy({name for stage in stages[: len(stages) - trained] for name in stage})
     net = Pretrained(model, stages, trained, config.layer_decay)
-    if path:
-        mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
-        net.moments, net.source = (mean, std), _source(config, shape, path)
+    mean, std = (_channels(model.pretrained_cfg[key], shape[0]) for key in ("mean", "std"))
+    net.moments, net.loaded = (mean, std), loaded
     return net
 
 
@@ -208,32 +273,38 @@ def _create(config: Transfer, shape: Shape, classes: int, path: Path | None = No
         return timm.create_model(config.model, **settings)
 
 
-def _load(config: Transfer, shape: Shape, classes: int, path: Path) -> Any:
-    """The model with the file's weights.
+MODELS = 4  # that a process keeps: their weights take memory
+
+
+@lru_cache(maxsize=MODELS)
+def _load(config: Transfer, shape: Shape, classes: int, source: tuple[str, ...]) -> Loaded:
+    """The model with the weights of the file that `config.weights` names.
 
     timm loads leniently as soon as the head differs, so a file of another model could leave random weights in place
     without an error. Hence the comparison with a model of the same seed without a file. timm has no better way:
     load_checkpoint returns the missing keys, but adapts neither channels nor head; create_model adapts, and only logs.
-    A process compares once: half of the time of building a net.
+    A process compares once: half of the time of loading.
     """
-    state = torch.random.get_rng_state()
-    plain = None if _source(config, shape, path) in _compared else _create(config, shape, classes)
-    torch.random.set_rng_state(state)
+    path, key = Path(config.weights), (*source, str(classes))
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the head's keys, which it leaves out as intended
-    model = _create(config, shape, classes, path)
-    if plain is None:
-        return model
-    head = set(_stages(model)[-1])
-    before = dict(plain.named_parameters())
-    for name, after in model.named_parameters():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = None if key in _lacking else _create(config, shape, classes)
+        torch.manual_seed(0)
+        model = _create(config, shape, classes, path)
+    _try_out(model, config, shape, classes)
+    stages = _stages(model)
+    if plain is not None:
+        before = dict(plain.named_parameters())
         # Biases and scales may be what they start as: zeros and ones.
-        if name not in head and after.ndim > 1 and torch.equal(after, before[name]):
-            raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {name}')
-    _compared.add(_source(config, shape, path))
-    return model
+        random = [name for name, p in model.named_parameters() if p.ndim > 1 and torch.equal(p, before[name])]
+        if missing := [name for name in random if name not in stages[-1]]:
+            raise ModelError(f'model.transfer.weights = "{path}": not of {config.model}, has no {missing[0]}')
+        _lacking[key] = tuple(name.rpartition(".")[0] for name in random)
+    return Loaded(model, stages, _lacking[key], source)
 
 
-_compared: set[tuple[str, ...]] = set()  # files that this process found complete
+_lacking: dict[tuple[str, ...], tuple[str, ...]] = {}  # layers that files lack, as this process found
 
 
 def _source(config: Transfer, shape: Shape, path: Path) -> tuple[str, ...]:
