@@ -49,6 +49,28 @@ def _checked(arguments: Sequence[str], done: Done) -> Done:
     return done
 
 
+def loaded(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after the code."""
+    tail = "\nimport sys; print('loaded:', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=60)
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def loaded_by(*words: str) -> set[str]:
+    """The modules that a command has loaded at its end."""
+    return loaded(
+        f"""
+from searchfm.cli import main
+import sys
+sys.argv = {["searchfm", *words]}
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    )
+
+
 def header(study: str, data: str) -> str:
     """What `tune` prints first of a built-in study."""
     return f"{study} on {data}: {question((shipped_folder() / f'{study}.toml').read_text('utf-8'))}\n"

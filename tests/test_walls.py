@@ -3,7 +3,6 @@
 import ast
 import graphlib
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytest
 import searchfm
 from searchfm.home import Home
 from tests import rows
+from tests.commands import loaded, loaded_by
 
 PACKAGE = Path(searchfm.__file__).parent
 
@@ -195,33 +195,11 @@ def test_another_reader_of_the_test_part_is_detected(trees: dict[str, ast.Module
         assert not uses("load_test", {f"searchfm.learn.{module}": ast.parse(code)}) <= TEST_READERS
 
 
-def loaded(code: str) -> set[str]:
-    """The modules that a fresh interpreter has loaded after the code."""
-    tail = "\nimport sys; print('loaded:', *sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=True, timeout=60)
-    return set(done.stdout.rpartition("loaded:")[2].split())
-
-
-def command(*words: str) -> set[str]:
-    """The modules that a command has loaded at its end."""
-    return loaded(
-        f"""
-from searchfm.cli import main
-import sys
-sys.argv = {["searchfm", *words]}
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-"""
-    )
-
-
 HEAVY = {"torch", "torchvision", "timm", "mlflow", "matplotlib", "plotly", "sklearn", "pandas", "pyarrow"}
 
 
 def test_help_loads_nothing_heavy() -> None:
-    modules = command("--help")
+    modules = loaded_by("--help")
     assert "typer" in modules
     assert not (HEAVY | {"optuna", "scipy", "numpy", "sqlalchemy", "searchfm.config"}) & modules
 
@@ -230,7 +208,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_commands_that_list_load_optuna_alone(home: Home) -> None:
     rows.four(home)
     for words in (["status"], ["status", "toy"], ["trial", "toy", "3"]):
-        modules = command(*words, "--home", str(home.path))
+        modules = loaded_by(*words, "--home", str(home.path))
         assert "optuna" in modules
         assert not (HEAVY | {"scipy", "alembic"}) & modules, words
 
@@ -240,11 +218,11 @@ def test_a_study_file_is_shown_without_torch_once_its_costs_were_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path))
-    assert "torch" in command("studies", "mlp")
-    assert not HEAVY & command("studies", "mlp")
+    assert "torch" in loaded_by("studies", "mlp")
+    assert not HEAVY & loaded_by("studies", "mlp")
     (kept,) = (tmp_path / "costs").iterdir()
     kept.write_text("damaged")
-    assert "torch" in command("studies", "mlp"), "counted again"
+    assert "torch" in loaded_by("studies", "mlp"), "counted again"
     assert json.loads(kept.read_text()).keys() == {"parameters", "flops"}
 
 

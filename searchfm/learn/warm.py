@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils.flop_counter
 
 import searchfm.learn.entries  # noqa: F401  the entries, and all they need but timm
 

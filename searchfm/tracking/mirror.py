@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
-import sqlalchemy
 import tomli_w
 from filelock import FileLock
 
@@ -47,6 +46,7 @@ from searchfm.records import (
 )
 from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
+from searchfm.tracking.rows import database
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
 # FINISHED, and its name and its tag `state` contain that it was pruned.
@@ -142,12 +142,6 @@ def _make(uri: str, path: Path) -> None:
     store = untyped(f"{base}.new{'?' * bool(query)}{query}", (path.parent / "mlartifacts").as_uri())
     store.engine.dispose()
     partial.replace(path)
-
-
-def database(home: Home) -> Path | None:
-    """The file of MLflow's database, if it is one."""
-    uri = home.tracking_uri
-    return Path(sqlalchemy.make_url(uri).database or "") if uri.startswith("sqlite:") else None
 
 
 # --- what a run holds -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,13 +23,14 @@ import numpy as np
 
 from searchfm.errors import ModelError, StorageError, StudyError, one_line
 from searchfm.format import sentence
-from searchfm.home import Home, command_line, file_sha256, shown
+from searchfm.home import Home, command_line, file_sha256, shown, write_whole
 from searchfm.records import EXAMPLE, FINAL, SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.notes import Links
 from searchfm.search.storage import read_study
 from searchfm.tables import digest
-from searchfm.tracking import mirror
-from searchfm.tracking.mirror import COMMIT, NOTE, PACKAGES, SOURCE, Mirror, connect, database, reaching, writer
+from searchfm.tracking import mirror, rows
+from searchfm.tracking.mirror import COMMIT, NOTE, PACKAGES, SOURCE, Mirror, connect, reaching, writer
+from searchfm.tracking.rows import Registered, database
 
 log = logging.getLogger("searchfm")
 
@@ -248,40 +249,57 @@ def _champion(home: Home, study: StudyRecord, temporary: Path) -> Path:
     return _fetch(home, registered, uri, temporary)
 
 
-def _version(home: Home, uri: str) -> Any:
+def _version(home: Home, uri: str) -> Registered:
     """MLflow's record of a registered version."""
     match = _URI.fullmatch(uri)
     if match is None:
         raise ModelError(f"{uri}: must be models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
+    for each in rows.registered(home):
+        if each.name == name and (alias in each.aliases if alias else str(each.version) == number):
+            return each
     where = f"MLflow at {shown(home.tracking_uri)}"
     if (file := database(home)) is not None and not file.is_file():
         raise ModelError(f"{uri}: {where} is not there yet; begin with `searchfm tune`, or name another --home")
     with reaching(home):
         client = connect(home)
         try:
-            return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            return _as_row(found, source=client.get_model_version_download_uri(name, found.version))
         except Exception as error:
             if getattr(error, "error_code", None) in _UNKNOWN:
                 raise ModelError(f"{uri}: {where} has no such model") from None
             raise
 
 
-def _fetch(home: Home, registered: Any, uri: str, temporary: Path) -> Path:
-    """A folder with the files of a version, copied from wherever MLflow keeps them."""
-    from mlflow.artifacts import download_artifacts, list_artifacts
+def _fetch(home: Home, registered: Registered, uri: str, temporary: Path) -> Path:
+    """A folder with the files of a version: MLflow's own on this machine, else a copy."""
+    foreign = ModelError(
+        f"{uri}: version {registered.version} carries no {WEIGHTS} and {SPEC}; "
+        "must be one that `searchfm retrain` registered"
+    )
+    if (folder := rows.folder(registered.source)) is not None:
+        if not all((folder / FILES / name).is_file() for name in (WEIGHTS, SPEC)):
+            raise foreign
+        found = folder / FILES
+    else:
+        from mlflow.artifacts import download_artifacts, list_artifacts
 
-    with reaching(home):
-        source = f"{connect(home).get_model_version_download_uri(registered.name, registered.version)}/{FILES}"
-        names = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
-        if not names.issuperset((WEIGHTS, SPEC)):
-            raise ModelError(
-                f"{uri}: version {registered.version} carries no {WEIGHTS} and {SPEC}; "
-                "must be one that `searchfm retrain` registered"
-            )
-        download_artifacts(source, dst_path=str(temporary), tracking_uri=home.tracking_uri)
-    _check(temporary / FILES, registered.tags.get("weights"))
-    return temporary / FILES
+        with reaching(home):
+            source = f"{registered.source}/{FILES}"
+            names = {item.path.rpartition("/")[2] for item in list_artifacts(source, tracking_uri=home.tracking_uri)}
+            if not names.issuperset((WEIGHTS, SPEC)):
+                raise foreign
+            download_artifacts(source, dst_path=str(temporary), tracking_uri=home.tracking_uri)
+        found = temporary / FILES
+    _check(found, registered.tags.get("weights"))
+    return found
+
+
+def _as_row(found: Any, *, source: str = "", aliases: Iterable[str] = ()) -> Registered:
+    """MLflow's object of a version."""
+    created = found.creation_timestamp / 1000
+    return Registered(found.name, int(found.version), source, created, found.tags, frozenset(aliases))
 
 
 def _check(folder: Path, expected: str | None) -> None:
@@ -310,12 +328,18 @@ class Version:
 
 def models(home: Home) -> list[Version]:
     """The versions that `retrain` registered, by name, the newest first. Raises StorageError."""
-    with reaching(home):
-        client, found = _search(home, "name LIKE 'searchfm-%'")
-        names = {each.name for each in found}
-        champions = {(name, str(client.get_registered_model(name).aliases.get(CHAMPION))) for name in names}
-    rows = [_listed(each, champion=(each.name, str(each.version)) in champions) for each in found]
-    return sorted(rows, key=lambda row: (row.name, -row.version))
+    found = [each for each in rows.registered(home) if each.name.startswith("searchfm-")]
+    if not found:
+        with reaching(home):
+            client, listed = _search(home, "name LIKE 'searchfm-%'")
+            champions = {
+                name: client.get_registered_model(name).aliases.get(CHAMPION) for name in {e.name for e in listed}
+            }
+        found = [
+            _as_row(each, aliases=[CHAMPION] if str(each.version) == str(champions[each.name]) else [])
+            for each in listed
+        ]
+    return sorted(map(_listed, found), key=lambda row: (row.name, -row.version))
 
 
 def versions(home: Home, uuid: str) -> tuple[str, ...]:
@@ -354,17 +378,17 @@ def _search(home: Home, condition: str) -> tuple[Any, list[Any]]:
     return client, list(client.search_model_versions(condition, max_results=10_000))
 
 
-def _listed(found: Any, *, champion: bool) -> Version:
-    tags, number = found.tags, int(found.version)
+def _listed(found: Registered) -> Version:
+    tags = found.tags
     return Version(
         name=found.name,
-        version=number,
-        uri=f"models:/{found.name}/{number}",
-        champion=champion,
+        version=found.version,
+        uri=f"models:/{found.name}/{found.version}",
+        champion=CHAMPION in found.aliases,
         study=tags.get("study", ""),
         trial=int(tags["trial"]) if "trial" in tags else None,
         test_accuracy=float(tags["test_accuracy"]) if "test_accuracy" in tags else None,
-        created=found.creation_timestamp / 1000,
+        created=found.created,
     )
 
 
@@ -373,16 +397,20 @@ def _listed(found: Any, *, champion: bool) -> Version:
 
 def log_report(home: Home, study: StudyRecord, path: Path) -> None:
     """Logs a report as `report.html` of the study's own run. Raises StorageError, also where there is no such run."""
+    run = rows.study_run(home, study.uuid)
+    if run is not None and (folder := rows.folder(run.artifacts)) is not None:
+        write_whole(folder / "report.html", path.read_bytes())  # as MLflow's client does
+        return
     runs = mirror.find(home, study, "study")
-    if (run := runs.active(None)) is None:
+    if (active := runs.active(None)) is None:
         raise StorageError(f"MLflow has no run of study {study.name!r}; to make it: searchfm sync {study.name} --apply")
     with reaching(home):
-        runs.client.log_text(run.id, path.read_text("utf-8"), "report.html")
+        runs.client.log_text(active.id, path.read_text("utf-8"), "report.html")
 
 
 def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
     """Hardware, system and versions that a study was begun with, as its run has them. Raises StorageError."""
-    run = mirror.find(home, study, "study").active(None)
+    run = rows.study_run(home, study.uuid) or mirror.find(home, study, "study").active(None)
     tags = {} if run is None else run.tags
     names = {**{name: name for name in ("hardware", "platform", "python", *PACKAGES)}, "commit": COMMIT}
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
@@ -395,12 +423,14 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
     lines: of one study each, with `study` and plain values. The same lines are logged once. files: the picture of the
     note is `front.png`. Raises StorageError.
     """
+    lines_digest = digest({"lines": [dict(line) for line in lines]})
+    if (logged := rows.experiment_with(home, COMPARISONS, lines_digest)) is not None:
+        return Links(logged, None, {}).table(lines_digest[:12])
     from mlflow.entities import Metric, RunTag
 
     with reaching(home):
         client = connect(home)
         experiment = _comparisons(client, home)
-        lines_digest = digest({"lines": [dict(line) for line in lines]})
         table = Links(experiment, None, {}).table(lines_digest[:12])
         if client.search_runs([experiment], f"tags.digest = '{lines_digest}'", max_results=1):
             return table

@@ -32,7 +32,7 @@ from searchfm.search.storage import load_study, open_storage
 from searchfm.show import report
 from searchfm.show.report import report_page
 from searchfm.tracking.mirror import connect, run_links
-from tests.commands import searchfm_here
+from tests.commands import loaded_by, searchfm_here
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">"]
 BEST = range(10)  # indices that the best trial gets wrong
@@ -371,6 +371,17 @@ def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: P
     assert parent is not None
     (item,) = [item for item in client.list_artifacts(parent) if item.path == "report.html"]
     assert Path(client.download_artifacts(parent, item.path, str(tmp_path))).read_text("utf-8") == text
+
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    for words in (
+        ["report", "mlp"],
+        ["compare", "mlp", "toy"],
+        ["models"],
+        ["predict", "mlp", str(tmp_path / "black.png")],
+    ):
+        modules = loaded_by(*words, *options)
+        assert "searchfm.tracking.rows" in modules
+        assert not {"mlflow", "pandas", "triton"} & modules, words
 
 
 def test_of_many_trials_the_best_and_others_at_even_distances_are_shown(home: Home, monkeypatch: Any) -> None:

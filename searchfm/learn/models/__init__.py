@@ -6,7 +6,6 @@ from typing import assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from searchfm.config import Cnn, Config, Custom, Mlp, ModelConfig, Residual, Shape, Transfer, Vit
 from searchfm.learn.models import cnn, custom, mlp, residual, transfer, vit
@@ -156,6 +155,8 @@ def operations(model: Classifier, shape: Shape) -> dict[str, int]:
 
 def count_operations(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     """The operations of a forward pass in evaluation mode. The model's mode is left as it was."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton; `predict` counts nothing
+
     training = model.training
     model.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
