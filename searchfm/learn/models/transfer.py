@@ -7,7 +7,7 @@ import contextlib
 import copy
 import difflib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -344,8 +344,10 @@ def _channels(values: tuple[float, ...], channels: int) -> Tensor:
     return own if len(own) == channels else own.mean().expand(channels).clone()
 
 
-def input_sides(models: Iterable[str]) -> list[int]:
+def input_sides(models: Sequence[str]) -> list[int]:
     """Input sides in pixels of the models that timm knows, without a network."""
+    if not models:
+        return []  # the import of timm takes seconds, which the first trial of any study would wait for
     import timm
 
     known = [timm.models.get_pretrained_cfg(name) for name in models if ":" not in name and timm.is_model(name)]
