@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+from searchfm import forkserver
 from searchfm.errors import OutOfTimeError, StudyError
 from searchfm.home import Home, data_folder
 from searchfm.stopping import StopRequest, read_duration
@@ -178,53 +179,56 @@ def iter_tune(
                 ...
     """
     limit, stop = None if timeout is None else read_duration(timeout), StopRequest.of(stopping)
-    from searchfm.events import Phase, SearchEnded, StudyFound
+    with forkserver.ahead(str(engine)):
+        from searchfm.events import Phase, SearchEnded, StudyFound
 
-    yield Phase("importing Optuna")
-    from searchfm.search.lock import stop_requested
-    from searchfm.search.storage import read_study
-    from searchfm.tuning import Tuning, reserving
+        yield Phase("importing Optuna")
+        from searchfm.search.lock import stop_requested
+        from searchfm.search.storage import read_study
+        from searchfm.tuning import Tuning, reserving
 
-    where, folder = _home(home), data_folder(_path(data_dir))
-    options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
-    plan, stored, file = find_plan(
-        study,
-        where,
-        name=name,
-        trials=trials,
-        dataset=dataset,
-        subset=subset,
-        epochs=epochs,
-        set=set,
-        seed=seed,
-        first=first,
-        warm_start=warm_start,
-    )
-    plan.check_code(options.allow_code)
-    stop.watch(limit, partial(stop_requested, where, plan.name))
-    yield StudyFound(plan.name, plan.question, str(plan.data["name"]), stored is not None)
-    tuning = Tuning(plan, where, file, stored, folder, retry_failed, stop, _starter(options, where))
-    events = tuning.run()
-    try:
-        yield from reserving(events, stop, limit) if retrain and limit is not None else events
-    except KeyboardInterrupt:
-        if not stop.reason or (stored is None and stop.reason != "timeout"):
-            raise
-        if stored is None:
-            text = f"study {plan.name!r}: the timeout of {limit:g} s was over before it was opened; nothing was begun"
-            raise OutOfTimeError(text) from None
-    record, seconds = read_study(where, plan.name), stop.elapsed
-    ending, missing = plan.ended_by(record.trials), tuning.missing
-    rule, reason = ending or ("", "the space has no further point" * tuning.exhausted)
-    ended = SearchEnded(record, tuning.trials, tuning.exhausted, rule, reason, missing, seconds, stop.reason)
-    yield ended
-    if retrain and stop.reason in ("", "timeout"):
-        before = len(stored.trials) - len(stored.of("running")) if stored else 0
-        trained = len(record.trials) - len(record.of("running")) > before
-        bound = limit if trained or record.final is None else None  # else what was kept stands
-        yield from _final(record, where, options, folder, stop, bound, tuning.workers)
-        record = read_study(where, plan.name)
-    return OpenStudy(where, record, ended)
+        where, folder = _home(home), data_folder(_path(data_dir))
+        options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
+        plan, stored, file = find_plan(
+            study,
+            where,
+            name=name,
+            trials=trials,
+            dataset=dataset,
+            subset=subset,
+            epochs=epochs,
+            set=set,
+            seed=seed,
+            first=first,
+            warm_start=warm_start,
+        )
+        plan.check_code(options.allow_code)
+        stop.watch(limit, partial(stop_requested, where, plan.name))
+        yield StudyFound(plan.name, plan.question, str(plan.data["name"]), stored is not None)
+        tuning = Tuning(plan, where, file, stored, folder, retry_failed, stop, _starter(options, where))
+        events = tuning.run()
+        try:
+            yield from reserving(events, stop, limit) if retrain and limit is not None else events
+        except KeyboardInterrupt:
+            if not stop.reason or (stored is None and stop.reason != "timeout"):
+                raise
+            if stored is None:
+                text = (
+                    f"study {plan.name!r}: the timeout of {limit:g} s was over before it was opened; nothing was begun"
+                )
+                raise OutOfTimeError(text) from None
+        record, seconds = read_study(where, plan.name), stop.elapsed
+        ending, missing = plan.ended_by(record.trials), tuning.missing
+        rule, reason = ending or ("", "the space has no further point" * tuning.exhausted)
+        ended = SearchEnded(record, tuning.trials, tuning.exhausted, rule, reason, missing, seconds, stop.reason)
+        yield ended
+        if retrain and stop.reason in ("", "timeout"):
+            before = len(stored.trials) - len(stored.of("running")) if stored else 0
+            trained = len(record.trials) - len(record.of("running")) > before
+            bound = limit if trained or record.final is None else None  # else what was kept stands
+            yield from _final(record, where, options, folder, stop, bound, tuning.workers)
+            record = read_study(where, plan.name)
+        return OpenStudy(where, record, ended)
 
 
 def _final(
@@ -294,21 +298,22 @@ def _forecast(
     data_dir: str | Path | None = None,
     **values: Any,
 ) -> "Generator[Phase | Note, None, Forecasted]":
-    from searchfm.events import Phase
+    with forkserver.ahead(str(engine)):
+        from searchfm.events import Phase
 
-    yield Phase("importing Optuna")
-    from searchfm.search.files import check_data_name
-    from searchfm.tuning import Forecasted, Tuning
+        yield Phase("importing Optuna")
+        from searchfm.search.files import check_data_name
+        from searchfm.tuning import Forecasted, Tuning
 
-    where, folder = _home(home), data_folder(_path(data_dir))
-    options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
-    plan, stored, file = find_plan(study, where, **values)
-    plan.check_code(options.allow_code)
-    check_data_name(plan.data["name"])
-    if options.name != "local":
-        return Forecasted(plan, stored)
-    tuning = Tuning(plan, where, file, stored, folder, stopping=stop, engine=_starter(options, where))
-    return (yield from tuning.forecast())
+        where, folder = _home(home), data_folder(_path(data_dir))
+        options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
+        plan, stored, file = find_plan(study, where, **values)
+        plan.check_code(options.allow_code)
+        check_data_name(plan.data["name"])
+        if options.name != "local":
+            return Forecasted(plan, stored)
+        tuning = Tuning(plan, where, file, stored, folder, stopping=stop, engine=_starter(options, where))
+        return (yield from tuning.forecast())
 
 
 def find_plan(
@@ -424,22 +429,23 @@ def iter_retrain(
     stopping: Callable[[], bool] | None = None,
 ) -> "Generator[RetrainEvent, None, Final]":
     """As `retrain`, but yields what happens, one event after the other; returns the final record. See `iter_tune`."""
-    from searchfm.events import Phase, Retrained
+    with forkserver.ahead(str(engine)):
+        from searchfm.events import Phase, Retrained
 
-    yield Phase("importing Optuna")
-    from searchfm import retraining
-    from searchfm.search.files import study_name
-    from searchfm.search.lock import stop_requested
+        yield Phase("importing Optuna")
+        from searchfm import retraining
+        from searchfm.search.files import study_name
+        from searchfm.search.lock import stop_requested
 
-    where, folder, stop = _home(home, study), data_folder(_path(data_dir)), StopRequest.of(stopping)
-    name = study.name if isinstance(study, OpenStudy) else study_name(str(study))
-    stop.watch(None, partial(stop_requested, where, name))
-    options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
-    allowed = options.allow_code
-    plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder, allowed)
-    final = yield from retraining.retrain(plan, stop, _starter(options, where))
-    yield Retrained(final)
-    return final
+        where, folder, stop = _home(home, study), data_folder(_path(data_dir)), StopRequest.of(stopping)
+        name = study.name if isinstance(study, OpenStudy) else study_name(str(study))
+        stop.watch(None, partial(stop_requested, where, name))
+        options = _engine_options(engine, workers, device, workers_per_gpu, engine_options, allow_code, folder)
+        allowed = options.allow_code
+        plan = retraining.RetrainOptions(where, name, top, seeds, trial, epochs, again, promote, folder, allowed)
+        final = yield from retraining.retrain(plan, stop, _starter(options, where))
+        yield Retrained(final)
+        return final
 
 
 # --- a study ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ PACKAGE = Path(searchfm.__file__).parent
 # others of its layer. The bare package (the version) may be imported from anywhere.
 LAYERS = (
     {"errors"},
-    {"stats", "home", "stopping"},
+    {"stats", "home", "stopping", "forkserver"},
     {"tables", "records"},
     {"config", "jobs", "format"},
     {"events"},
@@ -37,7 +37,7 @@ LAYERS = (
     {"__main__", "__init__"},
 )
 LAYER = {part: layer for layer, modules in enumerate(LAYERS) for part in modules}
-STANDARD_LIBRARY_ONLY = {"errors", "home", "stopping", "tables", "config"}
+STANDARD_LIBRARY_ONLY = {"errors", "home", "stopping", "forkserver", "tables", "config"}
 # Libraries that only some modules and packages may import.
 ALLOWED = {
     "torch": {"learn"},

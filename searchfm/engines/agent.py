@@ -22,7 +22,7 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
 from searchfm.engines import DEFAULTS, EngineOptions
-from searchfm.engines.local import WARM, LocalEngine
+from searchfm.engines.local import LocalEngine
 from searchfm.engines.wire import (
     ALIVE_SECONDS,
     ENTRIES,
@@ -46,6 +46,7 @@ from searchfm.engines.wire import (
     local,
 )
 from searchfm.errors import UserError, WorldError, one_line
+from searchfm.forkserver import WARM
 from searchfm.home import STORAGE
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 

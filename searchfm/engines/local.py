@@ -6,24 +6,19 @@ pays for its own imports.
 """
 
 import math
-import multiprocessing
-import multiprocessing.spawn
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from searchfm import forkserver
 from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.worker import LEFT, STOP, work
 from searchfm.errors import UserError
@@ -31,8 +26,6 @@ from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
 HEADROOM = 0.25  # fraction of a GPU's memory that packed workers leave free: other configs may take more
-NAME = "searchfm-"  # the beginning of a worker's name
-WARM = "searchfm.learn.warm"  # what the forkserver imports before the first fork, and a spawned worker at its start
 
 
 @dataclass
@@ -55,12 +48,12 @@ class LocalEngine:
     def __init__(
         self,
         devices: Sequence[str] = ("cpu",),
-        warm: str = WARM,
+        warm: str = forkserver.WARM,
         timeout: float = 600.0,
         options: EngineOptions = DEFAULTS,
         wake: Sequence[Connection] = (),
     ) -> None:
-        self._context, self._warm = _context(warm), warm
+        self._context, self._warm = forkserver.context(warm), warm
         self._timeout, self._options, self._wake = timeout, options, list(wake)
         self._workers: list[_Worker] = []  # the last to send is last, so that messages of all are received
         self._devices = list(devices)
@@ -185,18 +178,12 @@ class LocalEngine:
         process = self._context.Process(
             target=work,
             args=(theirs, device, self._warm, self._options.allow_code),
-            name=f"{NAME}{device}",
+            name=f"{forkserver.NAME}{device}",
             daemon=True,
         )
-        # A signal to the whole process group must reach neither the forkserver, with which every worker would seem
-        # dead, nor a worker that is not ready for it: signals blocked here stay blocked in them. (Python starts its
-        # resource tracker with the forkserver, and that start unblocks both signals, so it comes first.)
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
+        forkserver.used()
+        with forkserver.signals_blocked():
             process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         worker = _Worker(device, process, ours)
         self._workers.append(worker)
@@ -242,34 +229,3 @@ def usable_cores() -> int:
 def default_workers() -> int:
     """Workers on a CPU: one per usable core, as far as the free memory goes."""
     return max(1, min(usable_cores(), int(psutil.virtual_memory().available // WORKER_BYTES)))
-
-
-_preparation_data = multiprocessing.spawn.get_preparation_data
-
-
-def _without_main(name: str) -> dict[str, Any]:
-    """What multiprocessing sends ahead to a new process. Not `__main__`, which it would run again in each of our
-    workers: a script that calls `tune` outside of `if __name__ == "__main__"` would start a search in every worker.
-    """
-    data: dict[str, Any] = _preparation_data(name)
-    if name.startswith(NAME):
-        for key in ("init_main_from_name", "init_main_from_path"):
-            data.pop(key, None)
-    return data
-
-
-multiprocessing.spawn.get_preparation_data = _without_main  # there is no setting for it
-
-
-def _context(warm: str) -> ForkServerContext | SpawnContext:
-    # One thread a worker: two workers of one thread beat one of two, and are far less fragile.
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ.setdefault(name, "1")
-    # The final training has several. On busy cores, threads that spin while they wait made it 5 to 25 times as slow (a
-    # small mlp, two threads on two cores with a load of 3: 2.5 and 9.1 s, not 0.3 and 0.4).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([warm])
-    return context

@@ -24,10 +24,10 @@ from typing import Any
 
 from searchfm.engines import EngineOptions
 from searchfm.engines.agent import without_secrets
-from searchfm.engines.local import WARM
 from searchfm.engines.wire import ENTRIES, source_address
 from searchfm.engines.wire import address as split_address
 from searchfm.errors import UserError, WorldError
+from searchfm.forkserver import WARM
 
 ADDRESS = "RAY_ADDRESS"
 GCS_PORT = 6379  # of a Ray head, unless its owner chose another
