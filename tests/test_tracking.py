@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -799,8 +800,16 @@ make_schema(Home(Path(sys.argv[1])))
 """
 
 
+@pytest.fixture
+def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache will keep MLflow's tables; there are none yet."""
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tables" / f"mlflow-{version('mlflow')}.db"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("statement", [50, 900])  # MLflow makes its tables in some 1700, and opens no file of a half
+@pytest.mark.usefixtures("no_tables")
 def test_killed_while_mlflows_tables_are_made_the_next_makes_them(tmp_path: Path, statement: int) -> None:
     home = Home(tmp_path / "fresh")
     died = subprocess.run([sys.executable, "-c", DIE, str(home.path), str(statement)], check=False, timeout=60)
@@ -991,7 +1000,39 @@ def test_sync_works_over_http(home: Home, server: Server, monkeypatch: pytest.Mo
     assert sync(home, study) == []
 
 
+def schema(path: Path) -> set[tuple[Any, ...]]:
+    """The statements that made a database's tables and indices."""
+    with closing(sqlite3.connect(path)) as connection:
+        return set(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master"))
+
+
 @pytest.mark.slow
+def test_the_second_home_gets_mlflows_tables_from_the_cache(tmp_path: Path, no_tables: Path) -> None:
+    first, second, third = (Home(tmp_path / name) for name in ("first", "second", "third"))
+    make_schema(first)
+    kept = no_tables.read_bytes()
+    make_schema(second)
+    assert no_tables.read_bytes() == kept
+    assert schema(second.path / "mlflow.db") == schema(first.path / "mlflow.db") == schema(no_tables)
+    no_tables.write_bytes(kept[: len(kept) // 2])  # damaged: made anew
+    make_schema(third)
+    assert no_tables.read_bytes() != kept[: len(kept) // 2]
+    for home in (first, second, third):
+        [default] = client(home).search_experiments()
+        assert default.artifact_location == (home.path / "mlartifacts" / "0").as_uri()
+        assert sorted(path.name for path in home.path.iterdir() if ".new" in path.name) == []
+
+
+@pytest.mark.slow
+def test_a_cache_that_cannot_be_written_keeps_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path / "file"))
+    make_schema(Home(tmp_path / "home"))
+    assert client(Home(tmp_path / "home")).search_experiments()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_tables")
 def test_many_may_open_a_fresh_home_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TRACKING, raising=False)
     code = (
