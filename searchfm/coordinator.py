@@ -250,7 +250,8 @@ class Coordinator:
     def _submit(self, current: LiveTrial, kind: Literal["started", "adopted", "promoted"]) -> Iterator[SearchEvent]:
         """Gives the trial to the pool, up to its next rung if it is paused there."""
         number, received = current.number, len(current.epochs)
-        job = replace(current.job, received=received)
+        payload = {**current.job.payload, "weights_from": self._weights_from}
+        job = replace(current.job, received=received, payload=payload)
         if (until := self.rungs.after(received)) is not None and not self._is_default(number):
             job = replace(job, payload={**job.payload, "until": until})
         self.running[number] = current
@@ -409,6 +410,14 @@ class Coordinator:
         for other in candidates:
             if other.state == "complete" and other not in self.kept:
                 drop_weights(other.folder)
+
+    @property
+    def _weights_from(self) -> float | None:
+        """The least value of a trial that may come among the best, whose weights are kept; None: none are."""
+        most = self.study.search.keep
+        if len(self.kept) < most:
+            return 0.0
+        return self.kept[-1].value if most else None
 
     def _may_ask(self) -> bool:
         """Whether the study is not full; there may be no worker for it yet."""

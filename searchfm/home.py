@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,10 @@ def unwritable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot write the home folder ({error.strerror}); name another with --home or {HOME}")
 
 
-def write_whole(path: Path, content: bytes) -> str:
+def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> str:
     """Writes a file so that a crash, or a full disk, leaves the old one or the new one. Returns its sha256.
 
+    content: or what writes it into the path that it gets, and raises OSError where it cannot.
     Makes the folder where it is missing. One writer of a path at a time: the temporary file has one name, so that the
     next write replaces what a killed process left. Raises StorageError.
     """
@@ -134,10 +136,13 @@ def write_whole(path: Path, content: bytes) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
+            if isinstance(content, bytes):
+                partial.write_bytes(content)
+            else:
+                content(partial)
+            with partial.open("rb") as file:
                 os.fsync(file.fileno())
+            sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -149,7 +154,7 @@ def write_whole(path: Path, content: bytes) -> str:
             os.close(folder)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
-    return hashlib.sha256(content).hexdigest()
+    return sha256
 
 
 def write_json(path: Path, values: Any) -> str:

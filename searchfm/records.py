@@ -607,6 +607,7 @@ class TrainJob(Record):
     code: str = ""  # as in `Prepared`
     bfloat16: tuple[str, ...] = ()  # as in `Prepared`
     until: int | None = None  # epoch after which it is paused; None: it trains to its end
+    weights_from: float | None = 0.0  # least value of a trial whose weights are written; None: they never are
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from searchfm import figures, stats
-from searchfm.coordinator import TRIAL, drop_weights
+from searchfm.coordinator import TRIAL
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import StudyError, UserError, WorldError
@@ -332,8 +332,6 @@ class _Retraining:
         results, failures = yield from run_tasks(self.pool, [task for mine in tasks.values() for task in mine])
         finalists, answers, reason = [], {}, ""
         for number, mine in tasks.items():
-            for task in mine:
-                drop_weights(task.folder)  # the predictions are all that is needed
             failed = [failures[task.job.id] for task in mine if task.job.id in failures]
             if failed:
                 reason = failed[0]
@@ -434,6 +432,8 @@ class _Retraining:
     ) -> Task:
         threads = self.workers if entry == FIT else None  # the final training runs alone
         payload = train_payload(self.search, self.study.data, self.data_dir, config, identity, threads)
+        if entry == TRIAL:
+            payload["weights_from"] = None  # the predictions are all that is needed
         return Task(Job(label, folder, entry, payload, label, config["train"]["epochs"]), identity, record)
 
     def _chosen(self, number: int) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

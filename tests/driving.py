@@ -145,7 +145,7 @@ def check(study: StudyRecord, trials: int) -> None:
         if row.state == "pruned":
             assert len(row.epochs) < row.config["train"]["epochs"], "trained to its end, it has a value"
         left = {path.name for path in row.folder.rglob("*")}
-        assert left <= {"config.toml", "epochs.csv", "log.txt", "done", "weights.safetensors", "model.json"}
+        assert left <= {"config.toml", "epochs.csv", "log.txt", "done", "wrote", "weights.safetensors", "model.json"}
 
 
 def stored(home: Home, name: str) -> StudyRecord:

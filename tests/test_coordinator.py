@@ -792,6 +792,20 @@ def test_only_the_best_trials_keep_their_weights(home: Home) -> None:
     assert [row.number for row in fewer.trials if (row.folder / "weights.safetensors").exists()] == [fewer.best.number]
 
 
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_only_trials_that_may_be_among_the_best_write_their_weights(home: Home, keep: int) -> None:
+    study = search(home, toy(search={"keep": keep, "pruner": "none", "trials": 12}), workers=1)
+    before: list[float] = []
+    for row in study.trials:
+        assert row.value is not None
+        assert row.twin is None
+        among = bool(keep) and (len(before) < keep or row.value >= sorted(before)[-keep])
+        assert (row.folder / "wrote").exists() == among
+        before.append(row.value)
+    held = {row.number for row in study.trials if (row.folder / "weights.safetensors").exists()}
+    assert held == {row.number for row in study.ranked()[:keep]}
+
+
 def test_a_trials_folder_holds_a_study_file_that_repeats_this_trial(home: Home, tmp_path: Path) -> None:
     study = search(home, toy(), trials=3)
     row = study.trials[2]

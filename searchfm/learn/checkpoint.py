@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,17 @@ def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> di
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     described = {"format": _FORMAT, **spec, "mean": model.mean.tolist(), "std": model.std.tolist()}
     return {
-        WEIGHTS: write_whole(folder / WEIGHTS, safetensors.torch.save(tensors)),
+        WEIGHTS: write_whole(folder / WEIGHTS, partial(_save, tensors)),
         SPEC: write_json(folder / SPEC, described),
     }
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Without a copy of all tensors in memory. Raises OSError."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def load_classifier(path: Path, *, allow_code: bool = False) -> tuple[Classifier, dict[str, Any]]:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -168,9 +168,9 @@ def _work(config: Config, data: Splits, code: Code) -> Timing:
 def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Trains one config, from its newest checkpoint if there is one, whose epochs it yields again first.
 
-    payload: a TrainJob. Writes the weights, their spec and the predictions for the validation part into the
-    context's folder. Returns a TrainResult. A job with `until` ends after that epoch with a checkpoint alone, and
-    returns {PAUSED: epoch}.
+    payload: a TrainJob. Writes the weights and their spec, if its value is at least `weights_from`, and the predictions
+    for the validation part into the context's folder. Returns a TrainResult. A job with `until` ends after that epoch
+    with a checkpoint alone, and returns {PAUSED: epoch}.
     Raises DataError, ConfigError, ModelError, DivergedError, StorageError; WorldError if memory runs out.
     """
     job = TrainJob.from_json(payload, "trial")
@@ -322,11 +322,13 @@ def _training(job: TrainJob, context: Context, load: Loader) -> Generator[Epoch,
         "versions": _versions(),
         **({"code": job.code} if job.code else {}),
     }
-    files = checkpoint.save_weights(context.folder, training.classifier, spec)
+    value, files = training.epochs[-1].val_accuracy, {}
+    if job.weights_from is not None and (value is None or round(value, 6) >= job.weights_from):
+        files = checkpoint.save_weights(context.folder, training.classifier, spec)
     if validation is not None:
         files[PREDICTIONS] = validation[1].write(context.folder)
     checkpoint.remove(folders)
-    return _result(training, files)
+    return _result(training, files, job.code)
 
 
 @lru_cache(maxsize=2)  # data sets a worker keeps: the study's, and one of the study before
@@ -334,7 +336,7 @@ def _data(load: Loader, config: DataConfig, data_dir: str | None, device: str) -
     return load(config, device=device, data_dir=Path(data_dir) if data_dir else None)
 
 
-def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
+def _result(training: Training, files: Mapping[str, str], code: str) -> TrainResult:
     total, trainable = parameters(training.model)
     best = max(training.epochs, key=lambda epoch: (epoch.val_accuracy or 0.0, -epoch.index))
     return TrainResult(
@@ -342,7 +344,7 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         best_epoch=None if best.val_accuracy is None else best.index,
         parameters=total,
         trainable=trainable,
-        flops=flops(training.classifier, training.shape),
+        flops=_flops(training, code),
         seconds=sum(epoch.seconds for epoch in training.epochs),
         epochs=len(training.epochs),
         device=_device(training.device),
@@ -353,6 +355,19 @@ def _result(training: Training, files: Mapping[str, str]) -> TrainResult:
         precision=training.precision,
         frozen_seconds=training.frozen_seconds,
     )
+
+
+def _flops(training: Training, code: str) -> int:
+    """`flops` of a training's model, counted once a process for each architecture. code: sha256 of the user's code."""
+    kind = training.config.model.kind
+    architecture = kind.model if isinstance(kind, Transfer) else digest(training.config.model.to_table())
+    key = (architecture, training.shape, len(training.data.classes), code)
+    if key not in _counted:
+        _counted[key] = flops(training.classifier, training.shape)
+    return _counted[key]
+
+
+_counted: dict[tuple[str, Shape, int, str], int] = {}
 
 
 def _prepared(config: DataConfig, splits: Splits, data_dir: Path | None) -> Prepared:
@@ -382,7 +397,8 @@ def _accelerators() -> dict[str, int]:
     return {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     return {name: version(name) for name in ("torch", "timm")}
 
 

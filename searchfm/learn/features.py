@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -177,6 +177,7 @@ def _spares_images(config: AugmentConfig) -> bool:
     return not (config.crop or config.erase or (config.mix and (config.mixup or config.cutmix)))
 
 
+_version = cache(version)  # reads a file
 _weights: dict[tuple[str, ...] | None, str] = {}  # digests by source and graph
 
 
@@ -205,7 +206,7 @@ class _Frozen:
             "precision": str(autocast),
             "device": [device.type, gpu, platform.machine(), torch.backends.cpu.get_cpu_capability()],
             "threads": torch.get_num_threads(),
-            "versions": [version("torch"), version("timm")],
+            "versions": [_version("torch"), _version("timm")],
         }
         self._digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).digest()
 

@@ -1,8 +1,9 @@
 """Trials that train only the head of a frozen ResNet-18, one thread: searchfm, with its cache of features, against
 plain torch, which computes the frozen stages again in each epoch.
 
-searchfm's trials go through the entry of a worker's job, in one process; filling the cache counts. The peer has its
-images in memory. Both train the same trials: same weights, same batches, learning rates from 1e-4 to 1e-2.
+searchfm's trials go through the entry of a worker's job, in one process; filling the cache counts, and writing the
+weights of each trial that is among the best three so far, as in a search. The peer has its images in memory, and writes
+nothing. Both train the same trials: same weights, same batches, learning rates from 1e-4 to 1e-2 in random order.
 
 `python -m tests.bench transfer [--trials 20] [--sides 32 64] [--repeats 5]`.
 """
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from searchfm.config import Config
+from searchfm.config import Config, SearchConfig
 from searchfm.jobs import Context
 from searchfm.learn import entries, features
 from searchfm.learn.data import Splits, load
@@ -38,6 +39,7 @@ from searchfm.records import TrainJob
 from tests.bench._common import Cost, alternate, header, progress, ratio, row, table, timed
 
 TRAIN, VALIDATION, EPOCHS, BATCH = 960, 240, 4, 128
+KEEP = SearchConfig().keep  # trials whose weights a search keeps
 LOSS_WITHIN, WITHIN = 1e-4, 0.01  # of losses, or else of accuracies, that count as equal
 
 
@@ -49,7 +51,8 @@ class Trained:
 
 
 def config_of(side: int, index: int, trials: int, weights: Path) -> Config:
-    lr = 10 ** (-4 + 2 * index / max(1, trials - 1))
+    rank = torch.randperm(trials, generator=torch.Generator().manual_seed(trials))[index].item()
+    lr = 10 ** (-4 + 2 * rank / max(1, trials - 1))
     subset = TRAIN / (60000 - VALIDATION)
     return Config.from_table(
         {
@@ -87,9 +90,17 @@ def steps() -> Iterator[list[int]]:
 def ours(configs: Sequence[Config], data: Splits) -> list[Trained]:
     """The trials as a worker trains them, with an empty cache of features."""
     shutil.rmtree(features._folder(), ignore_errors=True)
-    results = []
+    results: list[Trained] = []
     for index, config in enumerate(configs):
-        job = TrainJob(config.to_table(), f"bench/{index}", None, data.fingerprint, checkpoint_seconds=5.0)
+        best = sorted(round(result.accuracy, 6) for result in results)[-KEEP:]
+        job = TrainJob(
+            config.to_table(),
+            f"bench/{index}",
+            None,
+            data.fingerprint,
+            checkpoint_seconds=5.0,
+            weights_from=best[0] if len(best) == KEEP else 0.0,
+        )
         with tempfile.TemporaryDirectory(prefix="bench-") as folder, steps() as count:
             context = Context(Path(folder), (), "cpu", tick=lambda: None)
             *_, last = entries.trial(job.to_json(), context)

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -169,18 +171,23 @@ def test_a_hostile_pickle_runs_no_code(tmp_path: Path, kept: list[Checkpoint]) -
     assert not mark.exists()
 
 
-def test_a_full_disk_leaves_the_one_before(tmp_path: Path, kept: list[Checkpoint]) -> None:
+@contextmanager
+def full_disk() -> Iterator[None]:
     """The kernel's own refusal: no file of this process may grow beyond a few kilobytes."""
-    checkpoint.write(tmp_path, kept[0], OWNER)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(StorageError, match=os.strerror(errno.EFBIG)):
-            checkpoint.write(tmp_path, kept[1], OWNER)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_leaves_the_one_before(tmp_path: Path, kept: list[Checkpoint]) -> None:
+    checkpoint.write(tmp_path, kept[0], OWNER)
+    with full_disk(), pytest.raises(StorageError, match=os.strerror(errno.EFBIG)):
+        checkpoint.write(tmp_path, kept[1], OWNER)
     assert len(list(tmp_path.iterdir())) == 1  # no temporary file either
     newest = checkpoint.newest([tmp_path], OWNER)
     assert newest is not None
@@ -231,6 +238,16 @@ def saved(tmp_path: Path, digits: Splits) -> Path:
     hashes = checkpoint.save_weights(tmp_path / "model", training.classifier, spec)
     assert hashes.keys() == {WEIGHTS, SPEC}
     return tmp_path / "model"
+
+
+def test_weights_on_a_full_disk_leave_the_ones_before(saved: Path, digits: Splits) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert len(before[WEIGHTS]) > 4096
+    other = Training(config("cnn", {"filters": 8, "batch_norm": True}, train={"seed": 8}), digits).classifier
+    with full_disk(), pytest.raises(StorageError, match=f"{WEIGHTS}: cannot be written: .*File too large") as caught:
+        checkpoint.save_weights(saved, other, {})
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
 def test_weights_answer_as_the_trained_model_did(saved: Path, digits: Splits) -> None:

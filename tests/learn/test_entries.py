@@ -150,6 +150,43 @@ def test_predictions_and_weights_tell_the_same(digits: Splits, tmp_path: Path) -
     assert spec["fingerprint"] == digits.fingerprint
 
 
+@pytest.mark.parametrize(("above", "written"), [(0.0, True), (1e-6, False), (None, False)])
+def test_weights_are_written_from_a_value_on(
+    above: float | None, written: bool, digits: Splits, tmp_path: Path
+) -> None:
+    _, result = drain(trial(payload(SETTINGS, digits, weights_from=None), context(tmp_path / "none")))
+    weights_from = None if above is None else round(result["value"], 6) + above
+    _, again = drain(trial(payload(SETTINGS, digits, weights_from=weights_from), context(tmp_path / "some")))
+    assert again["value"] == result["value"]
+    names = {"weights.safetensors", "model.json", "predictions.npz"} if written else {"predictions.npz"}
+    assert {path.name for path in (tmp_path / "some").iterdir()} == again["files"].keys() == names
+
+
+def test_operations_are_counted_once_for_each_architecture(
+    digits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    whole = entries.flops
+    monkeypatch.setattr(entries, "_counted", {})
+    monkeypatch.setattr(entries, "flops", lambda model, shape: counted.append(whole(model, shape)) or counted[-1])
+
+    def result(model: str, settings: dict[str, Any], lr: float) -> int:
+        table = config(model, settings, optimizer={"lr": lr}, train={"epochs": 1})
+        return int(drain(trial(payload(table, digits, weights_from=None), context(tmp_path)))[1]["flops"])
+
+    nets: list[tuple[str, dict[str, Any]]] = [
+        ("mlp", {"layers": 1, "width": 8}),
+        ("mlp", {"layers": 1, "width": 9}),
+        ("transfer", {"model": "test_resnet", "weights": "none", "tuned_blocks": "all"}),
+    ]
+    first = [result(*net, lr=0.01) for net in nets]
+    assert [result(*net, lr=0.02) for net in nets] == first == counted
+    dropping = nets[2][1] | {"dropout": 0.5, "layer_decay": 0.5, "tuned_blocks": 1}
+    assert result("transfer", dropping, 0.01) == first[2]
+    assert len(counted) == 3
+    assert result("transfer", {**nets[2][1], "model": "test_efficientnet"}, 0.01) != first[2]
+
+
 @pytest.mark.parametrize("call", [1, BATCHES + 5, 2 * BATCHES - 1, 3 * BATCHES + 2])
 def test_stopped_anywhere_and_taken_up_again_is_bitwise_unbroken(digits: Splits, tmp_path: Path, call: int) -> None:
     unbroken, whole = drain(trial(payload(SETTINGS, digits), context(tmp_path / "whole")))
