@@ -285,7 +285,7 @@ class _Frozen:
         with torch.no_grad(), self._precision():
             features: Tensor = self._part(self._model.normalised(images.flip(-1) if mirrored else images))
         self._model.train(training)
-        return features
+        return features.contiguous()  # safetensors writes no other layout
 
     def key(self, part: Part, mirrored: bool) -> str:
         """The name of the file, but for its content's sha256."""

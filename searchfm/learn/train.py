@@ -83,7 +83,8 @@ class Training(Iterator[Epoch]):
         self._features = features.find(
             self.model, data, config.augment, casts, tick, restored=resume is not None, part_of=part_of
         )
-        self._net, self._judged = self._trained(self.model), self._trained(self.classifier)
+        self._net = self._trained(self.model)
+        self._judged = self._trained(self.classifier) if self._average else self._net
 
     @property
     def frozen_seconds(self) -> float:
@@ -195,8 +196,9 @@ class Training(Iterator[Epoch]):
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self._average:
             tensors |= {f"average.{name}": tensor for name, tensor in self._average.model.state_dict().items()}
-        frozen: frozenset[str] = getattr(self.model.net, "frozen", frozenset())
-        fixed = {f"{model}.net.{name}" for model in ("model", "average") for name in frozen}
+        net = self.model.net
+        names = net.fixed if isinstance(net, Pretrained) else ()
+        fixed = {f"{model}.net.{name}" for model in ("model", "average") for name in names}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in optim.state(self._optimizer).items()}
         copies = {
             name: tensor.detach() if name in fixed else tensor.detach().clone() for name, tensor in tensors.items()

@@ -28,12 +28,19 @@ PARTS = 2  # training and validation
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "test_resnet.safetensors"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of weights for each of two models; the channels of the second are adjacent in memory."""
+    path = tmp_path_factory.mktemp("weights")
     with torch.random.fork_rng():
-        torch.manual_seed(5)
-        save_file(timm.create_model("test_resnet").state_dict(), path)
+        for model in ("test_resnet", "test_efficientnet"):
+            torch.manual_seed(5)
+            save_file(timm.create_model(model).state_dict(), path / f"{model}.safetensors")
     return path
+
+
+@pytest.fixture
+def weights(folder: Path) -> Path:
+    return folder / "test_resnet.safetensors"
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +90,10 @@ SAME: dict[str, dict[str, Any]] = {
     "head": {},
     "flip": {"model": {"dropout": 0.3}, "augment": {"flip": 0.5}, "train": {"ema": 0.9}},
     "stage": {"model": {"tuned_blocks": 1, "dropout": 0.3}, "augment": {"flip": 0.5}},
+    "adjacent": {
+        "model": {"model": "test_efficientnet", "tuned_blocks": 1},
+        "optimizer": {"name": "sgd"},  # Adam's first steps have the sign of a gradient, however small
+    },
     "bfloat16": {"train": {"precision": "bfloat16"}},
 }
 
@@ -91,7 +102,8 @@ SAME: dict[str, dict[str, Any]] = {
 def test_a_trial_with_cached_features_is_the_trial_without(
     name: str, weights: Path, data: Splits, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
-    settings = probe(weights, **SAME[name])
+    model = SAME[name].get("model", {}).get("model", "test_resnet")
+    settings = probe(weights.with_name(f"{model}.safetensors"), **SAME[name])
     cached = Training(settings, data)
     plain = without(monkeypatch, lambda: Training(settings, data))
     assert list(cache.glob("*.safetensors"))

@@ -355,6 +355,8 @@ def test_frozen_stages_keep_their_statistics_and_trained_ones_do_not() -> None:
     net(torch.randn(8, 1, 28, 28))
     moved = {name.split(".")[1] for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"layer4"}
+    assert isinstance(net, Pretrained)
+    assert net.fixed == {name for name in before if name.split(".")[1] not in {"layer4", "fc"}}
 
 
 def test_layer_decay_falls_stage_by_stage() -> None:

@@ -30,7 +30,8 @@ class Pretrained(nn.Module):
     """A timm model with frozen stages: no gradient, no dropout, batch norm's statistics kept.
 
     `stages` are the names of its parameters by stage, the stem first, the head last; only the last `trained` are
-    trained. `frozen` are the names of the others, as `named_parameters` has them.
+    trained. `frozen` are the names of the others, as `named_parameters` has them; `fixed` also those of the buffers of
+    frozen modules, as `state_dict` has them.
     """
 
     moments: tuple[Tensor, Tensor] | None = None  # mean, std (C,) of the pretraining, pixels from 0 to 1
@@ -43,6 +44,8 @@ class Pretrained(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in self.frozen)
         self._frozen = list(_frozen_modules(model, {id(p) for p in self.parameters() if not p.requires_grad}))
+        buffers = {id(buffer) for module in self._frozen for buffer in module.buffers()}
+        self.fixed = self.frozen | {name for name, buffer in self.named_buffers() if id(buffer) in buffers}
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, C, H, W) float32, normalised -> (N, K) logits."""
