@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psycopg
@@ -33,6 +33,12 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 MEMORY, NEEDED = Path("/dev/shm"), 4e9  # bytes; a whole suite leaves less than 1e9
 if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > NEEDED:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # where pytest keeps its temporary folders
+# Processes that tests kill leave their temporary folders; multiprocessing makes one for its sockets. Here they go with
+# the tests. The path stays short: that of a socket has at most 107 characters.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")
+    Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL runs as another user
+    atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:
@@ -202,9 +208,14 @@ def unfollowed() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def own_forkserver() -> Iterator[None]:
-    """For modules whose workers need no torch, or an environment of their own: stops the process-wide forkserver before
-    and after the module. It has its imports and its environment from its start.
+    """For modules whose workers need no torch, or an environment of their own: a forkserver for the module. It has its
+    imports and its environment from its start. The process-wide one goes on afterwards: to start it takes 5 s of CPU.
     """
-    multiprocessing.forkserver._forkserver._stop()
-    yield
-    multiprocessing.forkserver._forkserver._stop()
+    server = forkserver.ForkServer()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("searchfm.forkserver._server", server)  # first: its import reads the process-wide one
+        patch.setattr(forkserver, "_forkserver", server)
+        for name in ("ensure_running", "get_inherited_fds", "connect_to_new_process", "set_forkserver_preload"):
+            patch.setattr(forkserver, name, getattr(server, name))
+        yield
+        server._stop()
