@@ -139,6 +139,6 @@ class Served:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=30)
+        _, errors = self.process.communicate(timeout=120)
         assert "Warning" not in errors
         return self.process.returncode

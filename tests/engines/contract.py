@@ -20,7 +20,7 @@ def job(name: str = "1", folder: Path | None = None, attempt: int = 1, **payload
     return Job(name, folder, WORK, payload, attempt=attempt)
 
 
-def events(engine: Engine, count: int, seconds: float = 30.0) -> list[Event]:
+def events(engine: Engine, count: int, seconds: float = 60.0) -> list[Event]:
     """The next events, so many of them."""
     events: list[Event] = []
     until = time.monotonic() + seconds
@@ -32,7 +32,7 @@ def events(engine: Engine, count: int, seconds: float = 30.0) -> list[Event]:
     return events
 
 
-def end(engine: Engine, seconds: float = 30.0) -> Event:
+def end(engine: Engine, seconds: float = 60.0) -> Event:
     (event,) = events(engine, 1, seconds)
     return event
 
@@ -42,11 +42,22 @@ def result(event: Event) -> Any:
     return event.result
 
 
-def wait_until(true: Callable[[], object], seconds: float = 20.0) -> None:
+def wait_until(true: Callable[[], object], seconds: float = 60.0) -> None:  # on busy cores a process starts slowly
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+RAISED: list[tuple[list[str], str, str]] = [  # the error and its arguments, its kind and its line
+    (["ValueError", "one\ntwo"], "ValueError", "ValueError: one"),
+    (["ValueError"], "ValueError", "ValueError: ValueError"),
+    (["DataError", "no such folder"], "DataError", "no such folder"),
+    (["ModelError", "no such model"], "ModelError", "no such model"),
+    (["ConfigError", "model.vit.heads", "= 3: no"], "ConfigError", "model.vit.heads = 3: no"),
+    (["DivergedError", "loss is nan"], "DivergedError", "loss is nan"),
+    (["SystemExit", "bye"], "SystemExit", "SystemExit: bye"),
+]
 
 
 class EngineContract:
@@ -109,10 +120,10 @@ class EngineContract:
         assert time.monotonic() - began < 30
 
     def test_a_stopped_job_leaves_at_its_next_tick_and_the_other_goes_on(self, engine: Any) -> None:
-        engine.submit(job("1", ticks_for=60))
+        engine.submit(job("1", ticks_for=600))
         engine.submit(job("2", sleeps=0.5))
         engine.stop("1")
-        assert end(engine, 15) == Interrupted("1", 1)
+        assert end(engine) == Interrupted("1", 1)
         assert engine.free == 1
         assert result(end(engine))["pid"]
         engine.submit(job("3"))
@@ -126,25 +137,12 @@ class EngineContract:
         single.submit(job("2", ticks_for=0.1))
         assert isinstance(end(single), Finished)
 
-    @pytest.mark.parametrize(
-        ("raises", "kind", "reason"),
-        [
-            (["ValueError", "one\ntwo"], "ValueError", "ValueError: one"),
-            (["ValueError"], "ValueError", "ValueError: ValueError"),
-            (["DataError", "no such folder"], "DataError", "no such folder"),
-            (["ModelError", "no such model"], "ModelError", "no such model"),
-            (["ConfigError", "model.vit.heads", "= 3: no"], "ConfigError", "model.vit.heads = 3: no"),
-            (["DivergedError", "loss is nan"], "DivergedError", "loss is nan"),
-            (["SystemExit", "bye"], "SystemExit", "SystemExit: bye"),
-        ],
-    )
-    def test_what_a_job_raises_comes_back_as_kind_and_one_line(
-        self, engine: Any, raises: list[str], kind: str, reason: str
-    ) -> None:
-        engine.submit(job(raises=raises))
-        assert end(engine) == Failed("1", 1, kind, reason)
-        engine.submit(job("2"))
-        assert result(end(engine))["jobs"] == 1  # by whichever worker, and it works
+    def test_what_a_job_raises_comes_back_as_kind_and_one_line(self, single: Any) -> None:
+        for number, (raises, kind, reason) in enumerate(RAISED, 1):
+            single.submit(job(raises=raises))
+            assert end(single) == Failed("1", 1, kind, reason)
+            single.submit(job("2"))
+            assert result(end(single))["jobs"] == number, "the same worker goes on"
 
     def test_a_killed_worker_loses_its_job_and_another_does_the_next(self, single: Any) -> None:
         single.submit(job("1", epochs=1, dies=signal.SIGKILL))
@@ -168,10 +166,10 @@ class EngineContract:
     def test_a_stopped_worker_hands_its_job_back_and_another_does_the_next(self, single: Any, folder: Path) -> None:
         single.submit(job("0"))
         pid = result(end(single))["pid"]
-        single.submit(job("1", folder, ticks_for=60))
+        single.submit(job("1", folder, ticks_for=600))
         wait_until((folder / "attempt-1" / "tick").exists)
         os.kill(pid, signal.SIGTERM)
-        assert end(single, 15) == Interrupted("1", 1)
+        assert end(single) == Interrupted("1", 1)
         single.submit(job("2"))
         assert result(end(single))["pid"] != pid
 
@@ -207,9 +205,9 @@ class EngineContract:
     def test_closing_ends_all_workers_whatever_they_do(self, engine: Any) -> None:
         engine.submit(job("1"))
         pids = {result(end(engine))["pid"]}
-        engine.submit(job("2", sleeps=60))
-        engine.submit(job("3", ticks_for=60))
+        engine.submit(job("2", sleeps=600))
+        engine.submit(job("3", ticks_for=600))
         began = time.monotonic()
         engine.close()
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30, "it does not wait for the jobs"

@@ -19,7 +19,7 @@ from searchfm.engines.ray import Ray
 from searchfm.engines.remote import RemoteEngine
 from searchfm.engines.wire import KEY
 from searchfm.errors import UserError, WorldError
-from searchfm.home import STORAGE, TRACKING
+from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.jobs import EpochDone, Interrupted, Lost
 from tests.commands import after_imports, header, searchfm
 from tests.engines.contract import EngineContract, end, events, job, result, wait_until
@@ -178,23 +178,22 @@ class TestRayEngine(EngineContract):
     def test_a_killed_actor_loses_its_job_at_once_and_another_actor_comes(
         self, engine: RemoteEngine, cluster: Cluster, folder: Path
     ) -> None:
-        engine.submit(job("1", folder / "1", epochs=1, ticks_for=60))
+        engine.submit(job("1", folder / "1", epochs=1, ticks_for=600))
         assert isinstance(end(engine), EpochDone)
         (worker,) = cluster.workers()
         worker.parent().parent().kill()
-        began = time.monotonic()
         lost = end(engine)
-        assert time.monotonic() - began < 2
         assert isinstance(lost, Lost)
+        assert "is lost (the connection broke" in lost.reason, "not silent for seconds"
         engine.submit(job("1", folder / "1", attempt=2))  # elsewhere, after what the first attempt left
         assert result(end(engine))["earlier"] == ["attempt-1"]
-        wait_until(lambda: not worker.is_running(), 5)
+        wait_until(lambda: not worker.is_running())
         wait_for_workers(engine, 2)
 
     def test_a_terminated_actor_hands_its_job_back_and_another_actor_comes(
         self, engine: RemoteEngine, cluster: Cluster, folder: Path
     ) -> None:
-        engine.submit(job("1", folder / "1", ticks_for=60))
+        engine.submit(job("1", folder / "1", ticks_for=600))
         wait_until((folder / "1" / "attempt-1" / "tick").exists)
         (worker,) = cluster.workers()
         worker.parent().parent().terminate()
@@ -260,15 +259,18 @@ def test_without_ray_one_line_names_the_extra(tmp_path: Path) -> None:
     code = "import sys; sys.modules['ray'] = None; from searchfm import cli; cli.main()"
     command = [sys.executable, "-c", code, *TUNE, str(tmp_path / "home")]
     wide = {**os.environ, "COLUMNS": "160"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=wide)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=wide)
     line = "searchfm: --engine ray: Ray is not installed; pip install 'searchfm[ray]'\n"
     assert (done.returncode, after_imports(done.stdout), done.stderr) == (2, header("mlp", "digits"), line)
 
 
-def test_a_search_starts_a_cluster_once_more_if_it_must_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_search_starts_a_cluster_once_more_if_it_must_and_leaves_nothing(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    home = new_home(tmp_path / "home").path
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {STORAGE: f"sqlite:///{tmp_path}/optuna.db", KEY: "k" * 32}
-    command = [sys.executable, "-m", "searchfm", *TUNE, str(tmp_path / "home")]
+    command = [sys.executable, "-m", "searchfm", *TUNE, str(home)]
     killed, family, folders, seen, exposed = False, set[psutil.Process](), set[str](), 0, set[str]()
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -298,6 +300,6 @@ def test_a_search_starts_a_cluster_once_more_if_it_must_and_leaves_nothing(tmp_p
     assert "6 complete of 6" in output
     assert seen
     assert not exposed
-    assert not psutil.wait_procs(family, 5)[1]
+    assert not psutil.wait_procs(family, 60)[1]
     assert folders
     assert not any(map(os.path.exists, folders))
