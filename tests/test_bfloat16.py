@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing.forkserver
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from searchfm.tuning import Tuning
 from tests.cpus import FEATURES
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.slow(seconds=20),
     pytest.mark.usefixtures("own_forkserver"),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
 ]
@@ -78,21 +79,21 @@ def test_the_choice_is_recorded_and_a_cpu_without_it_is_refused(
     results = [json.loads(path.read_text()).get("result", {}) for path in kept]
     assert [result["precision"] for result in results if "precision" in result] == ["bfloat16"] * 3
 
+    # Begun by a version that made no choice: float32, on any CPU.
+    copy = Home(shutil.copytree(home.path, tmp_path / "older"))
+    study = stored(copy)
+    header = {name: value for name, value in vars(study).items() if name in StudyHeader.__dataclass_fields__}
+    data = study.data.to_json()
+    del data["bfloat16"]
+    older = StudyHeader(**{**header, "data": type(study.data).from_json(data)})
+    write_record(open_storage(copy), study.number, older)
+    study = tune(copy, 4, stored(copy))
+    assert study.data.bfloat16 == ()
+    assert set(precisions(study)[:2]) == {"bfloat16"}
+    assert set(precisions(study)[2:]) == {"float32"}
+
     on_cpu("")
     with pytest.raises(WorldError) as refused:
         tune(home, 3, stored(home))
     assert str(refused.value).startswith("study 'half' trains mlp in bfloat16, and this CPU has no bfloat16 (avx512_bf")
     assert len(stored(home).trials) == 2
-
-    # Begun by a version that made no choice: float32, on any CPU.
-    study = stored(home)
-    header = {name: value for name, value in vars(study).items() if name in StudyHeader.__dataclass_fields__}
-    data = study.data.to_json()
-    del data["bfloat16"]
-    older = StudyHeader(**{**header, "data": type(study.data).from_json(data)})
-    write_record(open_storage(home), study.number, older)
-    on_cpu("avx512_bf16")
-    study = tune(home, 4, stored(home))
-    assert study.data.bfloat16 == ()
-    assert set(precisions(study)[:2]) == {"bfloat16"}
-    assert set(precisions(study)[2:]) == {"float32"}

@@ -92,7 +92,7 @@ def test_status_lists_all_trials_by_a_key_and_follows_until_ctrl_c(home: Path) -
         assert watching.stdout is not None
         assert re.match(r"mlp: \d complete.* of 4; best 0\.\d+ ", watching.stdout.readline())
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(60) == 0
+        assert watching.wait(300) == 0
     finally:
         watching.kill()
         watching.communicate()
@@ -191,7 +191,7 @@ def test_known_configurations_of_the_study_a_file_and_an_older_study_are_tried_f
     assert origins[:4] == ["study file", "study file", "file own.toml", f"trial {best.number} of mlp"]
     assert trials[2].config["optimizer"]["lr"] == 0.004
     assert trials[3].params == best.params
-    page = searchfm("trial", "next", "2", "--home", str(home)).stdout
+    page = searchfm_here("trial", "next", "2", "--home", str(home)).stdout
     assert "a known configuration (file own.toml)" in " ".join(page.split())
     own.write_text("[[first]]\noptimizer.lr = 0.005\n")
     message = refused(capsys, monkeypatch, "tune", "mlp", *known, "--home", str(home))
@@ -374,7 +374,7 @@ def test_module_and_command_are_one() -> None:
 @pytest.mark.slow
 def test_a_timeout_ends_the_command_with_0_before_all_trials(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home = ("--home", str(new_home(tmp_path / "home").path))
-    done = searchfm("tune", "mlp", "--trials", "500", *TINY, "--timeout", "30", *home)  # the clock is the process's
+    done = searchfm("tune", "mlp", "--trials", "500", *TINY, "--timeout", "20", *home)  # the clock is the process's
     assert done.returncode == 0, done.stderr
     assert "(--timeout); the same command resumes" in done.stdout
     (row,) = json.loads(searchfm_here("status", "--json", *home).stdout)

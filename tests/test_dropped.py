@@ -25,7 +25,7 @@ from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import check, facts, let_go, search, stored, toy
 from tests.serving import Postgres, Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_forkserver")]
+pytestmark = [pytest.mark.slow(seconds=8), pytest.mark.usefixtures("own_forkserver")]
 
 # A sampler that reads all earlier trials, and a pruner that marks its rungs in Optuna's system attributes.
 TABLES: dict[str, Any] = {"search": {"sampler": {"name": "tpe", "startup_trials": 3}, "pruner": {"name": "hyperband"}}}

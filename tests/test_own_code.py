@@ -1,11 +1,13 @@
 """A model of the user's own code, from the search to an exported file. No command runs it without --allow-code."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from searchfm.home import Home
 from tests.commands import Done, searchfm_here
 
 NETS = """from torch import nn
@@ -39,8 +41,10 @@ def test_a_study_of_own_code_is_refused_without_permission_and_leaves_nothing(tm
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
-def test_own_code_goes_all_the_way_where_it_is_allowed(tmp_path: Path) -> None:
+@pytest.mark.slow(seconds=20)
+@pytest.mark.usefixtures("unfollowed")
+def test_own_code_goes_all_the_way_where_it_is_allowed(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    new_home(tmp_path / "runs")
     (tmp_path / "own_code_nets.py").write_text(NETS)
     (tmp_path / "own.toml").write_text(STUDY)
     Image.new("L", (8, 8)).save(tmp_path / "black.png")

@@ -4,26 +4,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from searchfm.home import TRACKING
+from searchfm.home import TRACKING, Home
 from searchfm.show.dashboard import free_port
 from tests.serving import Server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(seconds=9)
 
 USER, PASSWORD = "admin", "canary-5e1f-0c2a"
 TINY = ("--dataset", "digits", "--epochs", "1", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"), free_port(5300), password=PASSWORD)
+def server(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = new_home(tmp_path_factory.mktemp("server") / "home").path  # with MLflow's tables
+    server = Server(folder, free_port(5300), password=PASSWORD)
     server.start()
     yield server
     server.kill()

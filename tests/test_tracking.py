@@ -85,7 +85,7 @@ def dump(home: Home) -> dict[str, list[Any]]:
         return {name: sorted(connection.execute(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
 
 
-def until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -350,7 +350,7 @@ def test_an_epoch_is_sent_once_optuna_holds_it(home: Home) -> None:
     """A coordinator that is killed between epochs.csv and the report trains that epoch again, with other values."""
     rows.begin(home)
     command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "1"]
-    coordinator = subprocess.run([*command, "--die-before-report", "2"], check=False, timeout=60)
+    coordinator = subprocess.run([*command, "--die-before-report", "2"], check=False, timeout=300)
     assert coordinator.returncode == -signal.SIGKILL
     lines = (home.trial("toy", 0) / EPOCHS).read_text().splitlines()
     assert len(lines) == 1 + 2
@@ -601,8 +601,9 @@ def test_without_mlflow_a_search_does_not_block_and_one_line_says_so(
         tracking.begin()
         assert time.perf_counter() - began < 0.5
         until(lambda: bool(caplog.records))
+        closing = time.perf_counter()
         assert tracking.close(3.0) == 4
-        assert time.perf_counter() - began < 20
+        assert time.perf_counter() - closing < 10
     (entry,) = caplog.records
     assert entry.name == "searchfm"
     assert entry.getMessage().startswith("MLflow at http://127.0.0.1:9 does not answer")
@@ -808,11 +809,11 @@ def no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("statement", [50, 900])  # MLflow makes its tables in some 1700, and opens no file of a half
 @pytest.mark.usefixtures("no_tables")
-def test_killed_while_mlflows_tables_are_made_the_next_makes_them(tmp_path: Path, statement: int) -> None:
+def test_killed_while_mlflows_tables_are_made_the_next_makes_them(tmp_path: Path) -> None:
+    """MLflow makes its tables in some 1700 statements, and opens no file of a half."""
     home = Home(tmp_path / "fresh")
-    died = subprocess.run([sys.executable, "-c", DIE, str(home.path), str(statement)], check=False, timeout=60)
+    died = subprocess.run([sys.executable, "-c", DIE, str(home.path), "900"], check=False, timeout=300)
     assert died.returncode == -signal.SIGKILL
     make_schema(home)
     rows.begin(home)
@@ -913,12 +914,11 @@ def test_notes_stop_where_the_dashboard_would_crawl(home: Home) -> None:
 # --- a real server ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def server(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from searchfm.show.dashboard import free_port
 
-    folder = tmp_path / "server"
-    folder.mkdir()
+    folder = new_home(tmp_path_factory.mktemp("server") / "home").path  # with MLflow's tables
     server = Server(folder, free_port(5200))
     server.start()
     yield server
@@ -960,7 +960,7 @@ def test_a_database_locked_for_a_while_is_waited_for(home: Home) -> None:
         follower.closing.set()
         thread = threading.Thread(target=follower.run)
         thread.start()
-        time.sleep(12)
+        time.sleep(8)  # SQLite gives up after 5
         assert thread.is_alive()
         holder.execute("ROLLBACK")
         thread.join()

@@ -79,7 +79,10 @@ def test_no_search_reads_the_test_part(
     new_home: Callable[[Path], Home],
     cache: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if data is not fashion:
+        request.getfixturevalue("unfollowed")  # one search with the process that follows into MLflow suffices
     home = new_home(tmp_path / "home")
     (tmp_path / "data").mkdir()
     options = data(tmp_path / "data", fashion_mnist)
@@ -91,6 +94,7 @@ def test_no_search_reads_the_test_part(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unfollowed")
 def test_the_poison_works_and_only_the_last_step_meets_it(
     new_home: Callable[[Path], Home], cache: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Removal of a study: nothing of it stays but its models and the record of test reads."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ def fail(*_: object) -> None:
     raise StorageError("the disk is full")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_a_removed_study_is_gone_from_both_stores_and_its_models_stay_until_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digit: Path
+    new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digit: Path
 ) -> None:
-    path = tmp_path / "home"
-    home = Home(path)
+    home = new_home(tmp_path / "home")
+    path = home.path
 
     def run(*arguments: str) -> Done:
         return searchfm_here(*arguments, "--home", str(path))

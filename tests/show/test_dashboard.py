@@ -32,6 +32,7 @@ from searchfm.show.guard import TOKEN, Access, Guard, read_token, with_token
 from searchfm.show.terminal import show_addresses
 from searchfm.tracking.follow import sync
 from searchfm.tracking.mirror import run_links
+from tests.commands import searchfm_here
 from tests.programs import screenshot
 from tests.serving import Served
 
@@ -564,7 +565,6 @@ def test_optuna_dashboard_alone_serves_a_home_without_studies(home: Home, databa
         assert served.end(signal.SIGINT) in (0, 130, -signal.SIGINT)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "environment", "line", "code"),
     [
@@ -583,11 +583,7 @@ def test_mistakes_are_one_line(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = subprocess.run(
-            [sys.executable, "-m", "searchfm", "dashboard", *(option.replace("{taken}", port) for option in options)],
-            env={**os.environ, HOME: str(home.path), **environment},
-            capture_output=True,
-            text=True,
-        )
+        asked = [option.replace("{taken}", port) for option in options]
+        done = searchfm_here("dashboard", *asked, **{HOME: str(home.path), **environment})
     assert line.replace("{taken}", port) in done.stderr
     assert (done.returncode, done.stderr.count("\n")) == (code, 1)
