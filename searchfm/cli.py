@@ -173,6 +173,12 @@ def _skip_garbage_collection() -> None:
     atexit.register(gc.freeze)  # else the interpreter collects at its end
 
 
+def _collect_garbage_again() -> None:
+    """For a command that goes on after its imports, of which nothing is garbage."""
+    gc.freeze()
+    gc.enable()
+
+
 def _version(requested: bool) -> None:
     if requested:
         typer.echo(__version__)
@@ -498,6 +504,7 @@ def studies(
     as_json: JsonOption = False,
 ) -> None:
     """List the built-in study files, or show one: its question, its space, the cost of a trial."""
+    _skip_garbage_collection()
     from searchfm.config import DATASETS, image_shape
     from searchfm.search import files
     from searchfm.show import live, schema, terminal
@@ -518,6 +525,7 @@ def studies(
     live.notify(*study.notes)
     shape, cost = image_shape(study.example.data), None
     configs, classes = study.samples(16), DATASETS[study.example.data.name][1] if shape else 0
+    _collect_garbage_again()
     if shape is not None and not study.customs():  # else known only once the images are read
         from searchfm.learn.costs import kept_costs
 
@@ -543,6 +551,7 @@ def keys(
     as_json: JsonOption = False,
 ) -> None:
     """List the keys of study files and engine files: default, meaning and values."""
+    _skip_garbage_collection()
     from searchfm.show import keys
 
     if as_schema or as_page:
@@ -739,6 +748,7 @@ def predict(
     white clothes on black, so invert a photograph on white paper first. Unreadable files are named, the others are
     answered (exit code 0; 2 if none can be read). No code in a model's file is run.
     """
+    _skip_garbage_collection()
     from searchfm.learn import export
     from searchfm.show import schema, terminal
     from searchfm.tracking import registry
@@ -748,6 +758,7 @@ def predict(
         raise UserError(f"--csv: must be without --json, and with one file at most (came {len(files)})")
     with registry.find_model(Home.find(home), model) as (_, source):
         predictor = export.load(source, allow_code=allow_code)
+    _collect_garbage_again()  # the folders may hold any number of images
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
@@ -799,6 +810,7 @@ def export(
 @app.command()
 def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the models that `retrain` registered: version, champion, study, trial, test accuracy."""
+    _skip_garbage_collection()
     from searchfm.show import schema, terminal
     from searchfm.tracking import registry
 
