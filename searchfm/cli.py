@@ -156,6 +156,7 @@ def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
 
 def main() -> None:
     """The entry point of `searchfm` and of `python -m searchfm`."""
+    _skip_garbage_collection()  # until a command begins
     try:
         sys.exit(shell.run(app))
     except SearchfmError as error:
@@ -190,6 +191,7 @@ def _options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
+    gc.enable()
     if context.invoked_subcommand not in ("tune", "retrain"):  # these show their own progress
         context.call_on_close(_doing(DOING.get(str(context.invoked_subcommand), "starting")).end)
 
