@@ -434,7 +434,7 @@ def status(
     from searchfm.search.files import study_name
     from searchfm.search.lock import holder
     from searchfm.search.storage import importances, load_study, open_storage, read_again, read_studies
-    from searchfm.show import progress, schema, summary
+    from searchfm.show import schema, summary
 
     where, console = Home.find(home), _console()
     name = None if study is None else study_name(study)
@@ -444,6 +444,8 @@ def status(
     if as_json and (as_csv or watch):
         raise UserError("--json: must be without --csv and --watch")
     if watch:
+        from searchfm.show import progress
+
         progress.watch(console, read_again(where, name), partial(summary.overview, where, name))
         return
     storage = None if name is None else open_storage(where)
