@@ -1,10 +1,10 @@
 """Each pruner replayed over curves that were trained to the end: epochs that it takes, and the best value it finds.
 
-`python -m tests.bench prune [--configs 40] [--searches 5] [--family mlp|cnn|vit] [--collect]`. A family's curves are
-trained once, by random configurations of a shipped study on few images, and kept; the same command resumes a
-collection that was stopped. A replay is a search by the real coordinator, pool and pruner, with an engine whose two
-workers deliver the kept epochs in turn. A search takes all configurations, in an order of its own, which is the same
-for each pruner.
+`python -m tests.bench prune [--configs 40] [--searches 5] [--family mlp|cnn|vit] [--pruner TOML] [--collect]`.
+A family's curves are trained once, by random configurations of a shipped study on few images, and kept; the same
+command resumes a collection that was stopped. A replay is a search by the real coordinator, pool and pruner, with an
+engine whose two workers deliver the kept epochs in turn. A search takes all configurations, in an order of its own,
+which is the same for each pruner.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import math
 import random
 import statistics
 import tempfile
+import tomllib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,7 +127,8 @@ class Outcome:
 
 def replay(family: Family, curves: Sequence[Curve], pruner: str, order: Sequence[int], data: dict[str, Any]) -> Outcome:
     """One search. order: numbers of the configurations."""
-    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": PRUNERS[pruner]}}
+    chosen = PRUNERS[pruner] if pruner in PRUNERS else tomllib.loads(f"pruner = {pruner}")["pruner"]
+    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": chosen}}
     study = Ordered(family.name, table)
     study.points_in_order = [curves[number].params for number in order]
     by_digest = {study.config(curve.params).digest(): curve for curve in curves}
@@ -164,12 +166,12 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.4f} ± {half:.4f}"
 
 
-def compare(family: Family, configs: int, trials: int, searches: int) -> None:
-    """Replays all pruners over a family's curves, and prints a row each."""
+def compare(family: Family, pruners: Sequence[str], configs: int, trials: int, searches: int) -> None:
+    """Replays pruners over a family's curves, and prints a row each."""
     curves, data = family.curves(range(configs)), family.data()
     about = {name: value for name, value in asdict(data).items() if name != "fingerprint"}
     outcomes: dict[str, list[Outcome]] = {}
-    for pruner in PRUNERS if trials >= PROMOTABLE else [name for name in PRUNERS if "promote" not in name]:
+    for pruner in pruners:
         outcomes[pruner] = []
         for index in range(searches):
             common.progress(f"{family.name}: {pruner}, search {index + 1} of {searches}")
@@ -179,7 +181,7 @@ def compare(family: Family, configs: int, trials: int, searches: int) -> None:
     family.collect([(number, seed) for number in found for seed in range(1, FRESH + 1)], configs)
     fresh = {n: statistics.mean(family.curve(n, seed).value for seed in range(1, FRESH + 1)) for n in found}
     for pruner, runs in outcomes.items():
-        fewer = common.ratio([each.epochs for each in outcomes["none"]], [each.epochs for each in runs])
+        fewer = common.ratio([each.epochs for each in outcomes["median"]], [each.epochs for each in runs])
         common.row(
             family.name,
             pruner,
@@ -199,6 +201,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--trials", type=int, help="of them, drawn for each search; default: all")
     parser.add_argument("--searches", type=int, default=5, help="searches of each pruner")
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="default: all")
+    parser.add_argument("--pruner", action="append", help="besides median, as in a study file; default: all")
     parser.add_argument("--collect", action="store_true", help="only train the curves that are missing")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -208,11 +211,21 @@ def main(arguments: list[str]) -> None:
     if options.collect:
         return
     trials = min(options.configs, options.trials or options.configs)
+    shipped = PRUNERS if trials >= PROMOTABLE else [name for name in PRUNERS if "promote" not in name]
+    pruners = ["median", *options.pruner] if options.pruner else list(shipped)
     searches = f"{options.searches} searches of {trials} trials each"
     common.header(f"Pruners replayed over {options.configs} trainings a family: {searches}", cores=None)
-    columns = ("family", "pruner", "epochs", "times fewer", "epochs to the best", "best value", "with fresh seeds")
+    columns = (
+        "family",
+        "pruner",
+        "epochs",
+        "times fewer than by median",
+        "epochs to the best",
+        "best value",
+        "with fresh seeds",
+    )
     common.table(*columns, "best tenth: pruned", "pruned at chance: all, best tenth")
     for family in families:
-        compare(family, options.configs, trials, options.searches)
+        compare(family, pruners, options.configs, trials, options.searches)
     print(f"\nValues: means with 95% intervals over the searches; with fresh seeds: means of {FRESH}. Epochs: medians;")
     print("to the best: until a training ended within one standard error of the best of all; inf: none did.")
