@@ -1,5 +1,5 @@
-"""The home folder: its paths, its database URLs, how files in it are written; and the folder of the built-in studies.
-Standard library only.
+"""The home folder: its paths, its database URLs, how files in it are written; the cache folder; and the folder of the
+built-in studies. Only platformdirs besides the standard library.
 """
 
 import errno
@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from searchfm.errors import StorageError, UserError
 
 HOME = "SEARCHFM_HOME"
 DATA = "SEARCHFM_DATA"
 STORAGE = "SEARCHFM_STORAGE"
 TRACKING = "MLFLOW_TRACKING_URI"
+CACHE = "SEARCHFM_CACHE"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ def data_folder(option: Path | None = None) -> Path | None:
     """Where data sets are looked for first: `--data-dir`, else SEARCHFM_DATA, else nowhere."""
     folder = option or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
     return folder.expanduser().absolute() if folder else None
+
+
+def cache_folder() -> Path:
+    """The folder of what can be made or downloaded again: SEARCHFM_CACHE, or the user's own."""
+    return Path(os.environ.get(CACHE) or platformdirs.user_cache_dir("searchfm"))
 
 
 def shipped_folder() -> Path:

@@ -37,9 +37,10 @@ LAYERS = (
     {"__main__", "__init__"},
 )
 LAYER = {part: layer for layer, modules in enumerate(LAYERS) for part in modules}
-STANDARD_LIBRARY_ONLY = {"errors", "home", "stopping", "forkserver", "tables", "config"}
+STANDARD_LIBRARY_ONLY = {"errors", "stopping", "forkserver", "tables", "config"}
 # Libraries that only some modules and packages may import.
 ALLOWED = {
+    "platformdirs": {"home"},
     "torch": {"learn"},
     "torchvision": {"learn"},
     "timm": {"learn"},

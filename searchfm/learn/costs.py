@@ -9,8 +9,7 @@ from pathlib import Path
 
 from searchfm.config import Config, Shape
 from searchfm.errors import StorageError
-from searchfm.home import write_json
-from searchfm.learn.datasets import cache_dir
+from searchfm.home import cache_folder, write_json
 from searchfm.tables import digest
 
 MODELS = Path(__file__).parent / "models"
@@ -26,7 +25,7 @@ def kept_costs(configs: Sequence[Config], shape: Shape, classes: int) -> dict[st
     code = {"models": sources, "torch": version("torch"), "timm": version("timm")}
     tables = [config.to_table()["model"] for config in configs]
     key = digest({"configs": tables, "shape": list(shape), "classes": classes, **code})
-    path = cache_dir().parent / "costs" / f"{key[:32]}.json"
+    path = cache_folder() / "costs" / f"{key[:32]}.json"
     with suppress(OSError, ValueError, TypeError):
         return {name: (int(low), int(high)) for name, (low, high) in json.loads(path.read_text()).items()}
     from searchfm.learn.models import costs

@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from searchfm.config import DATASETS, DataConfig, Shape, unknown_data
 from searchfm.errors import DataError, StorageError
-from searchfm.home import data_folder, write_whole
+from searchfm.home import cache_folder, data_folder, write_whole
 from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, resized
 from searchfm.learn.sources import LARGEST, Source, common_side, open_source, read_part
 from searchfm.tables import show
@@ -328,8 +327,8 @@ def _checked(path: Path | str, content: bytes, expected: str) -> bytes:
 
 
 def cache_dir() -> Path:
-    """Where data sets are kept: data/ in SEARCHFM_CACHE, or in the user's own cache folder of searchfm."""
-    return Path(os.environ.get("SEARCHFM_CACHE") or platformdirs.user_cache_dir("searchfm")) / "data"
+    """Where data sets are kept."""
+    return cache_folder() / "data"
 
 
 @contextmanager

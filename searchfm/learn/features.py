@@ -31,7 +31,7 @@ from torch import Generator, Tensor, fx, nn
 from searchfm.config import AugmentConfig, Config, Shape, Transfer
 from searchfm.errors import DataError
 from searchfm.format import seconds, size
-from searchfm.home import file_sha256
+from searchfm.home import cache_folder, file_sha256
 from searchfm.learn.augment import flips
 from searchfm.learn.data import Part, Splits, batches, to_device
 from searchfm.learn.datasets import cache_dir
@@ -301,7 +301,7 @@ class _Kept(NamedTuple):
 
 
 def _folder() -> Path:
-    return cache_dir().parent / f"features-{FORMAT}"
+    return cache_folder() / f"features-{FORMAT}"
 
 
 def _files(key: str) -> list[Path]:

@@ -29,7 +29,7 @@ import searchfm
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import csv_text, escape, final_sentences, show_params
-from searchfm.home import Home, command_line, shown, write_whole
+from searchfm.home import Home, cache_folder, command_line, shown, write_whole
 from searchfm.records import (
     EPOCHS,
     PICTURES,
@@ -134,12 +134,8 @@ def _make(uri: str, path: Path) -> None:
 
     The tables are copied from the cache folder, where the first home of this MLflow left them: 0.05 s of CPU, not 1.2.
     """
-    from searchfm.learn.datasets import cache_dir
-
-    partial, tables = (
-        path.with_name(f"{path.name}.new"),
-        cache_dir().parent / "tables" / f"mlflow-{version('mlflow')}.db",
-    )
+    partial = path.with_name(f"{path.name}.new")
+    tables = cache_folder() / "tables" / f"mlflow-{version('mlflow')}.db"
     try:
         _fill(uri, partial, tables)
     except Exception:  # there are none, or they are damaged
