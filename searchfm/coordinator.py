@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from searchfm.config import Config
 from searchfm.errors import WorldError
 from searchfm.events import Note, SearchEvent, TrialEnded, TrialEpoch, TrialPaused, TrialRetried, TrialStarted
+from searchfm.forecast import TOP
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
@@ -84,6 +85,7 @@ class Coordinator:
         self.next: Future[tuple[optuna.Trial, Config]] | None = None  # the proposal for trial `asked`, in memory alone
         self.failures: list[str] = []  # reasons since this coordinator began: the user may have fixed earlier ones
         self.useful = 0  # complete or pruned; one at chance too, since no error of every trial stops it
+        self.complete = 0  # without twins
         self.chance, self.above, self.at_chance = study.chance(stored.data), False, 0  # trials above it, pruned at it
         self.kept: list[Trial] = []  # the best, whose weights are kept
         self.ended = {trial.number: trial for trial in stored.trials if trial.state != "running"}
@@ -285,8 +287,17 @@ class Coordinator:
         return current
 
     def _promotable(self) -> int | None:
-        """The paused trial that the next free worker continues; none once a rule has ended the search."""
-        return self.rungs.promotable(self.paused) if self.paused and self.ending is None else None
+        """The paused trial that the next free worker continues; none once a rule has ended the search.
+
+        After the last trial has begun, the best paused ones go on until as many are complete as `retrain` compares:
+        of a few trials no rung promotes any.
+        """
+        if not self.paused or self.ending is not None:
+            return None
+        number = self.rungs.promotable(self.paused)
+        if number is None and not self._may_ask() and self.complete + len(self.running) < TOP:
+            return self.rungs.best(self.paused)
+        return number
 
     def _promote(self, number: int) -> Iterator[SearchEvent]:
         current = self._wake(number)
@@ -404,6 +415,7 @@ class Coordinator:
     def _count(self, trial: Trial) -> None:
         """Counts a trial that ended, and drops the weights that are not among the best any more."""
         self.useful += trial.state in ("complete", "pruned")
+        self.complete += trial.state == "complete" and trial.twin is None
         self.at_chance += trial.twin is None and (trial.reason or "").startswith(CHANCE)
         candidates = [*self.kept, trial]
         self.kept = ranked(candidates, twins=False)[: self.study.search.keep]

@@ -49,6 +49,9 @@ def make_forecast(
     parameters = max(timing.parameters for timing in filled)
     predictions = data.validation * (16 + 4 * len(data.classes))  # indices, labels and probabilities of images
     kept = min(trials, search.keep) + 1  # the final model too
+    # A checkpoint of each paused trial: weights, and the two moments of Adam.
+    paused = trials if isinstance(search.pruner, Asha) and search.pruner.promote else 0
+    mean = round(float(np.mean([timing.parameters for timing in filled])))
     every = all_images(data, subset)
     frozen = sum(timing.frozen for timing in timings)
     all_frozen = max(timing.frozen for timing in timings) * every / (data.train + data.validation)
@@ -61,7 +64,8 @@ def make_forecast(
         memory=memory,
         disk=STUDY_BYTES
         + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
-        + COPIES * (trials * predictions + kept * 4 * parameters),
+        + COPIES * (trials * predictions + kept * 4 * parameters)
+        + paused * 12 * mean,
         configs=sum(timing.train is not None for timing in timings),
     )
 

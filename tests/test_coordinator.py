@@ -459,17 +459,19 @@ PROMOTE: dict[str, Any] = {"pruner": {"name": "asha", "reduction": 2, "promote":
 
 def asha(study: Any, trials: list[Trial], rungs: list[int], *totals: int) -> list[tuple[int, int]]:
     """Algorithm 2 of arXiv 1810.05834 with one worker, in searches of so many trials in all: each job as (trial, epoch
-    that it trains to). At the end of a search, those that were not promoted never are.
+    that it trains to). At the end of a search the best go on until three are complete; the others never are promoted.
     """
     reached: list[dict[int, float]] = [{} for _ in rungs]
     promoted: list[set[int]] = [set() for _ in rungs]
     jobs: list[tuple[int, int]] = []
-    asked = 0
+    asked = complete = 0
     for total in totals:
         while True:
-            for k in reversed(range(len(rungs))):
+            for k, reduction in [(k, r) for r in (2, 1) for k in reversed(range(len(rungs)))]:
+                if reduction == 1 and (asked < total or complete >= 3):
+                    continue
                 ranked = sorted(reached[k], key=lambda trial: (-reached[k][trial], trial))
-                candidates = [t for t in ranked[: len(ranked) // 2] if t not in promoted[k]]
+                candidates = [t for t in ranked[: len(ranked) // reduction] if t not in promoted[k]]
                 if candidates:
                     trial, rung = candidates[0], k + 1
                     promoted[k].add(trial)
@@ -478,6 +480,7 @@ def asha(study: Any, trials: list[Trial], rungs: list[int], *totals: int) -> lis
                 if asked == total:
                     break
                 trial, rung, asked = asked, 0, asked + 1
+            complete += rung == len(rungs)
             jobs.append((trial, rungs[rung] if rung < len(rungs) else study.epochs))
             if rung < len(rungs):
                 reached[rung][trial] = toys.curve(trials[trial].config, rungs[rung])
@@ -506,7 +509,9 @@ def test_trials_are_promoted_as_the_paper_says_and_told_ones_compete_but_do_not_
     first = search(home, make(9), watch=lambda item, _: progress.append(item))
     check(first, 9)
     assert jobs_of(progress) == asha(make(9), list(first.trials), [1, 2, 4], 9)
-    assert len({len(row.epochs) for row in first.trials}) == 4, "each rung, and the end"
+    assert {len(row.epochs) for row in first.trials} == {1, 2, 6}, (
+        "what was paused after epoch 4 is among the best three"
+    )
     assert all(row.reason == f"pruned by asha after epoch {len(row.epochs)}" for row in first.of("pruned"))
     assert {row.attempts for row in first.of("complete")} == {4}
     more = search(home, make(15), watch=lambda item, _: progress.append(item))
@@ -514,6 +519,15 @@ def test_trials_are_promoted_as_the_paper_says_and_told_ones_compete_but_do_not_
     assert facts(more)[:9] == facts(first)
     assert jobs_of(progress) == asha(make(15), list(more.trials), [1, 2, 4], 9, 15)
     assert len(more.of("complete")) > len(first.of("complete"))
+
+
+def test_of_a_few_trials_the_best_three_are_trained_to_their_ends(any_home: Home) -> None:
+    settings = {"pruner": {"name": "asha", "promote": True}, "trials": 5}
+    study = search(any_home, toy(search=settings, train={"epochs": 6}), workers=2)
+    check(study, 5)
+    by_first = sorted(study.trials, key=lambda row: -(row.epochs[0].val_accuracy or 0.0))
+    assert {row.number for row in study.of("complete")} == {row.number for row in by_first[:3]}
+    assert {len(row.epochs) for row in study.of("pruned")} == {1}
 
 
 def test_two_workers_give_exactly_the_trials_and_a_pause_charges_no_retry(any_home: Home) -> None:
@@ -576,19 +590,19 @@ def test_a_trial_at_chance_is_pruned_at_its_rung(home: Home) -> None:
     }
 
 
+@pytest.mark.slow  # it tries hundreds of seeds
 def test_a_twin_of_a_paused_trial_waits_and_ends_with_it_however_the_study_is_stopped(tmp_path: Path) -> None:
     pruner = {**PROMOTE["pruner"], "min_epochs": 2}
-    made = with_twins("abab", falling=True, pruner=pruner, sampler={"name": "random"})
+    made = with_twins("abcdd", falling=True, pruner=pruner, sampler={"name": "random"})
     study = search(Home(tmp_path / "unbroken"), made)
-    check(study, 4)
+    check(study, 5)
     assert [(row.state, row.twin) for row in study.trials] == [
-        ("complete", None),
+        *[("complete", None)] * 3,
         ("pruned", None),
-        ("complete", 0),
-        ("pruned", 1),
+        ("pruned", 3),
     ]
-    assert study.trials[3].reported == study.trials[1].reported
-    assert goes_on_after(study.trials[3]) == []
+    assert study.trials[4].reported == study.trials[3].reported
+    assert goes_on_after(study.trials[4]) == []
     broken, stops = in_pieces(Home(tmp_path / "broken"), lambda: made, [2, 3, 4])
     assert stops > 1
     assert facts(broken) == facts(study)

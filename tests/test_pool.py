@@ -162,7 +162,15 @@ def test_all_tasks_end_and_leave_their_records(engine: LocalEngine, tmp_path: Pa
         assert [epoch.index for epoch in read_epochs(each.folder / "epochs.csv")] == [1, 2, 3]
         assert each.result() == results[each.job.id]
     assert not list(tmp_path.rglob("attempt-*"))
-    assert left(tmp_path / "0") == {"done", "epochs.csv", "log.txt", "model.json", "result.json", "weights.safetensors"}
+    assert left(tmp_path / "0") == {
+        "done",
+        "epochs.csv",
+        "log.txt",
+        "model.json",
+        "result.json",
+        "weights.safetensors",
+        "wrote",
+    }
 
 
 def test_a_finished_task_is_not_run_again_unless_its_identity_changed(engine: LocalEngine, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from searchfm.home import Home
+from searchfm.search.lock import holder
 from searchfm.search.storage import read_study
 from tests.commands import searchfm_here
 from tests.driving import without_following
@@ -128,17 +129,15 @@ def test_a_killed_worker_is_replaced(tuned: Path, unbroken: dict[str, Any]) -> N
 def test_it_holds_its_lock_and_resumes_after_a_sigterm(tuned: Path, unbroken: dict[str, Any]) -> None:
     home = copy(tuned, "stopped")
     first = start(home, *RETRAIN)
-    while first.poll() is None and not psutil.Process(first.pid).children():
-        time.sleep(0.02)  # it has its lock before it starts workers
+    while first.poll() is None and f"process {first.pid} " not in (holder(Home(home), "mlp") or ""):
+        time.sleep(0.02)
     second = searchfm_here(*RETRAIN, "--home", str(home))
     assert second.returncode == 2
     assert f"is held by process {first.pid}" in second.stderr
     assert second.stderr.count("searchfm:") == 1  # beside phases that took long
     wait_for(first, home, 1)
     first.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     first.communicate(timeout=60)
-    assert time.monotonic() < began + 25
     assert first.returncode == 143
     finish(home, *RETRAIN)
     check(home, unbroken)

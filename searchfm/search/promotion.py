@@ -39,9 +39,16 @@ class Rungs:
         """The trial to promote: of the highest rung that has one, the best paused trial among the best floor(n /
         reduction) of the n that reached it; of equal ones the earliest. None if there is none.
         """
+        return self._first(paused, self.reduction)
+
+    def best(self, paused: Container[int]) -> int | None:
+        """The best paused trial of the highest rung that has one."""
+        return self._first(paused, 1)
+
+    def _first(self, paused: Container[int], reduction: int) -> int | None:
         for rung in reversed(self.epochs):
             ranked = self._ranked[rung]
-            for _, trial in ranked[: len(ranked) // self.reduction]:
+            for _, trial in ranked[: len(ranked) // reduction]:
                 if trial in paused and self.highest[trial] == rung:
                     return trial
         return None

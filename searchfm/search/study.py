@@ -470,13 +470,6 @@ class Study:
             raise ConfigError("train.epochs", "takes a value here; only a grid with pruner = none compares epochs")
         if grid and getattr(self.search.pruner, "promote", False):
             raise ConfigError("search.pruner.promote", "= true: with search.sampler = grid it must be false")
-        halving = self.rungs()
-        sure = halving.reduction ** len(halving.epochs)
-        if sure > self.trials and not self.default:
-            self._note(
-                f"search.trials = {self.trials}: with promote = true, fewer than {sure} trials may leave none that is "
-                "trained to its end"
-            )
         min_epochs = getattr(self.search.pruner, "min_epochs", 1)
         if min_epochs > self.epochs:
             raise ConfigError("search.pruner.min_epochs", f"= {min_epochs}: must be <= train.epochs = {self.epochs}")

@@ -45,6 +45,7 @@ def test_the_best_of_the_highest_rung_goes_first_and_each_once() -> None:
     assert ladder.promotable(paused) == 1, "3 is paused at the second rung"
     ladder.add(1, {2: 0.1})
     assert ladder.promotable(paused) == 3
+    assert [ladder.best(paused - told) for told in ({9}, {3}, {1, 3}, set(range(5)))] == [3, 1, 2, None]
     assert [ladder.after(epoch) for epoch in (0, 1, 2)] == [1, 2, None]
 
 
@@ -57,16 +58,6 @@ def test_promotion_has_rungs_and_prunes_nothing_itself() -> None:
     study = make(promote=True)
     assert (study.rungs().epochs, study.rungs().reduction) == ([2, 6], 3)
     assert isinstance(study.pruner(), optuna.pruners.NopPruner)
-
-
-def test_a_study_with_too_few_trials_for_a_complete_one_is_noted() -> None:
-    def notes(trials: int, **tables: Any) -> list[str]:
-        pruner = {"name": "asha", "promote": True, "reduction": 2}
-        return toy(search={"pruner": pruner, "trials": trials}, train={"epochs": 6}, **tables).notes
-
-    text = "search.trials = 7: with promote = true, fewer than 8 trials may leave none that is trained to its end"
-    assert notes(7) == [text]
-    assert notes(8) == notes(7, first=[{"optimizer": {"lr": 0.02}}]) == []
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "cmaes", "gp", "qmc"])
