@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from searchfm.config import Asha, SearchConfig
 from searchfm.records import Final, Forecast, State, StudyRecord, Trial, trained
 
 INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
@@ -54,10 +55,22 @@ def forecast_sentence(study: StudyRecord) -> str:
     """
     forecast = study.forecast
     ended = [trial for trial in study.trials if trial.state != "running"]
-    if forecast is None or len(ended) != forecast.trials or any(trial.attempts > 1 for trial in ended):
+    if (
+        forecast is None
+        or len(ended) != forecast.trials
+        or any(trial.attempts > 1 + promotions(study, trial) for trial in ended)
+    ):
         return ""
     workers = plural(forecast.workers, "worker")
     return f"forecast {forecast_range(forecast)} on {workers}; took {seconds(study.seconds)}"
+
+
+def promotions(study: StudyRecord, trial: Trial) -> int:
+    """How often a trial went on after it had been paused at a rung."""
+    pruner = SearchConfig.from_table(study.resolved["search"]).pruner
+    if not (isinstance(pruner, Asha) and pruner.promote) or trial.number == study.default:
+        return 0
+    return sum(len(trial.epochs) > rung for rung in pruner.rungs(int(study.resolved["train"]["epochs"])))
 
 
 def times(number: int) -> str:

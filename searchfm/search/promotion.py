@@ -4,15 +4,6 @@ from bisect import insort
 from collections.abc import Container, Mapping, Sequence
 
 
-def rungs(min_epochs: int, reduction: int, epochs: int) -> list[int]:
-    """The epochs after which trials are paused: `min_epochs * reduction**k`, none in the last third of `epochs`."""
-    found, rung = [], min_epochs
-    while 3 * rung <= 2 * epochs:
-        found.append(rung)
-        rung *= reduction
-    return found
-
-
 class Rungs:
     """The values of the trials that reached each rung. Without rungs no trial is ever paused.
 

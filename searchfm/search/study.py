@@ -41,7 +41,7 @@ from searchfm.config import (
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
 from searchfm.records import DEFAULT, Prepared, Trial, ranked
 from searchfm.search import first, space
-from searchfm.search.promotion import Rungs, rungs
+from searchfm.search.promotion import Rungs
 from searchfm.stats import Accuracy
 from searchfm.tables import below, digest, read_within, show, walk
 
@@ -388,8 +388,8 @@ class Study:
     def rungs(self) -> Rungs:
         """Where trials are paused; without `promote = true` nowhere."""
         match self.search.pruner:
-            case Asha(promote=True, min_epochs=min_epochs, reduction=reduction):
-                return Rungs(rungs(min_epochs, reduction, self.epochs), reduction)
+            case Asha(promote=True) as asha:
+                return Rungs(asha.rungs(self.epochs), asha.reduction)
         return Rungs()
 
     def judges(self, config: Config, epoch: int) -> bool:

@@ -38,7 +38,6 @@ PRUNERS: dict[str, Any] = {
     "asha, promote": {"name": "asha", "promote": True},
     "patient": "patient",
 }
-PROMOTABLE = 30  # trials with which promotion, of two rungs and a quarter each, is sure to train some to their ends
 WORKERS = 2
 
 
@@ -211,8 +210,7 @@ def main(arguments: list[str]) -> None:
     if options.collect:
         return
     trials = min(options.configs, options.trials or options.configs)
-    shipped = PRUNERS if trials >= PROMOTABLE else [name for name in PRUNERS if "promote" not in name]
-    pruners = ["median", *options.pruner] if options.pruner else list(shipped)
+    pruners = ["median", *options.pruner] if options.pruner else list(PRUNERS)
     searches = f"{options.searches} searches of {trials} trials each"
     common.header(f"Pruners replayed over {options.configs} trainings a family: {searches}", cores=None)
     columns = (

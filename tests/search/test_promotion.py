@@ -6,9 +6,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from searchfm.config import Asha
 from searchfm.home import Home
 from searchfm.search.memory import MemoryStudy
-from searchfm.search.promotion import Rungs, rungs
+from searchfm.search.promotion import Rungs
 from searchfm.search.storage import open_storage
 from searchfm.search.study import Study
 from tests import toys
@@ -28,7 +29,8 @@ from tests.driving import let_go, toy
 def test_rungs_are_powers_of_the_reduction_but_none_in_the_last_third(
     arguments: tuple[int, int, int], expected: list[int]
 ) -> None:
-    assert rungs(*arguments) == expected
+    least, reduction, epochs = arguments
+    assert Asha(min_epochs=least, reduction=reduction).rungs(epochs) == expected
 
 
 def test_the_best_of_the_highest_rung_goes_first_and_each_once() -> None:
