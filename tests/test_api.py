@@ -402,7 +402,9 @@ def test_a_command_shows_something_before_it_imports_anything_heavy(command: str
     assert re.search(r"\w+", before), f"{command}: nothing before {shown!r}"
 
 
-@pytest.mark.parametrize("command", ["status", "studies mlp", "trial mlp 0", "tune mlp --json"])
+@pytest.mark.parametrize(
+    "command", ["status", "studies mlp", "trial mlp 0", pytest.param("tune mlp --json", marks=pytest.mark.slow)]
+)
 def test_where_a_program_reads_nothing_is_added(command: str, tmp_path: Path) -> None:
     environment = {**os.environ, "SEARCHFM_HOME": str(tmp_path)}
     arguments = [sys.executable, "-c", UNTIL_HEAVY, *command.split()]

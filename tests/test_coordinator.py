@@ -337,7 +337,7 @@ def in_pieces(home: Home, make: Callable[[], Any], lengths: list[int], data: Any
 @pytest.mark.parametrize(
     ("sampler", "pruner"),
     [
-        ({"name": "tpe", "startup_trials": 3}, {"name": "hyperband"}),
+        pytest.param({"name": "tpe", "startup_trials": 3}, {"name": "hyperband"}, marks=pytest.mark.slow),
         ({"name": "random"}, {"name": "asha", "reduction": 2}),
         ({"name": "tpe", "startup_trials": 3}, {"name": "asha", "reduction": 2, "promote": True}),
         pytest.param(
@@ -980,9 +980,14 @@ def test_a_running_trial_without_its_config_is_adopted_with_the_parameters_it_ha
     [
         {"name": "random"},
         {"name": "tpe", "startup_trials": 2},
-        {"name": "cmaes", "startup_trials": 2},
-        {"name": "qmc"},
-        pytest.param({"name": "gp", "startup_trials": 2}, marks=pytest.mark.slow),  # it imports torch
+        *(
+            pytest.param(sampler, marks=pytest.mark.slow)
+            for sampler in (
+                {"name": "cmaes", "startup_trials": 2},
+                {"name": "qmc"},
+                {"name": "gp", "startup_trials": 2},
+            )
+        ),
     ],
     ids=lambda table: table["name"],
 )

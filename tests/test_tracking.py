@@ -95,6 +95,7 @@ def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
 # --- what a study looks like in MLflow --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_is_written_as_it_goes(home: Home) -> None:
     rows.begin(home)
     tracking = Tracking(home, "toy")

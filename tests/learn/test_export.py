@@ -121,6 +121,7 @@ def test_a_file_answers_as_the_model_does(name: str, kind: str, tmp_path: Path) 
         assert np.ptp(expected) > 0.01, "the answers say something"
 
 
+@pytest.mark.slow  # it imports onnx
 def test_onnx_is_one_file_that_other_runtimes_understand(files: Path, small: Model) -> None:
     import onnx as format_
 
