@@ -83,7 +83,7 @@ def test_after_kills_the_same_command_completes_the_study(tmp_path: Path) -> Non
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "it had not ended"
-        _, alive = psutil.wait_procs(orphans, timeout=120)
+        _, alive = psutil.wait_procs(orphans, timeout=30)
         assert not alive, "workers stop when their coordinator is gone"
     assert finish(home, "--workers", "2")["trials"]["total"] == TRIALS
     check(home)

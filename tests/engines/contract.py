@@ -123,7 +123,7 @@ class EngineContract:
         engine.submit(job("1", ticks_for=600))
         engine.submit(job("2", sleeps=0.5))
         engine.stop("1")
-        assert end(engine) == Interrupted("1", 1)
+        assert end(engine, 15) == Interrupted("1", 1)
         assert engine.free == 1
         assert result(end(engine))["pid"]
         engine.submit(job("3"))
@@ -169,7 +169,7 @@ class EngineContract:
         single.submit(job("1", folder, ticks_for=600))
         wait_until((folder / "attempt-1" / "tick").exists)
         os.kill(pid, signal.SIGTERM)
-        assert end(single) == Interrupted("1", 1)
+        assert end(single, 15) == Interrupted("1", 1)
         single.submit(job("2"))
         assert result(end(single))["pid"] != pid
 
@@ -210,4 +210,4 @@ class EngineContract:
         began = time.monotonic()
         engine.close()
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-        assert time.monotonic() - began < 30, "it does not wait for the jobs"
+        assert time.monotonic() - began < 10, "it does not wait for the jobs"

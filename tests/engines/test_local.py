@@ -106,7 +106,7 @@ time.sleep(600)
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) >= 3  # the forkserver and two workers; the resource tracker too
         process.kill()
-    _, alive = psutil.wait_procs(family, 120)
+    _, alive = psutil.wait_procs(family, 20)
     assert not alive
 
 

@@ -300,6 +300,6 @@ def test_a_search_starts_a_cluster_once_more_if_it_must_and_leaves_nothing(
     assert "6 complete of 6" in output
     assert seen
     assert not exposed
-    assert not psutil.wait_procs(family, 60)[1]
+    assert not psutil.wait_procs(family, 5)[1]
     assert folders
     assert not any(map(os.path.exists, folders))

@@ -105,7 +105,7 @@ def test_a_killed_agent_loses_its_jobs_at_once_and_another_node_takes_the_next(
     assert isinstance(end(engine), Interrupted)
     engine.submit(job("3"))
     assert isinstance(end(engine), Finished)
-    assert not psutil.wait_procs(family, 120)[1], "its workers end with it"
+    assert not psutil.wait_procs(family, 20)[1], "its workers end with it"
     engine.close()
     reap(first, -signal.SIGKILL)
     reap(second, 0)

@@ -141,7 +141,7 @@ def test_a_cancelled_task_hands_its_job_back_and_the_other_goes_on(
     engine = start(2)
     work_on(engine, home / "jobs", "1", "2")
     cluster.run("scancel", task(cluster, 0))
-    interrupted = end(engine)
+    interrupted = end(engine, 10)
     assert isinstance(interrupted, Interrupted)
     # It may come after the job's end.
     wait_until(lambda: engine.next_event(0.1) is None and "node node leaves" in lines)
@@ -159,7 +159,7 @@ def test_a_preempted_task_hands_its_job_back_is_requeued_and_comes_again(
     number, node = cluster.run("squeue", "--noheader", "--array", "--states=running", "--format=%i %N").split()
     urgent = ("--parsable", "--partition=urgent", "--nodes=1", "--ntasks=2", f"--nodelist={node}", "--output=/dev/null")
     other = cluster.run("sbatch", *urgent, "--wrap=sleep 60").strip()
-    assert isinstance(end(engine), Interrupted)
+    assert isinstance(end(engine, 20), Interrupted)
     cluster.run("scancel", other)
     wait_until(lambda: "(BeginTime)" in cluster.run("squeue"))
     cluster.run("scontrol", "update", f"JobId={number}", "StartTime=now")  # else it waits for its credential to expire
@@ -193,7 +193,7 @@ def test_a_killed_task_loses_its_job_and_without_any_task_left_the_search_ends(
     work_on(engine, home / "jobs", "1")
     (agent,) = [process for process in cluster.left() if "tests.agents" in process.cmdline()]
     agent.kill()  # as the out-of-memory killer does; SLURM itself sends SIGTERM first
-    lost = end(engine)
+    lost = end(engine, 10)
     assert isinstance(lost, Lost)
     assert lost.reason.startswith("node node is lost")
     with pytest.raises(WorldError) as ended:
