@@ -156,7 +156,9 @@ def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
 
 def main() -> None:
     """The entry point of `searchfm` and of `python -m searchfm`."""
-    _skip_garbage_collection()  # until a command begins
+    # Not every 700 objects: collections took a sixth of the CPU time of the imports of `retrain`.
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)  # else the interpreter collects at its end
     try:
         sys.exit(shell.run(app))
     except SearchfmError as error:
@@ -166,25 +168,6 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
             raise
         sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")
-
-
-def _skip_garbage_collection() -> None:
-    """For a command that ends soon. With 10,000 trials `status` takes 1.67 s of CPU, else 2.57 (medians of 7, Xeon)."""
-    gc.disable()
-    atexit.register(gc.freeze)  # else the interpreter collects at its end
-
-
-def _collect_garbage_again() -> None:
-    """For a command that goes on after its imports, of which nothing is garbage."""
-    gc.freeze()
-    gc.enable()
-
-
-def _collect_garbage_rarely() -> None:
-    """For a command that imports much and may run for hours: less often than every 700 objects. Collections took 0.8 of
-    5.2 s of CPU of the imports of `retrain`.
-    """
-    gc.set_threshold(50_000)
 
 
 def _version(requested: bool) -> None:
@@ -198,7 +181,6 @@ def _options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
-    gc.enable()
     if context.invoked_subcommand not in ("tune", "retrain"):  # these show their own progress
         context.call_on_close(_doing(DOING.get(str(context.invoked_subcommand), "starting")).end)
 
@@ -268,7 +250,6 @@ def tune(
     from searchfm import api
     from searchfm.stopping import StopRequest
 
-    _collect_garbage_rarely()
     console = _console(stderr=as_json)
     values: dict[str, Any] = {"name": name, "trials": trials, "dataset": dataset, "subset": subset, "epochs": epochs}
     values |= {"set": set_ or (), "seed": seed, "first": first, "warm_start": warm_start}
@@ -348,7 +329,6 @@ def retrain(
     from searchfm import api
     from searchfm.stopping import StopRequest
 
-    _collect_garbage_rarely()
     console = _console(stderr=as_json)
     with StopRequest(exits=True) as stop:
         final = api.retrain(
@@ -438,8 +418,6 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """Show the studies, how far they are, and their best trials."""
-    if not watch:
-        _skip_garbage_collection()
     from searchfm.search.files import study_name
     from searchfm.search.lock import holder
     from searchfm.search.storage import importances, load_study, open_storage, read_again, read_studies
@@ -490,7 +468,6 @@ def trial(
     as_json: JsonOption = False,
 ) -> None:
     """Show one trial: its end, config, learning curve, log and files, and the commands that go on from it."""
-    _skip_garbage_collection()
     from searchfm import api
     from searchfm.show import schema, summary
 
@@ -517,7 +494,6 @@ def studies(
     as_json: JsonOption = False,
 ) -> None:
     """List the built-in study files, or show one: its question, its space, the cost of a trial."""
-    _skip_garbage_collection()
     from searchfm.config import DATASETS, image_shape
     from searchfm.search import files
     from searchfm.show import live, schema, terminal
@@ -538,7 +514,6 @@ def studies(
     live.notify(*study.notes)
     shape, cost = image_shape(study.example.data), None
     configs, classes = study.samples(16), DATASETS[study.example.data.name][1] if shape else 0
-    _collect_garbage_again()
     if shape is not None and not study.customs():  # else known only once the images are read
         from searchfm.learn.costs import kept_costs
 
@@ -564,7 +539,6 @@ def keys(
     as_json: JsonOption = False,
 ) -> None:
     """List the keys of study files and engine files: default, meaning and values."""
-    _skip_garbage_collection()
     from searchfm.show import keys
 
     if as_schema or as_page:
@@ -664,7 +638,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare studies: accuracy with its interval, paired tests, time and size. Also logged to MLflow."""
-    _skip_garbage_collection()
     from msgspec.structs import asdict
 
     from searchfm import api
@@ -703,7 +676,6 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a report on one page: question, result, uncertainty, search space, errors. Also logged to MLflow."""
-    _skip_garbage_collection()
     from searchfm.search.files import study_name
     from searchfm.search.storage import load_study, open_storage
     from searchfm.show import schema
@@ -761,7 +733,6 @@ def predict(
     white clothes on black, so invert a photograph on white paper first. Unreadable files are named, the others are
     answered (exit code 0; 2 if none can be read). No code in a model's file is run.
     """
-    _skip_garbage_collection()
     from searchfm.learn import export
     from searchfm.show import schema, terminal
     from searchfm.tracking import registry
@@ -771,7 +742,6 @@ def predict(
         raise UserError(f"--csv: must be without --json, and with one file at most (came {len(files)})")
     with registry.find_model(Home.find(home), model) as (_, source):
         predictor = export.load(source, allow_code=allow_code)
-    _collect_garbage_again()  # the folders may hold any number of images
     top = min(top, len(predictor.classes))
     rows = list(export.predict(predictor, [path for path in images if path not in files], top=top))
     if as_json:
@@ -823,7 +793,6 @@ def export(
 @app.command()
 def models(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the models that `retrain` registered: version, champion, study, trial, test accuracy."""
-    _skip_garbage_collection()
     from searchfm.show import schema, terminal
     from searchfm.tracking import registry
 

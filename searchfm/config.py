@@ -389,13 +389,14 @@ class Asha(Table, tag="asha"):
     reduction: int = key(4, "reduction factor: one of this many trials continues at each halving", ge=2)
     promote: bool = key(False, "pause every trial at each halving, and continue the best when a worker is free")
 
-    def rungs(self, epochs: int) -> list[int]:
-        """The epochs after which trials are judged: `min_epochs * reduction**k`, none in the last third of `epochs`."""
-        found, rung = [], self.min_epochs
-        while 3 * rung <= 2 * epochs:
-            found.append(rung)
-            rung *= self.reduction
-        return found
+
+def rungs(min_epochs: int, reduction: int, epochs: int) -> list[int]:
+    """The epochs after which halving judges trials: `min_epochs * reduction**k`, none in the last third of `epochs`."""
+    found, rung = [], min_epochs
+    while 3 * rung <= 2 * epochs:
+        found.append(rung)
+        rung *= reduction
+    return found
 
 
 class Patient(Table, tag="patient"):

@@ -279,11 +279,11 @@ class Coordinator:
         for each in (current, *self._followers(current)):
             self.memory.pause(each.number, current.number)
 
-    def _wake(self, number: int) -> LiveTrial:
+    def _unpause(self, number: int) -> LiveTrial:
         """Takes a trial out of the paused ones."""
         current = self.paused.pop(number)
         for each in (current, *self._followers(current)):
-            self.memory.wake(each.number)
+            self.memory.unpause(each.number)
         return current
 
     def _promotable(self) -> int | None:
@@ -300,14 +300,14 @@ class Coordinator:
         return number
 
     def _promote(self, number: int) -> Iterator[SearchEvent]:
-        current = self._wake(number)
+        current = self._unpause(number)
         current.trial.set_user_attr("paused", None)
         yield from self._submit(current, "promoted")
 
     def _prune_paused(self) -> Iterator[SearchEvent]:
         """Ends all paused trials, for good: the search is over."""
         for number in sorted(self.paused):
-            current = self._wake(number)
+            current = self._unpause(number)
             gather(current.folder, keep=False)
             reason = f"{self._by_pruner} after epoch {len(current.epochs)}"
             yield from self._end(current, TrialState.PRUNED, reason=reason)

@@ -10,7 +10,7 @@ from typing import NamedTuple, assert_never
 
 import numpy as np
 
-from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig
+from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig, rungs
 from searchfm.records import Forecast, Prepared, StudyRecord, Timing, Trial
 
 CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
@@ -135,12 +135,10 @@ def _stopped(pruned: float, least: int, epochs: int) -> float:
     return 1 - pruned * (1 - min(epochs, max(least, math.ceil(epochs / 3))) / epochs)
 
 
-def _halved(first: int, reduction: int, epochs: int) -> float:
-    """Rungs at first * reduction^k, none in the last third of the epochs."""
+def _halved(least: int, reduction: int, epochs: int) -> float:
     trained, alive, rung = 0.0, 1.0, 0
-    following = first
-    while 3 * following <= 2 * epochs:
-        trained, rung, following = trained + alive * (following - rung), following, following * reduction
+    for following in rungs(least, reduction, epochs):
+        trained, rung = trained + alive * (following - rung), following
         alive /= reduction
     return (trained + alive * (epochs - rung)) / epochs
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from searchfm.config import Asha, SearchConfig
+from searchfm.config import Asha, SearchConfig, rungs
 from searchfm.records import Final, Forecast, State, StudyRecord, Trial, trained
 
 INTERVAL_SEEDS = 3  # with fewer the interval of a further seed spans nearly everything
@@ -54,23 +54,23 @@ def forecast_sentence(study: StudyRecord) -> str:
     forecast, trials are missing, or the search was interrupted.
     """
     forecast = study.forecast
-    ended = [trial for trial in study.trials if trial.state != "running"]
-    if (
-        forecast is None
-        or len(ended) != forecast.trials
-        or any(trial.attempts > 1 + promotions(study, trial) for trial in ended)
-    ):
+    ended = sum(trial.state != "running" for trial in study.trials)
+    if forecast is None or ended != forecast.trials or interrupted(study):
         return ""
     workers = plural(forecast.workers, "worker")
     return f"forecast {forecast_range(forecast)} on {workers}; took {seconds(study.seconds)}"
 
 
-def promotions(study: StudyRecord, trial: Trial) -> int:
-    """How often a trial went on after it had been paused at a rung."""
-    pruner = SearchConfig.from_table(study.resolved["search"]).pruner
-    if not (isinstance(pruner, Asha) and pruner.promote) or trial.number == study.default:
-        return 0
-    return sum(len(trial.epochs) > rung for rung in pruner.rungs(int(study.resolved["train"]["epochs"])))
+def interrupted(study: StudyRecord) -> set[int]:
+    """The trials that began again after their worker died or was stopped. A promotion is an attempt more too."""
+    pruner, default, pauses = SearchConfig.from_table(study.resolved["search"]).pruner, study.default, list[int]()
+    if isinstance(pruner, Asha) and pruner.promote:
+        pauses = rungs(pruner.min_epochs, pruner.reduction, study.resolved["train"]["epochs"])
+
+    def promotions(trial: Trial) -> int:
+        return 0 if trial.number == default else sum(len(trial.epochs) > epoch for epoch in pauses)
+
+    return {trial.number for trial in study.trials if trial.attempts > 1 + promotions(trial)}
 
 
 def times(number: int) -> str:

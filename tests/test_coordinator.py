@@ -26,6 +26,7 @@ from searchfm.coordinator import HOPELESS
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import DataError, LockedError, StorageError, StudyError, WorldError
 from searchfm.events import SearchEvent
+from searchfm.format import interrupted
 from searchfm.home import Home
 from searchfm.jobs import EpochDone, Event, Finished, Lost
 from searchfm.pool import STOP_SECONDS
@@ -501,7 +502,7 @@ def jobs_of(progress: list[SearchEvent]) -> list[tuple[int, int]]:
     return jobs
 
 
-def test_trials_are_promoted_as_the_paper_says_and_told_ones_compete_but_do_not_wake(home: Home) -> None:
+def test_trials_are_promoted_as_the_paper_says_and_told_ones_compete_but_are_not_resumed(home: Home) -> None:
     def make(trials: int) -> Any:
         return toy(search={**PROMOTE, "trials": trials}, train={"epochs": 6})
 
@@ -544,6 +545,7 @@ def test_a_worker_that_dies_after_a_promotion_costs_one_retry(home: Home) -> Non
     study = search(home, settings, payload={"kill": {str(best): 2}})
     assert facts(study) == facts(first)
     assert study.trials[best].attempts == first.trials[best].attempts + 1
+    assert (interrupted(study), interrupted(first)) == ({best}, set()), "a promotion is no interruption"
     lost = search(home, toy("lost", search={**PROMOTE, "trials": 4, "retries": 1}), payload={"kill": {str(best): 9}})
     check(lost, 4)
     assert lost.trials[best].reason == "its worker died (signal SIGKILL), 2 times"

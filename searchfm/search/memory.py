@@ -62,8 +62,8 @@ class MemoryStudy:
         return self._paused.get(number) or self._memory.get_trial(self._id(number))
 
     def pause(self, number: int, like: int) -> None:
-        """Shows a RUNNING trial to the sampler as PRUNED, with the reports of trial `like`, until `wake`. Some samplers
-        take a RUNNING trial for a bad one. In the database it stays RUNNING.
+        """Shows a RUNNING trial to the sampler as PRUNED, with the reports of trial `like`, until `unpause`. Some
+        samplers take a RUNNING trial for a bad one. In the database it stays RUNNING.
         """
         trial = self._memory.get_trial(self._id(number))
         assert trial.state is TrialState.RUNNING
@@ -73,7 +73,7 @@ class MemoryStudy:
         self._paused[number] = trial
         self._memory._set_trial(trial._trial_id, shown)
 
-    def wake(self, number: int) -> None:
+    def unpause(self, number: int) -> None:
         """Shows a paused trial as RUNNING again."""
         trial = self._paused.pop(number)
         self._memory._set_trial(trial._trial_id, trial)

@@ -37,6 +37,7 @@ from searchfm.config import (
     Tpe,
     Transfer,
     image_shape,
+    rungs,
 )
 from searchfm.errors import CodeError, ConfigError, StudyError, UnknownKeyError, one_of
 from searchfm.records import DEFAULT, Prepared, Trial, ranked
@@ -388,8 +389,8 @@ class Study:
     def rungs(self) -> Rungs:
         """Where trials are paused; without `promote = true` nowhere."""
         match self.search.pruner:
-            case Asha(promote=True) as asha:
-                return Rungs(asha.rungs(self.epochs), asha.reduction)
+            case Asha(promote=True, min_epochs=min_epochs, reduction=reduction):
+                return Rungs(rungs(min_epochs, reduction, self.epochs), reduction)
         return Rungs()
 
     def judges(self, config: Config, epoch: int) -> bool:

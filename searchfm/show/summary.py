@@ -19,6 +19,7 @@ from rich.text import Text
 from searchfm.errors import UserError
 from searchfm.format import (
     forecast_sentence,
+    interrupted,
     param_texts,
     plural,
     saved_epochs,
@@ -392,7 +393,8 @@ def show_trial(console: Console, study: StudyRecord, trial: Trial) -> None:
     rest = {key: value for key, value in config if not below(key, trial.params)}
     if rest:
         parts += ["", labelled("config", " ".join(f"{key}={short(value)}" for key, value in rest.items()))]
-    parts += ["", *_curves(trial, console.width), labelled("time", _times(trial))]
+    times = _times(trial, again=trial.number in interrupted(study))
+    parts += ["", *_curves(trial, console.width), labelled("time", times)]
     if log := trial.log(LOG_LINES):
         parts += ["", labelled("log", *log)]
     console.print(Group(*parts), soft_wrap=False)
@@ -430,7 +432,7 @@ def _curves(trial: Trial, width: int) -> list[RenderableType]:
     return [shown]
 
 
-def _times(trial: Trial) -> str:
+def _times(trial: Trial, again: bool) -> str:
     texts = [f"{plural(len(trial.epochs), 'epoch')} of {trial.planned_epochs}"]
     if trial.epochs:
         texts.append(f"{trial.seconds_per_epoch:.2f} s each, {seconds(trial.seconds)} in all")
@@ -440,7 +442,7 @@ def _times(trial: Trial) -> str:
         texts.append(f"ended after {seconds(trial.ended - trial.started)}")
     if trial.result and trial.result.device:
         texts.append(f"on {trial.result.device}" + ", in bfloat16" * (trial.result.precision == "bfloat16"))
-    if trial.attempts > 1:
+    if again:
         texts.append(f"{trial.attempts} attempts")
     if trial.result and trial.result.numerics[0] != trial.result.numerics[-1]:
         texts.append(f"begun under numerics {trial.result.numerics[0]}, ended under {trial.result.numerics[-1]}")

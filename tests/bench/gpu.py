@@ -7,6 +7,7 @@ one process, as its users run it. --airbench: the time of an epoch of airbench94
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -22,10 +23,10 @@ import torch
 from searchfm.config import Config
 from searchfm.learn.data import Part, Splits, load
 from searchfm.learn.models.custom import Code
-from searchfm.learn.train import Training
+from searchfm.learn.train import Training, _first
 from tests.bench import _example as example
 from tests.bench._common import alternate, header, ratio, row, table
-from tests.bench.trial import NAMES, REST, VALIDATION, config_of, initial, orders
+from tests.bench.trial import NAMES, REST, config_of, initial, orders
 
 IMAGES = {"mlp": 40_960, "cnn": 40_960, "vit16": 40_960, "vit32": 40_960, "resnet": 10_240}
 EPOCHS = 3  # timed; the one before them warms up
@@ -37,8 +38,8 @@ PUBLISHED = 2.6 / 9.9  # seconds of an epoch of airbench94 on an A100, as publis
 def work(arch: str, images: int) -> Config:
     """The config of `bench trial`, with more images, and EPOCHS after a first one."""
     config = config_of(arch, 0)
-    data = replace(config.data, subset=images / REST, validation=VALIDATION / (VALIDATION + REST))
-    return replace(config, data=data, train=replace(config.train, epochs=EPOCHS + 1))
+    data, train = replace(config.data, subset=images / REST), replace(config.train, epochs=EPOCHS + 1)
+    return replace(config, data=data, train=train)
 
 
 def wait(device: str) -> float:
@@ -50,6 +51,7 @@ def wait(device: str) -> float:
 
 def ours(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
     """A worker of searchfm: when it began and ended its timed epochs, and its training loss of epoch EPOCHS."""
+    importlib.import_module("searchfm.learn.warm")  # one thread on the CPU, as in workers
     config = work(arch, images)
     training = Training(config, replace(load(config.data, device=device), val=None), device=device)
     next(training)
@@ -62,18 +64,14 @@ def ours(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, 
 def theirs(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
     """The peer: the same from the same weights, in float32, with its validation on one image."""
     config, data = work(arch, images), load(work(arch, images).data)
-    few = replace(data, val=part_of(data.val, 1))
+    assert data.val is not None
+    few = replace(data, val=_first(data.val, 1))
     train = partial(example.train, arch, initial(arch, 0, "float32"), few, lr=config.optimizer.lr, batch=128)
     train(iter(list(orders(config, data))[:1]), device=device)
     barrier.wait()
     began = wait(device)
     trained = train(iter(list(orders(config, data))[:EPOCHS]), device=device)
     return began, wait(device), trained.loss
-
-
-def part_of(part: Part | None, count: int) -> Part:
-    assert part is not None
-    return replace(part, images=part.images[:count], labels=part.labels[:count], indices=part.indices[:count])
 
 
 def rate(side: Any, workers: int, arch: str, images: int, device: str) -> tuple[float, float]:

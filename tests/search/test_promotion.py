@@ -6,7 +6,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from searchfm.config import Asha
+from searchfm.config import rungs
 from searchfm.home import Home
 from searchfm.search.memory import MemoryStudy
 from searchfm.search.promotion import Rungs
@@ -29,8 +29,7 @@ from tests.driving import let_go, toy
 def test_rungs_are_powers_of_the_reduction_but_none_in_the_last_third(
     arguments: tuple[int, int, int], expected: list[int]
 ) -> None:
-    least, reduction, epochs = arguments
-    assert Asha(min_epochs=least, reduction=reduction).rungs(epochs) == expected
+    assert rungs(*arguments) == expected
 
 
 def test_the_best_of_the_highest_rung_goes_first_and_each_once() -> None:
@@ -89,7 +88,7 @@ def test_a_sampler_proposes_the_same_whether_trials_are_paused_or_pruned(home: H
             in_database = storage.get_all_trials(number)
             assert [trial.state.name for trial in in_database] == ["RUNNING", "COMPLETE"] * 4
             assert memory.trial(0).state is TrialState.RUNNING
-            memory.wake(0)
+            memory.unpause(0)
             memory.optuna.tell(0, state=TrialState.PRUNED)
             assert [trial.params for trial in memory.trials] == proposed
         return proposed
