@@ -88,6 +88,7 @@ class Agent:
         self.options, self.retry, self.entries, self.notify = options, retry, entries, notify
         self.devices, self.host = devices, host or gethostname()
         self.signal = 0  # that ended it
+        self._leave_by: float | None = None  # when it leaves even if jobs run
         self._joined = False
         self._wake, self._waker = Pipe(duplex=False)  # ends a wait for events of the engine
         self._engine = LocalEngine(["cpu"], warm, options=self.options, wake=[self._wake])
@@ -172,13 +173,8 @@ class Agent:
         inbox: SimpleQueue[Message] = SimpleQueue()
         threading.Thread(target=self._receive, args=(link, inbox), daemon=True).start()
         threading.Thread(target=self._beat, args=(link,), daemon=True).start()
-        leave_by: float | None = None
-        while leave_by is None or (self._running and time.monotonic() < leave_by):
-            if self.signal and leave_by is None:
-                leave_by = time.monotonic() + STOP_SECONDS
-                _send(link, Leaving())
-                for job in self._running:
-                    self._engine.stop(job)
+        while self._leave_by is None or (self._running and time.monotonic() < self._leave_by):
+            self._leave_if_told(link)
             while self._wake.poll():
                 self._wake.recv_bytes()
             while not inbox.empty():
@@ -197,9 +193,18 @@ class Agent:
                         raise WireError(f"{type(other).__name__} came, which no worker takes")
             event = self._engine.next_event(1.0)
             if event is not None:
+                self._leave_if_told(link)  # first: a node with a free worker, not known to leave, would get a job
                 _send(link, event)
                 if not isinstance(event, EpochDone):
                     self._running.discard(event.job)
+
+    def _leave_if_told(self, link: Link) -> None:
+        """After a signal, says once that this node leaves, and stops its jobs."""
+        if self.signal and self._leave_by is None:
+            self._leave_by = time.monotonic() + STOP_SECONDS
+            _send(link, Leaving())
+            for job in self._running:
+                self._engine.stop(job)
 
     def _beat(self, link: Link) -> None:
         """Sends heartbeats until the connection closes. Runs in a thread: the first worker's start blocks the other one

@@ -128,6 +128,20 @@ def test_a_terminated_agent_hands_its_jobs_back_and_leaves(engine: RemoteEngine,
     assert lines[-1] == "node node leaves"
 
 
+def test_a_node_says_that_it_leaves_before_it_tells_how_its_job_ended(engine: RemoteEngine, home: Path) -> None:
+    """Else its worker would be free, and get a job that is lost a moment later."""
+    agent = make(f"127.0.0.1:{engine.port}", home)
+    running = threading.Thread(target=agent.run)
+    running.start()
+    await_free(engine, 1)
+    engine.submit(job("1", home / "1", ticks_for=0.3))
+    wait_until((home / "1" / "attempt-1" / "tick").exists)
+    agent.signal = signal.SIGTERM  # it wakes nobody: as a rule the job ends before the agent sees it
+    assert end(engine).job == "1"
+    assert engine.free == 0
+    running.join(30)
+
+
 @pytest.mark.slow
 def test_a_silent_node_is_lost_within_ten_seconds_and_a_slow_one_is_not(
     engine: RemoteEngine, home: Path, monkeypatch: pytest.MonkeyPatch
