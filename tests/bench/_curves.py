@@ -1,7 +1,7 @@
 """Curves of trainings without pruning, as JSON files in the user's cache folder: collected once, and kept."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {"data.subset": 0.05, "data.size": 14, "train.epochs": 8},
 }
 FRESH = 2  # further seeds of a configuration that a search found best
+KNOWN = 9000  # number of the first configuration that the study file names in `[[first]]`
 
 
 @dataclass(frozen=True)
@@ -49,30 +50,34 @@ class Curve:
 
 @dataclass(frozen=True)
 class Family:
-    """The study of a family, without pruning and without known configurations, and the folder of its curves."""
+    """A family's study without pruning, without its known configurations and `whole`; and the folder of its curves."""
 
     name: str
     study: Study
+    whole: Study
     folder: Path
 
     @classmethod
     def of(cls, name: str) -> "Family":
         file = files.read(shipped_folder() / f"{name}.toml")
         settings = {"data.validation": 0.05, "search.sampler": "random", "search.pruner": "none", **FAMILIES[name]}
-        table = {key: value for key, value in file.study(settings).resolved.items() if key != "first"}
+        whole = file.study(settings)
+        table = {key: value for key, value in whole.resolved.items() if key != "first"}
         key = digest({key: value for key, value in table.items() if key != "search"})[:12]
         folder = Path(platformdirs.user_cache_dir("searchfm-bench")) / "curves" / f"{name}-{key}"
-        return cls(name, Study(name, table), folder)
+        return cls(name, Study(name, table), whole, folder)
 
-    def params(self, count: int) -> list[dict[str, Any]]:
-        """The points that the study's sampler draws first."""
-        study, points = optuna.create_study(), []
-        for number in range(count):
-            study.sampler = self.study.sampler(number)
-            trial = study.ask()
-            self.study.sample(trial)
-            points.append(trial.params)
-        return points
+    @property
+    def known(self) -> range:
+        """The numbers of the configurations of `[[first]]`."""
+        return range(KNOWN, KNOWN + len(self.whole.known))
+
+    def params(self, number: int) -> dict[str, Any]:
+        """The point of a configuration: that of a known one, else what the study's sampler draws as trial `number`."""
+        source, trial_number = (self.whole, number - KNOWN) if number >= KNOWN else (self.study, number)
+        trial = optuna.create_study(sampler=source.sampler(trial_number)).ask()
+        source.sample(trial)
+        return trial.params
 
     def path(self, number: int, seed: int) -> Path:
         """The file of a curve. seed: 0 is the search's, others are fresh ones."""
@@ -92,18 +97,17 @@ class Family:
             return PrepareResult.from_json(end.value).data
         raise AssertionError("prepare yields no epoch")
 
-    def collect(self, wanted: Iterable[tuple[int, int]], count: int) -> None:
+    def collect(self, wanted: Iterable[tuple[int, int]]) -> None:
         """Trains what is missing of (number, seed), a training a core; each file is written when its training ends."""
         missing = [each for each in wanted if not self.path(*each).is_file()]
-        points = self.params(count) if missing else []
         with ProcessPoolExecutor(common.usable(), get_context("spawn"), initializer=use_one_thread) as pool:
-            jobs = [pool.submit(train, self.name, number, seed, points[number]) for number, seed in missing]
+            jobs = [pool.submit(train, self.name, number, seed, self.params(number)) for number, seed in missing]
             for index, (job, (number, seed)) in enumerate(zip(jobs, missing, strict=True), 1):
                 job.result()
                 common.progress(f"{self.name}: curve {index} of {len(jobs)}: configuration {number}, seed {seed}")
 
-    def curves(self, numbers: Sequence[int]) -> list[Curve]:
-        return [self.curve(number) for number in numbers]
+    def curves(self, numbers: Iterable[int]) -> dict[int, Curve]:
+        return {number: self.curve(number) for number in numbers}
 
 
 def use_one_thread() -> None:

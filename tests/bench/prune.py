@@ -1,10 +1,11 @@
 """Each pruner replayed over curves that were trained to the end: epochs that it takes, and the best value it finds.
 
-`python -m tests.bench prune [--configs 40] [--searches 5] [--family mlp|cnn|vit] [--pruner TOML] [--collect]`.
+`python -m tests.bench prune [--configs 40] [--searches 5] [--family NAME] [--pruner TOML] [--first] [--collect]`.
 A family's curves are trained once, by random configurations of a shipped study on few images, and kept; the same
 command resumes a collection that was stopped. A replay is a search by the real coordinator, pool and pruner, with an
 engine whose two workers deliver the kept epochs in turn. A search takes all configurations, in an order of its own,
-which is the same for each pruner.
+which is the same for each pruner. With --first, searches that begin with the known configurations of the study file are
+compared with those that do not.
 """
 
 import argparse
@@ -124,23 +125,26 @@ class Outcome:
     chance_lost: int  # those of them that are in the best tenth
 
 
-def replay(family: Family, curves: Sequence[Curve], pruner: str, order: Sequence[int], data: dict[str, Any]) -> Outcome:
-    """One search. order: numbers of the configurations."""
+def replay(
+    family: Family, curves: Mapping[int, Curve], pruner: str, order: Sequence[int], data: dict[str, Any], most: float
+) -> Outcome:
+    """One search. order: numbers of the configurations. most: the best value of those that are compared."""
     chosen = PRUNERS[pruner] if pruner in PRUNERS else tomllib.loads(f"pruner = {pruner}")["pruner"]
     table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": chosen}}
     study = Ordered(family.name, table)
     study.points_in_order = [curves[number].params for number in order]
-    by_digest = {study.config(curve.params).digest(): curve for curve in curves}
+    by_digest = {study.config(curve.params).digest(): curve for curve in curves.values()}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         engine = Replay(by_digest)
         record = search(Home(Path(folder)), study, engine=engine, data=data)
-        return outcome(record, engine, curves, order)
+        return outcome(record, engine, curves, order, most)
 
 
-def outcome(record: StudyRecord, engine: Replay, curves: Sequence[Curve], order: Sequence[int]) -> Outcome:
+def outcome(
+    record: StudyRecord, engine: Replay, curves: Mapping[int, Curve], order: Sequence[int], most: float
+) -> Outcome:
     """Reads a replayed study, whose epochs lie in its folder."""
     assert record.best is not None
-    most = max(curves[number].value for number in order)
     noise = math.sqrt(most * (1 - most) / record.data.validation)  # the standard error of a value
     best = sorted(order, key=lambda number: -curves[number].value)[: max(1, len(order) // 10)]
     pruned = {order[trial.number]: trial.reason or "" for trial in record.of("pruned")}
@@ -165,20 +169,31 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean:.4f} ± {half:.4f}"
 
 
+def described(family: Family) -> dict[str, Any]:
+    """A family's images, as a replayed search records them."""
+    return {name: value for name, value in asdict(family.data()).items() if name != "fingerprint"}
+
+
+def with_fresh_seeds(family: Family, outcomes: Mapping[str, Sequence[Outcome]]) -> dict[int, float]:
+    """The mean value, with fresh seeds, of each configuration that a search found best; trains what is missing."""
+    found = sorted({each.found for runs in outcomes.values() for each in runs})
+    seeds = range(1, FRESH + 1)
+    family.collect((number, seed) for number in found for seed in seeds)
+    return {number: statistics.mean(family.curve(number, seed).value for seed in seeds) for number in found}
+
+
 def compare(family: Family, pruners: Sequence[str], configs: int, trials: int, searches: int) -> None:
     """Replays pruners over a family's curves, and prints a row each."""
-    curves, data = family.curves(range(configs)), family.data()
-    about = {name: value for name, value in asdict(data).items() if name != "fingerprint"}
+    curves, about = family.curves(range(configs)), described(family)
     outcomes: dict[str, list[Outcome]] = {}
     for pruner in pruners:
         outcomes[pruner] = []
         for index in range(searches):
             common.progress(f"{family.name}: {pruner}, search {index + 1} of {searches}")
             order = random.Random(index).sample(range(configs), trials)
-            outcomes[pruner].append(replay(family, curves, pruner, order, about))
-    found = sorted({each.found for runs in outcomes.values() for each in runs})
-    family.collect([(number, seed) for number in found for seed in range(1, FRESH + 1)], configs)
-    fresh = {n: statistics.mean(family.curve(n, seed).value for seed in range(1, FRESH + 1)) for n in found}
+            most = max(curves[number].value for number in order)
+            outcomes[pruner].append(replay(family, curves, pruner, order, about, most))
+    fresh = with_fresh_seeds(family, outcomes)
     for pruner, runs in outcomes.items():
         fewer = common.ratio([each.epochs for each in outcomes["median"]], [each.epochs for each in runs])
         common.row(
@@ -194,6 +209,31 @@ def compare(family: Family, pruners: Sequence[str], configs: int, trials: int, s
         )
 
 
+def compare_first(family: Family, pruner: str, configs: int, trials: int, searches: int) -> None:
+    """Replays searches that begin with the study's known configurations, and the same without them; a row each."""
+    known, about = list(family.known), described(family)
+    curves = family.curves([*range(configs), *known])
+    outcomes: dict[str, list[Outcome]] = {"drawn": [], "known first": []}
+    for index in range(searches):
+        common.progress(f"{family.name}: {pruner}, search {index + 1} of {searches}")
+        drawn = random.Random(index).sample(range(configs), trials)
+        most = max(curves[number].value for number in (*drawn, *known))
+        for name, order in {"drawn": drawn, "known first": [*known, *drawn][:trials]}.items():
+            outcomes[name].append(replay(family, curves, pruner, order, about, most))
+    fresh = with_fresh_seeds(family, outcomes)
+    for name, runs in outcomes.items():
+        common.row(
+            family.name,
+            f"{pruner}; {name}",
+            round(statistics.median(each.epochs for each in runs)),
+            common.ratio([each.epochs for each in outcomes["drawn"]], [each.epochs for each in runs]),
+            statistics.median(each.to_best for each in runs),
+            interval([each.value for each in runs]),
+            interval([fresh[each.found] for each in runs]),
+            f"{sum(each.found in known for each in runs)} of {searches}",
+        )
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m tests.bench prune", description=__doc__.partition("\n")[0])
     parser.add_argument("--configs", type=int, default=40, help="configurations of each family")
@@ -201,29 +241,31 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--searches", type=int, default=5, help="searches of each pruner")
     parser.add_argument("--family", choices=list(FAMILIES), action="append", help="default: all")
     parser.add_argument("--pruner", action="append", help="besides median, as in a study file; default: all")
+    parser.add_argument("--first", action="store_true", help="compare with the known first trials of the study file")
     parser.add_argument("--collect", action="store_true", help="only train the curves that are missing")
     options = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     families = [Family.of(name) for name in options.family or FAMILIES]
     for family in families:
-        family.collect([(number, 0) for number in range(options.configs)], options.configs)
+        numbers = [*range(options.configs), *(family.known if options.first else ())]
+        family.collect((number, 0) for number in numbers)
     if options.collect:
         return
     trials = min(options.configs, options.trials or options.configs)
-    pruners = ["median", *options.pruner] if options.pruner else list(PRUNERS)
     searches = f"{options.searches} searches of {trials} trials each"
     common.header(f"Pruners replayed over {options.configs} trainings a family: {searches}", cores=None)
-    columns = (
-        "family",
-        "pruner",
-        "epochs",
-        "times fewer than by median",
-        "epochs to the best",
-        "best value",
-        "with fresh seeds",
-    )
-    common.table(*columns, "best tenth: pruned", "pruned at chance: all, best tenth")
-    for family in families:
-        compare(family, pruners, options.configs, trials, options.searches)
+    columns = ("family", "pruner", "epochs", "times fewer", "epochs to the best", "best value", "with fresh seeds")
+    if options.first:
+        common.table(*columns, "a known one is best")
+        for family in families:
+            for pruner in options.pruner or ("median", "asha, promote"):
+                compare_first(family, pruner, options.configs, trials, options.searches)
+    else:
+        common.table(*columns, "best tenth: pruned", "pruned at chance: all, best tenth")
+        pruners = ["median", *options.pruner] if options.pruner else list(PRUNERS)
+        for family in families:
+            compare(family, pruners, options.configs, trials, options.searches)
+    than = "with drawn trials alone" if options.first else "by median"
     print(f"\nValues: means with 95% intervals over the searches; with fresh seeds: means of {FRESH}. Epochs: medians;")
     print("to the best: until a training ended within one standard error of the best of all; inf: none did.")
+    print(f"Times fewer: than {than}.")

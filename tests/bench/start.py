@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.bench._common import Cost, alternate, header, progress, row, run, table
+from tests.bench._common import Cost, alternate, header, progress, ratio, row, run, table
 
 COMMANDS = {
     "help": ["--help"],
@@ -41,6 +41,9 @@ IMPORTS = {
 }
 
 
+PEER = "torch"  # an import that every machine knows: commands are measured against it
+
+
 def make_home(folder: Path) -> None:
     """A search of digits and its final model, and an image."""
     program, environment = [sys.executable, "-m", "searchfm"], os.environ | {"SEARCHFM_HOME": str(folder)}
@@ -61,7 +64,7 @@ def main(arguments: list[str]) -> None:
     options, names = parser.parse_args(arguments), [*COMMANDS, *IMPORTS]
     if unknown := set(options.names) - set(names):
         parser.error(f"{', '.join(unknown)}: must be among {', '.join(names)}")
-    chosen = options.names or names
+    chosen = [*dict.fromkeys([*(options.names or names), PEER])]
     header("Wall time until a process ends, and CPU time with its children; seconds, bytecode compiled")
     with tempfile.TemporaryDirectory(prefix="bench-") as home:
         folder, calls = Path(home), dict[str, Callable[[], Cost]]()
@@ -74,8 +77,9 @@ def main(arguments: list[str]) -> None:
         for call in calls.values():
             call()  # compiles bytecode, and fills the machine's cache of files
         results = alternate(calls, options.repeats)
-    table("", "wall, median", "min", "max", "CPU, median")
+    table("", "wall, median", "min", "max", "CPU, median", f"CPU over that of importing {PEER}")
     for name, costs in results.items():
         walls = [cost.wall for cost in costs]
+        over = ratio((cost.cpu for cost in costs), (cost.cpu for cost in results[PEER]))
         figures = (statistics.median(walls), min(walls), max(walls), statistics.median(cost.cpu for cost in costs))
-        row(f"`{name}`" if name in COMMANDS else f"import: {name}", *(f"{figure:.2f}" for figure in figures))
+        row(f"`{name}`" if name in COMMANDS else f"import: {name}", *(f"{figure:.2f}" for figure in figures), over)

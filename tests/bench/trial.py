@@ -4,8 +4,8 @@ Both sides start from the same weights and see the same batches in the same orde
 A ratio is printed only if both made the same steps, and their mean accuracies are equal within 0.01.
 
 `python -m tests.bench trial [--arch mlp cnn vit16 vit32 resnet] [--repeats 5] [--precision float32] [--parts]
-[--dropout 0.1 0.3 0.5]`. --parts: the share of the GEMM peak that searchfm's training reaches. --dropout: what dropout
-costs searchfm's training. Each of the two in place of the comparison with the peer.
+[--profile] [--dropout 0.1 0.3 0.5]`. --parts: the share of the GEMM peak that searchfm's training reaches. --profile:
+torch's operations in which it is. --dropout: what dropout costs it. Each in place of the comparison with the peer.
 """
 
 import argparse
@@ -208,6 +208,22 @@ def parts(arch: str, repeats: int, precision: str) -> None:
     row(NAMES[arch], f"{work / 1e6:.2f}", f"{rate:,.0f}", f"{peak / 1e9:.0f}", reached)
 
 
+def profiled(arch: str, precision: str) -> None:
+    """Prints in which of torch's operations an epoch of training is, without validation. Recording costs small
+    operations more than large ones.
+    """
+    data, config = replace(data_of(arch), val=None), config_of(arch, 0, precision)
+    config = replace(config, train=replace(config.train, epochs=1))
+    list(begin(config, data))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        list(begin(config, data))
+    found = sorted(profile.key_averages(), key=lambda each: -each.self_cpu_time_total)
+    whole, steps = sum(each.self_cpu_time_total for each in found), len(data.train) / BATCH
+    for each in found:
+        if each.self_cpu_time_total >= 0.01 * whole:
+            row(NAMES[arch], f"`{each.key}`", f"{each.self_cpu_time_total / whole:.0%}", f"{each.count / steps:.1f}")
+
+
 def dropped(arch: str, probability: float, repeats: int, precision: str) -> None:
     """Prints what training with dropout costs over training without it, without validation."""
     data = replace(data_of(arch), val=None)
@@ -227,6 +243,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="each with a seed of its own; 3 or more")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="of searchfm")
     parser.add_argument("--parts", action="store_true", help="share of the GEMM peak")
+    parser.add_argument("--profile", action="store_true", help="share of each of torch's operations")
     parser.add_argument("--dropout", nargs="*", type=float, help="ratio of training with and without; of mlp and vits")
     options = parser.parse_args(arguments)
     if options.repeats < 3:
@@ -237,6 +254,11 @@ def main(arguments: list[str]) -> None:
         table("", "MFLOP a sample", "samples/s", "peak, GFLOP/s", "share")
         for arch in options.arch:
             parts(arch, options.repeats, options.precision)
+    elif options.profile:
+        header("Operations in which an epoch of training is, one thread; those of 1% and more")
+        table("", "operation", "share of CPU time", "calls a step")
+        for arch in options.arch:
+            profiled(arch, options.precision)
     elif options.dropout is not None:
         header("CPU time of training with dropout over that without, one thread")
         table("", "dropout", "ratio")
