@@ -1,9 +1,10 @@
 """Whole studies as processes, alternated: `searchfm tune` as a user runs it, against searches of other libraries.
 
-`python -m tests.bench study [--trials 12] [--peer optuna|keras-tuner|ray|all] [--repeats 5] [--asha]`. The work is the
-same on both sides: nets of 1 to 3 layers, 5 epochs, 47 batches of 128 Fashion-MNIST images, the same images and the
-same configurations. They are those that searchfm's random sampler draws with seed 0, so that searchfm takes its usual
-way, and the peers take them from a list where they would draw. Only the seed of the trainings differs from run to run.
+`python -m tests.bench study [--trials 12] [--peer optuna|keras-tuner|ray|all] [--variant NAME] [--repeats 5]
+[--asha]`. The work is the same on both sides: nets of 1 to 3 layers, 5 epochs, 47 batches of 128 Fashion-MNIST images,
+the same images and the same configurations. They are those that searchfm's random sampler draws with seed 0, so that
+searchfm takes its usual way, and the peers take them from a list where they would draw. Only the seed of the trainings
+differs from run to run.
 
 A peer runs as a program of `peers/`, in an environment that `_environments.py` makes. No ratio is printed where the
 numbers of steps differ, or the accuracies by more than 0.01; then the exit code is 1.
@@ -175,8 +176,10 @@ def middle(runs: Sequence[Run]) -> float:
     return statistics.median(statistics.median(run.accuracies) for run in runs)
 
 
-def measure(peers: Sequence[str], trials: int, repeats: int, asha: bool) -> dict[str, list[Run]]:
-    """The runs of searchfm, and of each variant of each peer, alternated, after one short run of each."""
+def measure(
+    peers: Sequence[str], trials: int, repeats: int, asha: bool, chosen: str | None = None
+) -> dict[str, list[Run]]:
+    """The runs of searchfm, and of each variant of each peer or the chosen one, alternated, after a short run each."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
         work = Path(folder)
         write_work(work, trials)
@@ -185,6 +188,8 @@ def measure(peers: Sequence[str], trials: int, repeats: int, asha: bool) -> dict
         }
         for name in peers:
             for variant in PEERS_BY_NAME[name].variants:
+                if chosen not in (None, variant):
+                    continue
                 calls[f"{name}, {variant}"] = lambda count, seed, name=name, variant=variant: run_peer(
                     PEERS_BY_NAME[name], variant, work, count, seed, asha
                 )
@@ -221,6 +226,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m tests.bench study", description=__doc__.partition("\n")[0])
     parser.add_argument("--trials", type=int, default=12, help="trials of each search")
     parser.add_argument("--peer", choices=[*PEERS_BY_NAME, "all"], default="all", help="the other library")
+    variants = sorted({variant for peer in PEERS_BY_NAME.values() for variant in peer.variants})
+    parser.add_argument("--variant", choices=variants, help="of the peer; default: each")
     parser.add_argument("--repeats", type=int, default=5, help="alternated runs of each side")
     parser.add_argument("--asha", action="store_true", help="both sides prune by ASHA; for --peer ray")
     options = parser.parse_args(arguments)
@@ -231,7 +238,7 @@ def main(arguments: list[str]) -> None:
         python_of(PEERS_BY_NAME[name].environment)  # made first, so that nothing is installed between the runs
     work = f"{options.trials} MLPs, {EPOCHS} epochs of {TRAIN} images, {'ASHA' if options.asha else 'no pruning'}"
     common.header(f"Whole studies as processes: {work}", cores=common.usable())
-    results = measure(peers, options.trials, options.repeats, options.asha)
+    results = measure(peers, options.trials, options.repeats, options.asha, options.variant)
     same = print_table(results, options.asha)
     print(f"\nAccuracies are medians over the runs, each with a seed of its own ({options.repeats}).")
     print("Of a peer with two rows, the ratio to quote is the smaller one.")

@@ -46,7 +46,7 @@ ARCHS: dict[str, tuple[dict[str, Any], int, int]] = {
     "resnet": ({"name": "transfer", "transfer": {"weights": "none", "tuned_blocks": "all"}}, 1280, 4),
 }
 # Of others 1e-3, with which 40 steps of ResNet-18 magnify the last bits of floats to 0.04 of its accuracy.
-LR = {"vit16": 3e-3, "vit32": 3e-3, "resnet": 1e-4}
+LR = {"resnet": 1e-4}
 NAMES = {
     "mlp": "MLP 3x200",
     "cnn": "CNN 32/64 + 128",

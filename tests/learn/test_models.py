@@ -277,6 +277,28 @@ def test_channels_are_adjacent_on_a_cpu_unless_torch_would_crash(width: int, adj
     model(torch.zeros(8, 3, 48, 48, dtype=torch.uint8)).sum().backward()
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "adjacent"),
+    [
+        ("test_resnet", "AVX2", True),
+        ("test_resnet", "AVX512", False),
+        ("vgg11", "AVX2", False),
+        ("test_efficientnet", "AVX512", True),  # has depthwise convolutions
+        ("test_vit", "AVX2", False),
+    ],
+)
+def test_channels_of_a_timm_model_are_adjacent_where_that_is_faster(
+    name: str, capability: str, adjacent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    device = torch.device("cpu")
+    config = model_config("transfer", {"model": name, "weights": "none", "tuned_blocks": "all"})
+    model = classifier(config, (3, 64, 64), 4, torch.zeros(3), torch.ones(3), seed=0, device=device)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) == adjacent for conv in convs)
+    assert convs or name == "test_vit"
+
+
 def test_flops_count_two_an_addition_and_multiplication() -> None:
     model = Classifier(
         build(model_config("mlp", {"width": 200}), (1, 28, 28), 10, seed=0), torch.zeros(1), torch.ones(1)
