@@ -650,17 +650,16 @@ def compare(
         raise UserError(f"--picture {picture}: must end in {' or '.join(comparing.SUFFIXES)}")
     where, console = Home.find(home), _console()
     lines = comparing.compare_studies([api.open_study(study, home=home).record for study in studies])
-    page = comparing.comparison_page(lines)
     if html is not None:
-        write_whole(html, page.encode())
+        write_whole(html, comparing.comparison_page(lines).encode())
     if picture is not None:
         write_whole(picture, comparing.comparison_picture(lines, picture.suffix))
     tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
     written = [path for path in (html, picture) if path is not None]
     _output(as_json, lines, lambda: terminal.show_comparison(console, tables, notes, written))
-    files: dict[str, str | bytes] = {"comparison.html": page, "front.png": comparing.comparison_picture(lines, ".png")}
     context.call_on_close(_doing("logging the comparison to MLflow").end)
     values = [{key: value for key, value in asdict(line).items() if key != "schema"} for line in lines]
+    files = partial(comparing.comparison_files, lines)
     table = registry.log_comparison(where, values, comparing.comparison_markdown(lines), files)
     if not as_json:
         terminal.show_page(console, web_address(where.tracking_uri), table)

@@ -421,7 +421,7 @@ class Study:
         warmup = schedule.kind.rise * epochs if isinstance(schedule.kind, OneCycle) else schedule.warmup
         if chance is None or not (warmup < epoch and epochs / 10 <= epoch < epochs):
             return False
-        return Accuracy(round(accuracy * data.validation), data.validation).upper(CHANCE_LEVEL) < chance
+        return Accuracy.of(accuracy, data.validation).upper(CHANCE_LEVEL) < chance
 
     def ended_by(self, trials: Iterable[Trial]) -> Ending | None:
         """The rule of `[search]` that ends the study, from the trials that ended, by their numbers; None if it goes on.

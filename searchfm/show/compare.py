@@ -8,14 +8,12 @@ from msgspec.structs import replace
 from rich.markup import escape
 from rich.table import Table
 
-from searchfm import figures, format
+from searchfm import format
 from searchfm.errors import StudyError
 from searchfm.records import Predictions, StudyRecord
-from searchfm.show import pages
-from searchfm.show.report import accuracy
 from searchfm.show.schema import Compared
 from searchfm.show.terminal import table
-from searchfm.stats import holm, mcnemar
+from searchfm.stats import Accuracy, holm, mcnemar
 
 SUFFIXES = (".png", ".svg")
 NOTES = {
@@ -82,7 +80,7 @@ def _line(study: StudyRecord) -> Compared:
     if final is not None:
         measured: dict[str, Any] = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
     else:
-        low, high = accuracy(study, best).interval
+        low, high = Accuracy.of(best.value or 0.0, study.data.validation).interval
         measured = {"accuracy": best.value, "low": low, "high": high, "n": study.data.validation, "reads": None}
     return Compared(
         study=study.name,
@@ -164,11 +162,15 @@ def comparison_notes(lines: Sequence[Compared]) -> list[str]:
 
 def comparison_picture(lines: Sequence[Compared], suffix: str) -> bytes:
     """The accuracy-time front, a panel for each data set and split, as a file with that suffix (see `SUFFIXES`)."""
+    from searchfm import figures
+
     return figures.png(_front(lines)) if suffix == ".png" else figures.svg(_front(lines), "front").encode()
 
 
 def comparison_page(lines: Sequence[Compared]) -> str:
     """The comparison as a self-contained page."""
+    from searchfm.show import pages
+
     return pages.render(
         "compare.html.jinja",
         names=[line.study for line in lines],
@@ -180,7 +182,14 @@ def comparison_page(lines: Sequence[Compared]) -> str:
     )
 
 
+def comparison_files(lines: Sequence[Compared]) -> dict[str, str | bytes]:
+    """What MLflow keeps of a comparison: the page and the picture, by the names of files."""
+    return {"comparison.html": comparison_page(lines), "front.png": comparison_picture(lines, ".png")}
+
+
 def _front(lines: Sequence[Compared]) -> Any:
+    from searchfm import figures  # not above: matplotlib takes 0.4 s of CPU, and the same comparison is drawn once
+
     panels: dict[str, list[figures.Measured]] = {}
     for line in lines:
         point = figures.Measured(line.study, line.accuracy, line.low, line.high, max(line.training_seconds, 1e-3))

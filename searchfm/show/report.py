@@ -109,7 +109,7 @@ class Confused:
 def accuracy(study: StudyRecord, trial: Trial) -> Accuracy:
     """The accuracy of a complete trial on the validation part."""
     assert trial.value is not None
-    return Accuracy(round(trial.value * study.data.validation), study.data.validation)
+    return Accuracy.of(trial.value, study.data.validation)
 
 
 def ranks(study: StudyRecord) -> list[Rank]:

@@ -416,12 +416,14 @@ def study_environment(home: Home, study: StudyRecord) -> dict[str, str]:
     return {name: tags[tag] for name, tag in names.items() if tag in tags}
 
 
-def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Mapping[str, str | bytes]) -> str:
+def log_comparison(
+    home: Home, lines: Sequence[Mapping[str, Any]], note: str, files: Callable[[], Mapping[str, str | bytes]]
+) -> str:
     """Logs a comparison: a run with a note (Markdown), a table and the files by name, below it a run for each study.
     Returns the path of its table, the best study first; append it to the server's address.
 
-    lines: of one study each, with `study` and plain values. The same lines are logged once. files: the picture of the
-    note is `front.png`. Raises StorageError.
+    lines: of one study each, with `study` and plain values. The same lines are logged once. files: makes them, where
+    they are needed; the picture of the note is `front.png`. Raises StorageError.
     """
     lines_digest = digest({"lines": [dict(line) for line in lines]})
     if (logged := rows.experiment_with(home, COMPARISONS, lines_digest)) is not None:
@@ -446,7 +448,7 @@ def log_comparison(home: Home, lines: Sequence[Mapping[str, Any]], note: str, fi
             client.set_terminated(child, "FINISHED")
         client.log_table(run, {key: [line[key] for line in lines] for key in lines[0]}, "comparison.json")
         with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
-            for file, content in files.items():
+            for file, content in files().items():
                 (Path(folder) / file).write_bytes(content.encode() if isinstance(content, str) else content)
             client.log_artifacts(run, folder)
         # The table has the studies of this comparison alone, with a column for each value.
