@@ -130,7 +130,8 @@ def replay(
 ) -> Outcome:
     """One search. order: numbers of the configurations. most: the best value of those that are compared."""
     chosen = PRUNERS[pruner] if pruner in PRUNERS else tomllib.loads(f"pruner = {pruner}")["pruner"]
-    table = {**family.study.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": chosen}}
+    source = family.whole if order[0] in family.known else family.study  # a study's default is never pruned
+    table = {**source.resolved, "search": {"trials": len(order), "sampler": "random", "pruner": chosen}}
     study = Ordered(family.name, table)
     study.points_in_order = [curves[number].params for number in order]
     by_digest = {study.config(curve.params).digest(): curve for curve in curves.values()}
