@@ -294,9 +294,9 @@ def test_channels_of_a_timm_model_are_adjacent_where_that_is_faster(
     device = torch.device("cpu")
     config = model_config("transfer", {"model": name, "weights": "none", "tuned_blocks": "all"})
     model = classifier(config, (3, 64, 64), 4, torch.zeros(3), torch.ones(3), seed=0, device=device)
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
+    assert convs
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) == adjacent for conv in convs)
-    assert convs or name == "test_vit"
 
 
 def test_flops_count_two_an_addition_and_multiplication() -> None:
