@@ -183,6 +183,17 @@ def with_fresh_seeds(family: Family, outcomes: Mapping[str, Sequence[Outcome]]) 
     return {number: statistics.mean(family.curve(number, seed).value for seed in seeds) for number in found}
 
 
+def cells(runs: Sequence[Outcome], base: Sequence[Outcome], fresh: Mapping[int, float]) -> list[Any]:
+    """The cells of searches that both tables have. base: the searches with which epochs are compared."""
+    return [
+        round(statistics.median(each.epochs for each in runs)),
+        common.ratio([each.epochs for each in base], [each.epochs for each in runs]),
+        statistics.median(each.to_best for each in runs),
+        interval([each.value for each in runs]),
+        interval([fresh[each.found] for each in runs]),
+    ]
+
+
 def compare(family: Family, pruners: Sequence[str], configs: int, trials: int, searches: int) -> None:
     """Replays pruners over a family's curves, and prints a row each."""
     curves, about = family.curves(range(configs)), described(family)
@@ -196,15 +207,10 @@ def compare(family: Family, pruners: Sequence[str], configs: int, trials: int, s
             outcomes[pruner].append(replay(family, curves, pruner, order, about, most))
     fresh = with_fresh_seeds(family, outcomes)
     for pruner, runs in outcomes.items():
-        fewer = common.ratio([each.epochs for each in outcomes["median"]], [each.epochs for each in runs])
         common.row(
             family.name,
             pruner,
-            round(statistics.median(each.epochs for each in runs)),
-            fewer,
-            statistics.median(each.to_best for each in runs),
-            interval([each.value for each in runs]),
-            interval([fresh[each.found] for each in runs]),
+            *cells(runs, outcomes["median"], fresh),
             f"{sum(each.lost for each in runs)} of {max(1, trials // 10) * searches}",
             f"{sum(each.chance for each in runs)}, {sum(each.chance_lost for each in runs)}",
         )
@@ -223,16 +229,8 @@ def compare_first(family: Family, pruner: str, configs: int, trials: int, search
             outcomes[name].append(replay(family, curves, pruner, order, about, most))
     fresh = with_fresh_seeds(family, outcomes)
     for name, runs in outcomes.items():
-        common.row(
-            family.name,
-            f"{pruner}; {name}",
-            round(statistics.median(each.epochs for each in runs)),
-            common.ratio([each.epochs for each in outcomes["drawn"]], [each.epochs for each in runs]),
-            statistics.median(each.to_best for each in runs),
-            interval([each.value for each in runs]),
-            interval([fresh[each.found] for each in runs]),
-            f"{sum(each.found in known for each in runs)} of {searches}",
-        )
+        best = f"{sum(each.found in known for each in runs)} of {searches}"
+        common.row(family.name, f"{pruner}; {name}", *cells(runs, outcomes["drawn"], fresh), best)
 
 
 def main(arguments: list[str]) -> None:

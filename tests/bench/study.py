@@ -176,9 +176,7 @@ def middle(runs: Sequence[Run]) -> float:
     return statistics.median(statistics.median(run.accuracies) for run in runs)
 
 
-def measure(
-    peers: Sequence[str], trials: int, repeats: int, asha: bool, chosen: str | None = None
-) -> dict[str, list[Run]]:
+def measure(peers: Sequence[str], trials: int, repeats: int, asha: bool, chosen: str | None) -> dict[str, list[Run]]:
     """The runs of searchfm, and of each variant of each peer or the chosen one, alternated, after a short run each."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
         work = Path(folder)
@@ -234,6 +232,9 @@ def main(arguments: list[str]) -> None:
     if options.asha and options.peer != "ray":
         parser.error("--asha needs --peer ray")
     peers = list(PEERS_BY_NAME) if options.peer == "all" else [options.peer]
+    if options.variant and not any(options.variant in PEERS_BY_NAME[name].variants for name in peers):
+        known = ", ".join(PEERS_BY_NAME[options.peer].variants)
+        parser.error(f"--variant {options.variant}: of --peer {options.peer} must be among {known}")
     for name in peers:
         python_of(PEERS_BY_NAME[name].environment)  # made first, so that nothing is installed between the runs
     work = f"{options.trials} MLPs, {EPOCHS} epochs of {TRAIN} images, {'ASHA' if options.asha else 'no pruning'}"
