@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from searchfm.errors import StorageError
 from searchfm.home import write_whole
+from searchfm.stats import Accuracy
 
 FORMAT = 2  # of the records that this version writes
 NUMERICS = 2  # of training: equal ones give bitwise equal results. 1: torch's dropout, float32 on CPUs, timm's heads
@@ -392,6 +393,11 @@ class StudyRecord(StudyHeader):
     def ranked(self, *, twins: bool = True) -> list[Trial]:
         """Complete trials, the best first; without twins only those that were trained."""
         return ranked(self.trials, twins=twins)
+
+    def accuracy(self, trial: Trial) -> Accuracy:
+        """The accuracy of a complete trial on the validation part."""
+        assert trial.value is not None
+        return Accuracy.of(trial.value, self.data.validation)
 
     @property
     def undrawn(self) -> list[Trial]:

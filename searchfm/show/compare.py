@@ -13,7 +13,7 @@ from searchfm.errors import StudyError
 from searchfm.records import Predictions, StudyRecord
 from searchfm.show.schema import Compared
 from searchfm.show.terminal import table
-from searchfm.stats import Accuracy, holm, mcnemar
+from searchfm.stats import holm, mcnemar
 
 SUFFIXES = (".png", ".svg")
 NOTES = {
@@ -80,7 +80,7 @@ def _line(study: StudyRecord) -> Compared:
     if final is not None:
         measured: dict[str, Any] = {key: getattr(final.test, key) for key in ("accuracy", "low", "high", "n", "reads")}
     else:
-        low, high = Accuracy.of(best.value or 0.0, study.data.validation).interval
+        low, high = study.accuracy(best).interval
         measured = {"accuracy": best.value, "low": low, "high": high, "n": study.data.validation, "reads": None}
     return Compared(
         study=study.name,

@@ -106,12 +106,6 @@ class Confused:
     examples: tuple[int, ...]  # indices among the predictions, the most probable mistakes first
 
 
-def accuracy(study: StudyRecord, trial: Trial) -> Accuracy:
-    """The accuracy of a complete trial on the validation part."""
-    assert trial.value is not None
-    return Accuracy.of(trial.value, study.data.validation)
-
-
 def ranks(study: StudyRecord) -> list[Rank]:
     """All complete trials that were trained, at least one, the best first, and which of them are tied with it.
 
@@ -127,10 +121,10 @@ def ranks(study: StudyRecord) -> list[Rank]:
         if reference and predictions and np.array_equal(reference.indices, predictions.indices):
             tests[trial.number] = mcnemar(reference.correct, predictions.correct)
     adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
-    top = accuracy(study, best)
+    top = study.accuracy(best)
     ranked = [Rank(best, top, 0.0, None, tied=True)]
     for trial in others:
-        measured, p = accuracy(study, trial), adjusted.get(trial.number)
+        measured, p = study.accuracy(trial), adjusted.get(trial.number)
         tied = p >= ALPHA if p is not None else measured.fraction >= top.interval[0]
         ranked.append(Rank(trial, measured, measured.fraction - top.fraction, p, tied))
     return ranked
@@ -160,7 +154,7 @@ def result_sentences(study: StudyRecord) -> list[str]:
     if study.final is not None:
         return [sentence for sentences in final_sentences(study.final).values() for sentence in sentences]
     complete = study.ranked(twins=False)
-    best = accuracy(study, complete[0])
+    best = study.accuracy(complete[0])
     measured = accuracy_sentence(best.fraction, best.n, "validation", *best.interval)
     sentences = [f"Trial {complete[0].number}: {measured}"]
     if len(complete) > 1:
