@@ -15,11 +15,12 @@ from searchfm.errors import Stopped, WorldError
 from searchfm.forecast import TRIAL_SECONDS
 from searchfm.home import Home
 from searchfm.jobs import Context
-from searchfm.learn import data, entries
+from searchfm.learn import data, entries, graphs
 from searchfm.learn.train import Training
 from searchfm.search.study import Study
 from searchfm.tuning import Tuning
 from tests.driving import let_go
+from tests.learn.test_train import CONFIGS
 from tests.learn.toys import config, drain, losses
 from tests.test_tuning import TABLE
 
@@ -44,6 +45,53 @@ def test_images_streamed_from_host_memory_train_as_those_on_the_gpu(monkeypatch:
     assert (resident.train.images.device.type, streamed.train.images.device.type) == ("cuda", "cpu")
     curves = [losses(list(Training(CNN, part, device="cuda:0"))) for part in (resident, streamed)]
     assert close(*curves)
+
+
+GRAPHS: dict[str, Config] = {
+    **{name: chosen for name, chosen in CONFIGS.items() if name != "residual-adagrad"},
+    "residual-sgd": config(
+        "residual",
+        {"stages": 2, "blocks": 1, "width": 8},
+        optimizer={"name": "sgd", "lr": 0.02, "sgd": {"momentum": 0.9, "nesterov": True}},
+        schedule={"name": "one-cycle"},
+        augment={"crop": 1, "flip": 0.5},
+    ),
+    "vit": config("vit", {"patch_size": 4, "hidden_dim": 16, "layers": 2, "heads": 2, "dropout": 0.1}),
+    "transfer": config("transfer", {"model": "test_resnet", "weights": "none", "tuned_blocks": 1, "layer_decay": 0.8}),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_recorded_steps_train_as_steps_that_are_not(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = GRAPHS[name].to_table()
+    chosen = Config.from_table({**table, "train": {**table["train"], "precision": precision}})
+    parts = data.load(chosen.data, device="cuda:0")
+    curves, weights = {}, {}
+    for switch in ("0", "1"):
+        monkeypatch.setenv(graphs.SWITCH, switch)
+        training = Training(chosen, parts, device="cuda:0")
+        curves[switch] = losses(list(training))
+        weights[switch] = training.checkpoint().tensors
+        assert (training._recorded is not None and training._recorded._replay is not None) == (switch == "1")
+    assert close(curves["0"], curves["1"])
+    assert weights["0"].keys() == weights["1"].keys()
+    for key, value in weights["0"].items():
+        assert torch.allclose(value.float(), weights["1"][key].float(), rtol=0.05, atol=0.01), key
+
+
+def test_a_recorded_training_gives_its_memory_back() -> None:
+    wide = config("mlp", {"layers": 2, "width": 4096}, train={"epochs": 1})
+    taken = []
+    for _ in range(3):
+        training = Training(wide, data.load(wide.data, device="cuda:0"), device="cuda:0")
+        next(training)
+        assert training._recorded
+        assert training._recorded._replay
+        del training
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[2] <= taken[0] + 10**6
 
 
 def trial(settings: Config, folder: Path, *earlier: Path, tick: Callable[[], None] = lambda: None) -> list[Any]:

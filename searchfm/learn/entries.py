@@ -30,7 +30,7 @@ from searchfm.errors import DataError, ModelError, SearchfmError, Stopped, World
 from searchfm.format import plural
 from searchfm.home import file_sha256, write_whole
 from searchfm.jobs import PAUSED, Context, Result
-from searchfm.learn import checkpoint, precision
+from searchfm.learn import checkpoint, graphs, precision
 from searchfm.learn.data import Splits, load, load_full, load_test
 from searchfm.learn.datasets import count_test, parsed, side
 from searchfm.learn.export import program
@@ -74,7 +74,7 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
     not run here, or differs; WorldError for a CPU without bfloat16 where the study needs it.
     """
-    limit()  # so that a text that is no size is refused before the first trial
+    limit(), graphs.wanted()  # so that a wrong variable is refused before the first trial
     job = PrepareJob.from_json(payload, "prepare")
     bfloat16 = precision.faster(precision.cpu_features(), job.architectures)
     if context.device == "cpu" and not set(job.bfloat16) <= set(bfloat16):

@@ -26,12 +26,16 @@ from searchfm.learn.models import Classifier
 from searchfm.learn.models.transfer import Pretrained
 
 
-def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimizer:
+def optimizer(model: Classifier, config: OptimizerConfig, *, recorded: bool = False) -> torch.optim.Optimizer:
     """The optimizer of the model's trainable parameters, one fused kernel a step where torch has one.
 
-    Each group has its maximum learning rate as `initial_lr`; `set_lr` scales it.
+    Each group has its maximum learning rate as `initial_lr`; `set_lr` scales it. recorded: whether steps become part of
+    a CUDA graph, for which learning rates and counters are on the device; not for Adagrad.
     """
     groups, kind = parameter_groups(model, config), config.kind
+    if recorded:
+        for group in groups:
+            group["lr"] = torch.tensor(group["lr"], device=model.mean.device)
     match kind:
         case Sgd():
             return torch.optim.SGD(groups, momentum=kind.momentum, nesterov=kind.nesterov, fused=True)
@@ -39,11 +43,13 @@ def optimizer(model: Classifier, config: OptimizerConfig) -> torch.optim.Optimiz
             cpu = model.mean.device.type == "cpu"
             return torch.optim.Adagrad(groups, lr_decay=kind.lr_decay, fused=cpu, foreach=not cpu)
         case Rmsprop():  # torch has no fused one
-            return torch.optim.RMSprop(groups, alpha=kind.alpha, momentum=kind.momentum, foreach=True)
+            return torch.optim.RMSprop(
+                groups, alpha=kind.alpha, momentum=kind.momentum, foreach=True, capturable=recorded
+            )
         case Adam():
-            return torch.optim.Adam(groups, betas=(kind.beta1, kind.beta2), fused=True)
+            return torch.optim.Adam(groups, betas=(kind.beta1, kind.beta2), fused=True, capturable=recorded)
         case AdamW():
-            return torch.optim.AdamW(groups, betas=(kind.beta1, kind.beta2), fused=True)
+            return torch.optim.AdamW(groups, betas=(kind.beta1, kind.beta2), fused=True, capturable=recorded)
         case _:
             assert_never(kind)
 
@@ -71,7 +77,11 @@ def parameter_groups(model: Classifier, config: OptimizerConfig) -> list[dict[st
 def set_lr(built: torch.optim.Optimizer, factor: float) -> None:
     """Sets every group's learning rate to `factor` times its maximum."""
     for group in built.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        lr = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def lr_factor(step: int, steps_per_epoch: int, total_steps: int, config: ScheduleConfig) -> float:

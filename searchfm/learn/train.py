@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from searchfm.config import Config, TrainConfig
 from searchfm.errors import ConfigError, DivergedError, SearchfmError
-from searchfm.learn import features, optim, precision
+from searchfm.learn import features, graphs, optim, precision
 from searchfm.learn.augment import augment
 from searchfm.learn.checkpoint import Checkpoint
 from searchfm.learn.data import Part, Splits, batches
@@ -72,8 +72,11 @@ class Training(Iterator[Epoch]):
         )
         self.precision: Precision = precision.choose(config, self.model, self.shape, bfloat16)
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
-        self._optimizer = optim.optimizer(self.model, config.optimizer)
+        self._recorded = graphs.Recorded(self.device) if graphs.suits(config, self.device) else None
+        self._optimizer = optim.optimizer(self.model, config.optimizer, recorded=self._recorded is not None)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
+        # Of the epoch in training, on the device: the sum of losses, and the number of correct predictions.
+        self._loss_sum, self._correct = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self.validation: tuple[float, Predictions] | None = None
         self.epochs: list[Epoch] = []
         self.numerics: tuple[int, ...] = (NUMERICS,)
@@ -140,11 +143,12 @@ class Training(Iterator[Epoch]):
         """All steps of an epoch, none of which waits for the device: scalars on the device, the sum of the losses and
         the number of correct predictions; and the last factor of the learning rate.
         """
-        config, model, device = self.config, self.model, self.device
+        config, device = self.config, self.device
         steps = math.ceil(self._count / config.train.batch_size)
-        loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
         factor = 0.0
-        model.train()
+        self._loss_sum.zero_()
+        self._correct.zero_()
+        self.model.train()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(_derive(self._seed, "dropout", index))
             for i, (inputs, targets) in enumerate(self._batches(index)):
@@ -152,22 +156,30 @@ class Training(Iterator[Epoch]):
                 step = (index - 1) * steps + i
                 factor = optim.lr_factor(step, steps, config.train.epochs * steps, config.schedule)
                 optim.set_lr(self._optimizer, factor)
-                with precision.autocast(self.precision, device):
-                    logits = self._net(inputs)
-                    loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
-                self._optimizer.zero_grad()
-                torch.autograd.backward(loss)
-                if config.optimizer.clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-                self._optimizer.step()
+                if self._recorded:
+                    self._recorded(self._step, inputs, targets)
+                else:
+                    self._step(inputs, targets)
                 if self._average:
                     self._average.update(step)
-                with torch.no_grad():
-                    loss_sum += loss * len(inputs)
-                    # Of a mixed image, the class with the larger weight is the correct one.
-                    expected = targets if targets.ndim == 1 else targets.argmax(1)
-                    correct += (logits.argmax(1) == expected).sum()
-        return loss_sum, correct, factor
+        return self._loss_sum, self._correct, factor
+
+    def _step(self, inputs: Tensor, targets: Tensor) -> None:
+        """A step of the optimizer on a batch. May be recorded: what differs between two steps is in tensors."""
+        config = self.config
+        with precision.autocast(self.precision, self.device):
+            logits = self._net(inputs)
+            loss = F.cross_entropy(logits, targets, label_smoothing=config.train.label_smoothing)
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if config.optimizer.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+        self._optimizer.step()
+        with torch.no_grad():
+            self._loss_sum += loss * len(inputs)
+            # Of a mixed image, the class with the larger weight is the correct one.
+            expected = targets if targets.ndim == 1 else targets.argmax(1)
+            self._correct += (logits.argmax(1) == expected).sum()
 
     def _batches(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """What the trained part of the model takes, images or cached features, augmented; and the targets."""

@@ -2,12 +2,14 @@
 
 `python -m tests.bench gpu [--arch mlp cnn vit32 resnet] [--workers 1 4 8] [--repeats 5] [--airbench] [--device cuda]`.
 Each worker is a process with its own training of the same work; all begin an epoch together, after one that warms up.
-The rate of a side is that of all its workers together, from the first one's start to the last one's end. The peer is
-one process, as its users run it. --airbench: the time of an epoch of airbench94's net.
+They train with CUDA graphs (see `learn.graphs`) and without. The rate of a side is that of all its workers together,
+from the first one's start to the last one's end, validation not included. The peer is one process, as its users run
+it. --airbench: the time of an epoch of airbench94's net.
 """
 
 import argparse
 import importlib
+import os
 import statistics
 import sys
 import time
@@ -15,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
+from multiprocessing.pool import Pool
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
@@ -22,6 +26,7 @@ import torch
 
 from searchfm.config import Config
 from searchfm.learn.data import Part, Splits, load
+from searchfm.learn.graphs import SWITCH
 from searchfm.learn.models.custom import Code
 from searchfm.learn.train import Training, _first
 from tests.bench import _example as example
@@ -49,9 +54,12 @@ def wait(device: str) -> float:
     return time.perf_counter()
 
 
-def ours(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
-    """A worker of searchfm: when it began and ended its timed epochs, and its training loss of epoch EPOCHS."""
+def ours(recorded: bool, arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
+    """A worker of searchfm, with CUDA graphs or without: when it began and ended its timed epochs, and its training
+    loss of epoch EPOCHS.
+    """
     importlib.import_module("searchfm.learn.warm")  # one thread on the CPU, as in workers
+    os.environ[SWITCH] = str(int(recorded))
     config = work(arch, images)
     training = Training(config, replace(load(config.data, device=device), val=None), device=device)
     next(training)
@@ -74,28 +82,33 @@ def theirs(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float
     return began, wait(device), trained.loss
 
 
-def rate(side: Any, workers: int, arch: str, images: int, device: str) -> tuple[float, float]:
-    """Samples a second of all workers together, and the mean of their last losses."""
-    context = get_context("spawn")
-    with context.Manager() as manager, context.Pool(workers) as pool:
-        barrier = manager.Barrier(workers)
-        ends = pool.starmap(side, [(arch, images, device, barrier)] * workers, chunksize=1)
+def rate(pool: Pool, manager: SyncManager, side: Any, workers: int, *work: str | int) -> tuple[float, float]:
+    """Samples a second of so many of the pool's processes together, and the mean of their last losses."""
+    barrier = manager.Barrier(workers)  # so that each process has one
+    ends = pool.starmap(side, [(*work, barrier)] * workers, chunksize=1)
     seconds = max(end for _, end, _ in ends) - min(began for began, _, _ in ends)
-    return workers * images * EPOCHS / seconds, statistics.mean(loss for *_, loss in ends)
+    return workers * int(work[1]) * EPOCHS / seconds, statistics.mean(loss for *_, loss in ends)
 
 
 def compare(arch: str, workers: Sequence[int], device: str, images: int, repeats: int) -> None:
-    """Prints a row for each number of workers."""
-    sides = {f"{count}": partial(rate, ours, count, arch, images, device) for count in workers}
-    results = alternate({**sides, "peer": partial(rate, theirs, 1, arch, images, device)}, repeats)
+    """Prints a row for each number of workers, without and with graphs."""
+    context, work = get_context("spawn"), (arch, images, device)
+    recorded = [False, True] if device.startswith("cuda") else [False]
+    with context.Manager() as manager, context.Pool(max(workers)) as pool, context.Pool(1) as other:
+        sides = {
+            f"{count}{', graphs' if graphs else ''}": partial(rate, pool, manager, partial(ours, graphs), count, *work)
+            for graphs in recorded
+            for count in workers
+        }
+        results = alternate({**sides, "peer": partial(rate, other, manager, theirs, 1, *work)}, repeats)
     peer = [each for each, _ in results["peer"]]
-    for count in sides:
-        rates, losses = zip(*results[count], strict=True)
+    for name in sides:
+        rates, losses = zip(*results[name], strict=True)
         loss, expected = statistics.median(losses), statistics.median(loss for _, loss in results["peer"])
         equal = abs(loss - expected) <= WITHIN
         medians = (f"{statistics.median(side):,.0f}" for side in (peer, rates))
         found = ratio(rates, peer) if equal else "none: not the same work"
-        row(NAMES[arch], count, *medians, found, f"{loss:.4f} / {expected:.4f}")
+        row(NAMES[arch], name, *medians, found, f"{loss:.4f} / {expected:.4f}")
 
 
 def airbench(device: str, count: int, epochs: int) -> None:

@@ -200,6 +200,7 @@ def test_no_step_of_an_epoch_waits_for_the_device(name: str, digits: Splits) -> 
     """A fake tensor has no value: what needs one, as `.item()` and `if` do, raises. On a GPU it would wait."""
     training = Training(CONFIGS.get(name, VIT), first(digits, 130))
     with FakeTensorMode(allow_non_fake_inputs=True):
+        training._loss_sum, training._correct = torch.zeros(2)
         loss, correct, _ = training._steps(1)
         for waits in (loss.item, correct.tolist, lambda: bool(loss > 0), lambda: correct.nonzero().shape):
             with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):

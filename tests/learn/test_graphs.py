@@ -1,0 +1,66 @@
+"""Recorded steps without a GPU: which trainings have them, and which batches. tests/test_gpu.py records real ones."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from searchfm.config import Config
+from searchfm.errors import UserError
+from searchfm.learn import graphs
+from searchfm.learn.data import Splits
+from searchfm.learn.train import Training
+from tests.learn.test_train import CONFIGS
+from tests.learn.toys import config, losses
+
+CUDA = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "suits"),
+    [
+        (CONFIGS["mlp-sgd"], CUDA, True),
+        (CONFIGS["cnn-rmsprop"], CUDA, True),
+        (CONFIGS["mlp-sgd"], torch.device("cpu"), False),
+        (CONFIGS["residual-adagrad"], CUDA, False),
+        (config("custom", {"factory": "net.py:make"}), CUDA, False),
+    ],
+)
+def test_which_trainings_are_recorded(chosen: Config, device: torch.device, suits: bool) -> None:
+    assert graphs.suits(chosen, device) == suits
+
+
+def test_the_variable_turns_graphs_off_and_nothing_else_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graphs.SWITCH, "0")
+    assert not graphs.suits(CONFIGS["mlp-sgd"], CUDA)
+    monkeypatch.setenv(graphs.SWITCH, "off")
+    with pytest.raises(
+        UserError, match=r'^SEARCHFM_CUDA_GRAPHS = "off": must be 1, or 0 to train without CUDA graphs$'
+    ):
+        graphs.suits(CONFIGS["mlp-sgd"], CUDA)
+
+
+def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
+    ran: list[tuple[int, bool]] = []  # rows of a batch, and whether it was in the recorded step's own memory
+    own: set[int] = set()
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        assert torch.equal(inputs[:, 0], targets)
+        ran.append((len(inputs), inputs.data_ptr() in own))
+
+    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        own.update(tensor.data_ptr() for tensor in (recorded._inputs, recorded._targets))
+        return run
+
+    recorded = graphs.Recorded(torch.device("cpu"), record)
+    for value, size in enumerate([4, 4, 3, 4, 4, 3, 4]):
+        recorded(step, torch.full((size, 2), value), torch.full((size,), value))
+    assert ran == [(4, False), (4, False), (3, False), (4, True), (4, True), (3, False), (4, True)]
+
+
+@pytest.mark.parametrize("name", ["mlp-adamw-average", "cnn-rmsprop"])
+def test_a_training_whose_batches_go_through_a_recorded_step_is_the_same(name: str, digits: Splits) -> None:
+    plain, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
+    recorded._recorded = graphs.Recorded(torch.device("cpu"), lambda step, _: step)
+    assert losses(list(recorded)) == losses(list(plain))
