@@ -4,15 +4,22 @@ A step of a small net has dozens of kernels of a few microseconds each; launchin
 several times as long as they run.
 """
 
+import logging
 import os
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from searchfm.config import Adagrad, Config, Custom
-from searchfm.errors import UserError
+from searchfm.errors import UserError, one_line
 from searchfm.tables import show
+
+T = TypeVar("T")
+
+log = logging.getLogger("searchfm")
 
 SWITCH = "SEARCHFM_CUDA_GRAPHS"
 EAGER = 3  # steps before the recorded one: they allocate the optimizer's state and load kernels; torch advises three
@@ -37,39 +44,60 @@ def suits(config: Config, device: torch.device) -> bool:
 
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Records what `step` launches on a GPU, without running it. Each call of the result runs it, in the current
-    stream. Random numbers go on from call to call as without a graph.
+    stream. Random numbers go on from call to call as without a graph. Raises RuntimeError for what cannot be recorded:
+    a step that waits for the device, or copies from host memory.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
         step()
     return graph.replay
 
 
-class Recorded:
-    """Runs a step of training on batches (inputs, targets) of a device. From the fourth batch on, those of the first
-    one's size run as a graph; others, such as an epoch's last one, as they are.
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream to record in: one for all trainings, since cuBLAS keeps 70 MB for each stream that it was used in."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    The step must read what changes between batches from tensors that stay where they are.
+
+class Recorded(Generic[T]):
+    """Runs a step, of training or validation, on batches (inputs, targets) of a device.
+
+    From the fourth batch on, those of the first one's size run as a graph; others, such as an epoch's last one, as they
+    are. So do all of a model that cannot be recorded, as a few of timm's. The step must read what changes between
+    batches from tensors that stay where they are.
     """
 
     def __init__(
         self, device: torch.device, record: Callable[[Callable[[], None], torch.device], Callable[[], None]] = record
     ) -> None:
         self._device, self._record = device, record
-        self._batches, self._size = 0, 0
+        self._batches, self._size, self._tried = 0, 0, False
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._replay: Callable[[], None] | None = None
+        self._result: T
 
-    def __call__(self, step: Callable[[Tensor, Tensor], None], inputs: Tensor, targets: Tensor) -> None:
-        """Runs the step on a batch; it must be the same step in every call."""
+    def __call__(self, step: Callable[[Tensor, Tensor], T], inputs: Tensor, targets: Tensor) -> T:
+        """Runs the step on a batch; it must do the same in every call. What it returns may be valid until the next
+        call alone.
+        """
         self._size = self._size or len(inputs)
-        if self._batches < EAGER or len(inputs) != self._size:
-            self._batches += 1
-            step(inputs, targets)
-            return
-        if self._replay is None:
+        same = len(inputs) == self._size
+        if same and not self._tried and self._batches >= EAGER:
+            self._tried = True
             self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
-            self._replay = self._record(lambda: step(self._inputs, self._targets), self._device)
+            try:
+                self._replay = self._record(partial(self._run, step), self._device)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                log.info("no CUDA graph: %s", one_line(error))
+        self._batches += 1
+        if self._replay is None or not same:
+            return step(inputs, targets)
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)
         self._replay()
+        return self._result
+
+    def _run(self, step: Callable[[Tensor, Tensor], T]) -> None:
+        self._result = step(self._inputs, self._targets)

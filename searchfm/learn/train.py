@@ -72,7 +72,10 @@ class Training(Iterator[Epoch]):
         )
         self.precision: Precision = precision.choose(config, self.model, self.shape, bfloat16)
         self._count = _whole_batches(len(data.train.labels), config.train, self.model)
-        self._recorded = graphs.Recorded(self.device) if graphs.suits(config, self.device) else None
+        self._recorded: graphs.Recorded[None] | None = None
+        self._recorded_val: graphs.Recorded[tuple[Tensor, Tensor]] | None = None
+        if graphs.suits(config, self.device):
+            self._recorded, self._recorded_val = graphs.Recorded(self.device), graphs.Recorded(self.device)
         self._optimizer = optim.optimizer(self.model, config.optimizer, recorded=self._recorded is not None)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
         # Of the epoch in training, on the device: the sum of losses, and the number of correct predictions.
@@ -201,7 +204,7 @@ class Training(Iterator[Epoch]):
         part = self._features.val if self._features else self.data.val
         if part is None:
             return None
-        return evaluate(self._judged, part, self.config.train, self._tick, self.precision)
+        return evaluate(self._judged, part, self.config.train, self._tick, self.precision, self._recorded_val)
 
     def checkpoint(self) -> Checkpoint:
         """All that resuming from here needs, copied but for what is frozen: later epochs do not change it."""
@@ -281,21 +284,31 @@ def _first(part: Part, size: int) -> Part:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, part: Part, config: TrainConfig, tick: Callable[[], None], computed: Precision = "float32"
+    model: nn.Module,
+    part: Part,
+    config: TrainConfig,
+    tick: Callable[[], None],
+    computed: Precision = "float32",
+    recorded: graphs.Recorded[tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[float, Predictions]:
     """Mean cross-entropy (no smoothing) and predictions, computed in a precision. The model, on the part's device,
-    stays in eval mode.
+    stays in eval mode. recorded: runs the batches; the same one for the same model alone.
     """
     device = part.device
     loss_sum = torch.zeros((), device=device)
     rows: list[Tensor] = []
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with precision.autocast(computed, device):
+            logits = model(images).float()
+        return logits, F.cross_entropy(logits, labels, reduction="sum")
+
     model.eval()
     for images, labels in batches(part, config.batch_size, None):
         tick()
-        with precision.autocast(computed, device):
-            logits = model(images).float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        rows.append(logits)
+        logits, loss = recorded(step, images, labels) if recorded else step(images, labels)
+        loss_sum += loss
+        rows.append(logits.clone() if recorded else logits)
     probabilities = torch.cat(rows).softmax(1).cpu().numpy()
     return loss_sum.item() / len(part), Predictions(part.indices.numpy(), part.labels.cpu().numpy(), probabilities)
 

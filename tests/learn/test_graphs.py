@@ -1,6 +1,7 @@
 """Recorded steps without a GPU: which trainings have them, and which batches. tests/test_gpu.py records real ones."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,14 +54,45 @@ def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
         own.update(tensor.data_ptr() for tensor in (recorded._inputs, recorded._targets))
         return run
 
-    recorded = graphs.Recorded(torch.device("cpu"), record)
-    for value, size in enumerate([4, 4, 3, 4, 4, 3, 4]):
+    recorded = graphs.Recorded[None](torch.device("cpu"), record)
+    for value, size in enumerate([4, 4, 4, 3, 4, 4, 3, 4]):
         recorded(step, torch.full((size, 2), value), torch.full((size,), value))
-    assert ran == [(4, False), (4, False), (3, False), (4, True), (4, True), (3, False), (4, True)]
+    assert ran == [*[(4, False)] * 3, (3, False), (4, True), (4, True), (3, False), (4, True)]
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    ran, tries = [], []
+
+    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        tries.append(device)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    recorded = graphs.Recorded[None](torch.device("cpu"), record)
+    with caplog.at_level("INFO", "searchfm"):
+        for value in range(6):
+            recorded(lambda inputs, targets: ran.append(inputs.item()), torch.tensor([value]), torch.zeros(1))
+    assert ran == list(range(6))
+    assert len(tries) == 1
+    assert caplog.messages == ["no CUDA graph: operation not permitted when stream is capturing"]
+
+
+def test_memory_that_runs_out_while_a_step_is_recorded_is_not_hidden() -> None:
+    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recorded = graphs.Recorded[None](torch.device("cpu"), record)
+    batch = torch.zeros(1)
+    for _ in range(graphs.EAGER):
+        recorded(lambda inputs, targets: None, batch, batch)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(lambda inputs, targets: None, batch, batch)
 
 
 @pytest.mark.parametrize("name", ["mlp-adamw-average", "cnn-rmsprop"])
 def test_a_training_whose_batches_go_through_a_recorded_step_is_the_same(name: str, digits: Splits) -> None:
     plain, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
-    recorded._recorded = graphs.Recorded(torch.device("cpu"), lambda step, _: step)
+    steps, judged = (graphs.Recorded[Any](torch.device("cpu"), lambda step, _: step) for _ in range(2))
+    recorded._recorded, recorded._recorded_val = steps, judged
     assert losses(list(recorded)) == losses(list(plain))
+    assert steps._replay
+    assert judged._replay
