@@ -80,8 +80,7 @@ def test_recorded_steps_train_as_steps_that_are_not(name: str, precision: str, m
             assert (each is not None and each._replay is not None) == recorded
     assert close(*curves)
     apart = (weights[1] - weights[0]).norm() / weights[0].norm()
-    print(f"{name}, {precision}: weights {apart:.1e} apart, losses {curves[0][-1]} {curves[1][-1]}")
-    assert apart < 0.02
+    assert apart < 0.005  # 0 but for RMSProp, whose arithmetic is another one with learning rates on the GPU
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_runs_as_without() -> None:
@@ -96,7 +95,7 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_runs_as_without() -> 
     torch.manual_seed(3)
     for value in range(8):
         recorded(step, torch.full((4,), value, device="cuda:0"), torch.ones(1000, device="cuda:0"))
-    assert recorded._replay is None
+    assert recorded._waits
     torch.manual_seed(3)
     assert total == 4 * sum(range(8))
     assert kept.item() == sum(F.dropout(torch.ones(1000, device="cuda:0"), 0.5).sum().item() for _ in range(8))
@@ -148,7 +147,8 @@ def test_memory_that_a_gpu_lacks_is_one_line_and_comes_back(tmp_path: Path) -> N
     wide = config("mlp", {"layers": 2, "width": 20_000})  # 1.6 GB, and as much for gradients
     with pytest.raises(WorldError, match=r"^out of memory on cuda:0: CUDA out of memory"):
         trial(wide, tmp_path / "wide")
-    assert torch.cuda.memory_reserved() < len(others) + 10**8
+    kept = 2 * 10**8  # by cuBLAS: 70 MB for each of two streams, the one of recordings included
+    assert torch.cuda.memory_reserved() < len(others) + kept
     assert len(trial(CNN, tmp_path / "next")) == 3
     del others
     torch.cuda.empty_cache()  # the next test's workers need it

@@ -6,6 +6,7 @@ several times as long as they run.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Generic, TypeVar
@@ -17,12 +18,13 @@ from searchfm.config import Adagrad, Config, Custom
 from searchfm.errors import UserError, one_line
 from searchfm.tables import show
 
+WAITED = "called a synchronizing CUDA operation"  # torch's warning
 T = TypeVar("T")
 
 log = logging.getLogger("searchfm")
 
 SWITCH = "SEARCHFM_CUDA_GRAPHS"
-EAGER = 3  # steps before the recorded one: they allocate the optimizer's state and load kernels; torch advises three
+EAGER = 3  # steps before the recorded one, as torch advises: they allocate the optimizer's state and load kernels
 
 
 def wanted() -> bool:
@@ -42,10 +44,23 @@ def suits(config: Config, device: torch.device) -> bool:
     return wanted() and device.type == "cuda" and not own
 
 
+def watch(step: Callable[[], T]) -> tuple[T, bool]:
+    """Runs a step on a GPU: what it returns, and whether it waited for the GPU. Such a step cannot be recorded: torch's
+    random numbers and memory would be unusable after the attempt.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            result = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return result, any(WAITED in str(warning.message) for warning in caught)
+
+
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Records what `step` launches on a GPU, without running it. Each call of the result runs it, in the current
-    stream. Random numbers go on from call to call as without a graph. Raises RuntimeError for what cannot be recorded:
-    a step that waits for the device, or copies from host memory.
+    stream. Random numbers go on from call to call as without a graph. Raises RuntimeError for what cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
@@ -62,18 +77,24 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 class Recorded(Generic[T]):
     """Runs a step, of training or validation, on batches (inputs, targets) of a device.
 
-    From the fourth batch on, those of the first one's size run as a graph; others, such as an epoch's last one, as they
-    are. So do all of a model that cannot be recorded, as a few of timm's. The step must read what changes between
-    batches from tensors that stay where they are.
+    Batches of the first one's size run as a graph from the fourth on; others, such as an epoch's last one, as they are.
+    So do all of a model that cannot be recorded, as a few of timm's. The step must read what changes between batches
+    from tensors that stay where they are.
+
+    watch, record: as the functions of this module.
     """
 
     def __init__(
-        self, device: torch.device, record: Callable[[Callable[[], None], torch.device], Callable[[], None]] = record
+        self,
+        device: torch.device,
+        watch: Callable[[Callable[[], T]], tuple[T, bool]] = watch,
+        record: Callable[[Callable[[], None], torch.device], Callable[[], None]] = record,
     ) -> None:
-        self._device, self._record = device, record
-        self._batches, self._size, self._tried = 0, 0, False
+        self._device, self._watch, self._record = device, watch, record
+        self._size = self._batches = 0  # images of a batch; batches of that size so far
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._replay: Callable[[], None] | None = None
+        self._waits = False
         self._result: T
 
     def __call__(self, step: Callable[[Tensor, Tensor], T], inputs: Tensor, targets: Tensor) -> T:
@@ -81,9 +102,13 @@ class Recorded(Generic[T]):
         call alone.
         """
         self._size = self._size or len(inputs)
-        same = len(inputs) == self._size
-        if same and not self._tried and self._batches >= EAGER:
-            self._tried = True
+        if len(inputs) != self._size:
+            return step(inputs, targets)
+        self._batches += 1
+        if self._batches == EAGER:
+            result, self._waits = self._watch(partial(step, inputs, targets))
+            return result
+        if self._batches == EAGER + 1 and not self._waits:
             self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
             try:
                 self._replay = self._record(partial(self._run, step), self._device)
@@ -91,8 +116,7 @@ class Recorded(Generic[T]):
                 raise
             except RuntimeError as error:
                 log.info("no CUDA graph: %s", one_line(error))
-        self._batches += 1
-        if self._replay is None or not same:
+        if self._replay is None:
             return step(inputs, targets)
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)

@@ -1,5 +1,6 @@
 """Recorded steps without a GPU: which trainings have them, and which batches. tests/test_gpu.py records real ones."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,37 @@ def test_the_variable_turns_graphs_off_and_nothing_else_is_a_value(monkeypatch: 
         graphs.suits(CONFIGS["mlp-sgd"], CUDA)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_waits_is_told_by_torch_s_warning(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the other warning, which torch gives once a process."""
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=2,
+        )
+
+    def step() -> int:
+        if waits:
+            warnings.warn(
+                "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:147.)", stacklevel=2
+            )
+        return len(modes)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert graphs.watch(step) == (1, waits)
+    assert modes == ["warn", "default"]
+
+
+def plain(run: Callable[[], Any]) -> tuple[Any, bool]:
+    """In place of `watch`."""
+    return run(), False
+
+
 def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
     ran: list[tuple[int, bool]] = []  # rows of a batch, and whether it was in the recorded step's own memory
     own: set[int] = set()
@@ -54,33 +86,36 @@ def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
         own.update(tensor.data_ptr() for tensor in (recorded._inputs, recorded._targets))
         return run
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), record)
-    for value, size in enumerate([4, 4, 4, 3, 4, 4, 3, 4]):
+    recorded = graphs.Recorded[None](torch.device("cpu"), plain, record)
+    for value, size in enumerate([4, 4, 3, 4, 3, 4, 4, 3, 4]):
         recorded(step, torch.full((size, 2), value), torch.full((size,), value))
-    assert ran == [*[(4, False)] * 3, (3, False), (4, True), (4, True), (3, False), (4, True)]
+    eager = [(4, False), (4, False), (3, False), (4, False), (3, False)]
+    assert ran == [*eager, (4, True), (4, True), (3, False), (4, True)]
 
 
-def test_a_step_that_cannot_be_recorded_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(waits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One that was seen to wait for the device is not even tried."""
     ran, tries = [], []
 
     def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         tries.append(device)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), record)
+    recorded = graphs.Recorded[None](torch.device("cpu"), lambda run: (run(), waits), record)
     with caplog.at_level("INFO", "searchfm"):
         for value in range(6):
             recorded(lambda inputs, targets: ran.append(inputs.item()), torch.tensor([value]), torch.zeros(1))
     assert ran == list(range(6))
-    assert len(tries) == 1
-    assert caplog.messages == ["no CUDA graph: operation not permitted when stream is capturing"]
+    assert len(tries) == (0 if waits else 1)
+    assert caplog.messages == ["no CUDA graph: operation not permitted when stream is capturing"] * len(tries)
 
 
 def test_memory_that_runs_out_while_a_step_is_recorded_is_not_hidden() -> None:
     def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), record)
+    recorded = graphs.Recorded[None](torch.device("cpu"), plain, record)
     batch = torch.zeros(1)
     for _ in range(graphs.EAGER):
         recorded(lambda inputs, targets: None, batch, batch)
@@ -90,9 +125,9 @@ def test_memory_that_runs_out_while_a_step_is_recorded_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("name", ["mlp-adamw-average", "cnn-rmsprop"])
 def test_a_training_whose_batches_go_through_a_recorded_step_is_the_same(name: str, digits: Splits) -> None:
-    plain, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
-    steps, judged = (graphs.Recorded[Any](torch.device("cpu"), lambda step, _: step) for _ in range(2))
+    eager, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
+    steps, judged = (graphs.Recorded[Any](torch.device("cpu"), plain, lambda step, _: step) for _ in range(2))
     recorded._recorded, recorded._recorded_val = steps, judged
-    assert losses(list(recorded)) == losses(list(plain))
+    assert losses(list(recorded)) == losses(list(eager))
     assert steps._replay
     assert judged._replay
