@@ -3,10 +3,10 @@
     coordinator  CPU, statements and commits a trial of the coordinator: toy trials of 5 epochs, the space of mlp.toml
     digits       `tune mlp --dataset digits`: its phases on the clock, and CPU by process; `retrain` after it
     tracking     CPU a trial of the tracking process: by how much it grows with more trials of digits
-    share        the share of two cores that trains: 60 trials of about 0.6 s
+    share        the share of two cores that trains: 60 trials of about 0.6 s; and the phases of that search
 
-`python -m tests.bench overhead [PART...] [--repeats 5] [--trials 50 200 1000]`, where --trials are those at whose end
-the coordinator's cost a trial is printed.
+`python -m tests.bench overhead [PART...] [--repeats 5] [--trials 50 200 1000] [--share-trials 60]`, where --trials are
+those at whose end the coordinator's cost a trial is printed.
 """
 
 import argparse
@@ -44,7 +44,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SHARE = """
 [search]
-trials = 60
 sampler = "random"
 pruner = "none"
 [data]
@@ -234,23 +233,24 @@ def tracking(repeats: int) -> None:
     row("a trial", *figures([(more - less) / (many - few) for less, more in pairs], digits=3))
 
 
-def share(repeats: int) -> None:
-    """Prints the share of the cores' time that trains, in a search of 60 trials on Fashion-MNIST."""
+def share(repeats: int, trials: int) -> None:
+    """Prints the share of the cores' time that trains, in a search of so many trials, and the phases of the search."""
     trained, lengths, walls = [], [], []
     for index in range(repeats):
-        progress(f"{index + 1} of {repeats}: 60 trials")
+        progress(f"{index + 1} of {repeats}: {trials} trials")
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             study = Path(folder) / "share.toml"
             study.write_text(SHARE)
-            start, end, _, record = tune(Path(folder), str(study), "--workers", str(WORKERS))
+            start, end, _, record = tune(Path(folder), str(study), "--workers", str(WORKERS), "--trials", str(trials))
             seconds = [trial.seconds for trial in record.trials if trial.twin is None]  # read from the folder
         trained.append(sum(seconds) / (WORKERS * (end - start)))
         lengths.append(statistics.median(seconds))
-        walls.append(end - start)
-    table(f"60 trials on {WORKERS} cores", "median", "min", "max")
+        walls.append(phases(start, end, record))
+    table(f"{trials} trials on {WORKERS} cores", "median", "min", "max")
     row("share that trains", *(f"{value:.0%}" for value in summary(trained)))
     row("seconds of a trial", *figures(lengths))
-    row("wall, s", *figures(walls))
+    for name, values in zip(PHASES, zip(*walls, strict=True), strict=True):
+        row(f"wall, s: {name}", *figures(values))
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float]:
@@ -269,6 +269,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trials", type=int, nargs="+", default=[50, 200, 1000], help="of the coordinator's part")
+    parser.add_argument("--share-trials", type=int, default=60)
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(unknown)}: must be among {', '.join(PARTS)}")
@@ -277,7 +278,7 @@ def main(arguments: list[str]) -> None:
         "coordinator": lambda repeats: coordinator(repeats, sorted(options.trials)),
         "digits": digits,
         "tracking": tracking,
-        "share": share,
+        "share": lambda repeats: share(repeats, options.share_trials),
     }
     for part in options.parts or PARTS:
         calls[part](options.repeats)
