@@ -95,7 +95,7 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_runs_as_without() -> 
     torch.manual_seed(3)
     for value in range(8):
         recorded(step, torch.full((4,), value, device="cuda:0"), torch.ones(1000, device="cuda:0"))
-    assert recorded._waits
+    assert recorded._replay is None
     torch.manual_seed(3)
     assert total == 4 * sum(range(8))
     assert kept.item() == sum(F.dropout(torch.ones(1000, device="cuda:0"), 0.5).sum().item() for _ in range(8))

@@ -18,13 +18,13 @@ from searchfm.config import Adagrad, Config, Custom
 from searchfm.errors import UserError, one_line
 from searchfm.tables import show
 
-WAITED = "called a synchronizing CUDA operation"  # torch's warning
-T = TypeVar("T")
-
 log = logging.getLogger("searchfm")
+T = TypeVar("T")
 
 SWITCH = "SEARCHFM_CUDA_GRAPHS"
 EAGER = 3  # steps before the recorded one, as torch advises: they allocate the optimizer's state and load kernels
+MEMORY = 1 / 8  # of a GPU's; a step that takes more has large kernels, to which launching adds little
+WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 
 def wanted() -> bool:
@@ -40,13 +40,15 @@ def suits(config: Config, device: torch.device) -> bool:
     with the user's own model, whose code may depend on values or count calls, nor with Adagrad, whose count of steps
     torch keeps in host memory. Raises UserError for the variable.
     """
-    own = isinstance(config.model.kind, Custom) or isinstance(config.optimizer.kind, Adagrad)
-    return wanted() and device.type == "cuda" and not own
+    varies = isinstance(config.model.kind, Custom) or isinstance(config.optimizer.kind, Adagrad)
+    return wanted() and device.type == "cuda" and not varies
 
 
-def watch(step: Callable[[], T]) -> tuple[T, bool]:
-    """Runs a step on a GPU: what it returns, and whether it waited for the GPU. Such a step cannot be recorded: torch's
-    random numbers and memory would be unusable after the attempt.
+def watch(step: Callable[[], T], device: torch.device) -> tuple[T, bool]:
+    """Runs a step on a GPU: what it returns, and whether it may be recorded.
+
+    Not if it waited for the GPU: torch's random numbers and memory would be unusable after the attempt. Nor if steps
+    take more than MEMORY: what they compute is then kept twice.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -55,7 +57,9 @@ def watch(step: Callable[[], T]) -> tuple[T, bool]:
             result = step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return result, any(WAITED in str(warning.message) for warning in caught)
+    waited = any(WAITED in str(warning.message) for warning in caught)
+    taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return result, not waited and taken <= MEMORY * torch.cuda.get_device_properties(device).total_memory
 
 
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -78,8 +82,8 @@ class Recorded(Generic[T]):
     """Runs a step, of training or validation, on batches (inputs, targets) of a device.
 
     Batches of the first one's size run as a graph from the fourth on; others, such as an epoch's last one, as they are.
-    So do all of a model that cannot be recorded, as a few of timm's. The step must read what changes between batches
-    from tensors that stay where they are.
+    So do all of a large model, and of one that cannot be recorded, as a few of timm's. The step must read what changes
+    between batches from tensors that stay where they are.
 
     watch, record: as the functions of this module.
     """
@@ -87,14 +91,14 @@ class Recorded(Generic[T]):
     def __init__(
         self,
         device: torch.device,
-        watch: Callable[[Callable[[], T]], tuple[T, bool]] = watch,
+        watch: Callable[[Callable[[], T], torch.device], tuple[T, bool]] = watch,
         record: Callable[[Callable[[], None], torch.device], Callable[[], None]] = record,
     ) -> None:
         self._device, self._watch, self._record = device, watch, record
         self._size = self._batches = 0  # images of a batch; batches of that size so far
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._replay: Callable[[], None] | None = None
-        self._waits = False
+        self._suits = False
         self._result: T
 
     def __call__(self, step: Callable[[Tensor, Tensor], T], inputs: Tensor, targets: Tensor) -> T:
@@ -106,9 +110,9 @@ class Recorded(Generic[T]):
             return step(inputs, targets)
         self._batches += 1
         if self._batches == EAGER:
-            result, self._waits = self._watch(partial(step, inputs, targets))
+            result, self._suits = self._watch(partial(step, inputs, targets), self._device)
             return result
-        if self._batches == EAGER + 1 and not self._waits:
+        if self._batches == EAGER + 1 and self._suits:
             self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
             try:
                 self._replay = self._record(partial(self._run, step), self._device)

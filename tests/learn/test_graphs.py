@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,9 +44,13 @@ def test_the_variable_turns_graphs_off_and_nothing_else_is_a_value(monkeypatch: 
         graphs.suits(CONFIGS["mlp-sgd"], CUDA)
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_a_step_that_waits_is_told_by_torch_s_warning(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by the other warning, which torch gives once a process."""
+@pytest.mark.parametrize(
+    ("waits", "peak", "suits"), [(False, 2_000, True), (True, 2_000, False), (False, 2_001, False)]
+)
+def test_a_step_that_waits_or_takes_much_memory_is_not_to_be_recorded(
+    waits: bool, peak: int, suits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's warning tells the first, not the other one, which torch gives once a process."""
     modes: list[str] = []
 
     def set_mode(mode: str) -> None:
@@ -57,21 +62,20 @@ def test_a_step_that_waits_is_told_by_torch_s_warning(waits: bool, monkeypatch: 
 
     def step() -> int:
         if waits:
-            warnings.warn(
-                "called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:147.)", stacklevel=2
-            )
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at a.cpp:147.)", stacklevel=2)
         return len(modes)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert graphs.watch(step) == (1, waits)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8_000))
+    assert graphs.watch(step, CUDA) == (1, suits)
     assert modes == ["warn", "default"]
 
 
-def plain(run: Callable[[], Any]) -> tuple[Any, bool]:
+def plain(run: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
     """In place of `watch`."""
-    return run(), False
+    return run(), True
 
 
 def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
@@ -93,21 +97,21 @@ def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
     assert ran == [*eager, (4, True), (4, True), (3, False), (4, True)]
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_a_step_that_cannot_be_recorded_is_run_as_it_is(waits: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """One that was seen to wait for the device is not even tried."""
+@pytest.mark.parametrize("suits", [True, False])
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(suits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One that was seen not to suit is not even tried."""
     ran, tries = [], []
 
     def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         tries.append(device)
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), lambda run: (run(), waits), record)
+    recorded = graphs.Recorded[None](torch.device("cpu"), lambda run, _: (run(), suits), record)
     with caplog.at_level("INFO", "searchfm"):
         for value in range(6):
             recorded(lambda inputs, targets: ran.append(inputs.item()), torch.tensor([value]), torch.zeros(1))
     assert ran == list(range(6))
-    assert len(tries) == (0 if waits else 1)
+    assert len(tries) == int(suits)
     assert caplog.messages == ["no CUDA graph: operation not permitted when stream is capturing"] * len(tries)
 
 
