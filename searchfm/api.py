@@ -555,7 +555,7 @@ class OpenStudy:
     def figure(self, kind: FigureKind = "history", *, key: str | None = None, trial: int | None = None) -> "Figure":
         """A figure as the report has it.
 
-        kind: of the search, "history", "importance" (from 10 complete trials on), "slice" (accuracy over one `key`;
+        kind: of the search, "history", "importance" (from 10 trials on), "slice" (accuracy over one `key`;
         default: the most important one), "parallel", "progress" (accuracy by epoch), "ranking" (ties with the best) or
         "survival" (who was pruned when); of one trial (default: the best), "curves" or "confusion".
         Raises StudyError where the trials do not suffice for it, UserError for an unknown kind, key or trial.

@@ -394,6 +394,12 @@ class StudyRecord(StudyHeader):
         """Complete trials, the best first; without twins only those that were trained."""
         return ranked(self.trials, twins=twins)
 
+    @property
+    def compared(self) -> list[Trial]:
+        """Complete trials, and pruned ones that reported an accuracy; without twins."""
+        ended = (trial for trial in self.trials if trial.twin is None)
+        return [t for t in ended if t.state == "complete" or (t.state == "pruned" and t.reported)]
+
     def accuracy(self, trial: Trial) -> Accuracy:
         """The accuracy of a complete trial on the validation part."""
         assert trial.value is not None

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from searchfm.config import Config
@@ -80,11 +82,12 @@ def test_recorded_steps_train_as_steps_that_are_not(name: str, precision: str, m
             assert (each is not None and each._replay is not None) == recorded
     assert close(*curves)
     apart = (weights[1] - weights[0]).norm() / weights[0].norm()
-    assert apart < 0.005  # 0 but for RMSProp, whose arithmetic is another one with learning rates on the GPU
+    # RMSProp's arithmetic is another one where learning rates are on the GPU.
+    assert apart <= (0.005 if "rmsprop" in name else 1e-6)
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_runs_as_without() -> None:
-    total, recorded = 0.0, graphs.Recorded[None](torch.device("cuda:0"))
+    total, recorded = 0.0, graphs.Recorded[None](torch.cuda.Stream("cuda:0"))
     kept = torch.zeros((), device="cuda:0")
 
     def step(inputs: Tensor, targets: Tensor) -> None:
@@ -102,17 +105,35 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded_and_runs_as_without() -> 
 
 
 def test_a_recorded_training_gives_its_memory_back() -> None:
-    wide = config("mlp", {"layers": 2, "width": 4096}, train={"epochs": 1})
+    wide = config("mlp", {"layers": 2, "width": 8192}, train={"epochs": 2})  # 1.1 GB with gradients and moments
     taken = []
     for _ in range(3):
         training = Training(wide, data.load(wide.data, device="cuda:0"), device="cuda:0")
-        next(training)
-        assert training._recorded
-        assert training._recorded._replay
-        del training
+        list(training)
+        for each in (training._recorded, training._recorded_val):
+            assert each
+            assert each._replay
+        del training, each
         torch.cuda.empty_cache()
         taken.append(torch.cuda.memory_reserved())
-    assert taken[2] <= taken[0] + 10**6
+    assert taken[2] <= taken[0] + 2 * 10**8  # torch 2.11 keeps 70 MB for each stream, 2.15 frees them with the graph
+
+
+def test_recorded_steps_on_cached_features_train_as_steps_that_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    settings = {"model": "test_resnet", "weights": str(weights), "tuned_blocks": 0}
+    chosen = config("transfer", settings, augment={"flip": 0.5})
+    parts, curves = data.load(chosen.data, device="cuda:0"), []
+    for recorded in (False, True):
+        monkeypatch.setenv(graphs.SWITCH, str(int(recorded)))
+        training = Training(chosen, parts, device="cuda:0")
+        assert training._features
+        curves.append(losses(list(training)))
+        assert (training._recorded is not None and training._recorded._replay is not None) == recorded
+    assert close(*curves)
 
 
 def trial(settings: Config, folder: Path, *earlier: Path, tick: Callable[[], None] = lambda: None) -> list[Any]:
@@ -147,7 +168,7 @@ def test_memory_that_a_gpu_lacks_is_one_line_and_comes_back(tmp_path: Path) -> N
     wide = config("mlp", {"layers": 2, "width": 20_000})  # 1.6 GB, and as much for gradients
     with pytest.raises(WorldError, match=r"^out of memory on cuda:0: CUDA out of memory"):
         trial(wide, tmp_path / "wide")
-    kept = 2 * 10**8  # by cuBLAS: 70 MB for each of two streams, the one of recordings included
+    kept = 5 * 10**8  # by cuBLAS: 70 MB for a stream, by torch 2.11 for that of each training before, too
     assert torch.cuda.memory_reserved() < len(others) + kept
     assert len(trial(CNN, tmp_path / "next")) == 3
     del others

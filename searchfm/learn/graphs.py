@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 SWITCH = "SEARCHFM_CUDA_GRAPHS"
 EAGER = 3  # steps before the recorded one, as torch advises: they allocate the optimizer's state and load kernels
-MEMORY = 1 / 8  # of a GPU's; a step that takes more has large kernels, to which launching adds little
+MEMORY = 1 / 8  # of a GPU's; a step that allocates more has large kernels, to which launching adds little
 WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 
@@ -47,9 +47,10 @@ def suits(config: Config, device: torch.device) -> bool:
 def watch(step: Callable[[], T], device: torch.device) -> tuple[T, bool]:
     """Runs a step on a GPU: what it returns, and whether it may be recorded.
 
-    Not if it waited for the GPU: torch's random numbers and memory would be unusable after the attempt. Nor if steps
-    take more than MEMORY: what they compute is then kept twice.
+    Not if it waited for the GPU: torch 2.11's random numbers are unusable after the attempt. Nor if it allocated more
+    than MEMORY in all: a graph keeps what a step computes.
     """
+    before = _allocated(device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -58,43 +59,38 @@ def watch(step: Callable[[], T], device: torch.device) -> tuple[T, bool]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waited = any(WAITED in str(warning.message) for warning in caught)
-    taken = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
-    return result, not waited and taken <= MEMORY * torch.cuda.get_device_properties(device).total_memory
+    total = torch.cuda.get_device_properties(device).total_memory
+    return result, not waited and _allocated(device) - before <= MEMORY * total
 
 
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def _allocated(device: torch.device) -> int:
+    """Bytes that were ever allocated, freed ones included."""
+    return int(torch.cuda.memory_stats(device)["allocated_bytes.all.allocated"])
+
+
+def record(step: Callable[[], None], stream: torch.cuda.Stream) -> Callable[[], None]:
     """Records what `step` launches on a GPU, without running it. Each call of the result runs it, in the current
     stream. Random numbers go on from call to call as without a graph. Raises RuntimeError for what cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=_stream(device)):
+    with torch.cuda.device(stream.device), torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream to record in: one for all trainings, since cuBLAS keeps 70 MB for each stream that it was used in."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 class Recorded(Generic[T]):
-    """Runs a step, of training or validation, on batches (inputs, targets) of a device.
+    """Runs a step, of training or validation, on batches (inputs, targets) of a GPU.
 
-    Batches of the first one's size run as a graph from the fourth on; others, such as an epoch's last one, as they are.
-    So do all of a large model, and of one that cannot be recorded, as a few of timm's. The step must read what changes
-    between batches from tensors that stay where they are.
+    Batches of the first one's size run as a graph from the fourth on; others, such as an epoch's last one, run as they
+    are. A large model, and one that cannot be recorded, as a few of timm's, runs without a graph. The step must read
+    what changes between batches from tensors that stay where they are.
 
-    watch, record: as the functions of this module.
+    stream: to record in, shared by steps that live and die together: torch keeps memory for each, and frees it with a
+    graph that was recorded there.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        watch: Callable[[Callable[[], T], torch.device], tuple[T, bool]] = watch,
-        record: Callable[[Callable[[], None], torch.device], Callable[[], None]] = record,
-    ) -> None:
-        self._device, self._watch, self._record = device, watch, record
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
         self._size = self._batches = 0  # images of a batch; batches of that size so far
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._replay: Callable[[], None] | None = None
@@ -110,16 +106,14 @@ class Recorded(Generic[T]):
             return step(inputs, targets)
         self._batches += 1
         if self._batches == EAGER:
-            result, self._suits = self._watch(partial(step, inputs, targets), self._device)
+            result, self._suits = watch(partial(step, inputs, targets), inputs.device)
             return result
         if self._batches == EAGER + 1 and self._suits:
             self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
             try:
-                self._replay = self._record(partial(self._run, step), self._device)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                log.info("no CUDA graph: %s", one_line(error))
+                self._replay = record(partial(self._run, step), self._stream)
+            except RuntimeError as error:  # out of memory, too: without a graph the step may fit
+                log.info("no CUDA graph: %s", one_line(error.__context__ or error))
         if self._replay is None:
             return step(inputs, targets)
         self._inputs.copy_(inputs)

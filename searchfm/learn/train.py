@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class Training(Iterator[Epoch]):
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
     code: whether the user's code may run, and which. bfloat16: the architectures that "auto" trains in it on a CPU.
     part_of: where `data` are a few images to time a training with, all of them.
-    Raises ConfigError or ModelError at once where config and data do not fit; DivergedError while iterating.
+    Raises ConfigError or ModelError at once where config and data do not fit, UserError for variables; DivergedError
+    while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the
     config averages), `validation` the last evaluation, in the `precision` of the training, `numerics` those of all
@@ -75,7 +77,8 @@ class Training(Iterator[Epoch]):
         self._recorded: graphs.Recorded[None] | None = None
         self._recorded_val: graphs.Recorded[tuple[Tensor, Tensor]] | None = None
         if graphs.suits(config, self.device):
-            self._recorded, self._recorded_val = graphs.Recorded(self.device), graphs.Recorded(self.device)
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._recorded, self._recorded_val = graphs.Recorded(stream), graphs.Recorded(stream)
         self._optimizer = optim.optimizer(self.model, config.optimizer, recorded=self._recorded is not None)
         self._average = optim.Average(self.model, config.train.ema) if config.train.ema else None
         # Of the epoch in training, on the device: the sum of losses, and the number of correct predictions.
@@ -249,7 +252,7 @@ def epoch_seconds(
     those of `Training`.
 
     The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others, and never
-    on a GPU, where it loads libraries and kernels.
+    on a GPU, where it loads libraries and kernels, and where steps are recorded after the first few.
     """
     gpu = torch.device(device).type != "cpu"
 
@@ -258,16 +261,19 @@ def epoch_seconds(
         few = replace(data, train=_first(data.train, size), val=data.val and _first(data.val, size))
         return Training(longer, few, device=device, tick=tick, code=code, bfloat16=bfloat16, part_of=data)
 
-    longer, began = replace(config, train=replace(config.train, epochs=max(3, config.train.epochs))), time.monotonic()
+    # Epochs of at least one batch that are not timed. Those of training and of validation are then recorded.
+    untimed = graphs.EAGER + 1 if gpu else 1
+    longest = max(untimed + 2, config.train.epochs)
+    longer, began = replace(config, train=replace(config.train, epochs=longest)), time.monotonic()
     try:
         training = train(1)
         epoch = next(training)
         if gpu:
-            epoch = next(training)
+            epoch = list(islice(training, untimed))[-1]
         if gpu or time.monotonic() - began + epoch.seconds < seconds:
             if epoch.seconds < TIMED_SECONDS:
                 training = train(min(TIMED_BATCHES, math.ceil(TIMED_SECONDS / epoch.seconds)))
-                next(training)
+                list(islice(training, untimed))
             epoch = next(training)
     except (SearchfmError, RuntimeError, MemoryError) as error:  # diverged, or out of memory, as in a trial
         traceback.clear_frames(error.__traceback__)  # they hold what filled the memory

@@ -61,6 +61,7 @@ def report_page(study: StudyRecord, storage: BaseStorage, environment: Mapping[s
         chosen=chosen,
         best=best,
         enough=ENOUGH,
+        compared=len(study.compared),
         result=result_sentences(study),
         **_search(study, shown),
         **_space(study, storage, shown),
@@ -222,7 +223,7 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
     keys = sorted(space, key=lambda key: -importance.get(key, 0.0))
     fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
     axes = {key: space[key] for key in keys[:KEYS]}
-    important = sum(fraction >= IMPORTANT for fraction in importance.values())
+    important = sum(importance.get(key, 0.0) >= IMPORTANT for key in keys)
     numbers, lines = {trial.number for trial in drawn}, [trial for trial in drawn if trial.twin is None]
     return {
         "importance": figures.importance(fractions) if fractions else None,

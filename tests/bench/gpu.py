@@ -90,7 +90,7 @@ def rate(
     ends = pool.starmap(side, [(*work, barrier)] * workers, chunksize=1)
     seconds = max(end for _, end, _ in ends) - min(began for began, _, _ in ends)
     found = workers * int(work[1]) * epochs / seconds
-    progress(f"{found:,.0f} samples/s")  # a run may be ended early, where a GPU is lent for minutes
+    progress(f"{found:,.0f} samples/s")  # known at once: a run may be ended early
     return found, statistics.mean(loss for *_, loss in ends)
 
 

@@ -45,7 +45,7 @@ IMPORTS = {
 }
 
 
-LEAST = 0.03  # seconds of a package's imports that are worth a word
+LEAST = 0.03  # seconds; packages with less are not listed
 PEER = "torch"  # an import that every machine knows: commands are measured against it
 
 
@@ -63,7 +63,7 @@ def measure(command: list[str], folder: Path) -> Cost:
 
 
 def imports(command: list[str], folder: Path) -> Counter[str]:
-    """Seconds of imports in a command's own process, by package."""
+    """Seconds on the clock of imports in a command's own process, each module without those it imports, by package."""
     timed, environment = [command[0], "-X", "importtime", *command[1:]], os.environ | {"SEARCHFM_HOME": str(folder)}
     errors = subprocess.run(timed, env=environment, capture_output=True, text=True, check=True).stderr
     seconds: Counter[str] = Counter()
@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> None:
     options, names = parser.parse_args(arguments), [*COMMANDS, *IMPORTS]
     if unknown := set(options.names) - set(names):
         parser.error(f"{', '.join(unknown)}: must be among {', '.join(names)}")
+    if options.profile and (imported := set(options.names) & set(IMPORTS)):
+        parser.error(f"--profile: needs commands, and {', '.join(sorted(imported))} is an import")
     chosen = [*dict.fromkeys([*(options.names or names), PEER])]
     header("Wall time until a process ends, and CPU time with its children; seconds, bytecode compiled")
     with tempfile.TemporaryDirectory(prefix="bench-") as home:

@@ -11,13 +11,28 @@ from torch import Tensor
 
 from searchfm.config import Config
 from searchfm.errors import UserError
-from searchfm.learn import graphs
+from searchfm.learn import graphs, optim
 from searchfm.learn.data import Splits
 from searchfm.learn.train import Training
 from tests.learn.test_train import CONFIGS
 from tests.learn.toys import config, losses
 
 CUDA = torch.device("cuda:0")
+STREAM: Any = None
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """Steps that were recorded. They are run again where a GPU would launch their kernels."""
+    steps: list[Callable[[], None]] = []
+
+    def record(step: Callable[[], None], stream: object) -> Callable[[], None]:
+        steps.append(step)
+        return step
+
+    monkeypatch.setattr(graphs, "watch", lambda step, device: (step(), True))
+    monkeypatch.setattr(graphs, "record", record)
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -45,13 +60,14 @@ def test_the_variable_turns_graphs_off_and_nothing_else_is_a_value(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("waits", "peak", "suits"), [(False, 2_000, True), (True, 2_000, False), (False, 2_001, False)]
+    ("waits", "allocates", "suits"), [(False, 1_000, True), (True, 1_000, False), (False, 1_001, False)]
 )
-def test_a_step_that_waits_or_takes_much_memory_is_not_to_be_recorded(
-    waits: bool, peak: int, suits: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_step_that_waits_or_allocates_much_is_not_to_be_recorded(
+    waits: bool, allocates: int, suits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's warning tells the first, not the other one, which torch gives once a process."""
     modes: list[str] = []
+    allocated = 50_000  # by what came before
 
     def set_mode(mode: str) -> None:
         modes.append(mode)
@@ -61,77 +77,87 @@ def test_a_step_that_waits_or_takes_much_memory_is_not_to_be_recorded(
         )
 
     def step() -> int:
+        nonlocal allocated
+        allocated += allocates
         if waits:
             warnings.warn("called a synchronizing CUDA operation (Triggered internally at a.cpp:147.)", stacklevel=2)
         return len(modes)
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"allocated_bytes.all.allocated": allocated})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8_000))
     assert graphs.watch(step, CUDA) == (1, suits)
     assert modes == ["warn", "default"]
 
 
-def plain(run: Callable[[], Any], device: torch.device) -> tuple[Any, bool]:
-    """In place of `watch`."""
-    return run(), True
+def test_batches_of_the_first_size_are_replayed_from_the_fourth_on(recordings: list[Callable[[], None]]) -> None:
+    ran: list[tuple[int, int, bool]] = []  # value and size of a batch; whether it was in the recorded step's own memory
 
-
-def test_batches_of_the_first_size_are_replayed_from_the_fourth_on() -> None:
-    ran: list[tuple[int, bool]] = []  # rows of a batch, and whether it was in the recorded step's own memory
-    own: set[int] = set()
-
-    def step(inputs: Tensor, targets: Tensor) -> None:
+    def step(inputs: Tensor, targets: Tensor) -> int:
         assert torch.equal(inputs[:, 0], targets)
-        ran.append((len(inputs), inputs.data_ptr() in own))
+        ran.append((int(targets[0]), len(inputs), inputs.data_ptr() == recorded._inputs.data_ptr()))
+        return int(targets.sum())
 
-    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        own.update(tensor.data_ptr() for tensor in (recorded._inputs, recorded._targets))
-        return run
-
-    recorded = graphs.Recorded[None](torch.device("cpu"), plain, record)
+    recorded = graphs.Recorded[int](STREAM)
     for value, size in enumerate([4, 4, 3, 4, 3, 4, 4, 3, 4]):
-        recorded(step, torch.full((size, 2), value), torch.full((size,), value))
-    eager = [(4, False), (4, False), (3, False), (4, False), (3, False)]
-    assert ran == [*eager, (4, True), (4, True), (3, False), (4, True)]
+        assert recorded(step, torch.full((size, 2), value), torch.full((size,), value)) == value * size
+    eager = [(0, 4, False), (1, 4, False), (2, 3, False), (3, 4, False), (4, 3, False)]
+    assert ran == [*eager, (5, 4, True), (6, 4, True), (7, 3, False), (8, 4, True)]
+    assert len(recordings) == 1
 
 
-@pytest.mark.parametrize("suits", [True, False])
-def test_a_step_that_cannot_be_recorded_is_run_as_it_is(suits: bool, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("suits", "error"),
+    [
+        (True, RuntimeError("operation not permitted when stream is capturing")),
+        (True, torch.OutOfMemoryError("CUDA out of memory")),
+        (False, None),
+    ],
+)
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(
+    suits: bool, error: Exception | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that was seen not to suit is not even tried."""
     ran, tries = [], []
 
-    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        tries.append(device)
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def record(step: Callable[[], None], stream: object) -> Callable[[], None]:
+        tries.append(step)
+        assert error is not None
+        raise error
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), lambda run, _: (run(), suits), record)
+    monkeypatch.setattr(graphs, "watch", lambda step, device: (step(), suits))
+    monkeypatch.setattr(graphs, "record", record)
+    recorded = graphs.Recorded[None](STREAM)
     with caplog.at_level("INFO", "searchfm"):
         for value in range(6):
             recorded(lambda inputs, targets: ran.append(inputs.item()), torch.tensor([value]), torch.zeros(1))
     assert ran == list(range(6))
     assert len(tries) == int(suits)
-    assert caplog.messages == ["no CUDA graph: operation not permitted when stream is capturing"] * len(tries)
+    assert caplog.messages == [f"no CUDA graph: {error}"] * len(tries)
 
 
-def test_memory_that_runs_out_while_a_step_is_recorded_is_not_hidden() -> None:
-    def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("name", ["mlp-sgd", "mlp-adamw-average"])
+def test_a_training_with_recorded_steps_is_the_same(
+    name: str, digits: Splits, recordings: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for learning rates, which are then of 32 bits. Resumed, too."""
+    whole = list(Training(CONFIGS[name], digits))
+    monkeypatch.setattr(graphs, "suits", lambda config, device: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    begun = Training(CONFIGS[name], digits)
+    next(begun), next(begun)
+    assert len(recordings) == 2  # of training and of validation
+    resumed = Training(CONFIGS[name], digits, resume=begun.checkpoint())
+    for epoch, expected in zip(losses([*resumed.epochs, *resumed]), losses(whole), strict=True):
+        assert epoch == pytest.approx(expected, rel=1e-3, abs=0.005)
+    assert len(recordings) == 4
 
-    recorded = graphs.Recorded[None](torch.device("cpu"), plain, record)
-    batch = torch.zeros(1)
-    for _ in range(graphs.EAGER):
-        recorded(lambda inputs, targets: None, batch, batch)
-    with pytest.raises(torch.OutOfMemoryError):
-        recorded(lambda inputs, targets: None, batch, batch)
 
-
-@pytest.mark.parametrize("name", ["mlp-adamw-average", "cnn-rmsprop"])
-def test_a_training_whose_batches_go_through_a_recorded_step_is_the_same(name: str, digits: Splits) -> None:
-    eager, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
-    steps, judged = (graphs.Recorded[Any](torch.device("cpu"), plain, lambda step, _: step) for _ in range(2))
-    recorded._recorded, recorded._recorded_val = steps, judged
-    assert losses(list(recorded)) == losses(list(eager))
-    assert steps._replay
-    assert judged._replay
+def test_learning_rates_of_recorded_steps_stay_where_they_are(digits: Splits) -> None:
+    model = Training(CONFIGS["mlp-sgd"], digits).model
+    built = optim.optimizer(model, CONFIGS["mlp-sgd"].optimizer, recorded=True)
+    rates = [group["lr"] for group in built.param_groups]
+    addresses = [rate.data_ptr() for rate in rates]
+    optim.set_lr(built, 0.5)
+    assert [group["lr"].data_ptr() for group in built.param_groups] == addresses
+    assert [rate.item() for rate in rates] == pytest.approx([0.025] * len(rates))

@@ -32,7 +32,7 @@ from searchfm.search.storage import load_study, open_storage
 from searchfm.show import report
 from searchfm.show.report import report_page
 from searchfm.tracking.mirror import connect, run_links
-from tests.commands import loaded_by, searchfm_here
+from tests.commands import loaded, loaded_by, searchfm_here
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">"]
 BEST = range(10)  # indices that the best trial gets wrong
@@ -105,9 +105,47 @@ def test_what_decides_is_the_most_important(home: Home) -> None:
 
 
 def test_importance_needs_enough_trials_and_says_so(home: Home) -> None:
-    study = searched.search(home, many(9))  # the tenth complete one is a twin
+    study = searched.search(home, many(8))  # and a pruned one; the tenth is a twin
     assert report.importances(study, open_storage(home)) == {}
-    assert "at least 10 complete trials; this study has 9" in report_page(study, open_storage(home), {}, None)
+    page = report_page(study, open_storage(home), {}, None)
+    assert "at least 10 trials that were completed or pruned; this study has 9" in page
+
+
+def test_pruned_trials_count_towards_importance_by_how_far_they_came(home: Home) -> None:
+    """As with asha, which leaves few complete trials. The learning rate alone decides how far a trial comes. After one
+    epoch, trials of three layers were more accurate than any after three.
+    """
+
+    def ending(wrong: int, lr: float, layers: int, epochs: int, state: TrialState = TrialState.PRUNED) -> Ending:
+        params = {"optimizer.name": "adamw", "optimizer.lr": lr, "model.mlp.layers": layers, "model.mlp.dropout": 0.0}
+        return Ending(range(wrong), state, epochs, params=params)
+
+    far = [ending(120, 0.09 - 0.01 * i, 1 + i % 2, 3) for i in range(1, 4)]
+    early = [ending(180 - 175 * (i % 2), 1e-4 * 1.5**i, 3 if i % 2 else 1, 1) for i in range(10)]
+    study = searched.search(home, [ending(110, 0.09, 1, 4, TrialState.COMPLETE), *far, *early])
+    importances = report.importances(study, open_storage(home))
+    assert next(iter(importances)) == "optimizer.lr"
+    page = report_page(study, open_storage(home), {}, None)
+    assert "on 14 trials; with so few it is a hint, not a finding" in page
+    assert "Pruned ones count as worse than complete ones" in page
+
+
+def test_importance_imports_no_scikit_learn_and_does_not_hide_it_from_others(home: Home) -> None:
+    searched.search(home, many())
+    assert not {"sklearn", "pandas"} & loaded_by("status", "toy", "--home", str(home.path))
+    code = f"""
+from pathlib import Path
+from searchfm.home import Home
+from searchfm.search.storage import importances, load_study, open_storage
+home = Home(Path({str(home.path)!r}))
+storage = open_storage(home)
+assert importances(load_study(storage, home, "toy"), storage)
+import sys
+assert "sklearn" not in sys.modules
+import optuna
+optuna.importance.FanovaImportanceEvaluator()  # raises without scikit-learn
+"""
+    assert "sklearn" in loaded(code)
 
 
 def test_the_most_confused_come_first_with_their_most_probable_mistakes() -> None:
