@@ -130,6 +130,7 @@ def test_pruned_trials_count_towards_importance_by_how_far_they_came(home: Home)
     assert "Pruned ones count as worse than complete ones" in page
 
 
+@pytest.mark.slow  # two processes
 def test_importance_imports_no_scikit_learn_and_does_not_hide_it_from_others(home: Home) -> None:
     searched.search(home, many())
     assert not {"sklearn", "pandas"} & loaded_by("status", "toy", "--home", str(home.path))
