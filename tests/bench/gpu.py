@@ -13,8 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -54,11 +54,16 @@ def wait(device: str) -> float:
     return time.perf_counter()
 
 
+def begin(device: str) -> None:
+    """What a process would else do in its first training: imports, one thread as in workers, CUDA's context."""
+    importlib.import_module("searchfm.learn.warm")
+    torch.zeros(1, device=device)
+
+
 def ours(recorded: bool, arch: str, images: int, device: str, barrier: Barrier) -> tuple[float, float, float]:
-    """A worker of searchfm, with CUDA graphs or without: when it began and ended its timed epochs, and the
-    training loss of the one before them.
+    """A worker of searchfm, with CUDA graphs or without: when it began and ended its timed epochs, and the training
+    loss of the one before them.
     """
-    importlib.import_module("searchfm.learn.warm")  # one thread on the CPU, as in workers
     os.environ[SWITCH] = str(int(recorded))
     config = work(arch, images)
     training = Training(config, replace(load(config.data, device=device), val=None), device=device)
@@ -82,33 +87,34 @@ def theirs(arch: str, images: int, device: str, barrier: Barrier) -> tuple[float
     return began, wait(device), trained.loss
 
 
-def rate(
-    pool: Pool, manager: SyncManager, side: Any, epochs: int, workers: int, *work: str | int
-) -> tuple[float, float]:
-    """Samples a second of so many of the pool's processes together, and the mean of their losses."""
-    barrier = manager.Barrier(workers)  # so that each process has one
-    ends = pool.starmap(side, [(*work, barrier)] * workers, chunksize=1)
-    seconds = max(end for _, end, _ in ends) - min(began for began, _, _ in ends)
-    found = workers * int(work[1]) * epochs / seconds
-    progress(f"{found:,.0f} samples/s")  # known at once: a run may be ended early
-    return found, statistics.mean(loss for *_, loss in ends)
+@dataclass(frozen=True)
+class Side:
+    """Processes that train side by side, for all repetitions of all nets."""
+
+    pool: Pool
+    manager: SyncManager
+    device: str
+
+    def rate(self, train: Any, epochs: int, workers: int, arch: str, images: int) -> tuple[float, float]:
+        """Samples a second of so many processes together, and the mean of their losses."""
+        barrier = self.manager.Barrier(workers)  # so that each process has one
+        ends = self.pool.starmap(train, [(arch, images, self.device, barrier)] * workers, chunksize=1)
+        seconds = max(end for _, end, _ in ends) - min(began for began, _, _ in ends)
+        found = workers * images * epochs / seconds
+        progress(f"{found:,.0f} samples/s")  # known at once: a run may be ended early
+        return found, statistics.mean(loss for *_, loss in ends)
 
 
-def compare(arch: str, workers: Sequence[int], device: str, images: int, repeats: int) -> None:
+def compare(own: Side, other: Side, arch: str, workers: Sequence[int], images: int, repeats: int) -> None:
     """Prints a row for each number of workers, without and with graphs."""
-    context, work = get_context("spawn"), (arch, images, device)
-    recorded = [False, True] if device.startswith("cuda") else [False]
-    with context.Manager() as manager, context.Pool(max(workers)) as pool, context.Pool(1) as other:
-        sides = {
-            f"{count}{', graphs' if graphs else ''}": partial(
-                rate, pool, manager, partial(ours, graphs), EPOCHS, count, *work
-            )
-            for graphs in recorded
-            for count in workers
-        }
-        results = alternate({**sides, "peer": partial(rate, other, manager, theirs, 1, 1, *work)}, repeats)
+    calls: dict[str, Callable[[], tuple[float, float]]] = {
+        f"{count}{', graphs' if graphs else ''}": partial(own.rate, partial(ours, graphs), EPOCHS, count, arch, images)
+        for graphs in ([False, True] if own.device.startswith("cuda") else [False])
+        for count in workers
+    }
+    results = alternate({**calls, "peer": partial(other.rate, theirs, 1, 1, arch, images)}, repeats)
     peer = [each for each, _ in results["peer"]]
-    for name in sides:
+    for name in calls:
         rates, losses = zip(*results[name], strict=True)
         loss, expected = statistics.median(losses), statistics.median(loss for _, loss in results["peer"])
         equal = abs(loss - expected) <= WITHIN
@@ -152,5 +158,12 @@ def main(arguments: list[str]) -> None:
         airbench(options.device, options.images or CIFAR[0], 10)
         return
     table("", "workers", "peer", "searchfm", "ratio, wall", "training loss of the first epoch, searchfm / peer")
-    for arch in options.arch:
-        compare(arch, options.workers, options.device, options.images or IMAGES[arch], options.repeats)
+    context = get_context("spawn")
+    with (
+        context.Manager() as manager,
+        context.Pool(max(options.workers), begin, (options.device,)) as pool,
+        context.Pool(1) as alone,
+    ):
+        own, other = (Side(each, manager, options.device) for each in (pool, alone))
+        for arch in options.arch:
+            compare(own, other, arch, options.workers, options.images or IMAGES[arch], options.repeats)
