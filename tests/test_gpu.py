@@ -35,6 +35,7 @@ CNN = config("cnn", {"filters": 8}, augment={"crop": 1, "flip": 0.5}, train={"ep
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "gpu-cache"))
+    monkeypatch.setenv(graphs.SWITCH, "1")
 
 
 def close(one: list[Any], other: list[Any]) -> bool:

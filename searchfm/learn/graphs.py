@@ -29,9 +29,9 @@ WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 def wanted() -> bool:
     """Whether steps may be recorded, from SEARCHFM_CUDA_GRAPHS. Raises UserError."""
-    text = os.environ.get(SWITCH) or "1"
+    text = os.environ.get(SWITCH) or "0"  # until the tests marked `gpu` have passed with a torch that we support
     if text not in ("0", "1"):
-        raise UserError(f"{SWITCH} = {show(text)}: must be 1, or 0 to train without CUDA graphs")
+        raise UserError(f"{SWITCH} = {show(text)}: must be 0, or 1 to train with CUDA graphs on an NVIDIA GPU")
     return text == "1"
 
 

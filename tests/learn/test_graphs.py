@@ -45,17 +45,21 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
         (config("custom", {"factory": "net.py:make"}), CUDA, False),
     ],
 )
-def test_which_trainings_are_recorded(chosen: Config, device: torch.device, suits: bool) -> None:
+def test_which_trainings_are_recorded(
+    chosen: Config, device: torch.device, suits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(graphs.SWITCH, "1")
     assert graphs.suits(chosen, device) == suits
 
 
-def test_the_variable_turns_graphs_off_and_nothing_else_is_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(graphs.SWITCH, "0")
+def test_graphs_are_off_unless_the_variable_is_1_and_other_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(graphs.SWITCH, raising=False)
     assert not graphs.suits(CONFIGS["mlp-sgd"], CUDA)
+    for value, suits in (("0", False), ("1", True)):
+        monkeypatch.setenv(graphs.SWITCH, value)
+        assert graphs.suits(CONFIGS["mlp-sgd"], CUDA) == suits
     monkeypatch.setenv(graphs.SWITCH, "off")
-    with pytest.raises(
-        UserError, match=r'^SEARCHFM_CUDA_GRAPHS = "off": must be 1, or 0 to train without CUDA graphs$'
-    ):
+    with pytest.raises(UserError, match=r'^SEARCHFM_CUDA_GRAPHS = "off": must be 0, or 1 to train with CUDA'):
         graphs.suits(CONFIGS["mlp-sgd"], CUDA)
 
 
