@@ -419,8 +419,9 @@ def status(
 ) -> None:
     """Show the studies, how far they are, and their best trials."""
     from searchfm.search.files import study_name
+    from searchfm.search.importance import importances
     from searchfm.search.lock import holder
-    from searchfm.search.storage import importances, load_study, open_storage, read_again, read_studies
+    from searchfm.search.storage import load_study, open_storage, read_again, read_studies
     from searchfm.show import schema, summary
 
     where, console = Home.find(home), _console()

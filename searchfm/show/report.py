@@ -27,8 +27,8 @@ from searchfm.format import (
 )
 from searchfm.learn.datasets import training_images
 from searchfm.records import EPOCHS, Final, Predictions, StudyRecord, Trial, read_epochs, searched_keys
+from searchfm.search.importance import ENOUGH, importances
 from searchfm.search.space import leaves
-from searchfm.search.storage import ENOUGH, importances
 from searchfm.search.study import Study
 from searchfm.show import pages
 from searchfm.stats import Accuracy, holm, mcnemar

@@ -137,7 +137,8 @@ def test_importance_imports_no_scikit_learn_and_does_not_hide_it_from_others(hom
     code = f"""
 from pathlib import Path
 from searchfm.home import Home
-from searchfm.search.storage import importances, load_study, open_storage
+from searchfm.search.importance import importances
+from searchfm.search.storage import load_study, open_storage
 home = Home(Path({str(home.path)!r}))
 storage = open_storage(home)
 assert importances(load_study(storage, home, "toy"), storage)
