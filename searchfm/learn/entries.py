@@ -71,8 +71,8 @@ Loader: TypeAlias = Callable[..., Splits]  # `load`, or `load_full` for a final 
 def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None, Result]:
     """Makes a study's data and pretrained weights available, before the first trial.
 
-    payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; UserError for variables; CodeError for
-    the user's code that may not run here, or differs; WorldError for a CPU without bfloat16 where the study needs it.
+    payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
+    not run here, or differs; WorldError for a CPU without bfloat16 where the study needs it.
     """
     limit()  # so that a wrong variable is refused before the first trial
     graphs.wanted()

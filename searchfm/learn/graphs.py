@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from searchfm.config import Adagrad, Config, Custom
-from searchfm.errors import UserError, one_line
+from searchfm.errors import DataError, one_line
 from searchfm.tables import show
 
 log = logging.getLogger("searchfm")
@@ -28,17 +28,17 @@ WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 
 def wanted() -> bool:
-    """Whether steps may be recorded, from SEARCHFM_CUDA_GRAPHS. Raises UserError."""
+    """Whether steps may be recorded, from SEARCHFM_CUDA_GRAPHS. Raises DataError, which ends a search."""
     text = os.environ.get(SWITCH) or "0"  # until the tests marked `gpu` have passed with a torch that we support
     if text not in ("0", "1"):
-        raise UserError(f"{SWITCH} = {show(text)}: must be 0, or 1 to train with CUDA graphs on an NVIDIA GPU")
+        raise DataError(f"{SWITCH} = {show(text)}: must be 0, or 1 to train with CUDA graphs on an NVIDIA GPU")
     return text == "1"
 
 
 def suits(config: Config, device: torch.device) -> bool:
     """Whether all steps of a training launch the same kernels, so that recording one is enough: on an NVIDIA GPU. Not
     with the user's own model, whose code may depend on values or count calls, nor with Adagrad, whose count of steps
-    torch keeps in host memory. Raises UserError for the variable.
+    torch keeps in host memory. Raises DataError for the variable.
     """
     varies = isinstance(config.model.kind, Custom) or isinstance(config.optimizer.kind, Adagrad)
     return wanted() and device.type == "cuda" and not varies
@@ -94,7 +94,6 @@ class Recorded(Generic[T]):
         self._size = self._batches = 0  # images of a batch; batches of that size so far
         self._inputs, self._targets = torch.empty(0), torch.empty(0)
         self._replay: Callable[[], None] | None = None
-        self._suits = False
         self._result: T
 
     def __call__(self, step: Callable[[Tensor, Tensor], T], inputs: Tensor, targets: Tensor) -> T:
@@ -106,14 +105,14 @@ class Recorded(Generic[T]):
             return step(inputs, targets)
         self._batches += 1
         if self._batches == EAGER:
-            result, self._suits = watch(partial(step, inputs, targets), inputs.device)
+            result, suits = watch(partial(step, inputs, targets), inputs.device)
+            if suits:
+                self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
+                try:
+                    self._replay = record(partial(self._run, step), self._stream)
+                except RuntimeError as error:  # out of memory, too: without a graph the step may fit
+                    log.info("no CUDA graph: %s", one_line(error.__context__ or error))
             return result
-        if self._batches == EAGER + 1 and self._suits:
-            self._inputs, self._targets = torch.empty_like(inputs), torch.empty_like(targets)
-            try:
-                self._replay = record(partial(self._run, step), self._stream)
-            except RuntimeError as error:  # out of memory, too: without a graph the step may fit
-                log.info("no CUDA graph: %s", one_line(error.__context__ or error))
         if self._replay is None:
             return step(inputs, targets)
         self._inputs.copy_(inputs)

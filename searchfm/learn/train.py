@@ -39,7 +39,7 @@ class Training(Iterator[Epoch]):
     tick: called every batch, in training and validation; an exception from it abandons the unfinished epoch.
     code: whether the user's code may run, and which. bfloat16: the architectures that "auto" trains in it on a CPU.
     part_of: where `data` are a few images to time a training with, all of them.
-    Raises ConfigError or ModelError at once where config and data do not fit, UserError for variables; DivergedError
+    Raises ConfigError or ModelError at once where config and data do not fit, DataError for variables; DivergedError
     while iterating.
 
     Between two epochs `model` is the model in training, `classifier` the one to keep (with averaged weights if the

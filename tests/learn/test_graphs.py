@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from searchfm.config import Config
-from searchfm.errors import UserError
+from searchfm.errors import DataError
 from searchfm.learn import graphs, optim
 from searchfm.learn.data import Splits
 from searchfm.learn.train import Training
@@ -59,7 +59,7 @@ def test_graphs_are_off_unless_the_variable_is_1_and_other_values_are_refused(mo
         monkeypatch.setenv(graphs.SWITCH, value)
         assert graphs.suits(CONFIGS["mlp-sgd"], CUDA) == suits
     monkeypatch.setenv(graphs.SWITCH, "off")
-    with pytest.raises(UserError, match=r'^SEARCHFM_CUDA_GRAPHS = "off": must be 0, or 1 to train with CUDA'):
+    with pytest.raises(DataError, match=r'^SEARCHFM_CUDA_GRAPHS = "off": must be 0, or 1 to train with CUDA'):
         graphs.suits(CONFIGS["mlp-sgd"], CUDA)
 
 
