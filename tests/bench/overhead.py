@@ -269,7 +269,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trials", type=int, nargs="+", default=[50, 200, 1000], help="of the coordinator's part")
-    parser.add_argument("--share-trials", type=int, default=60)
+    parser.add_argument("--share-trials", type=int, default=60, help="trials of the part share")
     options = parser.parse_args(arguments)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"{', '.join(unknown)}: must be among {', '.join(PARTS)}")
