@@ -64,6 +64,7 @@ COUNTED = 24  # classes up to which a confusion matrix holds its counts as text
 BELOW = -0.12  # where parallel coordinates pass a key that a trial does not have, below the axis from 0 to 1
 SUPPORT = 3  # trials of a value that a median needs
 FEW = 12  # values up to which a stepped range is drawn value by value
+RING: Mapping[str, Any] = {"color": PAPER, "markeredgecolor": QUIET, "markeredgewidth": 0.9}  # of a pruned trial
 
 
 @dataclass(frozen=True)
@@ -378,16 +379,15 @@ def history(
     """
     figure, axes = _panel(WIDE, 3.2, "validation accuracy of each trial", (0.062, 0.15, 0.925, 0.76))
     values = {trial.number: trial.value for trial in trials if trial.value is not None}
-    pruned = {row.number: row.accuracy for row in trials if row.state == "pruned" and row.accuracy is not None}
+    pruned = _pruned(trials)
     failed = [trial.number for trial in trials if trial.state == "failed"]
-    floor = _limits(axes, [*values.values()], pruned.values())
+    floor = _limits(axes, [*values.values(), *pruned.values()])
     axes.axhspan(*band, color=VALIDATION, alpha=0.07, linewidth=0)
     tops = np.maximum.accumulate(list(values.values()))
     axes.step(list(values), tops, where="post", color=VALIDATION, linewidth=1.2, zorder=2)
-    ring = {"color": PAPER, "markeredgecolor": QUIET, "markeredgewidth": 0.9}
     for number, value in pruned.items():
         if drawn is None or number in drawn:
-            _dot(axes, "history", number, (number, value), floor, **ring)
+            _dot(axes, "history", number, (number, value), floor, **RING)
     for number, value in values.items():
         if drawn is None or number in drawn:
             _dot(axes, "history", number, (number, value), floor, color=MARK if number == best else VALIDATION)
@@ -403,16 +403,19 @@ def history(
 
 
 def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names: Mapping[str, str]) -> Figure:
-    """Parallel coordinates (Inselberg 1985): a line per complete trial, an axis per key of `space`, accuracy last.
+    """Parallel coordinates (Inselberg 1985): a line per complete or pruned trial, an axis per key of `space`, accuracy
+    last.
 
-    names: of the axes. The line of a trial without a key passes below that axis.
+    A pruned trial is grey and ends at its last report. names: of the axes. The line of a trial without a key passes
+    below that axis.
     """
-    complete = ranked(trials)[::-1]
+    complete, pruned = ranked(trials)[::-1], _pruned(trials)
+    shown = [*(trial for trial in trials if trial.number in pruned), *complete]
     width = max(WIDE, 1.05 * (len(space) + 1))
     figure = _blank(width, 3.7)
     axes = figure.add_axes((0.6 / width, 0.09, 1 - 1.2 / width, 0.79))
     axes.set_axis_off()
-    partial = {key for key in space if any(key not in trial.params for trial in complete)}
+    partial = {key for key in space if any(key not in trial.params for trial in shown)}
     axes.set(xlim=(0, len(space)), ylim=(BELOW - 0.07 if partial else -0.05, 1.04))
     scales = {key: _scale(leaf) for key, leaf in space.items()}
     for x, (key, (ticks, _)) in enumerate(scales.items()):
@@ -420,21 +423,24 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
         if key in partial:
             axes.plot([x - 0.03, x + 0.03], [BELOW, BELOW], color=QUIET, linewidth=2.5, zorder=2)
             axes.text(x, BELOW - 0.025, "no value", fontsize=7, color=QUIET, ha="center", va="top")
-    values = [trial.value or 0.0 for trial in complete]
-    floor = _floor(values)
-    ticks, accuracy_height = _scale(Range(floor, max(values, default=1.0), log=False, step=None), _percent)
+    values = [*(trial.value or 0.0 for trial in complete), *pruned.values()]
+    accuracy = Range(_floor(values), max(values, default=1.0), log=False, step=None)
+    ticks, accuracy_height = _scale(accuracy, _percent)
     _vertical(axes, len(space), "accuracy", ticks, side=1)
-    for rank, (trial, value) in enumerate(zip(complete, values, strict=True)):
+    for rank, trial in enumerate(shown, -len(pruned)):
         jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would overlap
         heights = [
             height(trial.params[key]) + jitter * isinstance(space[key], Choice) if key in trial.params else BELOW
             for key, (_, height) in scales.items()
         ]
-        heights.append(accuracy_height(value))
-        best = rank == len(complete) - 1
-        style: dict[str, Any] = {"color": MARK, "linewidth": 2.0} if best else {"color": VALIDATION, "linewidth": 1.1}
-        style |= {"alpha": 1.0 if best else 0.12 + 0.88 * (rank / (len(complete) - 1)) ** 2}
-        style["zorder"] = 3 + rank / len(complete)
+        heights.append(accuracy_height(trial.accuracy))
+        style: dict[str, Any] = {"color": VALIDATION, "linewidth": 1.1, "zorder": 3 + rank / len(shown)}
+        if rank < 0:
+            style |= {"color": OTHER, "linewidth": 0.9, "alpha": 0.6}
+        elif trial is complete[-1]:
+            style |= {"color": MARK, "linewidth": 2.0}
+        else:
+            style["alpha"] = 0.12 + 0.88 * ((rank + 1) / len(complete)) ** 2
         axes.plot(range(len(heights)), heights, gid=f"trial-parallel-{trial.number}", **style)
     return figure
 
@@ -448,27 +454,33 @@ def factor(
     best: int,
     drawn: Container[int] | None = None,
 ) -> Figure:
-    """Validation accuracy over one key of the space: a dot per complete trial, and the median of each value that three
-    trials or more have, where values are few.
+    """Validation accuracy over one key of the space: a dot per complete trial, a ring per pruned one at its last
+    report, and the median of each value that three complete trials or more have, where values are few.
 
     A line joins the medians where the values are numbers. trials: also those without the key, since all keys of a study
     have one scale. name: of the key; figure_name: for the dots' ids; best: number of the trial that is marked. drawn:
     the trials that have a dot, None for all; medians are of all.
     """
     figure, axes = _panel(3.3, 2.3, name, (0.165, 0.17, 0.8, 0.72))
-    points = [(row.number, row.params[key], row.value) for row in trials if row.value is not None and key in row.params]
-    floor = _limits(axes, [row.value for row in trials if row.value is not None])
+    pruned = _pruned(trials)
+    accuracies = pruned | {row.number: row.value for row in trials if row.value is not None}
+    floor = _limits(axes, [*accuracies.values()])
     options = _options(leaf)
-    by_option: dict[int, list[float]] = {}  # values by the option's index
-    for number, x, value in sorted(points, key=lambda point: point[0] == best):  # the marked one on top
+    points = [(row.number, row.params[key]) for row in trials if row.number in accuracies and key in row.params]
+    by_option: dict[int, list[float]] = {}  # values of complete trials by the option's index
+    for number, x in sorted(
+        points, key=lambda point: (point[0] not in pruned, point[0] == best)
+    ):  # the marked one on top
+        value = accuracies[number]
         if options:
             index = _index(options, x)
-            by_option.setdefault(index, []).append(value)
+            if number not in pruned:
+                by_option.setdefault(index, []).append(value)
             x = index + 0.5 * (_spread(number) - 0.5)
         if drawn is not None and number not in drawn:
             continue
-        style: dict[str, Any] = {"color": MARK} if number == best else {"color": VALIDATION, "alpha": 0.75}
-        _dot(axes, figure_name, number, (x, value), floor, **style)
+        style: Mapping[str, Any] = {"color": MARK} if number == best else {"color": VALIDATION, "alpha": 0.75}
+        _dot(axes, figure_name, number, (x, value), floor, **(RING if number in pruned else style))
     if isinstance(leaf, Choice) or options:
         supported = [index for index in sorted(by_option) if len(by_option[index]) >= SUPPORT]
         _medians(axes, options, {index: max(float(np.median(by_option[index])), floor) for index in supported})
@@ -565,18 +577,22 @@ def ranking(accuracies: Mapping[int, Accuracy], tied: Container[int]) -> Figure:
     return figure
 
 
-def _floor(values: Sequence[float], more: Iterable[float] = ()) -> float:
+def _pruned(trials: Iterable[Trial]) -> dict[int, float]:
+    """Last reports of the pruned trials by number."""
+    return {row.number: row.accuracy for row in trials if row.state == "pruned" and row.accuracy is not None}
+
+
+def _floor(values: Sequence[float]) -> float:
     """The lower end of a scale of accuracies: one diverged training must not compress all others to a line."""
-    least = min((*values, *more), default=0.0)
     if not values:
-        return least
+        return 0.0
     quarter, top = float(np.quantile(values, 0.25)), max(values)
-    return max(least, quarter - 2 * (top - quarter) - 0.005)
+    return max(min(values), quarter - 2 * (top - quarter) - 0.005)
 
 
-def _limits(axes: Axes, values: Sequence[float], more: Iterable[float] = ()) -> float:
+def _limits(axes: Axes, values: Sequence[float]) -> float:
     """Scales the vertical axis to accuracies; returns the height at which those below its range are drawn."""
-    floor, top = _floor(values, more), max((*values, *more), default=1.0)
+    floor, top = _floor(values), max(values, default=1.0)
     margin = max(0.06 * (top - floor), 1e-3)
     axes.set_ylim(floor - margin, top + margin)
     axes.yaxis.set_major_formatter(_percent)

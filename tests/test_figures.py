@@ -195,6 +195,23 @@ def test_all_keys_have_one_scale_and_a_median_needs_three_trials() -> None:
     assert_allclose(line.get_xdata(), [1, 2])
 
 
+def test_pruned_trials_are_drawn_at_their_last_report_and_move_no_median() -> None:
+    complete = [trial(i, 0.9 + i / 100, lr=1e-2, layers=2, optimizer="sgd") for i in range(3)]
+    pruned = [trial(i, None, "pruned", lr=1e-3, layers=1, optimizer="sgd") for i in (3, 4)]
+    trials = [*complete, *pruned, trial(5, None, "failed", lr=1e-3, layers=1, optimizer="sgd")]
+    figure = figures.factor(trials, "optimizer", Choice(("sgd", "adamw")), "optimizer", "f", best=2)
+    marks = points(figure, "f")
+    assert {number: mark[0, 1] for number, mark in marks.items()} == pytest.approx(
+        {0: 0.9, 1: 0.91, 2: 0.92, 3: 0.3, 4: 0.3}
+    )
+    (medians,) = figure.axes[0].collections
+    assert [segment[0][1] for segment in medians.get_segments()] == [0.91]  # type: ignore[attr-defined]
+    heights = points(figures.parallel(trials, SPACE, NAMES), "parallel")
+    assert set(heights) == {0, 1, 2, 3, 4}
+    assert (heights[2][-1, 1], heights[3][-1, 1]) == (1, 0)
+    assert heights[3][1, 1] == 0, "one layer is the least"
+
+
 def test_a_number_with_rounding_noise_has_its_step() -> None:
     dropout = Range(0.0, 0.5, log=False, step=0.05)
     trials = [trial(0, 0.8, dropout=0.30000000000000004), trial(1, 0.9, dropout=0.35000000000000003)]

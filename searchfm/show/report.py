@@ -215,7 +215,7 @@ def _search(study: StudyRecord, drawn: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> dict[str, Any]:
-    trials, importance = study.ranked(twins=False), importances(study, storage)
+    trials, importance = study.compared, importances(study, storage)
     names = short_names(searched_keys(study.trials))
     values = {key: {trial.params[key] for trial in trials if key in trial.params} for key in names}
     tree = Study(study.name, study.resolved).tree
@@ -224,15 +224,16 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
     fractions = {names[key]: fraction for key, fraction in list(importance.items())[:KEYS]}
     axes = {key: space[key] for key in keys[:KEYS]}
     important = sum(importance.get(key, 0.0) >= IMPORTANT for key in keys)
-    numbers, lines = {trial.number for trial in drawn}, [trial for trial in drawn if trial.twin is None]
+    numbers, best = {trial.number for trial in drawn}, study.ranked(twins=False)[0].number
     return {
         "importance": figures.importance(fractions) if fractions else None,
-        "parallel": figures.parallel(lines, axes, names) if len(axes) > 1 else None,
+        "parallel": figures.parallel([t for t in trials if t.number in numbers], axes, names)
+        if len(axes) > 1
+        else None,
         "axes": len(axes),
         "keys": len(space),
         "factors": [
-            figures.factor(trials, key, space[key], names[key], f"f{i}", trials[0].number, numbers)
-            for i, key in enumerate(keys)
+            figures.factor(trials, key, space[key], names[key], f"f{i}", best, numbers) for i, key in enumerate(keys)
         ],
         "open": max(ROW, -(-important // ROW) * ROW) if importance else 2 * ROW,
         "sweep": len(names) == 1,
@@ -341,20 +342,20 @@ def study_figure(
 
 def _slice(study: StudyRecord, storage: BaseStorage, key: str | None) -> Figure | None:
     """Accuracy over one key of the space, by default the most important, else the first that differs."""
-    trials = study.ranked(twins=False)
+    trials = study.compared
     space = dict(leaves(Study(study.name, study.resolved).tree))
     keys = [name for name in space if len({trial.params.get(name) for trial in trials}) > 1]
     if key is not None and key not in space:
         raise UserError(f"key {key!r}: must be one of {', '.join(space)}")
     importance = importances(study, storage)
-    best = max(keys, key=lambda name: importance.get(name, 0.0), default=None)
-    if (name := key or best) is None:
+    first = max(keys, key=lambda name: importance.get(name, 0.0), default=None)
+    if (name := key or first) is None:
         return None
-    label = short_names(space)[name]
-    return figures.factor(trials, name, space[name], label, "slice", trials[0].number)
+    best = study.ranked(twins=False)[0].number
+    return figures.factor(trials, name, space[name], short_names(space)[name], "slice", best)
 
 
 def _tip(trial: Trial) -> str:
-    value = "" if trial.value is None else f" {trial.value:.2%}"
+    value = "" if trial.accuracy is None else f" {trial.accuracy:.2%}"
     params = [f"{name} = {short(trial.params[key])}" for key, name in short_names(trial.params).items()]
     return "\n".join([f"trial {trial.number}: {trial.state}{value}", *params])

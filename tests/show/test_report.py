@@ -128,6 +128,10 @@ def test_pruned_trials_count_towards_importance_by_how_far_they_came(home: Home)
     page = report_page(study, open_storage(home), {}, None)
     assert "on 14 trials; with so few it is a hint, not a finding" in page
     assert "Pruned ones count as worse than complete ones" in page
+    for figure in ("history", "parallel", "f0", "f1"):  # f1: the layers, which one complete trial cannot show
+        assert set(re.findall(rf'id="trial-{figure}-(\d+)"', page)) == {str(number) for number in range(14)}
+    assert "A grey one is a pruned trial" in page
+    assert "a ring is a pruned trial" in page
 
 
 @pytest.mark.slow  # two processes
