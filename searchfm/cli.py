@@ -676,6 +676,7 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write a report on one page: question, result, uncertainty, search space, errors. Also logged to MLflow."""
+    from searchfm.format import plural
     from searchfm.search.files import study_name
     from searchfm.search.storage import load_study, open_storage
     from searchfm.show import schema
@@ -692,8 +693,12 @@ def report(
         environment = {}
     write_whole(path, report_page(record, storage, environment, data_folder(data_dir)).encode())
     _output(as_json, schema.Report(study=record.name, report=str(path)), lambda: typer.echo(path))
-    context.call_on_close(_doing("logging the report to MLflow").end)
+    logged = _doing("logging the report to MLflow")
+    context.call_on_close(logged.end)
     registry.log_report(where, record, path)
+    logged.end()
+    if undrawn := len(record.undrawn):  # a trial's take some 0.06 s
+        context.call_on_close(_doing(f"drawing the pictures of {plural(undrawn, 'trial')}").end)
     follow.draw_missing(where, record)
 
 

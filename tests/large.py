@@ -63,6 +63,7 @@ def fill(home: Home, study: Study, numbers: range, pruned: int = 3) -> None:
             for i, value in curve.items()
         ]
         write_epochs(folder / EPOCHS, trained)
+        (folder / "curves.png").touch()  # else the first report draws all, in ten minutes
     storage._backend.engine.dispose()  # type: ignore[attr-defined]
 
 
