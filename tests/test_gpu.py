@@ -117,7 +117,7 @@ def test_a_recorded_training_gives_its_memory_back() -> None:
         del training, each
         torch.cuda.empty_cache()
         taken.append(torch.cuda.memory_reserved())
-    assert taken[2] <= taken[0] + 2 * 10**8  # torch 2.11 keeps 70 MB for each stream, 2.15 frees them with the graph
+    assert taken[2] <= taken[0] + 10**6  # torch 2.11 keeps 70 MB for each stream, 2.15 frees them with the graph
 
 
 def test_recorded_steps_on_cached_features_train_as_steps_that_are_not(

@@ -140,6 +140,16 @@ def test_a_step_that_cannot_be_recorded_is_run_as_it_is(
     assert caplog.messages == [f"no CUDA graph: {error}"] * len(tries)
 
 
+@pytest.mark.parametrize("name", ["mlp-adamw-average", "cnn-rmsprop"])
+def test_a_training_whose_batches_go_through_a_recorded_step_is_the_same(
+    name: str, digits: Splits, recordings: list[Callable[[], None]]
+) -> None:
+    eager, recorded = Training(CONFIGS[name], digits), Training(CONFIGS[name], digits)
+    recorded._recorded, recorded._recorded_val = graphs.Recorded(STREAM), graphs.Recorded(STREAM)
+    assert losses(list(recorded)) == losses(list(eager))
+    assert len(recordings) == 2  # of training and of validation
+
+
 @pytest.mark.parametrize("name", ["mlp-sgd", "mlp-adamw-average"])
 def test_a_training_with_recorded_steps_is_the_same(
     name: str, digits: Splits, recordings: list[Callable[[], None]], monkeypatch: pytest.MonkeyPatch
