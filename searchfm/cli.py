@@ -697,7 +697,7 @@ def report(
     context.call_on_close(logged.end)
     registry.log_report(where, record, path)
     logged.end()
-    if undrawn := len(record.undrawn):  # a trial's take some 0.06 s
+    if undrawn := len(record.undrawn):  # 0.06 s for each trial
         context.call_on_close(_doing(f"drawing the pictures of {plural(undrawn, 'trial')}").end)
     follow.draw_missing(where, record)
 

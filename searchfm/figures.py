@@ -467,10 +467,9 @@ def factor(
     floor = _limits(axes, [*accuracies.values()])
     options = _options(leaf)
     points = [(row.number, row.params[key]) for row in trials if row.number in accuracies and key in row.params]
+    points.sort(key=lambda point: (point[0] not in pruned, point[0] == best))  # the marked one on top
     by_option: dict[int, list[float]] = {}  # values of complete trials by the option's index
-    for number, x in sorted(
-        points, key=lambda point: (point[0] not in pruned, point[0] == best)
-    ):  # the marked one on top
+    for number, x in points:
         value = accuracies[number]
         if options:
             index = _index(options, x)

@@ -74,7 +74,8 @@ def prepare(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, No
     payload: a PrepareJob. Returns a PrepareResult. Raises DataError, ModelError; CodeError for the user's code that may
     not run here, or differs; WorldError for a CPU without bfloat16 where the study needs it.
     """
-    limit()  # so that a wrong variable is refused before the first trial
+    # Wrong environment variables are refused before the first trial.
+    limit()
     graphs.wanted()
     job = PrepareJob.from_json(payload, "prepare")
     bfloat16 = precision.faster(precision.cpu_features(), job.architectures)

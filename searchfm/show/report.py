@@ -225,11 +225,10 @@ def _space(study: StudyRecord, storage: BaseStorage, drawn: Sequence[Trial]) -> 
     axes = {key: space[key] for key in keys[:KEYS]}
     important = sum(importance.get(key, 0.0) >= IMPORTANT for key in keys)
     numbers, best = {trial.number for trial in drawn}, study.ranked(twins=False)[0].number
+    lines = [trial for trial in trials if trial.number in numbers]
     return {
         "importance": figures.importance(fractions) if fractions else None,
-        "parallel": figures.parallel([t for t in trials if t.number in numbers], axes, names)
-        if len(axes) > 1
-        else None,
+        "parallel": figures.parallel(lines, axes, names) if len(axes) > 1 else None,
         "axes": len(axes),
         "keys": len(space),
         "factors": [
