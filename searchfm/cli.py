@@ -40,6 +40,7 @@ app = typer.Typer(
 )
 
 DOING = {  # what commands show at once, before they import what they need
+    "clean": "reading the home and the cache",
     "compare": "comparing the studies",
     "dashboard": "starting the user interfaces",
     "data": "reading data sets",
@@ -851,6 +852,45 @@ def remove(
     if removed.kept:
         text += f"; kept in the registry: {', '.join(removed.kept)} (searchfm remove {name} --models removes them)"
     _output(as_json, schema.describe(schema.RemovedStudy, removed), lambda: typer.echo(text))
+
+
+@app.command()
+def clean(
+    study: Annotated[
+        str | None, typer.Argument(help="A study by name. [default: all]", autocompletion=shell.home_studies)
+    ] = None,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it nothing is deleted.")] = False,
+    keep: Annotated[
+        int | None, typer.Option(min=0, help="Trials whose weights stay. [default: the study's search.keep]")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures", help="Also pictures of trials; report or sync --apply draws them again.")
+    ] = False,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Also the cache of all homes; searches compute it again.")
+    ] = False,
+    downloads: Annotated[bool, typer.Option("--downloads", help="Also downloaded data sets.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the disk holds that can be deleted, and delete it with --apply.
+
+    That is weights of trials that are not among the best, and what crashes left; with further flags, what can be made
+    again. Final models, registered models, predictions and records stay, and so does what running and paused trials
+    need. Studies that another process holds are left alone.
+    """
+    from searchfm import disk
+    from searchfm.search.files import study_name
+    from searchfm.show import schema, terminal
+
+    if study is not None and (cache or downloads):
+        flag = "--cache" if cache else "--downloads"
+        raise UserError(f"{flag}: the cache is of all studies; leave out {study}")
+    where, name = Home.find(home), None if study is None else study_name(study)
+    cleaned = disk.clean(where, name, keep=keep, pictures=pictures, cache=cache, downloads=downloads, apply=apply)
+    command = shlex.join(["searchfm", *(word for word in sys.argv[1:] if word != "--apply")])
+    values = schema.describe(schema.DiskUse, cleaned)
+    _output(as_json, values, lambda: terminal.show_disk(_console(), cleaned, command))
 
 
 def _export_file(kind: str | None, output: str | None) -> Callable[[str], Path]:

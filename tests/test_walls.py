@@ -32,6 +32,7 @@ LAYERS = (
     {"coordinator"},
     {"tuning"},
     {"retraining", "upkeep"},
+    {"disk"},
     {"show"},
     {"api", "shell"},
     {"cli"},

@@ -70,8 +70,9 @@ class Notes:
         pictures = [trial.folder / name for name in PICTURES if (trial.folder / name).is_file()]
         images = []
         for path in pictures:
-            artifact = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{self._uuid}/{trial.number}/{path.name}"))
-            write_whole(artifact_folder(self._home) / artifact, path.read_bytes())
+            copy = picture_copy(self._home, self._uuid, trial.number, path.name)
+            write_whole(copy, path.read_bytes())
+            artifact = copy.name
             meta = {"artifact_id": artifact, "filename": path.name, "mimetype": "image/png", "encoding": None}
             self._set(f"dashboard:artifacts:{trial_id}:{artifact}", json.dumps(meta))
             images.append(f"![{path.stem}](/artifacts/{self._number}/{trial_id}/{artifact})")
@@ -142,6 +143,11 @@ def study_lines(study: StudyRecord) -> list[str]:
 def artifact_folder(home: Home) -> Path:
     """Where the dashboard's pictures are."""
     return home.path / "optuna-artifacts"
+
+
+def picture_copy(home: Home, study: str, number: int, name: str) -> Path:
+    """The dashboard's own file of a trial's picture. study: its uuid."""
+    return artifact_folder(home) / str(uuid.uuid5(uuid.NAMESPACE_URL, f"{study}/{number}/{name}"))
 
 
 def artifact_files(home: Home, storage: BaseStorage, study: StudyRecord) -> list[Path]:

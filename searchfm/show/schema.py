@@ -666,6 +666,29 @@ def describe_differences(differences: "Iterable[Difference]", *, applied: bool) 
     return [Problem(trial=item.trial, problem=str(item), mended=applied) for item in differences]
 
 
+class DiskKind(Part, kw_only=True):
+    """Files of one kind that can be deleted."""
+
+    kind: Annotated[
+        Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"],
+        about("what they are; weights are those beyond the kept ones, leftovers those of crashes"),
+    ]
+    files: Annotated[int, about("their number, copies in MLflow and of optuna-dashboard included")]
+    bytes: Annotated[int, about("their bytes")]
+    chosen: Annotated[bool, about("whether the flags choose them: `--apply` deletes them, or has deleted them")]
+
+
+class DiskUse(Printed, kw_only=True):
+    """What can be deleted of a home and of the cache, or of a study."""
+
+    total: Annotated[int, about("bytes of all files in the home, or of the study, before")]
+    applied: Annotated[bool, about("whether the chosen kinds were deleted")]
+    freed: Annotated[int, about("bytes that were deleted, or would be with `--apply`")]
+    uses: Annotated[Sequence[DiskKind], about("the kinds; with a study those of the cache are left out")]
+    held: Annotated[Mapping[str, str], about("studies that were left alone, and the process that holds each")]
+    problem: Annotated[str, about("why the copies in MLflow were left alone; empty: they were not")]
+
+
 class StopRequested(Printed, kw_only=True):
     """A search or final training that was asked to stop."""
 
@@ -711,6 +734,7 @@ COMMANDS: Mapping[str, Any] = {
     "dashboard": Addresses,
     "models": list[Registered],
     "remove": RemovedStudy,
+    "clean": DiskUse,
 }
 
 

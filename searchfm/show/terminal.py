@@ -24,6 +24,7 @@ from searchfm.search.study import Study
 from searchfm.show import schema
 
 if TYPE_CHECKING:
+    from searchfm.disk import Cleaned
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
     from searchfm.learn.overview import Overview
@@ -121,6 +122,30 @@ def show_differences(
     console.print(shown)
     if not applied:
         console.print(f"nothing was written; to send it: searchfm sync {study.name} --apply")
+
+
+FLAGS = {"weights": "", "leftovers": "", "pictures": " --pictures", "downloads": " --downloads"}  # the others: --cache
+
+
+def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
+    """What can be deleted, by kind, or was. command: that printed it, without --apply."""
+    shown = table("kind", "files", "size", "deleted" if cleaned.applied else "deleted by", numeric={"files", "size"})
+    for use in cleaned.uses:
+        flags = f"--apply{FLAGS.get(use.kind, ' --cache')}"
+        mark = ("yes" if use.chosen and use.files else "") if cleaned.applied else flags
+        shown.add_row(use.kind, f"{use.files:,}", size(use.bytes) if use.bytes else "-", mark)
+    console.print(shown)
+    for study, process in cleaned.held.items():
+        console.print(f"left alone: study {study!r}, which {process or 'another process'} holds", markup=False)
+    if cleaned.held:
+        console.print("the cache is left alone while a study is held")
+    if cleaned.problem:
+        console.print(f"copies in MLflow are left alone: {cleaned.problem}", markup=False)
+    freed = size(cleaned.freed) if cleaned.freed else "nothing"
+    if cleaned.applied:
+        console.print(f"deleted: {freed} of {size(cleaned.total)}")
+    else:
+        console.print(f"nothing was deleted; to delete {freed} of {size(cleaned.total)}: {command} --apply")
 
 
 def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path]) -> None:

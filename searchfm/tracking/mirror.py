@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -782,6 +782,35 @@ def delete_artifacts(home: Home, uuid: str, *, keep_models: bool = False) -> int
     with suppress(OSError):  # not empty: it has models
         folder.rmdir()
     return freed
+
+
+def trial_copies(
+    home: Home, study: StudyRecord, names: Mapping[int, Sequence[str]], delete: Collection[str] = ()
+) -> list[tuple[str, int]]:
+    """The name and bytes of files in the runs of trials: those of the `names` by trial that are there.
+
+    delete: names of files that are deleted then; hold the locks of the study and of `writer`. Makes no database. Raises
+    StorageError.
+    """
+    path, copies = database(home), list[tuple[str, int]]()
+    if path is not None and not path.is_file():
+        return copies
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    mirror = find(home, study, "trial")
+    with reaching(home):
+        for number, run in ((number, mirror.active(number)) for number in names):
+            if run is None:
+                continue
+            repository: Any = get_artifact_repository(run.artifacts, tracking_uri=home.tracking_uri)
+            stored = {info.path: info.file_size or 0 for info in repository.list_artifacts()}
+            held = [name for name in names[number] if name in stored]
+            copies += [(name, stored[name]) for name in held]
+            for name in set(held).intersection(delete):
+                repository.delete_artifacts(name)
+            if WEIGHTS in names[number] and WEIGHTS in delete and "weights" in run.tags:
+                mirror.client.delete_tag(run.id, "weights")
+    return copies
 
 
 def run_links(home: Home, study: StudyRecord) -> Links:

@@ -1,0 +1,179 @@
+"""What a home and the cache hold on the disk, by kind; deletes what can be made again, or is beyond what is kept.
+
+Never final models, registered models, predictions, records, or what a running or paused trial needs to go on. A study
+that another process holds is left alone. Local files go before MLflow's copies: so `sync` lists no difference that a
+crash in between made, and the same call goes on.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from optuna.storages import BaseStorage
+
+from searchfm.errors import LockedError, StorageError, StudyError
+from searchfm.home import Home, cache_folder
+from searchfm.records import PICTURES, PROGRAM, SPEC, WEIGHTS, StudyRecord
+from searchfm.search.database import failures
+from searchfm.search.lock import holder
+from searchfm.search.notes import picture_copy
+from searchfm.search.storage import load_study, locked_study, open_storage, study_names
+from searchfm.tracking.mirror import trial_copies, writer
+from searchfm.upkeep import size
+
+Kind = Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"]
+CACHE: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
+    "features": ("features-*/*",),
+    "parsed data": ("data/parsed-*/*/*", "data/pictures/*"),
+    "costs and tables": ("costs/*.json", "tables/*.db"),
+    "downloads": ("data/files/*",),
+}
+DOWNLOADED: Kind = "downloads"  # of the cache, but by users
+
+
+@dataclass
+class Use:
+    """What is on the disk of one kind."""
+
+    kind: Kind
+    chosen: bool  # whether it is to be deleted
+    files: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Cleaned:
+    """What there is of each kind, and what `clean` left alone."""
+
+    total: int  # bytes of all files in the home, before; or of the study
+    applied: bool  # whether the chosen kinds were deleted
+    uses: list[Use] = field(default_factory=list)
+    held: dict[str, str] = field(default_factory=dict)  # studies that were left alone -> the process that holds each
+    problem: str = ""  # why MLflow's copies were left alone; empty: they were not
+
+    @property
+    def freed(self) -> int:
+        """Bytes that were deleted, or would be."""
+        return sum(use.bytes for use in self.uses if use.chosen)
+
+
+def clean(
+    home: Home,
+    name: str | None = None,
+    *,
+    keep: int | None = None,
+    pictures: bool = False,
+    cache: bool = False,
+    downloads: bool = False,
+    apply: bool = False,
+) -> Cleaned:
+    """Counts weights that are not kept and what crashes left, of a study or of all; with further flags, more. Deletes
+    them if `apply`.
+
+    keep: trials of a study whose weights stay; None, or more than that: the study's own number. Without a name the
+    cache is counted too; nothing of it is deleted while a study of the home is held. Raises StudyError for an unknown
+    study, StorageError where a database fails.
+    """
+    chosen = {"pictures": pictures, **dict.fromkeys(CACHE, cache), DOWNLOADED: downloads}
+    uses = {kind: Use(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
+    storage, names = _studies(home, name)
+    cleaned = Cleaned(size(home.path if name is None else home.study(name)), apply)
+    for each in names:
+        try:
+            with failures(f"study {each!r}"), _free(home, storage, each, apply) as study:
+                if name is not None:
+                    cleaned.total += size(home.artifacts / study.uuid)
+                kept = {trial.number for trial in study.kept[:keep]}
+                _count_files(home, study, kept, uses, apply)
+                if not cleaned.problem:  # each further study would wait for MLflow too
+                    cleaned.problem = _count_copies(home, study, kept, uses, apply)
+        except LockedError as error:
+            cleaned.held[each] = error.holder
+    if name is None:
+        for kind, patterns in CACHE.items():
+            uses[kind].chosen = uses[kind].chosen and not cleaned.held
+            for path in (path for pattern in patterns for path in cache_folder().glob(pattern)):
+                _count(path, uses[kind], apply)
+    cleaned.uses = [use for use in uses.values() if name is None or use.kind not in CACHE]
+    return cleaned
+
+
+def _studies(home: Home, name: str | None) -> tuple[BaseStorage | None, list[str]]:
+    """The storage of a home, and the names of its studies, or the one name."""
+    try:
+        storage = open_storage(home)
+    except StudyError:  # there is none yet
+        if name is not None:
+            raise
+        return None, []
+    return storage, study_names(storage) if name is None else [name]
+
+
+@contextmanager
+def _free(home: Home, storage: BaseStorage | None, name: str, apply: bool) -> Iterator[StudyRecord]:
+    """A study that no other process holds; if `apply`, held by this one, as its only writer into MLflow. Raises
+    LockedError, StudyError.
+    """
+    assert storage is not None
+    if apply:
+        with locked_study(home, name) as (study, _), writer(home, name):
+            yield study
+        return
+    study = load_study(storage, home, name)
+    if (process := holder(home, name)) is not None:
+        raise LockedError(f"study {name!r} is held by {process}", process)
+    yield study
+
+
+def _count_files(home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Use], apply: bool) -> None:
+    """Counts the files of a study that are in the home, and deletes the chosen ones."""
+    final, others = study.final_folder, list((study.folder / "finalists").glob("*"))
+    leftovers = [path for folder in (final, *others) for path in folder.glob(".*.tmp")]
+    if (final / WEIGHTS).is_file():  # else a crash may have left the earlier model alone
+        leftovers += study.folder.glob(f"{final.name}-old")
+    if study.final is not None and study.final.model is not None:
+        leftovers.append(final / PROGRAM)  # MLflow has it
+    for trial in (trial for trial in study.trials if trial.state != "running"):
+        leftovers += [*trial.folder.glob("attempt-*"), *trial.folder.glob(".*.tmp")]
+        for name in (WEIGHTS, SPEC) if trial.number not in kept else ():
+            _count(trial.folder / name, uses["weights"], apply)
+        for name, drawn in trial.drawable.items():
+            if drawn:
+                _count(trial.folder / name, uses["pictures"], apply)
+            _count(picture_copy(home, study.uuid, trial.number, name), uses["pictures"], apply)
+    for path in leftovers:
+        _count(path, uses["leftovers"], apply)
+
+
+def _count_copies(home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Use], apply: bool) -> str:
+    """Counts the copies in MLflow's runs, and deletes the chosen ones. Returns why that could not be done, if so."""
+    weights = (WEIGHTS, SPEC)
+    kinds = {**dict.fromkeys(weights, uses["weights"]), **dict.fromkeys(PICTURES, uses["pictures"])}
+    ended = [trial for trial in study.trials if trial.state != "running"]
+    names = {t.number: [*(() if t.number in kept else weights), *t.drawable] for t in ended}
+    try:
+        for name, taken in trial_copies(home, study, names, [name for name in kinds if apply and kinds[name].chosen]):
+            kinds[name].files += 1
+            kinds[name].bytes += taken
+    except StorageError as error:
+        return str(error)
+    return ""
+
+
+def _count(path: Path, use: Use, apply: bool) -> None:
+    """Counts a file, or all files in a folder, if it is there; deletes it if its kind is chosen and `apply`. Raises
+    OSError where it cannot be deleted.
+    """
+    if path.is_dir():
+        use.files += sum(file.is_file() for file in path.rglob("*"))
+        use.bytes += size(path)
+        if apply and use.chosen:
+            shutil.rmtree(path)
+    elif path.is_file():
+        use.files += 1
+        use.bytes += size(path)
+        if apply and use.chosen:
+            path.unlink()
