@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from optuna.storages import BaseStorage
-
 from searchfm.errors import LockedError, StorageError, StudyError
 from searchfm.home import Home, cache_folder
 from searchfm.records import PICTURES, PROGRAM, SPEC, WEIGHTS, StudyRecord
 from searchfm.search.database import failures
 from searchfm.search.lock import holder
 from searchfm.search.notes import picture_copy
-from searchfm.search.storage import load_study, locked_study, open_storage, study_names
+from searchfm.search.storage import locked_study, open_storage, read_study, study_names
 from searchfm.tracking.mirror import trial_copies, writer
 from searchfm.upkeep import size
 
@@ -79,11 +77,10 @@ def clean(
     """
     chosen = {"pictures": pictures, **dict.fromkeys(CACHE, cache), DOWNLOADED: downloads}
     uses = {kind: Use(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
-    storage, names = _studies(home, name)
     cleaned = Cleaned(size(home.path if name is None else home.study(name)), apply)
-    for each in names:
+    for each in _studies(home) if name is None else [name]:
         try:
-            with failures(f"study {each!r}"), _free(home, storage, each, apply) as study:
+            with failures(f"study {each!r}"), _free(home, each, apply) as study:
                 if name is not None:
                     cleaned.total += size(home.artifacts / study.uuid)
                 kept = {trial.number for trial in study.kept[:keep]}
@@ -101,28 +98,24 @@ def clean(
     return cleaned
 
 
-def _studies(home: Home, name: str | None) -> tuple[BaseStorage | None, list[str]]:
-    """The storage of a home, and the names of its studies, or the one name."""
+def _studies(home: Home) -> list[str]:
+    """The names of the studies of a home; none where there is no database yet."""
     try:
-        storage = open_storage(home)
-    except StudyError:  # there is none yet
-        if name is not None:
-            raise
-        return None, []
-    return storage, study_names(storage) if name is None else [name]
+        return study_names(open_storage(home))
+    except StudyError:
+        return []
 
 
 @contextmanager
-def _free(home: Home, storage: BaseStorage | None, name: str, apply: bool) -> Iterator[StudyRecord]:
+def _free(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
     """A study that no other process holds; if `apply`, held by this one, as its only writer into MLflow. Raises
     LockedError, StudyError.
     """
-    assert storage is not None
     if apply:
         with locked_study(home, name) as (study, _), writer(home, name):
             yield study
         return
-    study = load_study(storage, home, name)
+    study = read_study(home, name)
     if (process := holder(home, name)) is not None:
         raise LockedError(f"study {name!r} is held by {process}", process)
     yield study

@@ -11,6 +11,7 @@ from typing import NamedTuple, assert_never
 import numpy as np
 
 from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig, rungs
+from searchfm.format import size
 from searchfm.records import Forecast, Prepared, StudyRecord, Timing, Trial
 
 CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
@@ -18,7 +19,10 @@ TRIAL_SECONDS = 0.15  # of a trial beside its epochs: model, weights, figures, d
 RETRAIN_SECONDS = 10.0  # of `retrain` beside its trainings: start, test, registration with MLflow
 TOP, SEEDS = 3, 3  # finalists, and fresh seeds of each, by default
 STUDY_BYTES, TRIAL_BYTES, EPOCH_BYTES = 3_000_000, 300_000, 2_000  # databases, pictures, curves; without predictions
+CHECKPOINTS = 3  # of a running trial: the two newest, and one that is being written
+MOMENTS = 2  # that Adam keeps of each weight
 COPIES = 2  # of weights and predictions: in the study's folder, and as MLflow's artifacts
+FINAL_COPIES = 3  # of the final model's: in its folder; in MLflow as a program, and once more as weights
 
 
 def make_forecast(
@@ -48,9 +52,10 @@ def make_forecast(
     stopped = [whole] * min(startup, trials) + [whole * fraction] * max(trials - startup, 0)
     parameters = max(timing.parameters for timing in filled)
     predictions = data.validation * (16 + 4 * len(data.classes))  # indices, labels and probabilities of images
-    kept = min(trials, search.keep) + 1  # the final model too
-    # A checkpoint of each paused trial: weights, and the two moments of Adam.
+    kept = COPIES * min(trials, search.keep) + FINAL_COPIES
+    # A paused trial has one checkpoint: weights, and the moments of Adam.
     paused = trials if isinstance(search.pruner, Asha) and search.pruner.promote else 0
+    running = min(workers, trials) * CHECKPOINTS * (1 + MOMENTS) * 4 * parameters
     mean = round(float(np.mean([timing.parameters for timing in filled])))
     every = all_images(data, subset)
     frozen = sum(timing.frozen for timing in timings)
@@ -64,9 +69,25 @@ def make_forecast(
         memory=memory,
         disk=STUDY_BYTES
         + trials * (TRIAL_BYTES + round(epochs) * EPOCH_BYTES)
-        + COPIES * (trials * predictions + kept * 4 * parameters)
-        + paused * 12 * mean,
+        + (COPIES * trials + SEEDS * finalists) * predictions
+        + kept * 4 * parameters,
+        checkpoints=paused * (1 + MOMENTS) * 4 * mean + running,
         configs=sum(timing.train is not None for timing in timings),
+    )
+
+
+def room_note(forecast: Forecast, left: int, free: int, folder: str) -> str:
+    """A warning if a file system has less room than the trials to come are forecast to take; else empty.
+
+    forecast: of the study. left: trials to come, which take their fraction of what stays. free: bytes. folder: of the
+    home.
+    """
+    needed = round(forecast.disk * left / max(forecast.trials, 1)) + forecast.checkpoints
+    if free >= needed:
+        return ""
+    return (
+        f"{folder}: has room for {size(free)}, and the search is forecast to take up to {size(needed)}: "
+        "delete files (searchfm clean lists some), or name a home on another disk with --home"
     )
 
 

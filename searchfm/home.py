@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Home:
     def find(cls, option: Path | None = None) -> "Home":
         """`--home`, else SEARCHFM_HOME, else `./runs`."""
         return cls((option or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
+
+    @property
+    def free(self) -> int:
+        """Bytes that its file system has room for; of a folder that does not exist, that in which it would be made."""
+        return shutil.disk_usage(next(path for path in (self.path, *self.path.parents) if path.exists())).free
 
     def probe(self) -> None:
         """Raises UserError if the folder cannot be written or created. Creates nothing itself."""

@@ -321,8 +321,9 @@ class Forecast(Record):
     pruned: float  # with the pruning that `searchfm.forecast` assumes
     retrain: float  # of `retrain` with its defaults
     memory: int  # of a worker at most: of its GPU, else of the host
-    disk: int  # of the home
+    disk: int  # of the home at the end, the final model included
     configs: int  # that were timed
+    checkpoints: int = 0  # of running and paused trials at most, in the home while it searches
 
 
 def _study_2(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, usable_cores
 from searchfm.errors import ConfigError, DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened, TrialEnded
-from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve
+from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve, room_note
 from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
@@ -115,6 +115,8 @@ class Tuning:
             if self.stored is None:
                 yield Phase("timing configs")
                 forecast = self._forecast(pool, data, len(devices), FORECAST_SECONDS)
+            if work and (expected := self.stored.forecast if self.stored else forecast) is not None:
+                yield from self._room(expected)
             self._write_down(data, lock, forecast, work)
             if tracking is not None:
                 # Drawing would take a core from a worker of this machine where they have all; others are elsewhere.
@@ -142,6 +144,8 @@ class Tuning:
             yield from self._notes()
             yield Phase("timing configs")
             forecast = self._forecast(pool, data, len(devices), DRY_RUN_SECONDS)
+        if forecast is not None:
+            yield from self._room(forecast)
         return Forecasted(self.study, self.stored, data, tuple(devices), forecast)
 
     def result(self) -> StudyRecord:
@@ -165,6 +169,12 @@ class Tuning:
         """The notes of the study that were not yielded yet."""
         while self.study.notes:
             yield Note(self.study.notes.pop(0))
+
+    def _room(self, forecast: Forecast) -> Iterator[Note]:
+        """A note if the disk of the home has less room than the trials to come are forecast to take."""
+        ended = sum(trial.state != "running" for trial in self.stored.trials) if self.stored else 0
+        if note := room_note(forecast, self.trials - ended, self.home.free, str(self.home.path)):
+            yield Note(note)
 
     def _coordinator(self, data: Prepared, pool: WorkerPool) -> Coordinator:
         return Coordinator(

@@ -21,10 +21,12 @@ from searchfm.forecast import (
     make_forecast,
     reserve,
     retrain_seconds,
+    room_note,
     search_seconds,
     trained_fraction,
 )
-from searchfm.records import DEFAULT, ORIGIN, Prepared, StudyRecord, Timing, TrainResult, Trial
+from searchfm.format import size
+from searchfm.records import DEFAULT, ORIGIN, Forecast, Prepared, StudyRecord, Timing, TrainResult, Trial
 from tests.rows import epochs, header, trial
 
 DATA = Prepared("sha", (1, 8, 8), tuple("0123456789"), train=800, validation=200)
@@ -107,6 +109,31 @@ def test_a_forecast_counts_start_up_trials_in_full_and_the_final_training_on_all
     assert slower is not None
     assert slower.seconds == pytest.approx(made.seconds + 3.0), "frozen stages are computed once"
     assert slower.retrain == pytest.approx(made.retrain + 3.0 * 1800 / 1000), "and once for all images"
+
+
+def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_room() -> None:
+    timings = [timing(1.0, 0.4, 0.1), replace(timing(2.0, 1.6, 0.4), parameters=3000)]
+
+    def made(pruner: Any = "median", **keys: Any) -> Forecast:
+        asked: dict[str, Any] = {"startup": 4, "trials": 10, "workers": 2, **keys}
+        result = make_forecast(timings, 5, search=search(pruner, keep=2), subset=1.0, data=DATA, **asked)
+        assert result is not None
+        return result
+
+    weights = 4 * 3000
+    assert made().checkpoints == 2 * 3 * 3 * weights, "of two workers, three each, with Adam's moments"
+    assert made(trials=1).checkpoints == 3 * 3 * weights
+    paused = made({"name": "asha", "promote": True}).checkpoints - made().checkpoints
+    assert paused == 10 * 3 * 4 * 2000, "one of each trial, of mean size"
+    one, ten = made(trials=1), made()
+    assert ten.disk - one.disk - weights * 2 == 9 * (one.disk - made(trials=0).disk - weights * 2), "two are kept"
+    needed = ten.disk + ten.checkpoints
+    assert room_note(ten, 10, needed, "runs") == ""
+    assert room_note(ten, 10, needed - 1, "runs").startswith(
+        f"runs: has room for {size(needed)}, and the search is forecast to take up to {size(needed)}: "
+    )
+    left = ten.disk // 2 + ten.checkpoints  # of a search whose first half has ended
+    assert (room_note(ten, 5, left + 1, "runs"), bool(room_note(ten, 5, left - 1, "runs"))) == ("", True)
 
 
 # --- from trials that have ended --------------------------------------------------------------------------------------

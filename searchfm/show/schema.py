@@ -146,7 +146,8 @@ class Forecast(Part, kw_only=True):
     pruned: Annotated[float, about("time with the pruning that is assumed, in s")]
     retrain: Annotated[float, about("time of `retrain` with its defaults, in s")]
     memory: Annotated[int, about("bytes of a worker at most: of its GPU, else of the host")]
-    disk: Annotated[int, about("bytes of the home folder")]
+    disk: Annotated[int, about("bytes of the home folder at the end, the final model included")]
+    checkpoints: Annotated[int, about("bytes of checkpoints at most, in the home folder while it searches")]
 
 
 class Study(Printed, kw_only=True):
@@ -327,6 +328,7 @@ def describe_forecast(forecast: ForecastRecord | None) -> Forecast | None:
         retrain=round(forecast.retrain, 1),
         memory=forecast.memory,
         disk=forecast.disk,
+        checkpoints=forecast.checkpoints,
     )
 
 

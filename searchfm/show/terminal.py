@@ -76,7 +76,7 @@ def show_forecast(console: Console, timed: "Forecasted") -> None:
         "search": f"{seconds(forecast.seconds)} for {plural(forecast.trials, 'trial')}{pruned}",
         "retrain": seconds(forecast.retrain),
         "memory": f"{size(forecast.memory)} a worker, {size(forecast.memory * forecast.workers)} in all",
-        "disk": size(forecast.disk),
+        "disk": f"{size(forecast.disk)}, and up to {size(forecast.checkpoints)} of checkpoints while it searches",
     }
     for name, text in shown.items():
         console.print(labelled(name, text, indent=9), soft_wrap=False)

@@ -208,10 +208,14 @@ class Passes:
         return [trial for trial in trials if self._aligned.get(trial.number) != trial]
 
     def _align_trial(self, trial: Trial) -> list[Difference]:
-        if self._draw_each and trial.undrawn:
+        run, undrawn = self._mirror.active(trial.number), self._draw_each and bool(trial.undrawn)
+        ended = run is not None and run.status != "RUNNING"  # by an earlier search: it is trusted to have its files
+        if undrawn and not ended:
             self._draw(trial)
         try:
             differences = self._mirror.align(trial_content(self._study, trial, self._mirror.parent))
+            if undrawn and ended:
+                self.add_pictures([trial])
         except Exception as error:
             self._failures[trial.number] += 1
             if self._mirror.deep or _is_unreachable(error):

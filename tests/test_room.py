@@ -1,0 +1,51 @@
+"""`tune` warns where the disk of the home has less room than its forecast: on a real, small file system."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.programs import missing
+
+# In a namespace of its own, so that the mount ends with the command.
+SMALL = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 && exec "$@"'
+SEARCH = ("mlp", "--dataset", "digits", "--epochs", "1", "--trials", "2", "--workers", "1")
+
+
+def on_small_disk(room: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose home is a file system of that size."""
+    home.mkdir(exist_ok=True)
+    shell = ["unshare", "--mount", "sh", "-c", SMALL, "sh", room, str(home)]
+    command = [*shell, sys.executable, "-m", "searchfm", *words, "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(autouse=True)
+def mounts() -> None:
+    """Skips, outside of `.ci/run`, where no file system can be mounted."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        missing("this test mounts a file system, which needs root")
+
+
+@pytest.mark.slow(seconds=12)
+def test_a_search_warns_before_its_first_trial_where_the_disk_is_too_small_and_goes_on(tmp_path: Path) -> None:
+    done = on_small_disk("16m", tmp_path / "small", "tune", *SEARCH)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    (warning,) = (line for line in lines if "has room for" in line)
+    assert warning.startswith(f"{tmp_path / 'small'}: has room for 1")
+    assert "searchfm clean" in done.stdout
+    assert lines.index(warning) < min(number for number, line in enumerate(lines) if "trial 0" in line)
+
+
+@pytest.mark.slow(seconds=15)
+def test_a_dry_run_warns_likewise_and_neither_where_there_is_room(tmp_path: Path) -> None:
+    small = on_small_disk("16m", tmp_path / "small", "tune", *SEARCH, "--dry-run", "--json")
+    forecast = json.loads(small.stdout)["forecast"]
+    assert forecast["disk"] + forecast["checkpoints"] > 16 * 2**20
+    assert "has room for 17 MB, and the search is forecast to take up to " in " ".join(small.stderr.split())
+    large = on_small_disk("1g", tmp_path / "large", "tune", *SEARCH, "--dry-run")
+    assert (large.returncode, "has room" in large.stderr + large.stdout) == (0, False)
+    assert "checkpoints while it searches" in large.stdout
