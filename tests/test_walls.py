@@ -21,7 +21,7 @@ PACKAGE = Path(searchfm.__file__).parent
 # others of its layer. The bare package (the version) may be imported from anywhere.
 LAYERS = (
     {"errors"},
-    {"stats", "home", "stopping", "forkserver"},
+    {"stats", "home", "inputs", "stopping", "forkserver"},
     {"tables", "records"},
     {"config", "jobs"},
     {"format"},

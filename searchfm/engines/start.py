@@ -7,6 +7,7 @@ from typing import Any, assert_never, get_args
 
 from searchfm.engines import Engine, EngineName, EngineOptions
 from searchfm.errors import ConfigError, UserError, one_of
+from searchfm.inputs import read_text
 from searchfm.tables import read_within
 
 NAMES = get_args(EngineName)
@@ -51,7 +52,7 @@ def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
     values: dict[str, Any] = {"name": engine}
     if engine.endswith(".toml"):
         try:
-            values = tomllib.loads(Path(engine).read_text("utf-8"))["engine"]
+            values = tomllib.loads(read_text(Path(engine)))["engine"]
         except (OSError, ValueError, KeyError) as error:
             reason = "has no table [engine]" if isinstance(error, KeyError) else getattr(error, "strerror", 0) or error
             raise UserError(f"--engine {engine}: {reason}") from None

@@ -26,6 +26,7 @@ from websockets.sync.connection import Connection
 
 import searchfm
 from searchfm.errors import SearchfmError, UserError
+from searchfm.inputs import TEXT, check_size, read_bytes
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 
 PROTOCOL = 1  # of the messages below
@@ -264,7 +265,7 @@ def find_key(home: Path, *, create: bool = False) -> bytes:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(secrets.token_hex(32) + "\n")
-        mode, key = stat.S_IMODE(path.stat().st_mode), path.read_bytes().strip()
+        mode, key = stat.S_IMODE(path.stat().st_mode), read_bytes(path, TEXT).strip()
     except OSError as error:
         raise UserError(f"{path}: the key cannot be read ({error.strerror}); is --home the shared one?") from None
     if mode & 0o077:
@@ -305,6 +306,8 @@ def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
         raise UserError("--tls-cert and --tls-key: must be given together")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
+        for path in (cert, key):
+            check_size(Path(path), TEXT)
         context.load_cert_chain(cert, key)
     except OSError as error:  # ssl.SSLError is one
         raise UserError(f"--tls-cert {cert}, --tls-key {key}: {error.strerror or error}") from None
@@ -318,6 +321,7 @@ def client_tls(cert: str | None) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     try:
+        check_size(Path(cert), TEXT)
         context.load_verify_locations(cert)
     except OSError as error:
         raise UserError(f"--tls-cert {cert}: {error.strerror or error}") from None

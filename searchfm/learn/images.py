@@ -3,27 +3,48 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+import sys
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from searchfm.errors import DataError
+from searchfm.inputs import check_size
 
 Pixels: TypeAlias = NDArray[np.uint8]
 Labels: TypeAlias = NDArray[np.int64]
 Raw: TypeAlias = Path | bytes | Pixels  # an image file, its content, or pixels (H, W) or (H, W, C)
 PartName = Literal["train", "val", "test"]
+T = TypeVar("T")
+R = TypeVar("R")
 
 TEST_FRACTION = 0.2  # of data without a test part of their own; a constant, so that no setting ever moves the part
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # that Pillow may try
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 _CHANNELS = ((), (1,), (3,), (4,))  # of an array, behind height and width
+PIXELS = 50_000_000  # of an image, at most: 150 MB as RGB
+ENCODED = 100_000_000  # bytes of an image file, at most: some decoders read it whole
+NAMES = 150_000_000  # bytes that the names in a folder may take in memory: about two million names
+AHEAD = 1024  # items that threads work on, whose results are held
+TILE = (0x0142, 0x0143)  # the TIFF keys of a tile's width and height
+# Of file systems that hold no user files; reading some of theirs never ends.
+SPECIAL = {"proc", "sysfs", "devtmpfs", "devpts", "devfs", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs"}
 ORIENTATION, TURNED = 0x0112, range(5, 9)  # the EXIF key, and its values that exchange height and width
+
+
+# Pillow warns above 89 megapixels, and raises above 178. `opened` refuses both, and all above `PIXELS`, in one line.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -76,13 +97,24 @@ def in_channels(image: Pixels, channels: int) -> Pixels:
 
 @contextmanager
 def opened(raw: Raw) -> Iterator[Image.Image]:
-    """An image for a `with` block. Whatever a decoder raises, in the block too, becomes ValueError with the reason."""
+    """An image for a `with` block, of at most `PIXELS` pixels by its header. Whatever a decoder raises, in the block
+    too, becomes ValueError with the reason.
+    """
     try:
+        if isinstance(raw, Path):
+            check_size(raw, ENCODED)
         source = io.BytesIO(raw) if isinstance(raw, bytes) else raw
-        with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
+        with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source, "r", FORMATS) as image:
+            tags = getattr(image, "tag_v2", {})
+            for width, height in (image.size, [tags.get(key, 0) for key in TILE]):  # a tile is decoded whole
+                if width * height > PIXELS:
+                    raise ValueError(f"{height}x{width}, may have at most {PIXELS:,} pixels")
             yield image
     except UnidentifiedImageError:
         raise ValueError("not an image of a known format") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # as in "Image size (9 pixels)"
+        (pixels,) = re.findall(r"\((\d+) pixels\)", str(error))
+        raise ValueError(f"{int(pixels):,} pixels, may have at most {PIXELS:,}") from None
     except Exception as error:  # decoders raise anything for a hostile or broken file
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ValueError(" ".join(reason.split()) or type(error).__name__) from None
@@ -128,20 +160,117 @@ def _pixels(image: Image.Image) -> Pixels:
     return np.ascontiguousarray(colours[:1] if grey else colours)
 
 
-def image_files(folder: Path, root: Path) -> list[Path]:
-    """The files in a folder, at any depth, with an image's suffix: not hidden, no links to folders or out of `root`."""
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The function's results, in order. Decoders let other threads run. Unlike the executor's own `map`, which holds
+    all items and results, it holds `AHEAD` of them.
+    """
+    rest = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(rest, AHEAD)):
+            yield from pool.map(function, batch)
 
-    def is_image(path: Path) -> bool:
-        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+
+class Paths(Sequence[Path]):
+    """Files by folder and name: 80 bytes a file, of which a `Path` takes 500. One is made when it is asked for."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._folders: list[str] = []
+        self._starts: list[int] = []  # the index of a folder's first file
+        self.bytes = 0  # that the names take in memory
+
+    def add(self, folder: str, name: str) -> None:
+        """Adds a file at the end."""
+        if not self._folders or self._folders[-1] != folder:
+            self._folders.append(folder)
+            self._starts.append(len(self._names))
+        self._names.append(name)
+        self.bytes += name_bytes(name)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Path]: ...
+    def __getitem__(self, index: int | slice) -> Path | list[Path]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        return Path(self._folders[bisect_right(self._starts, index) - 1], self._names[index])
+
+
+def name_bytes(name: str) -> int:
+    """What a name in a list takes in memory."""
+    return sys.getsizeof(name) + 16  # and the references to it
+
+
+def listed(folder: str) -> Iterator["os.DirEntry[str]"]:
+    """The entries of a folder, one after the other, without hidden ones. Raises DataError."""
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{error.filename or folder}: cannot be listed: {error.strerror}") from None
+
+
+def image_files(folder: Path, root: Path, files: Paths | None = None) -> Paths:
+    """The files in a folder, at any depth, with an image's suffix, sorted: not hidden, no links to folders or out of
+    `root`, none on the kernel's file systems. files: those of other folders, to which they are added.
+
+    Raises DataError for a folder that cannot be listed, and for more names than `NAMES` bytes.
+    """
+    files = Paths() if files is None else files
+    real, special = root.resolve(), _special()
+    taken = files.bytes
+
+    def is_image(entry: "os.DirEntry[str]") -> bool:
+        if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:  # noqa: PTH122 (a Path for each entry takes long)
             return False
         # A broken link inside the folder counts as an unreadable image.
-        return path.resolve().is_relative_to(root.resolve()) if path.is_symlink() else path.is_file()
+        return Path(entry.path).resolve().is_relative_to(real) if entry.is_symlink() else entry.is_file()
 
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}")
+    def children(parent: str) -> Iterator[tuple[str, str, bool]]:
+        nonlocal taken
+        names, folders = [], set()
+        with suppress(OSError):  # `listed` raises it again
+            if os.stat(parent).st_dev in special:  # noqa: PTH116
+                return
+        for entry in listed(parent):
+            if entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+            elif not is_image(entry):
+                continue
+            names.append(entry.name)
+            taken += name_bytes(entry.name)
+            if taken > NAMES:
+                raise DataError(
+                    f"{folder}: has more than {len(files) + len(names) - 1:,} images and folders, whose names take "
+                    f"more than {NAMES // 10**6} MB: must be fewer, or as parquet files"
+                )
+        names.sort()
+        yield from ((parent, name, name in folders) for name in names)
 
-    files: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += filter(is_image, (Path(parent, name) for name in names))
-    return sorted(files)
+    pending = [children(str(folder))]  # instead of recursion: a path may have thousands of parts
+    while pending:
+        for parent, name, is_folder in pending[-1]:
+            if is_folder:
+                pending.append(children(os.path.join(parent, name)))  # noqa: PTH118
+                break
+            files.add(parent, name)
+        else:
+            pending.pop()
+    return files
+
+
+def _special() -> set[int]:
+    """The device numbers of the kernel's file systems."""
+    import psutil
+
+    devices = set()
+    for each in psutil.disk_partitions(all=True):
+        if each.fstype in SPECIAL:
+            with suppress(OSError):
+                devices.add(os.stat(each.mountpoint).st_dev)  # noqa: PTH116
+    return devices

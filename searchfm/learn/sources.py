@@ -7,26 +7,29 @@ and test-* beside them if there are any, in the folder or its data/.
 
 import hashlib
 import json
+import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from searchfm.errors import DataError
+from searchfm.errors import DataError, one_of
+from searchfm.inputs import free_memory, regular
 from searchfm.learn.images import (
     SUFFIXES,
     Arrays,
     Labels,
     PartName,
+    Paths,
     Pixels,
     Raw,
     decode,
@@ -34,13 +37,22 @@ from searchfm.learn.images import (
     image_hash,
     image_size,
     in_channels,
+    in_threads,
     is_test,
+    listed,
     resized,
 )
 from searchfm.tables import show
 
 SET_SIZE = "set data.size to a side in pixels, such as --set data.size=64"
 MULTIPLE, LARGEST = 16, 224  # pixels: what the default of data.size is a multiple of, and its maximum
+ENTRIES = 100_000  # folders of classes, or parquet files, that a folder may have
+IMAGE = 1000  # bytes of memory that an image takes besides its pixels, measured
+COPIES = 4  # of all pixels, at most at once: as read, decoded, stacked and written; measured
+PIECE = 2**20  # bytes that are read at once of an .npz file, its directory included
+LABEL = 1000  # characters that a label may have
+FOOTER = 2**24  # bytes of a parquet file's footer
+ROWS = 16  # of a parquet file, decoded at once: a repeated image takes a few bytes of the file, but its size in memory
 NAMED = 3  # unreadable images that an error names, before it counts
 # Names of parts and of their arrays, in small letters: x_train, train_images, images_train; without a part, training.
 PARTS: Mapping[PartName, tuple[str, ...]] = {
@@ -88,8 +100,11 @@ class Source(ABC):
 
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of the images, from headers alone; without those that cannot be read."""
-        with ThreadPoolExecutor() as pool:
-            return [size for size in pool.map(self._size, range(len(self))) if size]
+        return [size for size in in_threads(self._size, range(len(self))) if size]
+
+    def pixel_bytes(self) -> int:
+        """What all images take in memory, as far as a header says it."""
+        return 0
 
     def _size(self, index: int) -> tuple[int, int] | None:
         try:
@@ -110,7 +125,7 @@ def open_source(root: Path, part: PartName) -> Source:
     """A part of user data, listed without opening an image. Raises DataError for what is no data set, or has no such
     part.
     """
-    if root.is_file():
+    if not root.is_dir():
         return open_npz(root, part)
     return open_parquet(root, part) if _parquet_files(root, "train") else open_folder(root, part)
 
@@ -137,24 +152,51 @@ def read_part(source: Source, size: int, channels: int | None = None) -> Arrays:
 
     Raises one DataError for all images that cannot be read, or for images of several sizes where `size` is 0.
     """
-    labels = source.labels
-    with ThreadPoolExecutor() as pool:  # decoders let other threads run
-        decoded = list(pool.map(lambda index: _decoded(source, index, size), range(len(source))))
-    broken = [item for item in decoded if isinstance(item, str)]
-    if broken:
-        more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
-        number = f"{len(broken)} {source.noun}{'s' * (len(broken) != 1)}"
-        raise DataError(f"{number} cannot be read as images: {'; '.join(broken[:NAMED])}{more}")
-    kept = [(index, item) for index, item in enumerate(decoded) if isinstance(item, _Image)]
+    labels, free, taken, wrong = source.labels, free_memory(), 0, 0
+    check_memory(str(source.base), len(source) * IMAGE + COPIES * source.pixel_bytes(), free)
+    broken: list[str] = []
+    kept: list[tuple[int, _Image]] = []
+    sizes: dict[tuple[int, ...], int] = {}
+    for index, item in enumerate(in_threads(lambda index: _decoded(source, index, size), range(len(source)))):
+        if isinstance(item, str):
+            wrong += 1
+            broken += [item] if wrong <= NAMED else []
+        elif item is not None:
+            sizes.setdefault(item.pixels.shape[1:], index)
+            kept.append((index, item))
+            taken += IMAGE + COPIES * item.pixels.nbytes
+            if taken > free:
+                raise DataError(
+                    f"{source.base}: {len(kept)} of {len(source)} images take {written(taken)} of memory, "
+                    f"{written(free)} are free: {SET_SIZE}"
+                )
+        if wrong or len(sizes) > 1:  # an error follows
+            kept, taken = kept[:1], 0
+    if wrong:
+        more = f"; and {wrong - NAMED} more" if wrong > NAMED else ""
+        number = f"{wrong} {source.noun}{'s' * (wrong != 1)}"
+        raise DataError(f"{number} cannot be read as images: {'; '.join(broken)}{more}")
     if not kept:
-        raise DataError(f"{source.base}: has too few images, none of {len(decoded)} falls into the {source.part} part")
-    _check_sizes(source, {item.pixels.shape[1:]: index for index, item in reversed(kept)})
+        raise DataError(f"{source.base}: has too few images, none of {len(source)} falls into the {source.part} part")
+    _check_sizes(source, sizes)
     channels = channels or max(len(item.pixels) for _, item in kept)
     pixels = np.stack([in_channels(item.pixels, channels) for _, item in kept])
     sides = [side for _, item in kept for side in item.size]
     arrays = Arrays.of(pixels, labels[[index for index, _ in kept]], source.classes, [item.hash for _, item in kept])
     arrays = replace(arrays, sides=(min(sides), max(sides)))
     return arrays if source.val is None else _with_validation(arrays, source, read_part(source.val, size, channels))
+
+
+def check_memory(where: str, needed: int, free: int | None = None) -> None:
+    """Raises DataError where something needs more memory than is free."""
+    free = free_memory() if free is None else free
+    if needed > free:
+        raise DataError(f"{where}: needs {written(needed)} of memory, {written(free)} are free")
+
+
+def written(count: int) -> str:
+    """Bytes, for messages."""
+    return f"{count / 1e9:,.1f} GB"
 
 
 @dataclass(frozen=True)
@@ -202,9 +244,14 @@ def _with_validation(train: Arrays, source: Source, val: Arrays) -> Arrays:
 
 def _key(*values: Any, files: Sequence[Path], val: Source | None) -> str:
     """sha256 of values, and of the files' names, sizes and times of change."""
-    stats = [(path.stat() if path.exists() else path.lstat()) for path in files]  # a link may be broken
-    states = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(files, stats, strict=True)]
-    return hashlib.sha256(json.dumps([*values, states, val and val.key()]).encode()).hexdigest()
+    # As json.dumps([*values, states, val and val.key()]) writes it, without all states in memory.
+    digest = hashlib.sha256(json.dumps(values)[:-1].encode() + b", [")
+    for number, path in enumerate(files):
+        stat = path.stat() if path.exists() else path.lstat()  # a link may be broken
+        state = json.dumps([str(path), stat.st_size, stat.st_mtime_ns])
+        digest.update((f", {state}" if number else state).encode())
+    digest.update(f"], {json.dumps(val and val.key())}]".encode())
+    return digest.hexdigest()
 
 
 # --- a folder of images -----------------------------------------------------------------------------------------------
@@ -218,12 +265,12 @@ class Folder(Source):
     noun = "file"
 
     names: tuple[str, ...]  # of the classes: the training part's folders, sorted
-    files: tuple[Path, ...]
-    numbers: tuple[int, ...]  # the files' labels
+    files: Paths
+    numbers: NDArray[np.int64]  # (N,) the files' labels
 
     def key(self) -> str:
         """See `Source`."""
-        labels = [str(self.base), self.part, self.carved, self.names, self.numbers]
+        labels = [str(self.base), self.part, self.carved, self.names, self.numbers.tolist()]
         return _key(labels, files=self.files, val=self.val)
 
     @property
@@ -234,7 +281,7 @@ class Folder(Source):
     @property
     def labels(self) -> Labels:
         """See `Source`."""
-        return np.array(self.numbers, dtype=np.int64)
+        return self.numbers
 
     def __len__(self) -> int:
         return len(self.files)
@@ -259,27 +306,35 @@ def open_folder(root: Path, part: PartName) -> Folder:
             f"{training}: has {len(classes)} folders of images ({', '.join(classes)}): must have one for each of two "
             "classes or more, CLASS/*.png or train/CLASS/*.png; or train-*.parquet"
         )
-    files: dict[Path, int] = {}
+    files, counts = Paths(), []
     base = training if carved else root / part
     for folder in _folders(base):
         if folder.name not in classes:
-            raise DataError(f"{folder}: must be one of the classes of {training}: {', '.join(classes)}")
-        paths = image_files(folder, root)
-        if not paths:
+            raise DataError(f"{folder}: must be one of the classes of {training}: {one_of(folder.name, classes)}")
+        before = len(files)
+        image_files(folder, root, files)
+        if len(files) == before:
             raise DataError(
                 f"{folder}: holds no image; may hold {', '.join(sorted(SUFFIXES))}, not hidden, no links to elsewhere"
             )
-        files |= dict.fromkeys(paths, classes.index(folder.name))
+        counts.append((classes.index(folder.name), len(files) - before))
     val = open_folder(root, "val") if part == "train" and split and (root / "val").is_dir() else None
-    return Folder(
-        base=base, part=part, carved=carved, val=val, names=classes, files=tuple(files), numbers=tuple(files.values())
-    )
+    numbers = np.repeat(*np.array(counts, dtype=np.int64).reshape(-1, 2).T)
+    return Folder(base=base, part=part, carved=carved, val=val, names=classes, files=files, numbers=numbers)
 
 
 def _folders(parent: Path) -> list[Path]:
     """The folders in a folder, sorted; without hidden ones, and without links, which may form a cycle."""
-    paths = parent.iterdir() if parent.is_dir() else ()
-    return sorted(path for path in paths if path.is_dir() and not path.is_symlink() and not path.name.startswith("."))
+    entries = listed(str(parent)) if parent.is_dir() else ()
+    return sorted(_bounded(parent, (entry.name for entry in entries if entry.is_dir(follow_symlinks=False))))
+
+
+def _bounded(parent: Path, names: Iterable[str]) -> Iterator[Path]:
+    """Paths in a folder. Raises DataError for more than a data set can have."""
+    for number, name in enumerate(names):
+        if number == ENTRIES:
+            raise DataError(f"{parent}: has more than {ENTRIES:,} folders or parquet files, may have at most that many")
+        yield parent / name
 
 
 # --- labels in an array -----------------------------------------------------------------------------------------------
@@ -371,20 +426,18 @@ class Npz(Source):
     @cached_property
     def _shape(self) -> tuple[int, int, int]:
         """Number, height and width, from the array's header."""
-        with (
-            _reading(self.base, self.images),
-            zipfile.ZipFile(self.base) as archive,
-            archive.open(f"{self.images}.npy") as file,
-        ):
-            old = np.lib.format.read_magic(file) == (1, 0)
-            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
+        with _reading(self.base, self.images), _archive(self.base) as archive:
+            shape, dtype = _header(archive, self.images)
         if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,), (4,)):
             raise DataError(
                 f"{self.base}: {self.images} is {shape} {dtype}: must be (images, height, width) or (images, height, "
                 "width, channels) uint8, with 1, 3 or 4 channels"
             )
         return shape[0], shape[1], shape[2]
+
+    def pixel_bytes(self) -> int:
+        """See `Source`."""
+        return math.prod(self._shape)
 
     @cached_property
     def _pixels(self) -> Pixels:
@@ -395,7 +448,7 @@ class Npz(Source):
 
 def open_npz(path: Path, part: PartName) -> Npz:
     """A part of an .npz file; no array is read. Raises DataError for a file without arrays of training images."""
-    with _reading(path, ""), zipfile.ZipFile(path) as archive:
+    with _reading(path, ""), _archive(path) as archive:
         files = [name.removesuffix(".npy") for name in archive.namelist()]
     names = {name.lower(): name for name in reversed(files)}
     pairs = {part: pair for part in PARTS if (pair := _pair(path, names, part))}
@@ -442,10 +495,55 @@ def _labels(path: Path, name: str) -> NDArray[Any]:
     return labels.astype(str) if labels.dtype.kind == "S" else labels
 
 
+class _InPieces(FileIO):
+    """A file that is read in small pieces. `zipfile` reads as many bytes at once as the file itself asks for: for its
+    directory of arrays, and for what bzip2 and LZMA unpack without a bound.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:  # all
+            size = max(regular(Path(str(self.name))) - self.tell(), 0)
+        if size > PIECE:
+            raise ValueError(f"has {size:,} bytes in one piece, may have {PIECE:,}")
+        return super().read(size) or b""
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """An .npz file whose directory was read. Raises OSError, zipfile's errors."""
+    regular(path)
+    with _InPieces(path) as file, zipfile.ZipFile(file) as archive:
+        yield archive
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array. Raises ValueError for one of Python objects, which only pickle could read, and where
+    shape and type differ from the size in the archive's directory: nothing unpacks to more than its header says.
+    """
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError("it is packed otherwise than numpy.savez does")
+    with archive.open(entry) as file:
+        old = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be read, since that would run code")
+        size = file.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size != entry.file_size:
+        raise ValueError(f"{shape} {dtype} takes {size:,} bytes, the archive has {entry.file_size:,}")
+    return shape, dtype
+
+
 def _array(path: Path, name: str, what: str) -> NDArray[Any]:
-    """An array of the file. Raises DataError, also for one of Python objects, which only pickle could read."""
-    with _reading(path, what), np.load(path, allow_pickle=False) as file:
-        array: NDArray[Any] = file[name]
+    """An array of the file. Raises DataError, also for one that does not fit into the free memory."""
+    with _reading(path, what), _archive(path) as archive:
+        shape, dtype = _header(archive, name)
+        if dtype.kind in "US" and dtype.itemsize > 4 * LABEL:
+            raise ValueError(f"{shape} {dtype}: texts may have at most {LABEL} characters")
+        check_memory(f"{path}: {what}", math.prod(shape) * dtype.itemsize)
+        with archive.open(f"{name}.npy") as file:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
     return array
 
 
@@ -494,12 +592,10 @@ class Parquet(Source):
 
     @cached_property
     def _rows(self) -> int:
-        from pyarrow import parquet
-
         total = 0
         for path in self.files:
-            with _reading(path, ""):
-                total += parquet.read_metadata(path).num_rows
+            with _reading(path, ""), _parquet(path) as file:
+                total += file.metadata.num_rows
         return total
 
     def __len__(self) -> int:
@@ -514,10 +610,8 @@ class Parquet(Source):
 
     @cached_property
     def _schema(self) -> Any:
-        from pyarrow import parquet
-
-        with _reading(self.trained[0], ""):
-            return parquet.read_schema(self.trained[0])
+        with _reading(self.trained[0], ""), _parquet(self.trained[0]) as file:
+            return file.schema_arrow
 
     @cached_property
     def _features(self) -> dict[str, Any]:
@@ -567,21 +661,81 @@ class Parquet(Source):
 
     def _values(self, files: Sequence[Path]) -> NDArray[Any]:
         name = self._columns[1]
-        values = self._read(files, name).to_pylist()
-        if None in values:
-            raise DataError(f"{self.base}: {name} of row {values.index(None)} is missing")
-        return np.array(values, dtype=None if values else np.int64)
+        column = self._read(files, name)
+        if column.null_count:
+            missing = column.is_null().to_pylist().index(True)
+            raise DataError(f"{self.base}: {name} of row {missing} is missing")
+        if not len(column):
+            return np.array([], dtype=np.int64)
+        if _dictionary(column.type) is not None:  # each text once
+            column = column.unify_dictionaries()
+            texts = column.chunk(0).dictionary.to_pylist()
+            if longest := max((text for text in texts if len(text) > LABEL), key=len, default=""):
+                raise DataError(f"{self.base}: {name} has a text of {len(longest):,} characters, may have {LABEL}")
+            check_memory(f"{self.base}: {name}", len(column) * 4 * max(map(len, texts)))
+            return np.array(texts)[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
+        numbers: NDArray[Any] = column.to_numpy()
+        return numbers
 
     def _read(self, files: Sequence[Path], column: str) -> Any:
+        """A column, texts as a dictionary. Raises DataError before it takes more memory than is free: a value that is
+        repeated takes a few bytes of a file.
+        """
         import pyarrow
-        from pyarrow import parquet
 
-        parts = []
+        chunks: list[Any] = []
+        kind, free, taken, rows = None, free_memory(), 0, 0
         for path in files:
-            with _reading(path, column), parquet.ParquetFile(path) as file:
-                parts.append(file.read(columns=[column]).column(column))
+            with _reading(path, column), _parquet(path, [column]) as file:
+                about = file.metadata
+                rows += about.num_rows
+                check_memory(f"{path}: {rows:,} rows", rows * IMAGE, free)
+                names = [about.schema.column(i).path.split(".")[0] for i in range(about.num_columns)]
+                for group in map(about.row_group, range(about.num_row_groups)):
+                    sizes = [group.column(i).total_uncompressed_size for i, name in enumerate(names) if name == column]
+                    check_memory(f"{path}: {column}", taken + sum(sizes), free)
+                kind = file.schema_arrow.field(column).type
+                text = _dictionary(kind) is not None
+                for batch in file.iter_batches(2**16 if text or not _bytes(kind) else ROWS, columns=[column]):
+                    chunks.append(batch.column(0))
+                    taken += batch.nbytes
+                    check_memory(f"{path}: {column}", taken, free)
         with _reading(self.base, column):
-            return pyarrow.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+            return pyarrow.chunked_array(chunks, kind)
+
+
+@contextmanager
+def _parquet(path: Path, texts: Sequence[str] = ()) -> Iterator[Any]:
+    """A parquet file whose footer was read; columns of `texts` are read as dictionaries. Raises OSError, ValueError,
+    Arrow's errors.
+    """
+    from pyarrow import parquet
+
+    if (size := regular(path)) >= 8:
+        with path.open("rb") as file:
+            file.seek(-8, 2)
+            footer = int.from_bytes(file.read(4), "little")
+        if footer > FOOTER:
+            raise ValueError(f"its footer has {footer:,} bytes of {size:,}, may have {FOOTER:,}")
+    # Only a column of texts or bytes by itself can be read so; others are as without.
+    with parquet.ParquetFile(path, read_dictionary=list(texts), pre_buffer=False, buffer_size=PIECE) as opened:
+        yield opened
+
+
+def _dictionary(kind: Any) -> Any:
+    """The type of a dictionary's texts; None for a column of another type."""
+    from pyarrow import types
+
+    if not types.is_dictionary(kind):
+        return None
+    return kind.value_type if types.is_string(kind.value_type) or types.is_large_string(kind.value_type) else None
+
+
+def _bytes(kind: Any) -> bool:
+    """Whether values of a type differ in length: bytes, or a struct of them."""
+    from pyarrow import types
+
+    return not (types.is_integer(kind) or types.is_boolean(kind))
 
 
 def open_parquet(root: Path, part: PartName) -> Parquet:
@@ -595,7 +749,9 @@ def open_parquet(root: Path, part: PartName) -> Parquet:
 def _parquet_files(root: Path, part: PartName) -> tuple[Path, ...]:
     for folder in (root, root / "data"):
         for name in PARTS[part]:
-            files = sorted([*folder.glob(f"{name}-*.parquet"), *folder.glob(f"{name}.parquet")])
+            pattern = re.compile(rf"{name}(-.*)?\.parquet", re.DOTALL)
+            entries = listed(str(folder)) if folder.is_dir() else ()
+            files = sorted(_bounded(folder, (entry.name for entry in entries if pattern.fullmatch(entry.name))))
             numbered = re.search(r"-\d+-of-(\d+)", files[0].name) if files else None
             if numbered and len(files) != int(numbered[1]):
                 raise DataError(f"{folder}: has {len(files)} files of {int(numbered[1])}, {files[0].name} and others")

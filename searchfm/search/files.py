@@ -10,6 +10,7 @@ from typing import Any
 from searchfm.config import DATASETS, DEPENDENT, FREE, DataConfig, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
 from searchfm.home import Home, shipped, shipped_folder
+from searchfm.inputs import read_text
 from searchfm.records import StudyRecord
 from searchfm.search import first
 from searchfm.search.study import NAME, Study, check_name, resolve
@@ -92,7 +93,7 @@ def not_found(name: str, home: Home | None = None) -> StudyError:
 def read(path: Path) -> StudyFile:
     """Reads a study file, without a check of its tables. Raises StudyError, with the line, for invalid TOML."""
     try:
-        text = path.read_text("utf-8")
+        text = read_text(path)
         table = tomllib.loads(text)
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror})") from None
@@ -102,6 +103,8 @@ def read(path: Path) -> StudyFile:
         span = re.search(r"=\s*([\d.e-]*\d)\s*(?:\.\.+|to)\s*([\d.e-]+)", text)
         hint = f"; did you mean {{ low = {span[1]}, high = {span[2]} }}?" if span else ""
         raise StudyError(f"{path}: is not TOML: {error}{hint}") from None
+    except RecursionError:
+        raise StudyError(f"{path}: is not TOML that can be read: its arrays or tables are too deep") from None
     name = table.pop("name", path.stem)
     if not isinstance(name, str):
         raise ConfigError("name", f"= {show(name)}: must be a text", path.name)

@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from searchfm.errors import UserError
+from searchfm.inputs import read_text
 
 TOKEN = "SEARCHFM_UI_TOKEN"
 LOOPBACK = "127.0.0.1"
@@ -73,7 +74,7 @@ def read_token(file: Path | None) -> str | None:
     """The token: the file's content, else SEARCHFM_UI_TOKEN, else None. Raises UserError, which does not quote it."""
     source = f"--token-file {file}" if file else TOKEN
     try:
-        token = file.read_text("utf-8").strip() if file else os.environ.get(TOKEN)
+        token = read_text(file).strip() if file else os.environ.get(TOKEN)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {getattr(error, 'strerror', 'not text')}") from None
     if token is None:
