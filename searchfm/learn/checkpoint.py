@@ -22,6 +22,8 @@ from torch import Tensor
 from searchfm.config import Config
 from searchfm.errors import CodeError, ModelError, one_line
 from searchfm.home import file_sha256, write_json, write_whole
+from searchfm.inputs import SPEC as SPEC_BYTES
+from searchfm.inputs import free_memory, read_text, regular
 from searchfm.learn.models import Classifier, build
 from searchfm.learn.models.custom import Code
 from searchfm.records import SPEC, WEIGHTS, Epoch
@@ -29,6 +31,7 @@ from searchfm.records import SPEC, WEIGHTS, Epoch
 log = logging.getLogger("searchfm")
 
 _FORMAT = 1
+HEADER = 10_000_000  # bytes of a safetensors file: names and shapes of tensors, and our JSON
 _KEPT = 2  # the newest, and a fallback
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
 METADATA = "searchfm"  # key of our JSON in the metadata of every format
@@ -115,6 +118,16 @@ def _contents(path: Path) -> tuple[str, dict[str, Tensor]]:
         return (opened.metadata() or {}).get(METADATA, ""), tensors
 
 
+def _check_header(path: Path) -> None:
+    """Raises OSError, ValueError for a safetensors file that would take more memory than a model of its size."""
+    if (size := regular(path)) > (free := free_memory()):
+        raise ValueError(f"has {size:,} bytes, {free:,} of memory are free")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > HEADER:
+        raise ValueError(f"its header has {header:,} bytes, may have {HEADER:,}")
+
+
 def save_weights(folder: Path, model: Classifier, spec: Mapping[str, Any]) -> dict[str, str]:
     """Writes `weights.safetensors` (float32, preprocessing inside) and `model.json`; returns their sha256 by name.
 
@@ -143,14 +156,15 @@ def load_classifier(path: Path, *, allow_code: bool = False) -> tuple[Classifier
     """
     with refusing(path):
         file = path / WEIGHTS if path.is_dir() else path
-        text = (path / SPEC).read_text("utf-8") if path.is_dir() else ""
+        text = read_text(path / SPEC, SPEC_BYTES) if path.is_dir() else ""
+        _check_header(file)
         inside, tensors = _contents(file)
         if not (text := text or inside):
             specs = [file.with_suffix(".json"), *([file.with_name(SPEC)] if file.name == WEIGHTS else [])]
             beside = next((spec for spec in specs if spec.is_file()), None)
             if beside is None:
                 raise ValueError(f"no spec in the file, nor beside it as {' or '.join(spec.name for spec in specs)}")
-            text = beside.read_text("utf-8")
+            text = read_text(beside, SPEC_BYTES)
         spec: dict[str, Any] = json.loads(text)
         if "sha256" in spec and (actual := tensors_sha256(tensors)) != spec["sha256"]:
             raise ValueError(f"damaged: its weights' sha256 is {actual[:12]}..., not {str(spec['sha256'])[:12]}...")

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -37,6 +38,7 @@ from safetensors.numpy import save
 from searchfm.config import DATASETS, DataConfig, Shape, unknown_data
 from searchfm.errors import DataError, StorageError
 from searchfm.home import cache_folder, data_folder, write_whole
+from searchfm.inputs import read_bytes
 from searchfm.learn.images import Arrays, PartName, Pixels, image_hash, is_test, resized
 from searchfm.learn.sources import LARGEST, Source, common_side, open_source, read_part
 from searchfm.tables import show
@@ -44,6 +46,7 @@ from searchfm.tables import show
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+LARGEST_FILE = 200_000_000  # bytes: the files of no data set by name have more
 FORMAT = 1  # of parsed files; those of another format are left alone
 TIMEOUT = 5.0  # seconds for a connection, and for each answer on it
 APT_TIMEOUT = 300.0  # seconds for each of apt's commands
@@ -246,7 +249,7 @@ def path_of(name: str) -> Path | None:
         return None
     with suppress(OSError, RuntimeError):  # too long a name; no such user's home
         path = Path(name).expanduser()
-        if name and (path.is_dir() or (path.is_file() and path.suffix == ".npz")):
+        if name and (path.is_dir() or (path.exists() and path.suffix == ".npz")):
             return path.resolve()
     raise DataError(f"data.name {unknown_data(name)}")
 
@@ -283,8 +286,12 @@ def _read_idx(location: Path, part: PartName, name: str) -> Arrays:
 def _idx(location: Path, stem: str, name: str) -> bytes:
     packed = location / f"{stem}.gz"
     path = packed if packed.is_file() else location / stem
+    most = 16 + max(ABOUT[name][:2]) * math.prod(DATASETS[name][0])
     try:
-        data = gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()
+        data = read_bytes(path, most)
+        if path == packed:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+                data = file.read(most + 1)  # one more than the checksum can be of
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     return _checked(path, data, IDX[name][stem])
@@ -299,9 +306,10 @@ def _read_cifar(location: Path, part: PartName, name: str) -> Arrays:
     files = [(source.meta["filename"], source.meta["md5"]), *batches]
     try:
         if location.is_dir():
-            contents = [(location / file).read_bytes() for file, _ in files]
+            contents = [read_bytes(location / file, LARGEST_FILE) for file, _ in files]
         else:
-            with tarfile.open(fileobj=io.BytesIO(_checked(location, location.read_bytes(), source.tgz_md5))) as archive:
+            content = _checked(location, read_bytes(location, LARGEST_FILE), source.tgz_md5)
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 members = [archive.extractfile(f"{source.base_folder}/{file}") for file, _ in files]
                 contents = [member.read() for member in members if member]
     except OSError as error:
@@ -405,7 +413,9 @@ def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, locat
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "searchfm"})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                content = answer.read()
+                content = answer.read(LARGEST_FILE + 1)
+                if len(content) > LARGEST_FILE:
+                    raise ValueError(f"has more than {LARGEST_FILE:,} bytes")
         except (OSError, HTTPException, ValueError) as error:  # time-outs are OSErrors; ValueError: that is no URL
             raise DataError(f"{url}: {getattr(error, 'reason', '') or error}") from None
         write_whole(folder / name, _checked(url, content, md5))

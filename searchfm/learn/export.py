@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, TypeAlias
@@ -26,6 +27,7 @@ from torch import nn
 from searchfm.config import Shape
 from searchfm.errors import DataError, ModelError, UserError, model_errors
 from searchfm.home import write_json, write_whole
+from searchfm.inputs import read_bytes
 from searchfm.learn.checkpoint import METADATA, load_classifier, rebuild, refusing, tensors_sha256
 from searchfm.learn.images import SUFFIXES, Pixels, as_pixels, decode, image_files, in_channels, resized
 from searchfm.learn.models import Classifier, served
@@ -83,7 +85,7 @@ def load(path: Path, *, allow_code: bool = False) -> Predictor:
     if path.suffix == ".onnx" and not path.is_dir():
         runtime = _onnxruntime()
         with refusing(path):
-            spec, answer = _read_onnx(path.read_bytes(), runtime)
+            spec, answer = _read_onnx(read_bytes(path, LARGEST), runtime)
     else:
         model, spec = load_model(path, allow_code=allow_code)
         answer = _answer(served(model))
@@ -219,10 +221,9 @@ def predict(model: Predictor, arguments: Sequence[Path], *, top: int = 1) -> Ite
     A file that cannot be read has an error instead. Raises ModelError where the model does not return probabilities.
     """
     folders = {path: image_files(path, path) for path in arguments if path.is_dir()}
-    paths = [file for path in arguments for file in folders.get(path) or [path]]
+    paths = (file for path in arguments for file in folders.get(path) or [path])
     with ThreadPoolExecutor() as pool:  # decoders let other threads run
-        for start in range(0, len(paths), BATCH):
-            batch = paths[start : start + BATCH]
+        while batch := list(islice(paths, BATCH)):
             images = list(pool.map(lambda path: read(path, model.shape), batch))
             rows = iter(_answers(model, [image for image in images if not isinstance(image, str)]))
             for path, image in zip(batch, images, strict=True):

@@ -5,7 +5,6 @@ Of a test part of its own, images are read for their hashes alone: none is shown
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +17,17 @@ from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.learn.data import split
 from searchfm.learn.datasets import parsed, path_of, side
-from searchfm.learn.images import Labels, Pixels, as_pixels, image_hash, in_channels, is_test, opened, resized
+from searchfm.learn.images import (
+    Labels,
+    Pixels,
+    as_pixels,
+    image_hash,
+    in_channels,
+    in_threads,
+    is_test,
+    opened,
+    resized,
+)
 from searchfm.learn.sources import Source, open_source
 
 SAMPLES, ROWS, SIDE = 8, 30, 64  # images of a class in the picture, classes, and the side of an image in pixels
@@ -140,8 +149,7 @@ def _scan(source: Source) -> tuple[list[_Scanned], list[str]]:
         _, height, width = pixels.shape
         return _Scanned(source, index, labels[index], image_hash(pixels), height, width, mode)
 
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(scan, range(len(source))))
+    found = list(in_threads(scan, range(len(source))))
     return [item for item in found if isinstance(item, _Scanned)], [item for item in found if isinstance(item, str)]
 
 

@@ -52,7 +52,7 @@ COPIES = 4  # of all pixels, at most at once: as read, decoded, stacked and writ
 PIECE = 2**20  # bytes that are read at once of an .npz file, its directory included
 LABEL = 1000  # characters that a label may have
 FOOTER = 2**24  # bytes of a parquet file's footer
-ROWS = 16  # of a parquet file, decoded at once: a repeated image takes a few bytes of the file, but its size in memory
+BATCH, ROWS = 2**26, 2**16  # bytes and rows of a parquet file that are decoded at once
 NAMED = 3  # unreadable images that an error names, before it counts
 # Names of parts and of their arrays, in small letters: x_train, train_images, images_train; without a part, training.
 PARTS: Mapping[PartName, tuple[str, ...]] = {
@@ -660,43 +660,52 @@ class Parquet(Source):
         return column if isinstance(column, pyarrow.ChunkedArray) else pyarrow.chunked_array([column])
 
     def _values(self, files: Sequence[Path]) -> NDArray[Any]:
+        import pyarrow
+
         name = self._columns[1]
-        column = self._read(files, name)
+        text = not pyarrow.types.is_integer(self._schema.field(name).type)
+        column = self._read(files, name, text=text)
         if column.null_count:
             missing = column.is_null().to_pylist().index(True)
             raise DataError(f"{self.base}: {name} of row {missing} is missing")
         if not len(column):
             return np.array([], dtype=np.int64)
-        if _dictionary(column.type) is not None:  # each text once
+        if text:  # each text once
             column = column.unify_dictionaries()
             texts = column.chunk(0).dictionary.to_pylist()
             if longest := max((text for text in texts if len(text) > LABEL), key=len, default=""):
                 raise DataError(f"{self.base}: {name} has a text of {len(longest):,} characters, may have {LABEL}")
             check_memory(f"{self.base}: {name}", len(column) * 4 * max(map(len, texts)))
-            return np.array(texts)[np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])]
+            indices: NDArray[Any] = np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks])
+            values: NDArray[Any] = np.array(texts)[indices]
+            return values
         numbers: NDArray[Any] = column.to_numpy()
         return numbers
 
-    def _read(self, files: Sequence[Path], column: str) -> Any:
-        """A column, texts as a dictionary. Raises DataError before it takes more memory than is free: a value that is
-        repeated takes a few bytes of a file.
+    def _read(self, files: Sequence[Path], column: str, *, text: bool = False) -> Any:
+        """A column; with `text`, as dictionaries of texts. Raises DataError before it takes more memory than is free: a
+        value that is repeated takes a few bytes of a file.
         """
         import pyarrow
+        from pyarrow import types
 
         chunks: list[Any] = []
         kind, free, taken, rows = None, free_memory(), 0, 0
         for path in files:
-            with _reading(path, column), _parquet(path, [column]) as file:
+            with _reading(path, column), _parquet(path, [column] if text else []) as file:
                 about = file.metadata
                 rows += about.num_rows
                 check_memory(f"{path}: {rows:,} rows", rows * IMAGE, free)
                 names = [about.schema.column(i).path.split(".")[0] for i in range(about.num_columns)]
+                largest = 1
                 for group in map(about.row_group, range(about.num_row_groups)):
                     sizes = [group.column(i).total_uncompressed_size for i, name in enumerate(names) if name == column]
                     check_memory(f"{path}: {column}", taken + sum(sizes), free)
+                    largest = max(largest, sum(sizes))
                 kind = file.schema_arrow.field(column).type
-                text = _dictionary(kind) is not None
-                for batch in file.iter_batches(2**16 if text or not _bytes(kind) else ROWS, columns=[column]):
+                # No value is larger than all that a group holds, but it may be repeated.
+                at_once = ROWS if text or types.is_integer(kind) else min(max(BATCH // largest, 1), ROWS)
+                for batch in file.iter_batches(at_once, columns=[column]):
                     chunks.append(batch.column(0))
                     taken += batch.nbytes
                     check_memory(f"{path}: {column}", taken, free)
@@ -706,8 +715,8 @@ class Parquet(Source):
 
 @contextmanager
 def _parquet(path: Path, texts: Sequence[str] = ()) -> Iterator[Any]:
-    """A parquet file whose footer was read; columns of `texts` are read as dictionaries. Raises OSError, ValueError,
-    Arrow's errors.
+    """A parquet file whose footer was read. texts: columns of texts that are read as dictionaries. Raises OSError,
+    ValueError, Arrow's errors.
     """
     from pyarrow import parquet
 
@@ -717,25 +726,8 @@ def _parquet(path: Path, texts: Sequence[str] = ()) -> Iterator[Any]:
             footer = int.from_bytes(file.read(4), "little")
         if footer > FOOTER:
             raise ValueError(f"its footer has {footer:,} bytes of {size:,}, may have {FOOTER:,}")
-    # Only a column of texts or bytes by itself can be read so; others are as without.
     with parquet.ParquetFile(path, read_dictionary=list(texts), pre_buffer=False, buffer_size=PIECE) as opened:
         yield opened
-
-
-def _dictionary(kind: Any) -> Any:
-    """The type of a dictionary's texts; None for a column of another type."""
-    from pyarrow import types
-
-    if not types.is_dictionary(kind):
-        return None
-    return kind.value_type if types.is_string(kind.value_type) or types.is_large_string(kind.value_type) else None
-
-
-def _bytes(kind: Any) -> bool:
-    """Whether values of a type differ in length: bytes, or a struct of them."""
-    from pyarrow import types
-
-    return not (types.is_integer(kind) or types.is_boolean(kind))
 
 
 def open_parquet(root: Path, part: PartName) -> Parquet:
