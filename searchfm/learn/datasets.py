@@ -413,8 +413,9 @@ def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, locat
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "searchfm"})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                content = answer.read(LARGEST_FILE + 1)
-                if len(content) > LARGEST_FILE:
+                size = answer.length
+                content = b"" if size and size > LARGEST_FILE else answer.read(None if size else LARGEST_FILE + 1)
+                if max(size or 0, len(content)) > LARGEST_FILE:
                     raise ValueError(f"has more than {LARGEST_FILE:,} bytes")
         except (OSError, HTTPException, ValueError) as error:  # time-outs are OSErrors; ValueError: that is no URL
             raise DataError(f"{url}: {getattr(error, 'reason', '') or error}") from None

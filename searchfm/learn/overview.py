@@ -149,6 +149,7 @@ def _scan(source: Source) -> tuple[list[_Scanned], list[str]]:
         _, height, width = pixels.shape
         return _Scanned(source, index, labels[index], image_hash(pixels), height, width, mode)
 
+    source.open()
     found = list(in_threads(scan, range(len(source))))
     return [item for item in found if isinstance(item, _Scanned)], [item for item in found if isinstance(item, str)]
 

@@ -52,7 +52,8 @@ COPIES = 4  # of all pixels, at most at once: as read, decoded, stacked and writ
 PIECE = 2**20  # bytes that are read at once of an .npz file, its directory included
 LABEL = 1000  # characters that a label may have
 FOOTER = 2**24  # bytes of a parquet file's footer
-BATCH, ROWS = 2**26, 2**16  # bytes and rows of a parquet file that are decoded at once
+REPEATED = 50_000_000  # bytes of values of a parquet file that may be repeated
+BATCH, ROWS = 2**24, 2**16  # bytes and rows of a parquet file that are decoded at once
 NAMED = 3  # unreadable images that an error names, before it counts
 # Names of parts and of their arrays, in small letters: x_train, train_images, images_train; without a part, training.
 PARTS: Mapping[PartName, tuple[str, ...]] = {
@@ -100,7 +101,11 @@ class Source(ABC):
 
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of the images, from headers alone; without those that cannot be read."""
+        self.open()
         return [size for size in in_threads(self._size, range(len(self))) if size]
+
+    def open(self) -> None:  # noqa: B027 (files need nothing)
+        """Reads the file that holds all images, where there is one: once, before several threads ask for images."""
 
     def pixel_bytes(self) -> int:
         """What all images take in memory, as far as a header says it."""
@@ -154,6 +159,7 @@ def read_part(source: Source, size: int, channels: int | None = None) -> Arrays:
     """
     labels, free, taken, wrong = source.labels, free_memory(), 0, 0
     check_memory(str(source.base), len(source) * IMAGE + COPIES * source.pixel_bytes(), free)
+    source.open()
     broken: list[str] = []
     kept: list[tuple[int, _Image]] = []
     sizes: dict[tuple[int, ...], int] = {}
@@ -435,6 +441,10 @@ class Npz(Source):
             )
         return shape[0], shape[1], shape[2]
 
+    def open(self) -> None:
+        """See `Source`."""
+        assert self._pixels is not None
+
     def pixel_bytes(self) -> int:
         """See `Source`."""
         return math.prod(self._shape)
@@ -530,7 +540,9 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
         if dtype.hasobject:
             raise ValueError("Object arrays cannot be read, since that would run code")
         size = file.tell() + math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or size != entry.file_size:
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {shape}")
+    if size != entry.file_size:
         raise ValueError(f"{shape} {dtype} takes {size:,} bytes, the archive has {entry.file_size:,}")
     return shape, dtype
 
@@ -600,6 +612,10 @@ class Parquet(Source):
 
     def __len__(self) -> int:
         return self._rows
+
+    def open(self) -> None:
+        """See `Source`."""
+        assert self._images is not None
 
     def raw(self, index: int) -> bytes:
         """See `Source`."""
@@ -683,14 +699,14 @@ class Parquet(Source):
         return numbers
 
     def _read(self, files: Sequence[Path], column: str, *, text: bool = False) -> Any:
-        """A column; with `text`, as dictionaries of texts. Raises DataError before it takes more memory than is free: a
-        value that is repeated takes a few bytes of a file.
+        """A column; with `text`, as dictionaries of texts. Raises DataError where it takes more memory than is free by
+        the footers, or much more than they say: a value that is repeated takes a few bytes of a file.
         """
         import pyarrow
         from pyarrow import types
 
         chunks: list[Any] = []
-        kind, free, taken, rows = None, free_memory(), 0, 0
+        kind, free, taken, claimed, rows = None, free_memory(), 0, 0, 0
         for path in files:
             with _reading(path, column), _parquet(path, [column] if text else []) as file:
                 about = file.metadata
@@ -700,7 +716,8 @@ class Parquet(Source):
                 largest = 1
                 for group in map(about.row_group, range(about.num_row_groups)):
                     sizes = [group.column(i).total_uncompressed_size for i, name in enumerate(names) if name == column]
-                    check_memory(f"{path}: {column}", taken + sum(sizes), free)
+                    claimed += sum(sizes)
+                    check_memory(f"{path}: {column}", claimed, free)
                     largest = max(largest, sum(sizes))
                 kind = file.schema_arrow.field(column).type
                 # No value is larger than all that a group holds, but it may be repeated.
@@ -708,7 +725,8 @@ class Parquet(Source):
                 for batch in file.iter_batches(at_once, columns=[column]):
                     chunks.append(batch.column(0))
                     taken += batch.nbytes
-                    check_memory(f"{path}: {column}", taken, free)
+                    if taken > 2 * claimed + REPEATED:
+                        raise ValueError(f"its values take {claimed:,} bytes there, more than {taken:,} in memory")
         with _reading(self.base, column):
             return pyarrow.chunked_array(chunks, kind)
 
