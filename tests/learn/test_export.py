@@ -401,3 +401,23 @@ def test_onnx_weights_elsewhere_are_not_read(copies: Path, monkeypatch: pytest.M
 
 def test_a_models_folder_names_what_it_lacks(tmp_path: Path) -> None:
     refused(tmp_path, f"no model here: .*{SPEC} is missing")
+
+
+def test_files_without_an_end_or_of_many_gigabytes_are_not_read(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.safetensors"):
+        os.mkfifo(tmp_path / name)
+        refused(tmp_path / name, "is not a regular file")
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    refused(tmp_path / "zero.safetensors", "is not a regular file")
+    with (tmp_path / "huge.onnx").open("wb") as file:
+        file.truncate(5 * 10**9)
+    refused(tmp_path / "huge.onnx", "has 5,000,000,000 bytes, may have at most 2,146,435,072")
+    with (tmp_path / "header.safetensors").open("wb") as file:
+        file.write((9 * 10**7).to_bytes(8, "little"))
+        file.truncate(10**8)
+    refused(tmp_path / "header.safetensors", "its header has 90,000,000 bytes, may have 10,000,000")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with (folder / SPEC).open("wb") as file:
+        file.truncate(5 * 10**9)
+    refused(folder, "has 5,000,000,000 bytes, may have at most 4,000,000")
