@@ -10,6 +10,7 @@ import gc
 import inspect
 import json
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -156,10 +157,40 @@ def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """The entry point of `searchfm` and of `python -m searchfm`."""
+    """Runs the command of `sys.argv`, and ends the process."""
     # Not every 700 objects: collections took a sixth of the CPU time of the imports of `retrain`.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)  # else the interpreter collects at its end
+    with _interruptible():
+        _run()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends the process with exit code 130 after Ctrl-C, whatever error that becomes: in the middle of an import it may
+    be a RuntimeError. `tune`, `retrain`, `worker` and `dashboard` set handlers of their own.
+    """
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_DFL, signal.default_int_handler):
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException:
+        if interrupted:
+            raise SystemExit(130) from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _run() -> None:
     try:
         sys.exit(shell.run(app))
     except SearchfmError as error:

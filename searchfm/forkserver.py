@@ -4,21 +4,30 @@ Imports the standard library alone, so that a command starts the server first, w
 the command imports Optuna.
 """
 
+import fcntl
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.spawn
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker, util
 from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
 from typing import Any
 
 NAME = "searchfm-"  # the beginning of a worker's name
 WARM = "searchfm.learn.warm"  # what the fork server imports before the first fork, and a spawned worker at its start
+FOLDER = "searchfm-server-"  # the beginning of the name of the folder that holds the server's socket
+LONGEST = 60  # bytes of the path of the folder of temporary files: that of a socket has 107 at most
+YOUNG_SECONDS = 60.0  # age of a folder that its process may not have locked yet
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that reach the whole process group
 
 _server: Any = multiprocessing.forkserver._forkserver  # the module tells neither its process nor whether it runs
 _lock = threading.Lock()
@@ -38,7 +47,7 @@ def ahead(engine: str) -> Iterator[None]:
     with _lock:
         _commands += 1
         if forks and _server._forkserver_pid is None:
-            with signals_blocked():
+            with starting():
                 multiprocessing.forkserver.ensure_running()
             _unused = True
     try:
@@ -60,18 +69,80 @@ def used() -> None:
 
 
 @contextmanager
-def signals_blocked() -> Iterator[None]:
+def starting() -> Iterator[None]:
     """Starts of processes within it are safe from a signal to the whole process group, which must reach neither the
     fork server, with which every worker would seem dead, nor a worker that is not ready for it: signals blocked here
     stay blocked in them.
     """
-    # Python starts its resource tracker with the fork server, and that start unblocks both signals, so it comes first.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    _make_folder()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
     try:
+        # Python starts its resource tracker with the fork server, and that unblocks the others, so it comes first.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def replace() -> None:
+    """Leaves a server that does not answer to its workers, if it lives: the next worker is forked from another one."""
+    with _server._lock:
+        if _server._forkserver_pid is not None:
+            os.close(_server._forkserver_alive_fd)
+            os.waitpid(_server._forkserver_pid, os.WNOHANG)
+            _server._forkserver_address = _server._forkserver_alive_fd = _server._forkserver_pid = None
+
+
+def kill() -> None:
+    """Kills the workers of this process and their server, for an end at once. Removes the server's folder."""
+    for child in multiprocessing.active_children():
+        if child.name.startswith(NAME):
+            child.kill()
+    if _server._forkserver_pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(_server._forkserver_pid, signal.SIGKILL)
+    if folder := _config().get("tempdir"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder() -> None:
+    """Makes the folder of the server's socket, and removes those of processes that are gone.
+
+    Python would name it pymp-*, and a killed process leaves it behind: nothing tells whose it was. This one holds a
+    file that its process has locked as long as it lives.
+    """
+    config = _config()
+    if config.get("tempdir") is not None or sys.platform != "linux":
+        return
+    root = tempfile.gettempdir()
+    if len(os.fsencode(root)) > LONGEST:
+        root = "/tmp"
+    _sweep(Path(root))
+    folder = tempfile.mkdtemp(prefix=FOLDER, dir=root)
+    lock = os.open(Path(folder, "lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+    config["tempdir"] = folder
+
+
+def _config() -> dict[str, Any]:
+    """What multiprocessing keeps of this process; "tempdir" is its folder of temporary files."""
+    process: Any = multiprocessing.current_process()
+    config: dict[str, Any] = process._config
+    return config
+
+
+def _sweep(root: Path) -> None:
+    for folder in root.glob(f"{FOLDER}*"):
+        with suppress(OSError):  # of another user, or in use
+            young = time.time() - folder.stat().st_mtime < YOUNG_SECONDS
+            lock = os.open(folder / "lock", os.O_RDWR | (0 if young else os.O_CREAT))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 _preparation_data = multiprocessing.spawn.get_preparation_data

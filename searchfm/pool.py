@@ -16,7 +16,7 @@ from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
 from searchfm.jobs import PAUSED, EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Paused, Retried, Started
 
-STOP_SECONDS = 25.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
+STOP_SECONDS = 6.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
 

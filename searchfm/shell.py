@@ -32,7 +32,9 @@ def run(app: typer.Typer) -> int:
         return _complete_bash(command)
     try:
         code = command(prog_name="searchfm", standalone_mode=False)
-    except typer.Abort:
+    except typer.Abort as error:
+        if isinstance(error.__cause__, EOFError):  # of any code: a bug
+            raise error.__cause__ from None
         raise UserError("nothing was done") from None
     except typer.TyperException as error:
         if message := " ".join(error.format_message().split()):

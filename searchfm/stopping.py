@@ -1,5 +1,5 @@
 """Whether to stop: signals, a timeout, the request of another process, or of the caller. Durations as text.
-Standard library only.
+Besides the standard library only `forkserver`.
 """
 
 import math
@@ -10,12 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any, NoReturn, Self
 
+from searchfm import forkserver
 from searchfm.errors import UserError
 
 DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?")
 REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
+# After a signal: Docker kills after ten seconds. Workers have six (`pool.STOP_SECONDS`), MLflow the rest of eight; what
+# still runs after nine is killed.
+LEAVE_SECONDS, KILL_SECONDS = 8.0, 9.0
 
 
 def read_duration(value: float | str, where: str = "timeout") -> float:
@@ -31,13 +36,44 @@ def read_duration(value: float | str, where: str = "timeout") -> float:
     return seconds
 
 
+def on_stop_signals(first: Callable[[int, Any], object]) -> dict[int, Any]:
+    """Sets the handler of the signals that stop a command; returns those that it replaces. A SIGHUP that is ignored, by
+    nohup, stays ignored.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = [number for number in forkserver.SIGNALS if not (ignored and number == signal.SIGHUP)]
+    return {number: signal.signal(number, first) for number in numbers}
+
+
+def leave_at_second(first: Callable[[int, Any], object]) -> None:
+    """Calls `first` at the first signal that stops a command. A second one ends the process and its workers at once."""
+    received = False
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal received
+        if received:
+            leave(number)
+        received = True
+        first(number, frame)
+
+    on_stop_signals(on_signal)
+
+
+def leave(number: int) -> NoReturn:
+    """Ends this process and its workers at once, as a signal would."""
+    forkserver.kill()
+    os._exit(128 + number)
+
+
 class StopRequest:
-    """Whether what runs is to stop: after Ctrl-C, SIGTERM, `searchfm stop`, a timeout, or when `stopping` says so.
+    """Whether what runs is to stop: after Ctrl-C, SIGTERM, SIGHUP, `searchfm stop`, a timeout, or when `stopping` says
+    so.
 
     It receives signals while it is entered, in the main thread alone. The first one asks all jobs to stop, which then
-    keep their checkpoints. `exits`, for a command: a second signal ends the process at once, and leaving ends it as
-    the signal would have. Without it, for a program that calls searchfm: a second Ctrl-C raises KeyboardInterrupt, and
-    the program continues after Ctrl-C; SIGTERM still ends the process on leaving.
+    keep their checkpoints. `exits`, for a command: a second signal ends the process and its workers at once, a first
+    one after nine seconds, and leaving ends it as the signal would have. Without it, for a program that calls searchfm:
+    a second Ctrl-C raises KeyboardInterrupt, and the program continues after Ctrl-C; SIGTERM and SIGHUP still end the
+    process on leaving.
 
     began: when the command began, in seconds of `time.monotonic`: a timeout counts from then on. Default: now.
     """
@@ -52,6 +88,8 @@ class StopRequest:
         self._stopping, self._exits, self._due = stopping, exits, 0.0
         self._requested: Callable[[], bool] = lambda: False
         self._deadline: float | None = None
+        self._leave_by = math.inf  # in seconds of `time.monotonic`
+        self._terminal: list[int] = []  # file descriptors of outputs that are one
         self._handlers: dict[int, Any] = {}
 
     @classmethod
@@ -73,6 +111,11 @@ class StopRequest:
     def left(self) -> float:
         """Seconds to the end of the timeout; below 0 after it, infinite without one."""
         return math.inf if self._deadline is None else self._deadline - time.monotonic()
+
+    @property
+    def leave_in(self) -> float:
+        """Seconds in which what remains must be done; infinite unless a signal or another process stops it."""
+        return max(0.0, self._leave_by - time.monotonic())
 
     def clear_timeout(self) -> None:
         """What follows runs to its end, however long that takes, unless something else stops it."""
@@ -96,7 +139,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other
-            self._handlers = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+            self._handlers = on_stop_signals(self._on_signal)
+            self._terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -104,17 +148,27 @@ class StopRequest:
             signal.signal(number, handler)
         if self._exits and self.signal and kind in (None, KeyboardInterrupt):
             raise SystemExit(128 + self.signal)
-        if not self._exits and self.reason == "SIGTERM":
-            signal.raise_signal(signal.SIGTERM)
+        if not self._exits and self.reason in ("SIGTERM", "SIGHUP"):
+            signal.raise_signal(self.signal)
 
     def _on_signal(self, number: int, _: object) -> None:
-        if self.signal and (self._exits or number == signal.SIGTERM):
-            os._exit(128 + number)
+        if number == signal.SIGHUP:  # the terminal is gone: what is printed would raise OSError
+            null = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminal:
+                os.dup2(null, descriptor)
+        if self.signal and (self._exits or number != signal.SIGINT):
+            leave(number)
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        self._stop("Ctrl-C" if number == signal.SIGINT else "SIGTERM")
+        self._stop("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     def _stop(self, reason: str) -> None:
         self.reason = reason
-        print("\nsearchfm: stopping; running trials are kept and go on with the same command", file=sys.stderr)
+        self._leave_by = time.monotonic() + LEAVE_SECONDS
+        if self._exits:
+            timer = threading.Timer(KILL_SECONDS, leave, (self.signal,))
+            timer.daemon = True
+            timer.start()
+        with suppress(OSError):
+            print("\nsearchfm: stopping; running trials are kept and go on with the same command", file=sys.stderr)

@@ -21,7 +21,8 @@ PACKAGE = Path(searchfm.__file__).parent
 # others of its layer. The bare package (the version) may be imported from anywhere.
 LAYERS = (
     {"errors"},
-    {"stats", "home", "inputs", "stopping", "forkserver"},
+    {"forkserver"},
+    {"stats", "home", "inputs", "stopping"},
     {"tables", "records"},
     {"config", "jobs"},
     {"format"},

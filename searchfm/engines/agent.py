@@ -6,7 +6,6 @@ again when the connection breaks, and leaves when the search is over.
 
 import os
 import secrets
-import signal
 import sys
 import threading
 import time
@@ -49,11 +48,12 @@ from searchfm.errors import UserError, WorldError, one_line
 from searchfm.forkserver import WARM
 from searchfm.home import STORAGE
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
+from searchfm.stopping import leave_at_second
 
 DEVICES = "searchfm.learn.entries:devices"
 DIAL_SECONDS = 1.0  # between two attempts to connect
 RETRY_SECONDS = 60.0  # of attempts, before a worker gives up
-STOP_SECONDS = 25.0  # for jobs to reach the end of a batch
+STOP_SECONDS = 6.0  # for jobs to reach the end of a batch
 SECRETS = ("MLFLOW_", STORAGE, "PGPASSWORD")  # prefixes of variables that a worker must not have
 
 
@@ -269,8 +269,7 @@ def main(where: str, home: Path, options: EngineOptions, retry: float, notify: C
     key = find_key(home)
     os.environ.pop(KEY, None)  # its workers need no key
     agent = Agent((host, port), home, key, options, retry=retry, notify=notify)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, agent.terminate)
+    leave_at_second(agent.terminate)
     agent.run()
     if agent.signal:
         raise SystemExit(128 + agent.signal)

@@ -21,7 +21,7 @@ import psutil
 from searchfm import forkserver
 from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.worker import LEFT, STOP, work
-from searchfm.errors import UserError
+from searchfm.errors import UserError, WorldError
 from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
@@ -174,6 +174,19 @@ class LocalEngine:
         return Lost(worker.job.id, worker.job.attempt, f"its worker died ({how})")
 
     def _start(self, device: str) -> _Worker:
+        """A new worker. Replaces the fork server once if it dies meanwhile. Raises WorldError."""
+        for _ in range(2):
+            try:
+                return self._fork(device)
+            except (EOFError, ConnectionError, FileNotFoundError):  # its socket's file is gone
+                forkserver.replace()
+            except OSError as error:
+                raise WorldError(f"no worker can be started: {error.strerror}") from None
+        raise WorldError(
+            "no worker can be started: the process that forks them was killed twice; run the same command again"
+        )
+
+    def _fork(self, device: str) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
             target=work,
@@ -182,9 +195,11 @@ class LocalEngine:
             daemon=True,
         )
         forkserver.used()
-        with forkserver.signals_blocked():
-            process.start()
-        theirs.close()
+        try:
+            with forkserver.starting():
+                process.start()
+        finally:
+            theirs.close()
         worker = _Worker(device, process, ours)
         self._workers.append(worker)
         return worker

@@ -18,6 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from searchfm.errors import SearchfmError, Stopped, first_line
+from searchfm.forkserver import SIGNALS
 from searchfm.jobs import Context, EpochDone, Event, Failed, Finished, Interrupted, Job
 
 STOP = "stop"
@@ -54,9 +55,10 @@ class Heartbeat:
 def work(pipe: Connection, device: str, warm: str, allow_code: bool = False) -> None:
     """Runs jobs until the pipe closes or the process is terminated. Runs in the worker's own process."""
     heartbeat = Heartbeat(pipe)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator decides
+    for number in (signal.SIGINT, signal.SIGHUP):  # these reach the whole group; the coordinator decides
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, heartbeat.terminate)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))  # see LocalEngine._start
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see `forkserver.starting`
     with suppress(ImportError):  # the entry's own import says what is missing
         importlib.import_module(warm)  # done already in a fork; a spawned worker needs its settings too
     while not heartbeat.terminated:

@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
+from searchfm.errors import WorldError
 from searchfm.jobs import Finished, Lost
 from tests.engines.contract import EngineContract, end, events, job, result
 
@@ -57,6 +60,60 @@ def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_
     engine.submit(job("next"))
     assert isinstance(end(engine), Finished)
     engine.close()
+
+
+def servers() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [
+        child
+        for child in children
+        if child.status() != psutil.STATUS_ZOMBIE and "multiprocessing.forkserver" in "".join(child.cmdline())
+    ]
+
+
+@contextmanager
+def killing_servers(times: int) -> Iterator[None]:
+    """Kills the fork server while a worker starts, so many times: it is stopped, so that it cannot answer before."""
+    over, count = threading.Event(), 0
+
+    def kill() -> None:
+        nonlocal count
+        while not over.is_set() and count < times:
+            for server in servers():
+                with suppress(psutil.NoSuchProcess):
+                    server.suspend()
+                    time.sleep(0.3)  # the start waits for its answer by then
+                    server.kill()
+                    count += 1
+                    while server.status() != psutil.STATUS_ZOMBIE:
+                        time.sleep(0.001)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_fork_server_that_is_killed_while_a_worker_starts_is_replaced_once() -> None:
+    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine, killing_servers(1):
+        engine.submit(job())
+        assert isinstance(end(engine), Finished)
+
+
+def test_a_fork_server_that_is_killed_again_is_one_line() -> None:
+    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine, killing_servers(2):
+        with pytest.raises(
+            WorldError, match=r"^no worker can be started: the process that forks them was killed twice"
+        ):
+            engine.submit(job())
+        assert engine.free == 1
+    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine:
+        engine.submit(job())
+        assert isinstance(end(engine), Finished)
 
 
 @pytest.mark.slow
