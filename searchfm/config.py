@@ -424,6 +424,7 @@ class SearchConfig(Table):
     keep: int = key(3, "number of best trials to keep the weights of", ge=0)
     retries: int = key(2, "retries of a trial whose worker died", ge=0)
     checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
+    hang_seconds: float = key(600.0, "seconds without a finished batch until a worker is killed", ge=10)
 
 
 # Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.
@@ -434,6 +435,7 @@ FREE = (
     "search.keep",
     "search.retries",
     "search.checkpoint_seconds",
+    "search.hang_seconds",
 )
 # Keys whose default depends on another key: a file without them goes on with what its study was begun with.
 DEPENDENT = ("search.sampler.startup_trials", "search.pruner.startup_trials")

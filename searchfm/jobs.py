@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from searchfm.records import Epoch
 
 Result: TypeAlias = Mapping[str, Any]  # plain values (what JSON can hold)
+HANG_SECONDS = 600.0  # without a heartbeat
 PAUSED = "paused"  # the one key of the result of a job that ended at an epoch that its payload names, with a checkpoint
 
 
@@ -28,6 +29,7 @@ class Job:
     attempt: int = 0  # the latest, counted from 1; each writes under its own number
     lost: int = 0  # attempts whose worker died
     received: int = 0  # epochs that were received; they are not delivered again
+    hang_seconds: float = HANG_SECONDS  # from a heartbeat on, without a further one, until its worker is killed
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,20 @@ from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
-from searchfm.jobs import PAUSED, EpochDone, Event, Failed, Finished, Interrupted, Job, Lost, Paused, Retried, Started
+from searchfm.jobs import (
+    HANG_SECONDS,
+    PAUSED,
+    EpochDone,
+    Event,
+    Failed,
+    Finished,
+    Interrupted,
+    Job,
+    Lost,
+    Paused,
+    Retried,
+    Started,
+)
 
 STOP_SECONDS = 6.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
@@ -24,8 +37,8 @@ EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked a
 class WorkerPool:
     """Runs jobs on the workers of an engine, which is closed by its owner.
 
-    retries: attempts that a job may lose to dying workers before it fails. stopping: whether the command was asked to
-    stop; then every job is asked to stop. check_lock: raises once the study's lock is gone.
+    retries: attempts that a job may lose to dying workers before it fails. hang_seconds: of its jobs. stopping: whether
+    the command was asked to stop; then every job is asked to stop. check_lock: raises once the study's lock is gone.
     """
 
     def __init__(
@@ -33,11 +46,12 @@ class WorkerPool:
         engine: Engine,
         *,
         retries: int = 2,
+        hang_seconds: float = HANG_SECONDS,
         stopping: Callable[[], bool] = lambda: False,
         check_lock: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.engine, self.retries = engine, retries
+        self.engine, self.retries, self.hang_seconds = engine, retries, hang_seconds
         self.check_lock = check_lock
         self.stopping, self._clock = stopping, clock
         self._waiting: deque[Job] = deque()
@@ -80,7 +94,7 @@ class WorkerPool:
 
     def submit(self, job: Job) -> int:
         """Gives a job to a free worker, or queues it; returns the number of its attempt."""
-        job = _next_attempt(job)
+        job = replace(_next_attempt(job), hang_seconds=self.hang_seconds)
         self._waiting.append(job)
         self._start_waiting()
         return job.attempt

@@ -464,10 +464,15 @@ def _workers(
     engine: Callable[[], Engine], stopping: Callable[[], bool], lock: Lock, search: Study
 ) -> Iterator[WorkerPool]:
     """Workers for the jobs of a study."""
-    retries = search.search.retries
     with (
         closing(engine()) as workers,
-        WorkerPool(workers, retries=retries, stopping=stopping, check_lock=lock.check) as pool,
+        WorkerPool(
+            workers,
+            retries=search.search.retries,
+            hang_seconds=search.search.hang_seconds,
+            stopping=stopping,
+            check_lock=lock.check,
+        ) as pool,
     ):
         yield pool
 

@@ -99,7 +99,12 @@ class Tuning:
             data, work = self.stored.data if self.stored else None, self._work()
             devices: Sequence[str] = ()
             engine = stack.enter_context(closing(self.engine() if work else LocalEngine([])))
-            pool = WorkerPool(engine, retries=study.search.retries, stopping=self.stopping)
+            pool = WorkerPool(
+                engine,
+                retries=study.search.retries,
+                hang_seconds=study.search.hang_seconds,
+                stopping=self.stopping,
+            )
             if work:
                 threading.Thread(target=import_ahead, daemon=True).start()  # this thread waits for a worker
                 self.study, data, devices = yield from prepare(study, pool, self.data_dir, data)

@@ -157,11 +157,12 @@ def test_the_folder_of_a_killed_run_is_removed_by_the_next_one(home: Home, tempo
         process.wait(HANGS)
     (left,) = temporary.glob(f"{FOLDER}*")
     with tuning(home, temporary) as process:
-        assert not left.exists()
-        (used,) = temporary.glob(f"{FOLDER}*")
+        while left.exists() or not (used := list(temporary.glob(f"{FOLDER}*"))):
+            assert process.poll() is None
+            time.sleep(0.01)
         process.terminate()
         process.wait(HANGS)
-    assert not used.exists()
+    assert not used[0].exists()
 
 
 def test_a_terminal_that_is_closed_stops_the_search(home: Home, temporary: Path) -> None:

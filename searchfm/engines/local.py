@@ -41,7 +41,7 @@ class _Worker:
 class LocalEngine:
     """An `Engine` of worker processes on this machine, one for each device name ("cpu", "cuda:0" ...).
 
-    A worker starts with its first job. A job that stops ticking for `timeout` seconds is lost, its worker killed.
+    A worker starts with its first job. A job that stops ticking for its `hang_seconds` is lost, its worker killed.
     options: which devices `expand` takes. wake: connections that also end a wait for events, when they can be read.
     """
 
@@ -49,12 +49,11 @@ class LocalEngine:
         self,
         devices: Sequence[str] = ("cpu",),
         warm: str = forkserver.WARM,
-        timeout: float = 600.0,
         options: EngineOptions = DEFAULTS,
         wake: Sequence[Connection] = (),
     ) -> None:
         self._context, self._warm = forkserver.context(warm), warm
-        self._timeout, self._options, self._wake = timeout, options, list(wake)
+        self._options, self._wake = options, list(wake)
         self._workers: list[_Worker] = []  # the last to send is last, so that messages of all are received
         self._devices = list(devices)
 
@@ -125,9 +124,9 @@ class LocalEngine:
                 return self._receive(worker)
             if worker.silence is not None and worker.job is not None:
                 worker.silence += waited
-                if worker.silence > self._timeout:
+                if worker.silence > worker.job.hang_seconds:
                     worker.process.kill()
-                    return self._reap(worker, f"hung for {self._timeout:g} seconds")
+                    return self._reap(worker, f"hung for {worker.job.hang_seconds:g} seconds")
         return None
 
     def close(self) -> None:

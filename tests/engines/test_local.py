@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -52,10 +53,12 @@ def test_an_engine_grows_and_shrinks() -> None:
 
 
 def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_tick() -> None:
-    engine = LocalEngine(["cpu"], warm="tests.toys", timeout=0.5)
-    engine.submit(job("loads", sleeps=1.2))  # no tick yet: data may take as long as they take
+    engine = LocalEngine(["cpu"], warm="tests.toys")
+    engine.submit(
+        replace(job("loads", sleeps=1.2), hang_seconds=0.5)
+    )  # no tick yet: data may take as long as they take
     assert isinstance(end(engine), Finished)
-    engine.submit(job("hangs", ticks_for=0.1, sleeps=60))
+    engine.submit(replace(job("hangs", ticks_for=0.1, sleeps=60), hang_seconds=0.5))
     assert end(engine, 15) == Lost("hangs", 1, "its worker died (hung for 0.5 seconds)")
     engine.submit(job("next"))
     assert isinstance(end(engine), Finished)
@@ -118,9 +121,8 @@ def test_a_fork_server_that_is_killed_again_is_one_line() -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_ticks_is_not_stopped() -> None:
-    engine = LocalEngine(["cpu"], warm="tests.toys", timeout=8.0)  # heartbeats come every second
-    engine.submit(job(ticks_for=2.5))
-    engine._timeout = 2.0
+    engine = LocalEngine(["cpu"], warm="tests.toys")
+    engine.submit(replace(job(ticks_for=5.0), hang_seconds=3.0))  # heartbeats come every second
     assert isinstance(end(engine), Finished)
     engine.close()
 

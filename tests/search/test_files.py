@@ -397,6 +397,7 @@ def test_an_unknown_key_is_unknown_also_later(path: Path) -> None:
         ("search.keep", 1),
         ("search.retries", 0),
         ("search.checkpoint_seconds", 1.5),
+        ("search.hang_seconds", 30.0),
     ],
 )
 def test_how_far_a_search_goes_may_change_by_override_or_in_the_file(path: Path, key: str, value: Any) -> None:
