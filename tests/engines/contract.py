@@ -60,9 +60,9 @@ RAISED: list[tuple[list[str], str, str]] = [  # the error and its arguments, its
 ]
 
 
-class EngineContract:
-    """What the coordinator relies on. A subclass makes `engine`, with two workers, and `single`, with one, which run on
-    this machine; `folder` is where they may write.
+class MessageContract:
+    """Jobs and events, which need no process. A subclass makes `engine`, with two workers, and `single`, with one;
+    `folder` is where they may write.
     """
 
     @pytest.fixture
@@ -76,12 +76,6 @@ class EngineContract:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         return tmp_path
-
-    def test_a_job_runs_in_another_process_with_its_payload_and_device(self, engine: Any) -> None:
-        engine.submit(job())
-        answer = result(end(engine))
-        assert answer["pid"] != os.getpid()
-        assert answer["device"] == "cpu"
 
     def test_epochs_come_in_order_and_the_end_comes_last(self, engine: Any) -> None:
         engine.submit(job(epochs=50))
@@ -103,21 +97,6 @@ class EngineContract:
         assert end(engine).job == "2"
         assert (engine.free, engine.busy) == (2, False)
         assert engine.next_event(0.0) is None
-
-    def test_one_worker_does_many_jobs_and_keeps_what_it_has_loaded(self, single: Any) -> None:
-        answers = []
-        for _ in range(4):
-            single.submit(job())
-            answers.append(result(end(single)))
-        assert len({one["pid"] for one in answers}) == 1
-        assert [one["jobs"] for one in answers] == [1, 2, 3, 4]
-
-    def test_workers_work_at_the_same_time(self, engine: Any) -> None:
-        for name in ("1", "2"):
-            engine.submit(job(name, sleeps=0.5))
-        began = time.monotonic()
-        assert len({result(event)["pid"] for event in events(engine, 2)}) == 2
-        assert time.monotonic() - began < 30
 
     def test_a_stopped_job_leaves_at_its_next_tick_and_the_other_goes_on(self, engine: Any) -> None:
         engine.submit(job("1", ticks_for=600))
@@ -143,6 +122,38 @@ class EngineContract:
             assert end(single) == Failed("1", 1, kind, reason)
             single.submit(job("2"))
             assert result(end(single))["jobs"] == number, "the same worker goes on"
+
+    def test_attempts_write_apart_and_know_the_earlier_ones(self, engine: Any, folder: Path) -> None:
+        for attempt in (1, 2, 4):
+            engine.submit(job("1", folder, attempt))
+            answer = result(end(engine))
+        assert answer["earlier"] == ["attempt-2", "attempt-1"]
+        assert sorted(path.name for path in folder.iterdir()) == ["attempt-1", "attempt-2", "attempt-4"]
+
+
+class EngineContract(MessageContract):
+    """What the coordinator relies on: messages, and workers that are processes on this machine."""
+
+    def test_a_job_runs_in_another_process_with_its_payload_and_device(self, engine: Any) -> None:
+        engine.submit(job())
+        answer = result(end(engine))
+        assert answer["pid"] != os.getpid()
+        assert answer["device"] == "cpu"
+
+    def test_one_worker_does_many_jobs_and_keeps_what_it_has_loaded(self, single: Any) -> None:
+        answers = []
+        for _ in range(4):
+            single.submit(job())
+            answers.append(result(end(single)))
+        assert len({one["pid"] for one in answers}) == 1
+        assert [one["jobs"] for one in answers] == [1, 2, 3, 4]
+
+    def test_workers_work_at_the_same_time(self, engine: Any) -> None:
+        for name in ("1", "2"):
+            engine.submit(job(name, sleeps=0.5))
+        began = time.monotonic()
+        assert len({result(event)["pid"] for event in events(engine, 2)}) == 2
+        assert time.monotonic() - began < 30
 
     def test_a_killed_worker_loses_its_job_and_another_does_the_next(self, single: Any) -> None:
         single.submit(job("1", epochs=1, dies=signal.SIGKILL))
@@ -172,13 +183,6 @@ class EngineContract:
         assert end(single, 15) == Interrupted("1", 1)
         single.submit(job("2"))
         assert result(end(single))["pid"] != pid
-
-    def test_attempts_write_apart_and_know_the_earlier_ones(self, engine: Any, folder: Path) -> None:
-        for attempt in (1, 2, 4):
-            engine.submit(job("1", folder, attempt))
-            answer = result(end(engine))
-        assert answer["earlier"] == ["attempt-2", "attempt-1"]
-        assert sorted(path.name for path in folder.iterdir()) == ["attempt-1", "attempt-2", "attempt-4"]
 
     def test_what_a_job_and_its_libraries_print_lands_in_its_log(
         self, single: Any, folder: Path, capfd: pytest.CaptureFixture[str]

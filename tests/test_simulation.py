@@ -1,0 +1,180 @@
+"""Coordinator and pool under random schedules of what may happen to a search: see `simulation.py`."""
+
+import inspect
+import itertools
+import random
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from searchfm.coordinator import Coordinator
+from searchfm.jobs import Interrupted, Lost
+from searchfm.pool import WorkerPool
+from tests import driving, simulation, toys
+from tests.engines.contract import MessageContract, end, events, job
+from tests.simulation import Clock, InSqlite, Options, Schedule, Search, SimulatedEngine, Violation
+
+
+def run(schedules: int, *, number: int | None = None, shrink: bool = True) -> None:
+    """Runs schedules: those of a seed, else the same ones every time. A failure prints the shortest schedule, as the
+    lines of a test. No examples are stored: a schedule that failed becomes a test.
+    """
+    chosen = settings(
+        max_examples=schedules,
+        stateful_step_count=25,
+        derandomize=number is None,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
+    )
+    machine = Schedule if number is None else seed(number)(Schedule)
+    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]
+
+
+# CI runs the same schedules each time, so that a failure comes from the change; new ones are tried every night.
+def test_100_schedules() -> None:
+    run(100)
+
+
+@pytest.mark.slow(seconds=100)
+def test_2000_schedules() -> None:
+    run(2000)
+
+
+@pytest.mark.nightly
+def test_10000_new_schedules(record_property: Callable[[str, object], None], pytestconfig: pytest.Config) -> None:
+    number = int(pytestconfig.getoption("--hypothesis-seed") or random.SystemRandom().randrange(2**32))
+    try:
+        run(10_000, number=number)
+    except BaseException as error:
+        error.add_note(f"seed {number}")
+        raise
+    record_property("figures", f"10,000 schedules without a violation, seed {number}")
+
+
+# --- planted bugs -----------------------------------------------------------------------------------------------------
+
+# Of each: the function, what is replaced in its source, and by what.
+PLANTED: dict[str, tuple[type, str, str, str]] = {
+    "attempt not checked": (
+        WorkerPool,
+        "events",
+        " and self._running[event.job].attempt == event.attempt",
+        "",
+    ),
+    "tell before artifacts": (
+        WorkerPool,
+        "_on",
+        "gather(job.folder, keep=True)\n            yield event",
+        "yield event\n            gather(job.folder, keep=True)",
+    ),
+    "twin not waited for": (Coordinator, "_begin", "if first != number:", "if first in self.ended:"),
+    "epochs come again": (WorkerPool, "_on", " and event.epoch.index > job.received", ""),
+    "a stopped worker is charged": (
+        WorkerPool,
+        "_on",
+        'yield self._retry(job, "")',
+        'yield self._retry(replace(job, lost=job.lost + 1), "its worker was stopped")',
+    ),
+    "losses are forgotten": (Coordinator, "_on", 'current.trial.set_user_attr("lost", lost)', "pass"),
+    "reports are forgotten": (
+        Coordinator,
+        "_adopt",
+        "current.epochs = list(self.stored.trials[current.number].epochs)",
+        "pass",
+    ),
+    "weights are not dropped": (Coordinator, "_count", "drop_weights(other.folder)", "pass"),
+    "one trial too many": (Coordinator, "_may_ask", "self.asked < self.trials", "self.asked <= self.trials"),
+}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, old: str, new: str) -> None:
+    """Replaces a piece of a method's source."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(old) == 1, source
+    namespace = dict(inspect.getmodule(owner).__dict__)
+    exec(source.replace(old, new), namespace)
+    monkeypatch.setattr(owner, name, namespace[name])
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
+    plant(monkeypatch, *PLANTED[bug])
+    with pytest.raises(Violation):
+        run(500, shrink=False)
+
+
+# --- the simulation itself --------------------------------------------------------------------------------------------
+
+
+class TestSimulatedEngine(MessageContract):
+    @pytest.fixture
+    def engine(self, monkeypatch: pytest.MonkeyPatch) -> SimulatedEngine:
+        return self.made(monkeypatch, 2)
+
+    @pytest.fixture
+    def single(self, monkeypatch: pytest.MonkeyPatch) -> SimulatedEngine:
+        return self.made(monkeypatch, 1)
+
+    def made(self, monkeypatch: pytest.MonkeyPatch, workers: int) -> SimulatedEngine:
+        clock = Clock()
+        monkeypatch.setattr(toys, "time", clock)
+        monkeypatch.setattr(toys, "JOBS", itertools.count(1))
+        return SimulatedEngine(workers, clock)
+
+    def test_what_a_worker_sent_comes_before_its_death_and_it_is_replaced(self, single: SimulatedEngine) -> None:
+        single.submit(job("1", epochs=3))
+        (worker,) = single.workers
+        assert worker.attempt is not None
+        worker.attempt.advance()
+        single.kill(worker, checkpoint=True)
+        assert [type(event).__name__ for event in events(single, 2)] == ["EpochDone", "Lost"]
+        single.submit(job("1", attempt=2))
+        assert end(single).attempt == 2
+
+    def test_a_terminated_worker_hands_its_job_back(self, single: SimulatedEngine) -> None:
+        single.submit(job("1", ticks_for=600))
+        single.terminate(single.workers[0])
+        assert end(single) == Interrupted("1", 1)
+
+    def test_an_attempt_that_is_given_up_goes_on_as_an_orphan(self, single: SimulatedEngine) -> None:
+        single.submit(job("1", epochs=1))
+        single.cut(single.workers[0], Lost)
+        assert end(single) == Lost("1", 1, "node is lost")
+        (orphan,) = single.orphans
+        assert single.next_event(1.0) is None
+        orphan.advance()
+        single.chosen = orphan
+        assert end(single).job == "1"
+        assert single.free == 1
+
+
+@pytest.mark.parametrize("pruner", ["promote", "hyperband"])
+def test_tables_in_memory_hold_what_those_of_sqlite_hold(tmp_path: Path, pruner: str) -> None:
+    """The same schedule, with each fault of the storage once."""
+
+    def facts(name: str, storage: Any) -> list[Any]:
+        options = Options(trials=6, epochs=4, workers=2, pruner=pruner, fail=(1,), keep=1)
+        search = Search(options, tmp_path / name, storage)
+        search.turn()
+        for fault in simulation.FAULTS:
+            search.engine.fair = True
+            search.turn()
+            search.faults.kind, search.faults.writes = fault, 1
+            for _ in range(3):
+                search.engine.fair = True
+                search.turn()
+        study = driving.facts(search.finish())
+        if storage is InSqlite:
+            search.rows.engine.dispose()
+        return study
+
+    assert facts("memory", simulation.InMemory) == facts("sqlite", InSqlite)
