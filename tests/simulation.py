@@ -765,7 +765,11 @@ class Search:
             self._require(exhausted or rule, f"{count} trials of {self.trials}")
         for row in record.trials:
             self._check_trial(record, row.number)
-        if self.repeatable and not self.hopeless and not any("died" in (row.reason or "") for row in record.trials):
+        if (
+            self.repeatable
+            and not self.hopeless
+            and not any((row.reason or "").endswith(" times") for row in record.trials)
+        ):
             expected = reference(self.options)
             self._require(driving.facts(record) == expected, "the study differs from the undisturbed one")
         return record
@@ -785,7 +789,7 @@ class Search:
         elif row.state == "pruned":
             self._require(len(curve) < epochs, f"{name}: pruned after its last epoch")
             self._require((row.reason or "").endswith(f" after epoch {len(curve)}"), f"{name}: {row.reason}")
-        elif "died" in (row.reason or "") or "lost" in (row.reason or ""):
+        elif (row.reason or "").endswith(" times"):
             attempts = self.options.retries + 1
             self._require((row.reason or "").endswith(f", {attempts} times"), f"{name}: {row.reason}")
             self._require(self.lost[str(number)] >= attempts, f"{name}: lost {self.lost[str(number)]} times only")
