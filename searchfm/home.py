@@ -24,6 +24,7 @@ DATA = "SEARCHFM_DATA"
 STORAGE = "SEARCHFM_STORAGE"
 TRACKING = "MLFLOW_TRACKING_URI"
 CACHE = "SEARCHFM_CACHE"
+TRIAL = re.compile(r"\d{4,}")  # the name of a trial's folder
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Home:
         """The names of the studies that have a folder, sorted."""
         folder = self.path / "studies"
         return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+    def has_trials(self, name: str) -> bool:
+        """Whether a study's folder holds folders of trials."""
+        folder = self.study(name)
+        return folder.is_dir() and any(TRIAL.fullmatch(path.name) for path in folder.iterdir())
 
     def trial(self, name: str, number: int) -> Path:
         """The folder of a trial."""

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from searchfm.errors import StorageError
+from searchfm.errors import StorageError, one_line
 from searchfm.home import write_whole
 from searchfm.stats import Accuracy
 
@@ -28,6 +28,8 @@ WEIGHTS, SPEC, PREDICTIONS, EPOCHS = "weights.safetensors", "model.json", "predi
 PICTURES = {"curves.png": EPOCHS, "confusion.png": PREDICTIONS}  # of a trial, and the file that each is drawn from
 FINAL, EXAMPLE = "final", "example.npy"  # the folder of a final model, and a file in it: two training images
 PROGRAM = "model.pt2"  # a file in that folder until the model is registered: its torch.export program
+READS = "test-reads.json"  # of a home
+TRAINED, FITTED, TESTED, EXPORTED = "result.json", "fit.json", "test.json", "export.json"  # of jobs, in their folders
 NO_BFLOAT16 = "has no bfloat16 (avx512_bf16 or amx_bf16)"  # a refused CPU
 State = Literal["running", "complete", "pruned", "failed"]
 
@@ -82,15 +84,16 @@ class Epoch(Record):
 
 
 def read_epochs(path: Path) -> tuple[Epoch, ...]:
-    """The epochs in a CSV file; none where there is no file."""
+    """The epochs in a CSV file; none where there is no file. Raises StorageError for a damaged one."""
     try:
-        text = path.read_text()
+        rows = csv.reader(path.read_text().splitlines())
+        names = next(rows, [])
+        values = [{name: field or None for name, field in zip(names, row, strict=True)} for row in rows]
+        return msgspec.convert(values, tuple[Epoch, ...], strict=False)
     except FileNotFoundError:
         return ()
-    rows = csv.reader(text.splitlines())
-    names = next(rows, [])
-    values = [{name: field or None for name, field in zip(names, row, strict=True)} for row in rows]
-    return msgspec.convert(values, tuple[Epoch, ...], strict=False)
+    except (ValueError, csv.Error) as error:
+        raise StorageError(f"{path}: damaged, no table of epochs ({one_line(error)})") from None
 
 
 class StoredEpochs(Sequence[Epoch]):

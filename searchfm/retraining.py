@@ -34,8 +34,13 @@ from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Sta
 from searchfm.pool import WorkerPool
 from searchfm.records import (
     EPOCHS,
+    EXPORTED,
     FINAL,
+    FITTED,
     PROGRAM,
+    READS,
+    TESTED,
+    TRAINED,
     WEIGHTS,
     Epoch,
     ExportJob,
@@ -64,9 +69,6 @@ from searchfm.tracking.registry import Program, preload, publish
 from searchfm.tuning import prepare, train_payload
 
 FIT, TEST, EXPORT = (f"searchfm.learn.entries:{name}" for name in ("fit", "test", "export"))
-READS = "test-reads.json"
-# Records in the folders of jobs.
-TRAINED, FITTED, TESTED, EXPORTED = "result.json", "fit.json", "test.json", "export.json"
 
 
 @dataclass(frozen=True)

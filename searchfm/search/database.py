@@ -1,13 +1,17 @@
 """The database of a home: its URL, its errors in one line, connections to PostgreSQL, and a call after a lost one."""
 
+import functools
 import hashlib
 import logging
 import os
+import shutil
 import socket
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
@@ -20,6 +24,9 @@ T = TypeVar("T")
 
 log = logging.getLogger("searchfm.database")
 
+BUSY_SECONDS = 60.0  # timeout of a locked SQLite file
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+RESTORE = "restore a copy made by `searchfm backup`"
 GIVE_UP_SECONDS = 60.0  # without an answer, until a call is given up
 STOP_SECONDS = 5.0  # the same, once the command was asked to stop
 FIRST_DELAY, MAX_DELAY = 0.05, 1.0  # seconds between two attempts
@@ -121,7 +128,58 @@ def failures(where: str) -> Iterator[None]:
         # Optuna's own text only guesses; SQLAlchemy's, with the statement, can be a page.
         wrapped = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else None
         cause = getattr(wrapped or error, "orig", None) or wrapped or error
-        raise StorageError(f"{where}: {first_line(cause)}") from error
+        todo = f"; see `searchfm check`, and {RESTORE}" if is_damaged(error) else ""
+        raise StorageError(f"{where}: {first_line(cause)}{todo}") from error
+
+
+def is_damaged(error: BaseException) -> bool:
+    """Whether SQLite found that its file is damaged, or no database."""
+    codes = (getattr(each, "sqlite_errorcode", None) for each in _chain(error))
+    return any(code is not None and code & 0xFF in DAMAGED for code in codes)
+
+
+def name_damage(context: Any) -> None:
+    """Listener of SQLAlchemy's `handle_error` for a SQLite file, which most calls of Optuna meet first while they read:
+    raises StorageError if it is damaged. Other errors pass.
+    """
+    if is_damaged(context.original_exception):
+        where, text = context.engine.url.database, first_line(context.original_exception)
+        raise StorageError(f"{where}: {text}; see `searchfm check`, and {RESTORE}")
+
+
+def read_sqlite(path: Path) -> sqlite3.Connection:
+    """A connection to read a SQLite file in WAL mode, also where nothing can be written. Raises sqlite3.Error, OSError.
+
+    SQLite needs the file -shm to read what stands in the file -wal. Without write permission it cannot make one. Then
+    the database is read alone where there is no -wal; else from a copy of both: no process can have them open.
+    """
+    if can_write(path):
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, check_same_thread=False)
+    wal, shm = (path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))
+    if wal.exists() and wal.stat().st_size and not shm.exists():
+        connection = sqlite3.connect(":memory:", check_same_thread=False)
+        connection.deserialize(_with_wal(path, wal))
+        return connection
+    option = "mode=ro" if shm.exists() else "immutable=1"
+    uri = f"{path.absolute().as_uri()}?{option}"
+    return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+
+
+def can_write(path: Path) -> bool:
+    """Whether this process may write a SQLite file that exists, and files beside it."""
+    return os.access(path.parent, os.W_OK | os.X_OK) and os.access(path, os.W_OK)
+
+
+@functools.cache  # each query has a connection of its own
+def _with_wal(path: Path, wal: Path) -> bytes:
+    """The content of a database with what stands in its file -wal."""
+    with tempfile.TemporaryDirectory(prefix="searchfm-") as folder:
+        copy = Path(folder, path.name)
+        shutil.copyfile(path, copy)
+        shutil.copyfile(wal, copy.with_name(wal.name))
+        with closing(sqlite3.connect(copy)) as connection:
+            connection.execute("PRAGMA journal_mode=DELETE")  # a database in memory has no -wal
+        return copy.read_bytes()
 
 
 def database_url(home: Home) -> sqlalchemy.URL:

@@ -6,6 +6,7 @@ import sqlite3
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,40 @@ import optuna
 import sqlalchemy
 from filelock import FileLock
 from optuna.storages import BaseStorage, get_storage
+from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from searchfm.errors import StorageError, StudyError, UserError, one_of
+from searchfm.errors import StorageError, StudyError, UserError, one_line, one_of
 from searchfm.format import sentence
 from searchfm.home import STORAGE, Home, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
-from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, retry
+from searchfm.search.database import (
+    BUSY_SECONDS,
+    RESTORE,
+    advisory,
+    can_write,
+    database_url,
+    failures,
+    name_damage,
+    never,
+    postgres_engine,
+    read_sqlite,
+    retry,
+)
 from searchfm.search.lock import Lock, study_lock
-from searchfm.search.rdb import ReconnectingStorage, RowStorage, no_collection
+from searchfm.search.rdb import ReconnectingStorage, RowStorage, backend, no_collection
 
 # Optuna's system attributes of a study that hold our records. Up to 0.3.0 they were user attributes, which
 # optuna-dashboard shows: user attributes of these names are now a format that 0.3.0 refuses, and a sentence.
 STUDY, FINAL = "searchfm", "final"
 MOVED = 3
+ROWS = 10_000  # of a table, copied at a time
 STATES: Mapping[TrialState, State] = {  # the others are "running"
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
     TrialState.FAIL: "failed",
 }
-BUSY_SECONDS = 60.0  # timeout of a locked SQLite file
 
 
 def import_ahead() -> None:
@@ -48,7 +62,7 @@ def open_storage(
     stopping: Callable[[], bool] = never,
     check_lock: Callable[[], None] | None = None,
 ) -> BaseStorage:
-    """Optuna's storage of a home. Raises StudyError where there is none yet, StorageError where it fails.
+    """Optuna's storage of a home. Raises StudyError where there is none yet, StorageError where it fails or is lost.
 
     Its calls survive dropped connections to PostgreSQL; stopping, check_lock: see `database.retry`. A command that
     holds a lock waits for the database here too; any other fails at once if it does not answer.
@@ -71,13 +85,29 @@ def open_storage(
         except RuntimeError as error:  # tables of another Optuna; its message names the command
             raise StorageError(f"{hidden}: {error}") from None
     if storage is None:
-        raise no_study(home)
+        raise _lost(home, url) or no_study(home)
     return storage
 
 
 def no_study(home: Home) -> StudyError:
     """The error for a home without any study."""
     return StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
+
+
+def _lost(home: Home, url: sqlalchemy.URL) -> StorageError | None:
+    """The error for a missing or emptied database of a home that has trials; None where there are none, or where the
+    database is not the home's own file.
+    """
+    names = [name for name in home.studies() if home.has_trials(name)]
+    path = Path(url.database or "")
+    if not names or url.get_backend_name() != "sqlite" or path.absolute().parent != home.path:
+        return None
+    which = f"studies/{names[0]}" if len(names) == 1 else f"{len(names)} folders of studies/"
+    state = "empty" if path.exists() else "missing"  # empty of studies too
+    return StorageError(
+        f"{path}: is {state}, but {which} in {home.path} has trials of it: {RESTORE}; "
+        f"to begin anew, move {home.path / 'studies'} away or name another --home"
+    )
 
 
 class _Sqlite(sqlite3.Connection):
@@ -90,16 +120,42 @@ class _Sqlite(sqlite3.Connection):
 
 def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
     path = Path(url.database or "")
-    if not create and not path.is_file():
-        return None
+    if not create:
+        # An emptied file is not opened: SQLite would delete its file -wal, which may still be of use.
+        if not path.exists() or (path.is_file() and not path.stat().st_size):
+            return None
+        if path.is_dir():
+            raise StorageError(f"{path}: is a folder, and must be a file; {RESTORE}")
+        if not can_write(path):
+            return _open_read_only(url, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Optuna raises if several processes create the tables at once.
     with FileLock(path.with_suffix(".lock")):
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            if not create and not _has_tables(connection):
+                return None
             connection.execute("PRAGMA journal_mode=WAL")  # readers and the one writer do not block each other
             ours = not create and _made_by(connection) == optuna.__version__
-        engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_SECONDS, "factory": _Sqlite}}
-        return get_storage(RowStorage(url.render_as_string(False), engine_kwargs, check=not ours))
+        return _row_storage(url, ours, connect_args={"timeout": BUSY_SECONDS, "factory": _Sqlite})
+
+
+def _open_read_only(url: sqlalchemy.URL, path: Path) -> BaseStorage | None:
+    """That of a file which cannot be written. Each query has a connection of its own: see `read_sqlite`."""
+    with closing(read_sqlite(path)) as connection:
+        if not _has_tables(connection):
+            return None
+        ours = _made_by(connection) == optuna.__version__
+    return _row_storage(url, ours, creator=partial(read_sqlite, path), poolclass=sqlalchemy.NullPool)
+
+
+def _row_storage(url: sqlalchemy.URL, ours: bool, **engine_kwargs: Any) -> BaseStorage:
+    storage = RowStorage(url.render_as_string(False), engine_kwargs, check=not ours)
+    sqlalchemy.event.listen(storage.engine, "handle_error", name_damage)
+    return get_storage(storage)
+
+
+def _has_tables(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'studies'").fetchone() is not None
 
 
 def _made_by(connection: sqlite3.Connection) -> str | None:
@@ -120,9 +176,31 @@ def _open_postgres(
         return get_storage(ReconnectingStorage(url, stopping=stopping, check_lock=check_lock))
 
 
+def copy_storage(storage: BaseStorage, home: Home, path: Path) -> None:
+    """Copies Optuna's database of a home, as it is at one moment, into a SQLite file that does not exist. Processes may
+    write it meanwhile. Closes the storage's connections. Raises sqlite3.Error, SQLAlchemyError, OSError.
+    """
+    url = database_url(home)
+    if url.get_backend_name() == "sqlite":
+        with closing(read_sqlite(Path(url.database or ""))) as source, closing(sqlite3.connect(path)) as copy:
+            source.backup(copy)
+        return
+    target = RowStorage(f"sqlite:///{path}", {})  # makes the tables, and the one row of `version_info`
+    tables = [each for each in models.BaseModel.metadata.sorted_tables if each.name != "version_info"]
+    engine = backend(storage).engine.execution_options(isolation_level="REPEATABLE READ")
+    with engine.connect() as source, target.engine.begin() as copy:
+        for table in tables:
+            rows = source.execution_options(yield_per=ROWS).execute(sqlalchemy.select(table))
+            for part in rows.mappings().partitions():
+                copy.execute(sqlalchemy.insert(table), [dict(row) for row in part])
+    target.engine.dispose()
+    engine.dispose()
+
+
 def study_names(storage: BaseStorage) -> list[str]:
-    """The names of all studies that searchfm began, by age."""
-    return [study.study_name for study in storage.get_all_studies() if STUDY in study.user_attrs]
+    """The names of all studies that searchfm began, by age. Raises StorageError."""
+    with _reading(backend(storage).engine.url.render_as_string(hide_password=True)):
+        return [study.study_name for study in storage.get_all_studies() if STUDY in study.user_attrs]
 
 
 def read_study(home: Home, name: str) -> StudyRecord:
@@ -131,12 +209,15 @@ def read_study(home: Home, name: str) -> StudyRecord:
 
 
 def read_studies(home: Home) -> list[StudyRecord]:
-    """All studies of a home, by age; none where there is no database yet."""
+    """All studies of a home, by age; none where there is no database yet. Raises StorageError."""
     try:
         storage = open_storage(home)
     except StudyError:
         return []
-    return [load_study(storage, home, name) for name in study_names(storage)]
+    names = study_names(storage)
+    if not names and (error := _lost(home, database_url(home))) is not None:
+        raise error
+    return [load_study(storage, home, name) for name in names]
 
 
 def read_again(home: Home, name: str | None = None) -> Iterator[list[StudyRecord]]:
@@ -161,28 +242,52 @@ def read_again(home: Home, name: str | None = None) -> Iterator[list[StudyRecord
 
 def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, Trial] | None = None) -> StudyRecord:
     """`read_study` through an open storage. ended: trials that were read after their end, which are not read again."""
-    try:
-        number = storage.get_study_id_from_name(name)
-        attrs = read_attrs(storage, number)
-    except KeyError:
-        attrs = {}
-    if STUDY not in attrs:
-        names = one_of(name, study_names(storage))
-        raise StudyError(f"study {name!r} is not in {home.path}; there {'are ' + names if names else 'is none yet'}")
-    header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
-    final = attrs.get(FINAL)
-    folder, ended = home.study(name), ended or {}
-    with no_collection():
-        trials = storage.get_all_trials(number, deepcopy=False)
-        records = tuple(ended.get(t.number) or read_trial(t, folder / f"{t.number:04d}") for t in trials)
-    return StudyRecord(
-        **vars(header),
-        name=name,
-        number=number,
-        folder=folder,
-        trials=records,
-        final=None if final is None else Final.from_json(final, f"study {name!r}: final"),
-    )
+    has_trials = home.has_trials(name)  # first: a trial is in the database before it has a folder
+    with _reading(f"study {name!r}"):
+        try:
+            number = storage.get_study_id_from_name(name)
+            attrs = read_attrs(storage, number)
+        except KeyError:
+            attrs = {}
+        if STUDY not in attrs:
+            if has_trials:
+                raise StorageError(
+                    f"study {name!r}: {home.study(name)} has trials of it, and the database does not know it: "
+                    f"{RESTORE}, move the folder away, or name another study"
+                )
+            names = one_of(name, study_names(storage))
+            raise StudyError(
+                f"study {name!r} is not in {home.path}; there {'are ' + names if names else 'is none yet'}"
+            )
+        header = StudyHeader.from_json(attrs[STUDY], f"study {name!r}")
+        final = attrs.get(FINAL)
+        folder, ended = home.study(name), ended or {}
+        with no_collection():
+            trials = storage.get_all_trials(number, deepcopy=False)
+            records = tuple(ended.get(t.number) or read_trial(t, folder / f"{t.number:04d}") for t in trials)
+        return StudyRecord(
+            **vars(header),
+            name=name,
+            number=number,
+            folder=folder,
+            trials=records,
+            final=None if final is None else Final.from_json(final, f"study {name!r}: final"),
+        )
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Raises StorageError for what a database cannot return, and for rows that were damaged where SQLite keeps no
+    checksum: JSON, times and states of any text.
+    """
+    with failures(where):
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            text = f"{type(error).__name__}: {one_line(error)}"
+            raise StorageError(
+                f"{where}: a record cannot be read ({text}); see `searchfm check`, and {RESTORE}"
+            ) from error
 
 
 def read_trial(trial: FrozenTrial, folder: Path) -> Trial:

@@ -5,6 +5,7 @@ and metrics carry the time stamps of the epoch records, so that sending again ch
 There is one writer a study: see `writer`. mlflow is imported inside functions alone: it costs seconds.
 """
 
+import atexit
 import functools
 import getpass
 import json
@@ -14,6 +15,7 @@ import platform
 import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -44,8 +46,10 @@ from searchfm.records import (
     Trial,
     read_epochs,
 )
+from searchfm.search.database import RESTORE, can_write, is_damaged, read_sqlite
 from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
+from searchfm.tracking.moved import follow_move, has_moved, move, place
 from searchfm.tracking.rows import database
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
@@ -64,6 +68,7 @@ VIEW_TAG = f"{VIEWS}{VIEW}"
 NOTE, SOURCE = "mlflow.note.content", "mlflow.source.name"
 NOTED = 4000  # characters of a note; MLflow's servers took 5000 in a tag, then 8000
 PAGE = 1000  # runs a page
+ANEW = f"{RESTORE}, or move it away, and `searchfm sync STUDY --apply` writes the runs anew"
 MODELS = "models"  # MLflow's folder of logged models, in that of their experiment
 
 # --- the client -------------------------------------------------------------------------------------------------------
@@ -81,6 +86,8 @@ def reaching(home: Home) -> Iterator[None]:
     except Exception as error:
         code: Any = getattr(error, "error_code", None)
         text = f"{type(error).__name__}{f' ({code})' if code else ''}"
+        if is_damaged(error):
+            text = f"the database is damaged; {ANEW}"
         raise StorageError(f"MLflow at {shown(home.tracking_uri)}: {text}") from error
 
 
@@ -93,11 +100,18 @@ def writer(home: Home, study: str) -> FileLock:
 
 
 def connect(home: Home) -> Any:
-    """An MlflowClient for the home; makes its database if that is a missing file. Raises what MLflow raises."""
+    """An MlflowClient for the home; makes its database if that is a missing file. Where the home cannot be written, it
+    reads a copy of the database. Raises what MLflow raises; StorageError for an emptied file.
+    """
     from mlflow.tracking import MlflowClient
 
     uri, path = home.tracking_uri, database(home)
     if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if path.is_file() and not path.stat().st_size:  # no crash leaves such a file: see `_make`
+        raise StorageError(f"{path}: is empty; {ANEW}")
+    if path.is_file() and not can_write(path):
+        uri = f"sqlite:///{_copied(home, path)}"
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes that make the tables at once leave a file that none can open.
@@ -106,7 +120,26 @@ def connect(home: Home) -> Any:
             _make(uri, path)
         with closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
+        if path.parent == home.path:
+            follow_move(home, path)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def writable(home: Home) -> bool:
+    """Whether runs can be written: on a server, or into a database that this process may write."""
+    path = database(home)
+    return path is None or not path.exists() or can_write(path)
+
+
+def _copied(home: Home, path: Path) -> Path:
+    """A copy of a database that cannot be written, as MLflow's client opens none other; it goes with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="searchfm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with closing(read_sqlite(path)) as source, closing(sqlite3.connect(folder / path.name)) as copy:
+        source.backup(copy)
+    if path.parent == home.path and has_moved(home):
+        move(folder / path.name, place(home), home.path)
+    return folder / path.name
 
 
 def load(home: Home) -> None:

@@ -17,6 +17,8 @@ from urllib.request import url2pathname
 import sqlalchemy
 
 from searchfm.home import Home
+from searchfm.search.database import read_sqlite
+from searchfm.tracking.moved import has_moved
 
 REVISIONS = ("dc11669786a5",)  # of MLflow's tables that these queries were written for: since MLflow 3.17
 DELETED = "Deleted_Internal"  # the stage that MLflow gives a deleted version
@@ -62,7 +64,11 @@ def _connection(home: Home) -> Iterator[sqlite3.Connection | None]:
     if path is None or not path.is_file():
         yield None
         return
-    with closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as connection:
+    if path.parent == home.path and has_moved(home):  # MLflow's client changes the addresses first
+        yield None
+        return
+    with closing(read_sqlite(path)) as connection:
+        connection.isolation_level = None
         connection.execute("BEGIN")
         known = connection.execute("SELECT version_num FROM alembic_version").fetchall() in [[(r,)] for r in REVISIONS]
         alone = known and connection.execute("SELECT name FROM workspaces").fetchall() == [("default",)]
