@@ -42,6 +42,8 @@ app = typer.Typer(
 
 DOING = {  # what commands show at once, before they import what they need
     "clean": "reading the home and the cache",
+    "backup": "copying the home",
+    "check": "checking the home",
     "compare": "comparing the studies",
     "dashboard": "starting the user interfaces",
     "data": "reading data sets",
@@ -676,8 +678,8 @@ def compare(
     from searchfm import api
     from searchfm.search.notes import web_address
     from searchfm.show import compare as comparing
-    from searchfm.show import terminal
-    from searchfm.tracking import registry
+    from searchfm.show import live, terminal
+    from searchfm.tracking import mirror, registry
 
     if picture is not None and picture.suffix not in comparing.SUFFIXES:
         raise UserError(f"--picture {picture}: must end in {' or '.join(comparing.SUFFIXES)}")
@@ -690,6 +692,9 @@ def compare(
     tables, notes = comparing.comparison_tables(lines, console.width), comparing.comparison_notes(lines)
     written = [path for path in (html, picture) if path is not None]
     _output(as_json, lines, lambda: terminal.show_comparison(console, tables, notes, written))
+    if not mirror.writable(where):
+        live.notify(f"{where.path} cannot be written: the comparison is not logged to MLflow")
+        return
     context.call_on_close(_doing("logging the comparison to MLflow").end)
     values = [{key: value for key, value in asdict(line).items() if key != "schema"} for line in lines]
     files = partial(comparing.comparison_files, lines)
@@ -711,9 +716,9 @@ def report(
     from searchfm.format import plural
     from searchfm.search.files import study_name
     from searchfm.search.storage import load_study, open_storage
-    from searchfm.show import schema
+    from searchfm.show import live, schema
     from searchfm.show.report import report_page
-    from searchfm.tracking import follow, registry
+    from searchfm.tracking import follow, mirror, registry
 
     where = Home.find(home)
     storage = open_storage(where)  # one, since it keeps the trials that it has read
@@ -725,6 +730,9 @@ def report(
         environment = {}
     write_whole(path, report_page(record, storage, environment, data_folder(data_dir)).encode())
     _output(as_json, schema.Report(study=record.name, report=str(path)), lambda: typer.echo(path))
+    if not mirror.writable(where):
+        live.notify(f"{where.path} cannot be written: the report is not logged to MLflow")
+        return
     logged = _doing("logging the report to MLflow")
     context.call_on_close(logged.end)
     registry.log_report(where, record, path)
@@ -922,6 +930,57 @@ def clean(
     command = shlex.join(["searchfm", *(word for word in sys.argv[1:] if word != "--apply")])
     values = schema.describe(schema.DiskUse, cleaned)
     _output(as_json, values, lambda: terminal.show_disk(_console(), cleaned, command))
+
+
+@app.command()
+def backup(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.", metavar="FOLDER")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the home into FOLDER, databases and files, also while searches run. The copy is a home: --home FOLDER.
+
+    With PostgreSQL, the copy has its tables as a SQLite file. The databases of an MLflow server, and the key of workers
+    elsewhere, are left out.
+    """
+    from searchfm.backup import backup
+    from searchfm.format import plural
+    from searchfm.show import live, schema
+
+    done = backup(Home.find(home), folder.expanduser().absolute())
+    text = f"{done.folder}: {plural(done.studies, 'study')}, {plural(done.trials, 'trial')}"
+    text += f", {done.bytes:,} bytes\nnext  searchfm status --home {shlex.quote(done.folder)}"
+    _output(as_json, schema.describe(schema.BackedUp, done), lambda: typer.echo(text))
+    if not done.mlflow:
+        live.notify(
+            "MLflow is on a server, and not copied; `searchfm sync STUDY --apply` writes the runs of a copy anew"
+        )
+    if count := len(done.checked.findings):
+        problems = plural(count, "problem")
+        live.notify(f"{problems} in the copy, and in the home: searchfm check --home {shlex.quote(done.folder)}")
+
+
+@app.command()
+def check(
+    study: Annotated[
+        str | None, typer.Argument(help="Study by name. [default: all]", autocompletion=shell.home_studies)
+    ] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Delete what was left over, rewrite what can be.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the home: both databases, the files of trials and final models against their records, leftovers.
+
+    Exit code 1 if a problem stays. `searchfm sync STUDY` compares MLflow with Optuna.
+    """
+    from searchfm.check import check
+    from searchfm.search.files import study_name
+    from searchfm.show import schema, terminal
+
+    found = check(Home.find(home), None if study is None else study_name(study), repair=repair)
+    values = [schema.describe(schema.Finding, finding) for finding in found.findings]
+    _output(as_json, values, lambda: terminal.show_findings(_console(), found))
+    raise typer.Exit(0 if found.ok else 1)
 
 
 def _export_file(kind: str | None, output: str | None) -> Callable[[str], Path]:

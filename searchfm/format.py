@@ -79,8 +79,10 @@ def times(number: int) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """1 epoch, 2 epochs."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """1 epoch, 2 epochs, 2 studies."""
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("dy") else f"{noun}s"
+    return f"{number:,} {noun}"
 
 
 def p_value(p: float) -> str:

@@ -691,6 +691,27 @@ class DiskUse(Printed, kw_only=True):
     problem: Annotated[str, about("why the copies in MLflow were left alone; empty: they were not")]
 
 
+class BackedUp(Printed, kw_only=True):
+    """A backup that was written."""
+
+    folder: Annotated[str, about("its folder, a home")]
+    studies: Annotated[int, about("studies in it")]
+    trials: Annotated[int, about("their trials")]
+    bytes: Annotated[int, about("bytes of its files")]
+    mlflow: Annotated[bool, about("whether it has MLflow's database: not where that is a server's")]
+
+
+class Finding(Printed, kw_only=True):
+    """Something that is wrong in a home."""
+
+    study: Annotated[str | None, about("its name; null for the home")]
+    trial: Annotated[int | None, about("its number; null for the study or the home")]
+    path: Annotated[str, about("file or folder")]
+    problem: Annotated[str, about("what is wrong")]
+    todo: Annotated[str, about("what repairs it")]
+    repaired: Annotated[bool, about("whether it was repaired: with `--repair`")]
+
+
 class StopRequested(Printed, kw_only=True):
     """A search or final training that was asked to stop."""
 
@@ -737,6 +758,8 @@ COMMANDS: Mapping[str, Any] = {
     "models": list[Registered],
     "remove": RemovedStudy,
     "clean": DiskUse,
+    "backup": BackedUp,
+    "check": list[Finding],
 }
 
 

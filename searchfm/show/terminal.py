@@ -24,6 +24,7 @@ from searchfm.search.study import Study
 from searchfm.show import schema
 
 if TYPE_CHECKING:
+    from searchfm.check import Checked
     from searchfm.disk import Cleaned
     from searchfm.learn.datasets import Described
     from searchfm.learn.export import Prediction
@@ -146,6 +147,21 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
         console.print(f"deleted: {freed} of {size(cleaned.total)}")
     else:
         console.print(f"nothing was deleted; to delete {freed} of {size(cleaned.total)}: {command} --apply")
+
+
+def show_findings(console: Console, checked: "Checked") -> None:
+    """What `check` found, a line each, and what it read."""
+    for item in checked.findings:
+        where = "" if item.study is None else f"{item.study}: "
+        todo = "repaired" if item.repaired else item.todo
+        console.print(f"{where}{item.path} {item.problem}; {todo}", markup=False, highlight=False, soft_wrap=True)
+    for line in checked.held:
+        console.print(f"{line}; checked without what it may be writing", markup=False, soft_wrap=True)
+    read = (
+        f"{plural(checked.studies, 'study')}, {plural(checked.trials, 'trial')}, {plural(checked.files, 'hashed file')}"
+    )
+    left = sum(not item.repaired for item in checked.findings)
+    console.print(f"{read}: {plural(left, 'problem') if left else 'all is well'}", markup=False, highlight=False)
 
 
 def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path]) -> None:

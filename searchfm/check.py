@@ -1,0 +1,295 @@
+"""Checks a home: its databases, the files of its trials against their records, what was left over. Repairs what can be
+repaired without loss: it deletes nothing but what no record needs.
+"""
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from optuna.storages import BaseStorage
+
+from searchfm.errors import LockedError, SearchfmError, StorageError, UserError
+from searchfm.home import TRIAL, Home, file_sha256, write_json
+from searchfm.records import (
+    EPOCHS,
+    FINAL,
+    FITTED,
+    SPEC,
+    TESTED,
+    WEIGHTS,
+    Final,
+    JobRecord,
+    StudyRecord,
+    Trial,
+)
+from searchfm.search.database import RESTORE, database_url, read_sqlite
+from searchfm.search.lock import holder, study_lock
+from searchfm.search.rdb import backend
+from searchfm.search.storage import load_study, open_storage, study_names
+from searchfm.tracking.rows import database
+
+TEMPORARY = re.compile(r"\..*\.tmp")  # of `home.write_whole`
+ATTEMPT = "attempt-*"
+ROUNDING = 1e-6  # of the accuracies that are reported
+STALE_SECONDS = 600.0  # after which a temporary file is of a process that was killed
+SHOWN = 3  # of SQLite's findings in a database
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong in a home."""
+
+    study: str | None  # None: of the home
+    trial: int | None  # None: of the study
+    path: str
+    problem: str
+    todo: str  # what repairs it
+    repaired: bool = False
+    repair: Callable[[], object] | None = field(default=None, compare=False, repr=False)  # None: the user must
+
+
+@dataclass
+class Checked:
+    """What `check` read, and what it found."""
+
+    studies: int = 0
+    trials: int = 0
+    files: int = 0  # whose sha256 was compared
+    held: list[str] = field(default_factory=list)  # studies that another process holds, with its name
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong, or no more."""
+        return all(finding.repaired for finding in self.findings)
+
+
+def check(home: Home, name: str | None = None, *, repair: bool = False) -> Checked:
+    """Checks a home, or one study of it and the databases; repair: also repairs what can be.
+
+    The lock of each study is held meanwhile. A study that another process holds is checked without what that process
+    may be writing. Raises UserError for an unknown study, StorageError for a database that does not answer.
+    """
+    result, studies = Checked(), list[Finding]()
+    if not home.path.is_dir():
+        raise UserError(f"{home.path}: no such folder; name another --home")
+    if repair:
+        home.probe()
+    found = [*_databases(home), *_leftovers(home.path.glob(".*.tmp"))]
+    try:
+        storage = open_storage(home)
+        names = study_names(storage)
+    except StorageError as error:
+        if not found:
+            path = str(database_url(home).database)
+            found.append(Finding(None, None, path, str(error).removeprefix(f"{path}: "), RESTORE))
+        result.findings = _repaired(found, repair)
+        return result
+    try:
+        if name is not None and name not in names and not home.has_trials(name):
+            load_study(storage, home, name)  # raises with the known names
+        for each in [name] if name is not None else sorted({*names, *home.studies()}):
+            studies += _study(home, storage, each, each in names, result, repair)
+    finally:
+        backend(storage).engine.dispose()
+    result.findings = [*_repaired(found, repair), *studies]
+    return result
+
+
+def _repaired(findings: Iterable[Finding], repair: bool) -> list[Finding]:
+    """The findings, repaired as far as they can be."""
+    done = []
+    for finding in findings:
+        if repair and finding.repair is not None:
+            finding.repair()
+        done.append(replace(finding, repaired=repair and finding.repair is not None))
+    return done
+
+
+# --- databases --------------------------------------------------------------------------------------------------------
+
+
+def _databases(home: Home) -> Iterator[Finding]:
+    """SQLite's own checks of both files; those of a server are its own."""
+    url = database_url(home)
+    own = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
+    for path, todo in ((own, RESTORE), (database(home), f"{RESTORE}, or move it away: `searchfm sync` writes it anew")):
+        if path is None or not path.exists():
+            continue
+        if path.is_file() and not path.stat().st_size:
+            yield Finding(None, None, str(path), "is empty", todo)
+            continue
+        try:
+            with closing(read_sqlite(path)) as connection:
+                rows = [str(row[0]) for row in connection.execute(f"PRAGMA integrity_check({SHOWN})")]
+                problems = [] if rows == ["ok"] else rows
+                problems += [
+                    f"row {row} of table {table} belongs to no row of {parent}"
+                    for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(SHOWN)
+                ]
+        except sqlite3.Error as error:
+            problems = [str(error)]
+        if problems:
+            yield Finding(None, None, str(path), f"is damaged: {'; '.join(' '.join(problems).split(chr(10)))}", todo)
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Checked, repair: bool) -> list[Finding]:
+    """The findings of one study, repaired while its lock is held."""
+    folder = home.study(name)
+    if not known:
+        if not home.has_trials(name):
+            return []  # an earlier command was stopped before its study began, or after it was removed
+        text = "holds trials, and the database knows no such study"
+        return [Finding(name, None, str(folder), text, f"{RESTORE}, or move the folder away")]
+    if not folder.is_dir() and database_url(home).get_backend_name() != "sqlite":
+        return []  # of another home, on the same server
+    with ExitStack() as stack:
+        held = holder(home, name)
+        if os.access(folder, os.W_OK):  # else no lock can be taken
+            try:
+                stack.enter_context(study_lock(home, name))
+            except LockedError as error:
+                held = error.holder or "another process"
+        if held:
+            result.held.append(f"study {name!r} is held by {held}")
+        try:
+            study = load_study(storage, home, name)
+        except SearchfmError as error:
+            return [Finding(name, None, str(folder), str(error), RESTORE)]
+        result.studies += 1
+        result.trials += len(study.trials)
+        # Of a held study the weights of the best, its running trials and its final model may be changing.
+        kept = set() if held else {trial.number for trial in study.kept}
+        found: list[Finding] = []
+        for trial in study.trials:
+            if trial.state != "running":
+                found += _trial(study, trial, trial.number in kept, result)
+            elif trial.reported and not held:
+                found += _epochs(study, trial)
+        if held:
+            return found
+        if study.final is not None:
+            found += _final(study, study.final, result)
+        return _repaired([*found, *_orphans(study), *_unneeded(study)], repair)
+
+
+def _trial(study: StudyRecord, trial: Trial, kept: bool, result: Checked) -> Iterator[Finding]:
+    """The files of a trial that has ended."""
+    again = f"{RESTORE}; nothing else needs it"
+    yield from _epochs(study, trial)
+    if trial.result is None:
+        return
+    expected = {name: sha256 for name, sha256 in trial.result.files.items() if kept or name not in (WEIGHTS, SPEC)}
+    yield from _hashes(study, trial.number, trial.folder, expected, result, again)
+
+
+def _epochs(study: StudyRecord, trial: Trial) -> Iterator[Finding]:
+    """Whether `epochs.csv` has what was reported to Optuna. A file may be ahead, never behind."""
+    path = trial.folder / EPOCHS
+    try:
+        stored = {epoch.index: epoch.val_accuracy for epoch in trial.epochs}
+    except (SearchfmError, OSError) as error:
+        yield Finding(study.name, trial.number, str(path), str(error), RESTORE)
+        return
+    same = stored.keys() == trial.reported.keys()
+    if not same or any(abs((stored[i] or 0.0) - trial.reported[i]) > ROUNDING for i in stored):
+        text = "has other accuracies than were reported"
+        if not same:
+            text = f"has {len(stored)} epochs, where {len(trial.reported)} were reported"
+        yield Finding(study.name, trial.number, str(path), text, f"{RESTORE}; the reports in the database count")
+
+
+def _hashes(
+    study: StudyRecord, number: int | None, folder: Path, files: Mapping[str, str], result: Checked, todo: str
+) -> Iterator[Finding]:
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            problem = "" if file_sha256(path) == expected else "is damaged: its sha256 is not the recorded one"
+        except FileNotFoundError:
+            problem = "is missing"
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror}"
+        result.files += 1
+        if problem:
+            yield Finding(study.name, number, str(path), problem, todo)
+
+
+def _final(study: StudyRecord, final: Final, result: Checked) -> Iterator[Finding]:
+    """The final model's files, against the study's record and those of its jobs."""
+    folder, todo = study.final_folder, f"{RESTORE}, or `searchfm retrain {study.name} --again`"
+    yield from _hashes(study, None, folder, {WEIGHTS: final.weights}, result, todo)
+    for name in (FITTED, TESTED):  # what each job wrote
+        path = folder / name
+        try:
+            files = dict(JobRecord.from_json(json.loads(path.read_text()), str(path)).result["files"])
+        except (SearchfmError, OSError, ValueError, LookupError):
+            yield Finding(study.name, None, str(path), "is missing or damaged", todo)
+            continue
+        files.pop(WEIGHTS, None)
+        yield from _hashes(study, None, folder, files, result, todo)
+    path = folder / "final.json"
+    try:
+        same = Final.from_json(json.loads(path.read_text()), str(path)) == final
+    except (SearchfmError, OSError, ValueError):
+        same = False
+    if not same:
+        problem, todo = "is missing, damaged or older than the database's", "--repair writes it from the database"
+        write = partial(write_json, path, final.to_json())
+        yield Finding(study.name, None, str(path), problem, todo, repair=write)
+
+
+# --- what was left over -----------------------------------------------------------------------------------------------
+
+
+def _orphans(study: StudyRecord) -> Iterator[Finding]:
+    """Folders of trials that the study does not have."""
+    for path in sorted(study.folder.iterdir()) if study.folder.is_dir() else ():
+        if TRIAL.fullmatch(path.name) and int(path.name) >= len(study.trials):
+            text = "belongs to no trial of the study"
+            yield Finding(study.name, int(path.name), str(path), text, f"{RESTORE}, or move the folder away")
+
+
+def _unneeded(study: StudyRecord) -> Iterator[Finding]:
+    """What a killed process left in a study that no process holds."""
+    for trial in study.trials:
+        if trial.state != "running":
+            for path in trial.folder.glob(ATTEMPT):
+                yield _leftover(path, study.name, trial.number, "of a trial that has ended")
+            if trial not in study.kept:
+                for name in (WEIGHTS, SPEC):
+                    if (trial.folder / name).exists():
+                        yield _leftover(trial.folder / name, study.name, trial.number, "of a trial not among the best")
+    for path in study.folder.glob(f"{FINAL}-*"):
+        if path.name == f"{FINAL}-old" and study.final_folder.exists():
+            yield _leftover(path, study.name, None, "of an earlier final model")
+    yield from _leftovers(study.folder.rglob(".*.tmp"), study.name)
+
+
+def _leftovers(paths: Iterable[Path], study: str | None = None) -> Iterator[Finding]:
+    """Temporary files that no process is writing: some are written without the study's lock."""
+    for path in sorted(paths):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                yield _leftover(path, study, None, "half-written")
+
+
+def _leftover(path: Path, study: str | None, trial: int | None, text: str) -> Finding:
+    def remove() -> None:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+    return Finding(study, trial, str(path), f"is left over, {text}", "--repair deletes it", repair=remove)
