@@ -1,0 +1,157 @@
+"""A backup is a home: whole, consistent while a search writes, and of use when the original is gone."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from searchfm import backup as backing
+from searchfm.home import STORAGE, Home
+from searchfm.records import SPEC, WEIGHTS
+from tests import rows
+from tests.commands import Done, searchfm_here
+from tests.driving import stored
+
+# mlflow's own use of SQLAlchemy.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
+
+
+def run(home: Path, *arguments: str) -> Done:
+    return searchfm_here(*arguments, "--home", str(home))
+
+
+def values(home: Path, *arguments: str) -> Any:
+    done = run(home, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_backup_has_the_studies_and_files_of_either_database_as_a_home(
+    any_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.four(any_home)
+    rows.begin(any_home, "second")
+    (any_home.path / "worker.key").write_text("secret")
+    (any_home.study("toy") / ".report.html.tmp").write_text("half")
+    (any_home.trial("toy", 0) / WEIGHTS).chmod(0o600)
+    expected = stored(any_home, "toy")
+    folder = tmp_path / "copies" / "copy"
+    done = values(any_home.path, "backup", str(folder))
+    assert (done["folder"], done["studies"], done["trials"], done["mlflow"]) == (str(folder), 2, 4, False)
+    assert run(any_home.path, "backup", str(folder)).stderr == (
+        f"searchfm: {folder}: must not exist, or be an empty folder\n"
+    )
+    inside = any_home.path / "studies" / "copy"
+    assert run(any_home.path, "backup", str(inside)).returncode == 2
+    rows.forget(any_home)
+    monkeypatch.delenv(STORAGE, raising=False)
+    copy = Home(folder)
+    study = stored(copy, "toy")
+    for mine, theirs in zip(study.trials, expected.trials, strict=True):
+        assert mine.folder == copy.trial("toy", mine.number)
+        assert {**vars(mine), "folder": None} == {**vars(theirs), "folder": None}
+        assert list(mine.epochs) == list(theirs.epochs)
+        assert mine.files() == theirs.files()
+    assert (study.uuid, study.question, study.resolved) == (expected.uuid, expected.question, expected.resolved)
+    assert stat.S_IMODE((copy.trial("toy", 0) / WEIGHTS).stat().st_mode) == 0o600
+    assert sorted(path.name for path in folder.iterdir()) == ["optuna.db", "optuna.lock", "studies"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["copy"]
+    assert stored(copy, "second").trials == ()
+    trial = rows.ask(copy)  # a search may go on in it
+    assert trial.number == 4
+    rows.forget(copy)
+
+
+def test_a_backup_that_fails_leaves_nothing_and_the_next_one_succeeds(
+    new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, folder = new_home(tmp_path / "home"), tmp_path / "copy"
+    rows.four(home)
+    rows.forget(home)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy2", full)
+        done = run(home.path, "backup", str(folder))
+    assert (done.returncode, done.stderr) == (1, f"searchfm: {folder}: [Errno 28] No space left on device\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+    (tmp_path / ".copy.tmp" / "studies" / "dead").mkdir(parents=True)  # of a backup that was killed
+    folder.mkdir()
+    assert values(home.path, "backup", str(folder))["mlflow"] is True
+    assert not (folder / "studies" / "dead").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "home"]
+    assert "holds no study yet" in run(tmp_path / "none", "backup", str(tmp_path / "other")).stderr
+    (home.trial("toy", 1) / "epochs.csv").unlink()
+    done = run(home.path, "backup", str(tmp_path / "other"))
+    assert (done.returncode, done.stderr.startswith("searchfm: 1 problem in the copy")) == (0, True)
+
+
+@pytest.mark.slow(seconds=30)
+def test_a_backup_goes_on_where_the_original_is_gone_and_where_it_is_moved(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    home = new_home(tmp_path / "home").path
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    digit = str(tmp_path / "digit.png")
+    values(home, "tune", "mlp", "--trials", "2", *TINY)
+    values(home, "retrain", "mlp", "--trial", "0", "--workers", "1")
+    predicted = values(home, "predict", "models:/searchfm-mlp/1", digit)
+    # Not put in the place of the original: MLflow's client keeps a database open in this process, by its path.
+    for place, written in ((tmp_path / "copy", tmp_path / "copy"), (tmp_path / "moved", tmp_path / "second")):
+        values(home, "backup", str(written))
+        home.rename(tmp_path / "gone")
+        written.rename(place)
+        assert run(place, "check").stdout == "1 study, 2 trials, 10 hashed files: all is well\n"
+        assert values(place, "status", "mlp")[0]["trials"]["complete"] == 2
+        assert values(place, "sync", "mlp") == []
+        assert values(place, "predict", "models:/searchfm-mlp/1", digit) == predicted
+        assert [row["class"] for row in values(place, "predict", "mlp", digit)] == [row["class"] for row in predicted]
+        assert values(place, "tune", "mlp", "--trials", "3", *TINY)["trials"]["total"] == 3
+        assert values(place, "sync", "mlp") == []
+        assert values(place, "retrain", "mlp", "--trial", "1", "--workers", "1")["winner"] == 1
+        assert run(place, "report", "mlp").returncode == 0
+        assert values(place, "check") == []
+        assert not home.exists(), "nothing is written at the other place"
+        assert written == place or not written.exists()
+        (tmp_path / "gone").rename(home)
+
+
+@pytest.mark.slow(seconds=40)
+def test_backups_of_a_running_search_are_whole_and_go_on(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    home = new_home(tmp_path / "home")
+    command = ["tune", "mlp", "--trials", "14", "--set", "search.keep=1", *TINY]
+    with subprocess.Popen(
+        [sys.executable, "-m", "searchfm", *command, "--home", str(home.path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=dict(os.environ),
+    ) as search:
+        while search.poll() is None and not home.trial("mlp", 1).exists():
+            time.sleep(0.02)
+        done = []
+        while search.poll() is None:
+            folder = tmp_path / f"copy-{len(done)}"
+            done.append(backing.backup(home, folder))
+            assert done[-1].checked.findings == []
+    assert len(done) > 2
+    assert sorted(each.trials for each in done) == [each.trials for each in done]
+    copy = Path(done[len(done) // 2].folder)
+    assert values(copy, "check") == []
+    tuned = values(copy, *command)
+    assert (tuned["trials"]["total"], tuned["trials"]["failed"]) == (14, 0)
+    assert values(copy, "sync", "mlp") == []
+    study = stored(Home(copy), "mlp")
+    assert [(trial.folder / SPEC).exists() for trial in study.kept] == [True]
+    assert values(copy, "check") == []

@@ -1,0 +1,116 @@
+"""Commands that read a home work where it cannot be written: as another user, whatever files SQLite has left."""
+
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from searchfm.home import Home, file_sha256
+from searchfm.search.storage import open_storage, read_study
+from searchfm.tracking import follow
+from tests import rows
+from tests.commands import Done, searchfm_here
+from tests.driving import let_go
+
+pytestmark = [
+    pytest.mark.slow(seconds=8),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # mlflow's own use of SQLAlchemy
+]
+NOBODY = 65534
+
+
+@contextmanager
+def without_permission(home: Home) -> Iterator[None]:
+    """This process may read the home, and write nothing in it."""
+    for path in (home.path, *home.path.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    user = os.getresuid()
+    if user[0] == 0:  # root may write anywhere
+        os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(*user)
+        for path in (home.path, *home.path.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.fixture(scope="module")
+def made(new_home: Callable[[Path], Home]) -> Iterator[Home]:
+    """A home with a study that MLflow has, in a folder that every user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        home = new_home(Path(folder, "home, 100% #1"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rows.RESOLVED["data"], "seed", 0)
+            rows.four(home)
+        follow.sync(home, read_study(home, "toy"), apply=True)
+        rows.forget(home)
+        yield home
+
+
+WRITE = "UPDATE study_system_attributes SET value_json = replace(value_json, 'How deep?', 'Newest?')"
+
+
+def leave(home: Home, kind: str) -> None:
+    """The files of a database that a process has open, was killed with, or closed. The newest row is in -wal alone."""
+    path, kept = home.path / "optuna.db", home.path / "kept"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        with connection:
+            connection.execute(WRITE)
+        kept.mkdir()
+        for name in ("optuna.db", "optuna.db-wal", "optuna.db-shm"):
+            shutil.copyfile(home.path / name, kept / name)
+    for name in {"closed": [], "a -wal": ["", "-wal"], "-wal and -shm": ["", "-wal", "-shm"]}[kind]:
+        shutil.copyfile(kept / f"optuna.db{name}", home.path / f"optuna.db{name}")
+    shutil.rmtree(kept)
+
+
+def content(home: Home) -> dict[str, str]:
+    return {str(path): file_sha256(path) for path in home.path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["closed", "a -wal", "-wal and -shm"])
+def test_readers_work_and_writers_are_refused_in_one_line(made: Home, kind: str) -> None:
+    folder = Path(tempfile.mkdtemp(dir=made.path.parent))
+    home = Home(shutil.copytree(made.path, folder / "home"))
+    folder.chmod(0o777)
+    leave(home, kind)
+    before = content(home)
+
+    def run(*arguments: str) -> Done:
+        return searchfm_here(*arguments, "--home", str(home.path))
+
+    with without_permission(home):
+        assert "Newest?" in run("status", "toy").stdout
+        assert len(open_storage(home).get_all_trials(read_study(home, "toy").number)) == 4
+        for command in ("status", "trial toy 0", "models", "check", "status toy --csv"):
+            done = run(*command.split())
+            assert (done.returncode, done.stderr) == (0, ""), command
+        page = folder / "page.html"
+        done = run("report", "toy", "--output", str(page))
+        assert (done.returncode, done.stdout) == (0, f"{page}\n")
+        assert done.stderr == f"searchfm: {home.path} cannot be written: the report is not logged to MLflow\n"
+        assert "Newest?" in page.read_text("utf-8")
+        done = run("compare", "toy", "--json")
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+        assert "the comparison is not logged to MLflow" in done.stderr
+        done = run("sync", "toy")  # the question that has changed is all that differs
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "tags differ: mlflow.note.content" in done.stdout
+        for command in ("sync toy --apply", "remove toy --yes", "stop toy", "check --repair"):
+            done = run(*command.split())
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), command
+            assert "cannot write the home folder" in done.stderr, command
+        done = run("backup", str(folder / "copy"))
+        assert (done.returncode, done.stderr) == (0, "")
+    assert content(home) == before
+    copy = Home(folder / "copy")
+    assert read_study(copy, "toy").question == "Newest?"
+    let_go(open_storage(copy))
