@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker, util
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 NAME = "searchfm-"  # the beginning of a worker's name
+SECRETS = ("MLFLOW_", "SEARCHFM_STORAGE", "SEARCHFM_UI_TOKEN", "PGPASSWORD")  # prefixes of variables that no worker has
+KEYS = ("SEARCHFM_WORKER_KEY", "RAY_AUTH_TOKEN")  # the same; agents need them, and remove them from their environment
 WARM = "searchfm.learn.warm"  # what the fork server imports before the first fork, and a spawned worker at its start
 FOLDER = "searchfm-server-"  # the beginning of the name of the folder that holds the server's socket
 LONGEST = 60  # bytes of the path of the folder of temporary files: that of a socket has 107 at most
@@ -68,13 +70,23 @@ def used() -> None:
         _unused = False
 
 
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of an agent."""
+    return {name: value for name, value in environment.items() if not name.startswith(SECRETS)}
+
+
 @contextmanager
 def starting() -> Iterator[None]:
-    """Starts of processes within it are safe from a signal to the whole process group, which must reach neither the
-    fork server, with which every worker would seem dead, nor a worker that is not ready for it: signals blocked here
-    stay blocked in them.
+    """Processes that are started within it have no passwords in their environment, and are safe from a signal to the
+    whole process group. That must reach neither the fork server, with which every worker would seem dead, nor a worker
+    that is not ready for it: signals blocked here stay blocked in them.
     """
     _make_folder()
+    # Other threads may read the environment meanwhile: no change where nothing inherits it.
+    hidden = (*SECRETS, *KEYS) if not _runs() else ()
+    secrets = {name: value for name, value in os.environ.items() if name.startswith(hidden)}
+    for name in secrets:
+        os.unsetenv(name)  # from what a new process inherits; `os.environ` keeps it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
     try:
         # Python starts its resource tracker with the fork server, and that unblocks the others, so it comes first.
@@ -82,7 +94,15 @@ def starting() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
+        for name, value in secrets.items():
+            os.putenv(name, value)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _runs() -> bool:
+    """Whether the server runs, so that no process is started but forks of it."""
+    pid = _server._forkserver_pid
+    return pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def replace() -> None:

@@ -125,18 +125,36 @@ def shipped() -> list[str]:
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
+# Scheme; user and password; host, port and path; query and fragment. A reserved letter that is not encoded, such as "@"
+# in a password, fits nowhere.
+_ADDRESS = re.compile(
+    r"((?:[\w+.-]+://)?)(?:[^@/?#]*@)?((?:\[[^]@/?#]*]|[\w.-]*)(?::\d*)?(?:/[^@?#]*)?)(?:[?#][^@]*)?", re.DOTALL
+)
+
+
 def shown(uri: str) -> str:
-    """The address of a database or server without user, password and query, for messages."""
-    return re.sub("//[^/]*@", "//", uri).partition("?")[0]
+    """The address of a database or server for messages: without user, password, query and fragment. Of one where these
+    cannot be told apart only the scheme.
+    """
+    if re.match(r"(sqlite|file)[\w+]*:", uri):  # a path, which may have any letters
+        return uri.partition("?")[0]
+    if match := _ADDRESS.fullmatch(uri):
+        return match[1] + match[2]
+    return f"{uri.partition('://')[0]}://..." if "://" in uri else "..."
+
+
+def without_passwords(text: str) -> str:
+    """The text with every address in it as `shown`, up to the next space or quotation mark."""
+    return re.sub(r"\b[a-zA-Z][\w+.-]*://[^\s'\"]*", lambda match: shown(match[0]), text)
 
 
 def command_line() -> str:
-    """The command that this process runs, for the record: `searchfm tune ...`, addresses without user and password. Of
+    """The command that this process runs, for the record: `searchfm tune ...`, addresses as `shown`. Of
     another program only its file's name, since its arguments may hold anything; empty without a file.
     """
     program = Path(sys.argv[0] if sys.argv else "")
     if program.stem == "searchfm" or program.parts[-2:] == ("searchfm", "__main__.py"):
-        return re.sub(r"//[^/@\s]*@", "//", shlex.join(["searchfm", *sys.argv[1:]]))
+        return shlex.join(["searchfm", *map(without_passwords, sys.argv[1:])])
     return program.name if program.suffix == ".py" else ""
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from searchfm import cli
+from searchfm.forkserver import KEYS, SECRETS
 from searchfm.home import shipped_folder
 from searchfm.search.files import question
 from tests.json_page import check
@@ -82,8 +83,9 @@ def after_imports(printed: str) -> str:
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that searchfm reads."""
-    return {name: value for name, value in environment.items() if name.startswith("SEARCHFM")}
+    """The variables of searchfm that workers have."""
+    names = environment.keys() - KEYS
+    return {name: environment[name] for name in names if name.startswith("SEARCHFM") and not name.startswith(SECRETS)}
 
 
 def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) -> Done:

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 
 from searchfm.errors import StorageError
 from searchfm.format import escape
-from searchfm.home import STORAGE, TRACKING, Home, shown
+from searchfm.home import STORAGE, TRACKING, Home, shown, without_passwords
 from searchfm.records import EPOCHS, PICTURES, WEIGHTS, Epoch, StudyHeader, StudyRecord
 from searchfm.search.lock import study_lock
 from searchfm.search.notes import Notes, artifact_folder, web_address
@@ -769,6 +769,26 @@ def test_a_study_shows_its_best_so_far(synced: Home) -> None:
 def test_addresses_are_shown_without_passwords() -> None:
     assert shown("postgresql://anna:secret@db:5432/mlflow?sslmode=require") == "postgresql://db:5432/mlflow"
     assert shown("sqlite:////home/a/mlflow.db") == "sqlite:////home/a/mlflow.db"
+    for typed, safe in (
+        ("postgresql+psycopg://anna:secret@db/mlflow?password=secret&host=secret", "postgresql+psycopg://db/mlflow"),
+        ("postgresql://anna:sec%40ret@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://anna:secret@[::1]:5432/mlflow", "postgresql://[::1]:5432/mlflow"),
+        ("postgresql:///mlflow?host=/run/secret", "postgresql:///mlflow"),
+        ("https://anna:secret@host:5000/a/b?token=secret#secret", "https://host:5000/a/b"),
+        ("sqlite:////home/a@work/mlflow.db?key=secret", "sqlite:////home/a@work/mlflow.db"),
+        ("./mlruns", "./mlruns"),
+        # Not encoded, so that it is unknown where the password ends.
+        ("postgresql://anna:pass@secret@db/mlflow", "postgresql://..."),
+        ("postgresql://anna:1/secret@db/mlflow", "postgresql://..."),
+        ("postgresql://anna:1?secret@db/mlflow", "postgresql://..."),
+        ("postgresql://anna:1#secret@db/mlflow", "postgresql://..."),
+        ("postgresql:///anna:secret@db/mlflow", "postgresql://..."),
+        ("http://host:5000/?token=a@secret", "http://..."),
+        ("anna:secret@host", "host"),
+        ("anna:1/secret@host", "..."),
+    ):
+        assert shown(typed) == safe
+    assert without_passwords("for 'http://a:secret@b:1/c?d=secret': no") == "for 'http://b:1/c': no"
     assert web_address("https://anna:secret@host/mlflow/") == "https://host/mlflow"
     assert web_address("sqlite:////home/a/mlflow.db") is None
 

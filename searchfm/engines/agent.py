@@ -45,8 +45,7 @@ from searchfm.engines.wire import (
     local,
 )
 from searchfm.errors import UserError, WorldError, one_line
-from searchfm.forkserver import WARM
-from searchfm.home import STORAGE
+from searchfm.forkserver import WARM, without_secrets
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 from searchfm.stopping import leave_at_second
 
@@ -54,12 +53,6 @@ DEVICES = "searchfm.learn.entries:devices"
 DIAL_SECONDS = 1.0  # between two attempts to connect
 RETRY_SECONDS = 60.0  # of attempts, before a worker gives up
 STOP_SECONDS = 6.0  # for jobs to reach the end of a batch
-SECRETS = ("MLFLOW_", STORAGE, "PGPASSWORD")  # prefixes of variables that a worker must not have
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker."""
-    return {name: value for name, value in environment.items() if not name.startswith(SECRETS)}
 
 
 class Agent:

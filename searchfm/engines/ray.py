@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from searchfm.engines import EngineOptions
-from searchfm.engines.agent import without_secrets
 from searchfm.engines.wire import ENTRIES, source_address
 from searchfm.engines.wire import address as split_address
 from searchfm.errors import UserError, WorldError
-from searchfm.forkserver import WARM
+from searchfm.forkserver import WARM, without_secrets
 
 ADDRESS = "RAY_ADDRESS"
 GCS_PORT = 6379  # of a Ray head, unless its owner chose another

@@ -27,10 +27,11 @@ import ray
 from ray.exceptions import RayActorError, RayError
 
 from searchfm.engines import EngineOptions
-from searchfm.engines.agent import Agent, without_secrets
+from searchfm.engines.agent import Agent
 from searchfm.engines.local import usable_cores
 from searchfm.engines.wire import KEY, address, client_tls, find_key
 from searchfm.errors import SearchfmError, UserError, one_line
+from searchfm.forkserver import without_secrets
 
 POLL_SECONDS = 0.5
 ROOM_SECONDS = 10.0  # between two looks at the size of the cluster

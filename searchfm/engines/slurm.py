@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO
 
 from searchfm.engines import EngineOptions
-from searchfm.engines.agent import without_secrets
 from searchfm.engines.remote import worker_command
 from searchfm.engines.wire import source_address
 from searchfm.errors import UserError, WorldError
+from searchfm.forkserver import without_secrets
 
 COMMAND_SECONDS = 60.0  # for an answer of SLURM
 FIRST_SECONDS, POLL_SECONDS, RARE_SECONDS = 2.0, 5.0, 60.0  # to the first look at the queue; between two

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -18,7 +19,7 @@ import optuna
 import sqlalchemy
 
 from searchfm.errors import StorageError, UserError, first_line
-from searchfm.home import STORAGE, Home
+from searchfm.home import STORAGE, Home, shown
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ def retry(
             seconds = STOP_SECONDS if stopping() else GIVE_UP_SECONDS
             if time.monotonic() >= began + seconds:
                 cause = list(_chain(error))[-1]
-                text = f"the database did not answer for {seconds:g} seconds: {first_line(cause)}"
+                text = f"the database did not answer for {seconds:g} seconds: {_hidden(first_line(cause))}"
                 raise StorageError(f"{where}: {text}") from error
             if repeated and not reported:  # not where the connection was only dropped
                 log.warning("%s does not answer; waiting for it, up to %g seconds", where, seconds)
@@ -129,7 +130,7 @@ def failures(where: str) -> Iterator[None]:
         wrapped = error.__cause__ if isinstance(error, optuna.exceptions.StorageInternalError) else None
         cause = getattr(wrapped or error, "orig", None) or wrapped or error
         todo = f"; see `searchfm check`, and {RESTORE}" if is_damaged(error) else ""
-        raise StorageError(f"{where}: {first_line(cause)}{todo}") from error
+        raise StorageError(f"{where}: {_hidden(first_line(cause))}{todo}") from error
 
 
 def is_damaged(error: BaseException) -> bool:
@@ -182,17 +183,35 @@ def _with_wal(path: Path, wal: Path) -> bytes:
         return copy.read_bytes()
 
 
+def _hidden(text: str) -> str:
+    """A driver's text without the values of the query of SEARCHFM_STORAGE, which it may quote."""
+    try:
+        query = sqlalchemy.make_url(os.environ.get(STORAGE, "")).normalized_query
+    except (sqlalchemy.exc.ArgumentError, ValueError):
+        return text
+    for value in (value for values in query.values() for value in values if len(value) > 2):  # none of "on" and "10"
+        text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "...", text)
+    return text
+
+
 def database_url(home: Home) -> sqlalchemy.URL:
     """The URL of Optuna's database. Raises UserError, without its text, for one that cannot be used."""
     try:
         url = sqlalchemy.make_url(home.optuna_url)
-    except sqlalchemy.exc.ArgumentError:
+    except (sqlalchemy.exc.ArgumentError, ValueError):  # the latter for a port
         url = sqlalchemy.URL.create("nothing")  # the text may contain a password: do not show it
     if url.get_backend_name() in ("postgres", "postgresql"):
+        if re.match("[^@]*@[^?]*@", home.optuna_url):  # SQLAlchemy takes what follows the first one for the host
+            raise UserError(f"{STORAGE}: has more than one @; that of a name or a password must be %40")
         return url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         raise UserError(f"{STORAGE}: must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
     return url
+
+
+def shown_url(url: sqlalchemy.URL) -> str:
+    """The URL for messages, as `home.shown`."""
+    return shown(url.render_as_string(hide_password=True))
 
 
 def postgres_engine(url: sqlalchemy.URL) -> sqlalchemy.Engine:

@@ -15,7 +15,16 @@ from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError
 from searchfm.home import Home, unwritable, write_whole
-from searchfm.search.database import advisory, database_url, failures, never, postgres_engine, process_name, retry
+from searchfm.search.database import (
+    advisory,
+    database_url,
+    failures,
+    never,
+    postgres_engine,
+    process_name,
+    retry,
+    shown_url,
+)
 
 OWNER = "searchfm:owner"  # Optuna's system attribute of a study: a uuid of the latest holding of its lock
 STOP = ".stop"  # in a study's folder: the coordinator that is asked to stop
@@ -103,7 +112,7 @@ class _AdvisoryLock:
 
     def __init__(self, url: sqlalchemy.URL, name: str, stopping: Callable[[], bool]) -> None:
         self.where = f"study {name!r}: the lock on the database"
-        self._database = url.render_as_string(hide_password=True)
+        self._database = shown_url(url)
         self._engine, self._key, self._stopping = postgres_engine(url), f"study/{name}", stopping
         self._connection: sqlalchemy.Connection | None = None
         self._checking = threading.Lock()  # a connection is for one thread at a time

@@ -32,7 +32,7 @@ from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import ColumnElement, Connection, func, insert, select, update
 
-from searchfm.search.database import CONNECT_ARGS, POOL_EVENTS, retry
+from searchfm.search.database import CONNECT_ARGS, POOL_EVENTS, retry, shown_url
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -303,7 +303,7 @@ class ReconnectingStorage(RowStorage):
             url.render_as_string(hide_password=False),
             {"connect_args": CONNECT_ARGS, "pool_events": POOL_EVENTS},
         )
-        self._where = url.render_as_string(hide_password=True)
+        self._where = shown_url(url)
         self._stopping, self._check_lock = stopping, check_lock
         self._asked: set[str] = set()  # nonces of trials that may have been created
 

@@ -34,6 +34,7 @@ from searchfm.search.database import (
     postgres_engine,
     read_sqlite,
     retry,
+    shown_url,
 )
 from searchfm.search.lock import Lock, study_lock
 from searchfm.search.rdb import ReconnectingStorage, RowStorage, backend, no_collection
@@ -69,7 +70,7 @@ def open_storage(
     """
     url = database_url(home)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    hidden = url.render_as_string(hide_password=True)
+    hidden = shown_url(url)
 
     def opened(_repeated: bool = False) -> BaseStorage | None:
         if url.get_backend_name() == "sqlite":
@@ -199,7 +200,7 @@ def copy_storage(storage: BaseStorage, home: Home, path: Path) -> None:
 
 def study_names(storage: BaseStorage) -> list[str]:
     """The names of all studies that searchfm began, by age. Raises StorageError."""
-    with _reading(backend(storage).engine.url.render_as_string(hide_password=True)):
+    with _reading(shown_url(backend(storage).engine.url)):
         return [study.study_name for study in storage.get_all_studies() if STUDY in study.user_attrs]
 
 

@@ -9,7 +9,6 @@ process group.
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from starlette.responses import HTMLResponse, RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from searchfm.errors import UserError, WorldError
-from searchfm.home import HOME, TRACKING, Home
+from searchfm.home import HOME, TRACKING, Home, without_passwords
 from searchfm.records import StudyRecord
 from searchfm.search.notes import HERE, OPEN, artifact_folder, opened, web_address
 from searchfm.search.storage import load_study, no_study, open_storage, read_again, study_names
@@ -202,8 +201,7 @@ class Server:
     def _last_line(self) -> str:
         self.errors.seek(0)
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        # An address in it may hold a password.
-        return re.sub(r"://[^/@\s]*@", "://", lines[-1].strip()) if lines else "without an error message"
+        return without_passwords(lines[-1].strip()) if lines else "without an error message"
 
 
 def _latest(home: Home) -> StudyRecord:

@@ -7,16 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from searchfm import forkserver
 from searchfm.engines import EngineOptions
 from searchfm.engines.local import LocalEngine, default_workers, usable_cores
 from searchfm.errors import WorldError
+from searchfm.forkserver import ahead
 from searchfm.jobs import Finished, Lost
 from tests.engines.contract import EngineContract, end, events, job, result
 
@@ -52,11 +54,35 @@ def test_an_engine_grows_and_shrinks() -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("starts", [nullcontext(), pytest.param(ahead("local"), marks=pytest.mark.slow)])
+def test_no_password_reaches_a_worker_and_the_coordinator_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, starts: AbstractContextManager[None]
+) -> None:
+    """Nor the fork server, be it started with a worker or, which imports torch, ahead."""
+    secret = (
+        *("SEARCHFM_STORAGE", "SEARCHFM_WORKER_KEY", "SEARCHFM_UI_TOKEN", "PGPASSWORD", "RAY_AUTH_TOKEN"),
+        *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"),
+    )
+    for name in secret:
+        monkeypatch.setenv(name, "sesame")
+    monkeypatch.setenv("HF_HOME", "kept")
+    forkserver._server._stop()
+    with starts, closing(LocalEngine(["cpu"], warm="tests.toys")) as engine:
+        engine.submit(job())
+        worker = psutil.Process(result(end(engine))["pid"])
+        assert worker.environ()["HF_HOME"] == "kept"
+        server = worker.parent()
+        assert server is not None
+        assert server.ppid() == os.getpid()
+        for process in (worker, server):
+            assert b"sesame" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    inherited = subprocess.run(["env"], capture_output=True, text=True, check=True).stdout
+    assert {f"{name}=sesame" for name in secret} <= set(inherited.splitlines())
+
+
 def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_tick() -> None:
     engine = LocalEngine(["cpu"], warm="tests.toys")
-    engine.submit(
-        replace(job("loads", sleeps=1.2), hang_seconds=0.5)
-    )  # no tick yet: data may take as long as they take
+    engine.submit(replace(job("loads", sleeps=1.2), hang_seconds=0.5))  # no tick yet: data may take long
     assert isinstance(end(engine), Finished)
     engine.submit(replace(job("hangs", ticks_for=0.1, sleeps=60), hang_seconds=0.5))
     assert end(engine, 15) == Lost("hangs", 1, "its worker died (hung for 0.5 seconds)")

@@ -355,7 +355,7 @@ def test_every_usual_name_of_postgresql_is_understood(
 def test_a_server_that_is_not_there_is_one_line_without_the_password(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(STORAGE, "postgresql://somebody:secret@127.0.0.1:1/studies")
+    monkeypatch.setenv(STORAGE, "postgresql://somebody:secret@127.0.0.1:1/studies?application_name=secret")
     for attempt in (lambda: open_storage(home), lambda: study_lock(home, "toy").__enter__()):
         with pytest.raises(StorageError) as caught:
             attempt()
@@ -363,6 +363,32 @@ def test_a_server_that_is_not_there_is_one_line_without_the_password(
         assert "secret" not in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not home.path.exists()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("sslmode=secret", "channel_binding=secret", "target_session_attrs=secret", "load_balance_hosts=secret"),
+        *("sslrootcert=secret&sslmode=verify-ca", "sslmode=require&sslmode=secret", "service=secret", "port=secret"),
+        *("host=secret.invalid", "options=-c%20secret", "user=nobody&password=secret&sslmode=require"),
+    ],
+)
+def test_no_value_of_the_query_is_shown(home: Home, database: str, monkeypatch: pytest.MonkeyPatch, query: str) -> None:
+    """But its keys, and what the driver says of them."""
+    monkeypatch.setenv(STORAGE, f"{database}?{query}")
+    with pytest.raises(StorageError) as caught:
+        open_storage(home, create=True)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_that_is_not_encoded_is_one_line_without_it(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    for password in ("pass@secret", "pass@secret:word", "pass@1/secret"):
+        monkeypatch.setenv(STORAGE, f"postgresql://somebody:{password}@127.0.0.1:1/studies")
+        with pytest.raises(UserError) as caught:
+            open_storage(home)
+        assert str(caught.value).startswith(f"{STORAGE}: ")
+        assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
