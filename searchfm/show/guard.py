@@ -129,9 +129,12 @@ class Guard:
             return _refusal(
                 403, "This host name is not allowed here; `searchfm dashboard --allow-host NAME` adds one.\n"
             )
-        # The port counts too: another server on this machine may be somebody else's.
-        if any(_netloc(origin) != hosts[0] for origin in headers.getlist("origin")):
+        # The port counts too: another server on this machine may be somebody else's. https: behind a proxy with TLS.
+        own = (f"http://{hosts[0]}", f"https://{hosts[0]}")
+        if any(origin.lower() not in own for origin in headers.getlist("origin")):
             return _refusal(403, "Requests from pages of another server are not allowed.\n")
+        if not path.startswith("/"):  # an address for a proxy, with a host of its own
+            return _refusal(403, "Requests for another server are not allowed.\n")
         return self._authorize(scope, headers) if self.token else None
 
     def _authorize(self, scope: Scope, headers: Headers) -> Response | None:
@@ -173,13 +176,6 @@ def _refusal(status: int, sentence: str, headers: dict[str, str] | None = None) 
 
 def _equal(given: str, secret: str) -> bool:
     return hmac.compare_digest(given.encode(), secret.encode())
-
-
-def _netloc(origin: str) -> str:
-    try:
-        return urlsplit(origin.lower()).netloc
-    except ValueError:
-        return ""
 
 
 def _bracketed(name: str) -> str:
