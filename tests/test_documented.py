@@ -76,6 +76,15 @@ def test_the_architecture_lists_every_module_and_no_other() -> None:
     assert names == ours - {"__init__.py"}
 
 
+def test_every_test_that_proves_a_promise_of_security_exists() -> None:
+    """A promise names a test as `FILE::TEST`."""
+    named = re.findall(r"`(tests/\S+\.py)(?:::(\w+))?`", text(".github/SECURITY.md"))
+    assert len(named) > 15
+    for file, name in named:
+        assert name, file
+        assert re.search(rf"def {name}\(", text(file)), (file, name)
+
+
 def test_every_table_of_keys_has_a_meaning() -> None:
     assert [section.name for section in keys.sections() if not section.meaning] == []
 
