@@ -34,7 +34,12 @@ from tests.commands import searchfm_here
 from tests.serving import Postgres, Server
 from tests.test_project import ROOT
 
-pytestmark = [pytest.mark.slow(seconds=60), pytest.mark.usefixtures("own_forkserver")]
+pytestmark = [
+    pytest.mark.slow(seconds=60),
+    pytest.mark.usefixtures("own_forkserver"),
+    # Commands leave their connections to the end of their process.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
+]
 
 # "@", "%" and "+" are %40, %25 and %2B in an address.
 DATABASE, MLFLOW, QUERY = "data-c4n@ry-%1+", "mlflow-c4n@ry-%2+", "query-c4n@ry-3"
