@@ -361,7 +361,6 @@ def test_every_failure_is_one_line(place: Place, listed: Listed) -> None:
                 assert text.startswith("searchfm: "), (name, command, text)
     place.run("status", "unknown", code=2)
     place.run("status", "mlp", "--unknown", code=2)
-    place.run("status", "mlp", "--sort", place.variables[STORAGE], code=2)
 
 
 def test_a_bug_shows_its_traceback(place: Place, listed: Listed) -> None:
