@@ -88,6 +88,8 @@ def check(home: Home, name: str | None = None, *, repair: bool = False) -> Check
         storage = open_storage(home)
         names = study_names(storage)
     except StorageError as error:
+        if database_url(home).get_backend_name() != "sqlite":
+            raise  # a server that does not answer
         if not found:
             path = str(database_url(home).database)
             found.append(Finding(None, None, path, str(error).removeprefix(f"{path}: "), RESTORE))

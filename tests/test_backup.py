@@ -22,7 +22,7 @@ from tests.commands import Done, searchfm_here
 from tests.driving import stored
 
 # mlflow's own use of SQLAlchemy.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")]
 TINY = ("--dataset", "digits", "--epochs", "2", "--workers", "1")
 
 

@@ -21,6 +21,8 @@ from searchfm.search.storage import open_storage, read_studies
 from tests import rows
 from tests.commands import Done, searchfm_here
 
+pytestmark = pytest.mark.slow(seconds=1)
+
 READERS = ("status", "status toy", "status toy --all", "trial toy 0", "report toy", "compare toy", "predict toy x.png")
 WRITERS = ("tune toy --trials 9", "retrain toy", "sync toy --apply", "stop toy", "remove toy --yes")
 

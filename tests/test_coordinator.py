@@ -267,6 +267,12 @@ def test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch(home: Home)
     assert [item.kind for item in progress if item.trial == 1].count("retried") == 2
 
 
+def test_the_last_worker_dies_in_the_last_epoch_of_the_last_trial(home: Home) -> None:
+    study = search(home, toy(train={"epochs": 2}), trials=2, payload={"kill": {"1": 1}})
+    check(study, 2)
+    assert [(row.state, row.attempts) for row in study.trials] == [("complete", 1), ("complete", 2)]
+
+
 @pytest.mark.slow
 def test_a_worker_stopped_by_sigterm_costs_its_trial_no_retry(home: Home) -> None:
     pids: list[int] = []

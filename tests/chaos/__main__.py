@@ -40,11 +40,10 @@ from tests.serving import Postgres, Server
 PAGE = Path(__file__).parents[2] / ".github" / "RELIABILITY.md"
 HEAD = "| date | commit | setting | minutes | kills | of | trials | lost | doubled | differences |"
 TRIALS, EPOCHS, WORKERS = 40, 8, 2
-PAUSE = (0.2, 2.5)  # seconds between two kills
 HANGS = 300.0  # seconds without a trial's end or a kill, after which a command is reported
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", str(TRIALS), "--epochs", str(EPOCHS))
 # Whoever is killed so often fails rightly: here each trial must come to its end.
-TUNE = (*TUNE, "--workers", str(WORKERS), "--set", "search.retries=50", "--set", "search.checkpoint_seconds=0")
+TUNE = (*TUNE, "--set", "search.retries=50", "--set", "search.checkpoint_seconds=0")
 
 
 @dataclass
@@ -63,6 +62,7 @@ class Setting:
     """Where studies are stored and workers run. `victims` are the processes that may be killed, by kind."""
 
     name: ClassVar[str]
+    pause: ClassVar[tuple[float, float]] = (0.2, 2.5)  # seconds between two kills
     weights: ClassVar[Mapping[str, int]] = {
         "worker": 6,
         "coordinator": 3,
@@ -80,17 +80,17 @@ class Setting:
         """Prepares a round."""
 
     def arguments(self) -> tuple[str, ...]:
-        return ()
+        return ("--workers", str(WORKERS))
 
     def victims(self, command: psutil.Process) -> dict[str, list[psutil.Process]]:
-        children = command.children()
-        servers = [child for child in children if "multiprocessing.forkserver" in line(child)]
+        below = children(command)
+        servers = [child for child in below if "multiprocessing.forkserver" in line(child)]
         return {
             "coordinator": [command],
             "process group": [command],
-            "tracking process": [child for child in children if "searchfm.tracking" in line(child)],
+            "tracking process": [child for child in below if "searchfm.tracking" in line(child)],
             "fork server": servers,
-            "worker": [worker for server in servers for worker in server.children()],
+            "worker": [worker for server in servers for worker in children(server)],
         }
 
     def others(self) -> dict[str, Callable[[], object]]:
@@ -195,13 +195,13 @@ class Listening(Setting):
 
     def victims(self, command: psutil.Process) -> dict[str, list[psutil.Process]]:
         agents = [psutil.Process(agent.pid) for agent in self.agents if agent.poll() is None]
-        servers = [child for agent in agents for child in agent.children() if "forkserver" in line(child)]
+        servers = [child for agent in agents for child in children(agent) if "forkserver" in line(child)]
         local = super().victims(command)
         return {
             **{kind: local[kind] for kind in ("coordinator", "process group", "tracking process")},
             "agent": agents,
             "agent's fork server": servers,
-            "worker": [worker for server in servers for worker in server.children()],
+            "worker": [worker for server in servers for worker in children(server)],
         }
 
     def end_round(self) -> None:
@@ -225,11 +225,12 @@ class OnRay(Setting):
     """Workers are actors of a Ray cluster of one node, which outlives the command."""
 
     name = "ray"
+    pause = (0.5, 8.0)  # a command has its first worker after ten seconds
     weights: ClassVar[Mapping[str, int]] = {
-        "worker": 5,
-        "actor": 3,
+        "worker": 7,
+        "actor": 4,
         "Ray's driver": 1,
-        "coordinator": 3,
+        "coordinator": 2,
         "process group": 1,
         "tracking process": 1,
     }
@@ -261,17 +262,17 @@ class OnRay(Setting):
         self.cluster.wait(120)
 
     def arguments(self) -> tuple[str, ...]:
-        return ("--engine", "ray")
+        return ("--engine", "ray", "--workers", str(WORKERS))
 
     def victims(self, command: psutil.Process) -> dict[str, list[psutil.Process]]:
         local = super().victims(command)
-        below = psutil.Process(self.cluster.pid).children(recursive=True)
-        actors = [process for process in below if process.name().startswith("ray::Worker")]
+        below = children(psutil.Process(self.cluster.pid), recursive=True)
+        actors = [process for process in below if line(process).startswith("ray::Worker")]
         return {
             **{kind: local[kind] for kind in ("coordinator", "process group", "tracking process")},
-            "Ray's driver": [child for child in command.children() if "ray_driver" in line(child)],
+            "Ray's driver": [child for child in children(command) if "ray_driver" in line(child)],
             "actor": actors,
-            "worker": [worker for actor in actors for server in actor.children() for worker in server.children()],
+            "worker": [worker for actor in actors for server in children(actor) for worker in children(server)],
         }
 
 
@@ -286,6 +287,13 @@ def line(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def children(process: psutil.Process, *, recursive: bool = False) -> list[psutil.Process]:
+    """The processes below a process; none once it has ended."""
+    with suppress(psutil.Error):
+        return process.children(recursive)
+    return []
 
 
 def run(*arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
@@ -337,7 +345,7 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
         command = run(*TUNE, *setting.arguments(), **environment)
         moved = time.monotonic()
         while command.poll() is None:
-            time.sleep(chance.uniform(*PAUSE))
+            time.sleep(chance.uniform(*setting.pause))
             setting.mend()
             if time.monotonic() < until and command.poll() is None and (kind := kill(setting, command, chance)):
                 sums.kills[kind] += 1
@@ -352,6 +360,9 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
         before = now
         if command.returncode == 0:
             return
+        if command.returncode not in (-signal.SIGKILL, 1):  # 1: the database was away for too long
+            log = Path(os.environ["CHAOS_LOG"]).read_text(errors="replace")
+            raise AssertionError(f"{setting.name}: exit code {command.returncode}\n{log[-2000:]}")
 
 
 def after(setting: Setting, home: Home) -> dict[int, Any]:
