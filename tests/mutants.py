@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     Mutant(
         "S3, S4",
-        f"{CHECKPOINT}::test_a_full_disk_leaves_the_one_before",
+        f"{CHECKPOINT}::test_weights_on_a_full_disk_leave_the_ones_before",
         "home.py",
         'partial = path.with_name(f".{path.name[:100]}.tmp")',
         "partial = path",

@@ -85,6 +85,13 @@ def test_every_test_that_proves_a_promise_of_security_exists() -> None:
         assert re.search(rf"def {name}\(", text(file)), (file, name)
 
 
+def test_every_test_that_the_matrix_of_faults_names_exists() -> None:
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text(".github/RELIABILITY.md"))
+    assert len(named) > 30
+    for file, name in named:
+        assert re.search(rf"def {name or 'test_'}", text(f"tests/{file.removeprefix('tests/')}")), (file, name)
+
+
 def test_every_table_of_keys_has_a_meaning() -> None:
     assert [section.name for section in keys.sections() if not section.meaning] == []
 
