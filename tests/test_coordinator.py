@@ -32,6 +32,7 @@ from searchfm.jobs import EpochDone, Event, Finished, Lost
 from searchfm.pool import STOP_SECONDS
 from searchfm.records import StudyRecord, Trial
 from searchfm.search import files
+from searchfm.search.database import failures
 from searchfm.search.storage import open_storage
 from tests import driving, toys
 from tests.driving import check, facts, search, toy
@@ -861,6 +862,23 @@ def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) 
     began = time.monotonic()
     check(search(home, toy(), trials=3, watch=lock_database), 3)
     assert time.monotonic() - began > 1.5
+
+
+def test_a_database_locked_for_too_long_ends_the_search_in_one_line_and_it_resumes(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("searchfm.search.storage.BUSY_SECONDS", 0.3)
+    locks: list[sqlite3.Connection] = []
+
+    def lock_database(item: SearchEvent, _: LocalEngine) -> None:
+        if item.kind == "epoch" and (item.trial, item.epoch.index) == (1, 1):
+            locks.append(sqlite3.connect(home.path / "optuna.db"))
+            locks[0].execute("BEGIN EXCLUSIVE")
+
+    with pytest.raises(StorageError, match=r"^study 'toy': database is locked$"), failures("study 'toy'"):
+        search(home, toy(), trials=3, watch=lock_database)
+    locks[0].close()
+    check(search(home, toy(), trials=3), 3)
 
 
 # --- proposals asked ahead --------------------------------------------------------------------------------------------

@@ -142,11 +142,13 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
         console.print("the cache is left alone while a study is held")
     if cleaned.problem:
         console.print(f"copies in MLflow are left alone: {cleaned.problem}", markup=False)
-    freed = size(cleaned.freed) if cleaned.freed else "nothing"
-    if cleaned.applied:
-        console.print(f"deleted: {freed} of {size(cleaned.total)}")
+    if not cleaned.freed:
+        console.print(f"of {size(cleaned.total)} there is nothing to delete")
+    elif cleaned.applied:
+        console.print(f"deleted: {size(cleaned.freed)} of {size(cleaned.total)}")
     else:
-        console.print(f"nothing was deleted; to delete {freed} of {size(cleaned.total)}: {command} --apply")
+        of = f"{size(cleaned.freed)} of {size(cleaned.total)}"
+        console.print(f"nothing was deleted; to delete {of}: {command} --apply")
 
 
 def show_findings(console: Console, checked: "Checked") -> None:
