@@ -23,6 +23,7 @@ from searchfm.config import Config
 from searchfm.errors import WorldError
 from searchfm.events import Note, SearchEvent, TrialEnded, TrialEpoch, TrialPaused, TrialRetried, TrialStarted
 from searchfm.forecast import TOP
+from searchfm.home import write_whole
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Result, Retried
 from searchfm.pool import WorkerPool, gather
 from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
@@ -225,8 +226,7 @@ class Coordinator:
                 trial.set_user_attr("first", self.study.known[number].origin)
             trial.set_user_attr("digest", current.digest)
         self.memory.write(number)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(self.study.replay(number, table))
+        write_whole(folder / "config.toml", self.study.replay(number, table).encode())
         return current
 
     def _begin(self, current: LiveTrial, adopted: bool = False) -> Iterator[SearchEvent]:

@@ -172,7 +172,7 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> str:
     """
     partial = path.with_name(f".{path.name[:100]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             if isinstance(content, bytes):
                 partial.write_bytes(content)
@@ -185,14 +185,38 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> str:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on disk only when the folder is
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
     return sha256
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder where it is missing, and those above it; a loss of power leaves them. Raises OSError."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """Flushes the names in a folder to the disk: only then a loss of power leaves what was created or renamed. Raises
+    OSError.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def flush_tree(root: Path) -> None:
+    """Flushes all files and folders below a folder to the disk. Raises OSError."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with Path(folder, name).open("rb") as file:
+                os.fsync(file.fileno())
+        flush_folder(Path(folder))
 
 
 def write_json(path: Path, values: Any) -> str:

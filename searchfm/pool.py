@@ -14,6 +14,7 @@ from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
+from searchfm.home import flush_folder, make_folder
 from searchfm.jobs import (
     HANG_SECONDS,
     PAUSED,
@@ -196,7 +197,9 @@ class WorkerPool:
 
 
 def gather(folder: Path | None, *, keep: bool) -> None:
-    """Moves what the attempts wrote up into the job's folder: all logs, and the files of the last attempt if `keep`."""
+    """Moves what the attempts wrote up into the job's folder: all logs, and the files of the last attempt if `keep`. A
+    loss of power then leaves these files there.
+    """
     if folder is None:
         return
     attempts = sorted(folder.glob("attempt-*"), key=_number)
@@ -207,6 +210,8 @@ def gather(folder: Path | None, *, keep: bool) -> None:
     for path in attempts[-1].iterdir() if attempts and keep else ():
         if path.name != "log.txt" and path.is_file():
             path.replace(folder / path.name)
+    if attempts and keep:
+        flush_folder(folder)  # before the caller records the job as done: else a loss of power takes the files back
     for attempt in attempts:
         shutil.rmtree(attempt, ignore_errors=True)
 
@@ -222,5 +227,6 @@ def _next_attempt(job: Job) -> Job:
     if job.folder is None:
         return replace(job, attempt=job.attempt + 1)
     number = max([job.attempt, *map(_number, job.folder.glob("attempt-*"))]) + 1
-    (job.folder / f"attempt-{number}").mkdir(parents=True)
+    make_folder(job.folder)
+    (job.folder / f"attempt-{number}").mkdir()
     return replace(job, attempt=number)

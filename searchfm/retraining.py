@@ -29,7 +29,7 @@ from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
 from searchfm.forecast import SEEDS, TOP, fitting_contest
 from searchfm.format import plural, seconds, state
-from searchfm.home import Home, write_json, write_whole
+from searchfm.home import Home, flush_folder, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import (
@@ -368,11 +368,11 @@ class _Retraining:
         fit = self._task("final training", identity, done, FIT, config, FITTED)
         if fit.result() is None:
             fit = self._task("final training", identity, partial, FIT, config, FITTED)
-            partial.mkdir(parents=True, exist_ok=True)
-            (partial / "config.toml").write_text(
+            text = (
                 f"# The final training of study {self.study.name}, after its trial {number}: on all training and "
                 f"validation data,\n# whatever `subset` and `validation` say here.\n{tomli_w.dumps(config)}"
             )
+            write_whole(partial / "config.toml", text.encode())
         fitted = TrainResult.from_json((yield from self._one(fit)), str(fit.folder / FITTED))
         payload = TestJob(str(fit.folder), fitted.files, str(self.data_dir) if self.data_dir else None)
         job = Job("test", fit.folder, TEST, payload.to_json(), label="test")
@@ -424,8 +424,7 @@ class _Retraining:
         seed = self._seed(number, k)
         config = _with_seed(self._chosen(number)[0], seed)
         folder = self.study.folder / "finalists" / f"{number:04d}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(self.search.replay(number, config))
+        write_whole(folder / "config.toml", self.search.replay(number, config).encode())
         label, identity = f"trial {number}, seed {k} of {self.plan.seeds}", f"{self.study.uuid}/{number}/{seed}"
         return self._task(label, identity, folder, TRIAL, config, TRAINED)
 
@@ -552,6 +551,7 @@ def _install(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     partial.rename(target)
+    flush_folder(target.parent)  # before the study records it
     for path in target.parent.glob(f"{FINAL}-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Removes a study from a home: its trials in Optuna, its experiment in MLflow, its folder.
 
-Optuna's record goes last but for an empty folder: after a crash the study is still there, and the same command resumes.
+Optuna's record goes last but for a folder with locks: after a crash the study is still there, and the same command
+resumes.
 """
 
 import shutil
@@ -14,6 +15,8 @@ from searchfm.search.notes import artifact_files
 from searchfm.search.storage import delete_study, locked_study, open_storage
 from searchfm.tracking import registry
 from searchfm.tracking.mirror import delete_artifacts, delete_experiment, writer
+
+LOCKS = (".lock", "owner", ".tracking.lock")  # in the folder of a study
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
         for entry in list(study.folder.iterdir()):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in LOCKS:
+                entry.unlink()
         delete_study(storage, study.number)
     shutil.rmtree(study.folder, ignore_errors=True)
     kept, deleted = ((), versions) if models else (versions, ())

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError
-from searchfm.home import Home, unwritable, write_whole
+from searchfm.home import Home, make_folder, unwritable, write_whole
 from searchfm.search.database import (
     advisory,
     database_url,
@@ -70,7 +70,7 @@ def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Lock]:
     owner = folder / "owner"  # beside the lock: in some versions an attempt to lock empties the lock's own file
     lock = FileLock(folder / ".lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire(timeout=0)
         owner.write_text(process_name())
     except Timeout:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import StorageError, StudyError, UserError, one_line, one_of
 from searchfm.format import sentence
-from searchfm.home import STORAGE, Home, write_json
+from searchfm.home import STORAGE, Home, make_folder, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import (
     BUSY_SECONDS,
@@ -129,7 +129,7 @@ def _open_sqlite(url: sqlalchemy.URL, create: bool) -> BaseStorage | None:
             raise StorageError(f"{path}: is a folder, and must be a file; {RESTORE}")
         if not can_write(path):
             return _open_read_only(url, path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Optuna raises if several processes create the tables at once.
     with FileLock(path.with_suffix(".lock")):
         with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:

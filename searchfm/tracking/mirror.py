@@ -31,7 +31,7 @@ import searchfm
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import csv_text, escape, final_sentences, show_params
-from searchfm.home import Home, cache_folder, command_line, shown, write_whole
+from searchfm.home import Home, cache_folder, command_line, make_folder, shown, write_whole
 from searchfm.records import (
     EPOCHS,
     PICTURES,
@@ -95,7 +95,7 @@ def writer(home: Home, study: str) -> FileLock:
     """The lock of the process that writes this study into MLflow; it blocks while another does: a coordinator that was
     killed may have left its tracking process in the middle of a call.
     """
-    home.study(study).mkdir(parents=True, exist_ok=True)
+    make_folder(home.study(study))
     return FileLock(home.study(study) / ".tracking.lock")
 
 

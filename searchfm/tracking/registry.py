@@ -23,7 +23,7 @@ import numpy as np
 
 from searchfm.errors import ModelError, StorageError, StudyError, one_line
 from searchfm.format import sentence
-from searchfm.home import Home, command_line, file_sha256, shown, write_whole
+from searchfm.home import Home, command_line, file_sha256, flush_folder, flush_tree, shown, write_whole
 from searchfm.records import EXAMPLE, FINAL, SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.notes import Links
 from searchfm.search.storage import read_study
@@ -96,7 +96,7 @@ def publish(
             path = Path(temporary) / "model"
             save(folder, program(), path, study)
             with reaching(home):
-                registered = _register(client, runs.experiment, study, final, run, path)
+                registered = _register(client, home, runs.experiment, study, final, run, path)
         with reaching(home):
             number, champion = int(registered.version), _promote(client, name, registered, promote)
             model = RegisteredModel(name, number, f"models:/{name}/{number}", champion)
@@ -149,7 +149,7 @@ def save(folder: Path, program: Program, path: Path, study: StudyRecord) -> None
         shutil.copyfile(folder / name, path / FILES / name)
 
 
-def _register(client: Any, experiment: str, study: StudyRecord, final: Final, run: str, path: Path) -> Any:
+def _register(client: Any, home: Home, experiment: str, study: StudyRecord, final: Final, run: str, path: Path) -> Any:
     """A new version of the study's model, from what `save` made."""
     from mlflow.exceptions import MlflowException
 
@@ -161,6 +161,11 @@ def _register(client: Any, experiment: str, study: StudyRecord, final: Final, ru
             raise
     logged = client.create_logged_model(experiment, name="model", source_run_id=run, model_type="classifier")
     client.log_model_artifacts(logged.model_id, str(path))
+    if (kept := rows.folder(logged.artifact_location)) is not None:  # MLflow does not flush what it copies
+        flush_tree(kept)
+        for parent in kept.parents:
+            if parent.is_relative_to(home.path):
+                flush_folder(parent)
     client.finalize_logged_model(logged.model_id, "READY")
     tags = {
         "study": study.name,
