@@ -1,12 +1,9 @@
 """The coordinator on toy trials: none lost, none doubled, and the same study however it was interrupted."""
 
 import itertools
-import json
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +32,7 @@ from searchfm.search import files
 from searchfm.search.database import failures
 from searchfm.search.storage import open_storage
 from tests import driving, toys
+from tests.crashing import Crasher
 from tests.driving import check, facts, search, toy
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
@@ -376,25 +374,21 @@ def test_a_study_stopped_and_resumed_is_bitwise_the_unbroken_one(
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., StudyRecord]]:
     """Runs coordinators in one home, one after another, each killed at a given write; None: not killed."""
-    command = [sys.executable, "-c", "from tests.killed import main; main()"]  # workers need not import this main
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with Crasher() as crasher:
 
-    def run(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRecord:
-        assert process.stdin
-        assert process.stdout
-        path = tmp_path_factory.mktemp("killed", numbered=True) / home
-        for moment in moments:
-            process.stdin.write(json.dumps({**spec, "home": str(path), "die_at": moment}) + "\n")
-            process.stdin.flush()
-            assert int(process.stdout.readline()) == (0 if moment is None else -signal.SIGKILL)
-            with suppress(StudyError):  # killed before it was begun
-                trials = driving.stored(Home(path), "toy").trials
-                assert all(row.config and row.digest and row.params for row in trials), "a trial is whole, or not there"
-        return driving.stored(Home(path), "toy")
+        def run(home: str, spec: dict[str, Any], moments: list[int | None]) -> StudyRecord:
+            path = tmp_path_factory.mktemp("killed", numbered=True) / home
+            for moment in moments:
+                answer = crasher.run("toy", path, moment, **spec)
+                assert (answer is None) == (moment is not None)
+                with suppress(StudyError):  # killed before it was begun
+                    trials = driving.stored(Home(path), "toy").trials
+                    assert all(row.config and row.digest and row.params for row in trials), "whole, or not there"
+                if answer is not None:
+                    (path / "writes").write_text(str(answer["writes"]))
+            return driving.stored(Home(path), "toy")
 
-    with process:
         yield run
-    assert process.returncode == 0
 
 
 SPEC = {

@@ -1,0 +1,277 @@
+"""Commands killed at their writes, and losses of power there: the same command again gives the unbroken result.
+
+`tests/crashing.py` says what a write is, and what a loss of power leaves. CI tests some writes of each command, the
+nightly test all of them.
+"""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from searchfm.home import STORAGE, TRACKING, Home, file_sha256
+from searchfm.records import SPEC, WEIGHTS, StudyRecord
+from searchfm.tracking import rows
+from searchfm.upkeep import LOCKS
+from tests import driving
+from tests.crashing import NAME, Crasher
+from tests.driving import facts
+
+TOY = {"tables": {"search": {"trials": 3}, "train": {"epochs": 2}}, "workers": 1}
+
+
+class Homes:
+    """One home, which commands change, and copies of it by name; in one place, since MLflow keeps absolute paths."""
+
+    def __init__(self, folder: Path, crasher: Crasher, template: Path) -> None:
+        self.path, self._folder, self.run = folder / "home", folder, crasher.run
+        self.lost = folder / "lost"
+        shutil.copytree(template, self.path)
+        self._tell("tune", trials=2)
+        self.keep("two trials")
+        self._tell("tune", trials=4)
+        self.keep("tuned")
+        self._tell("sync", apply=True)
+        self._tell("spoil")
+        self.keep("spoilt")
+        self.take("tuned")
+        self._tell("retrain")
+        self._tell("sync", apply=True)
+        self.keep("retrained")
+
+    def _tell(self, command: str, **spec: Any) -> None:
+        self.run(command, self.path, **spec)
+
+    def keep(self, name: str) -> None:
+        """Keeps a copy of the home."""
+        shutil.copytree(self.path, self._folder / name)
+
+    def take(self, name: str) -> None:
+        """Puts a copy in the home's place."""
+        shutil.rmtree(self.path)
+        shutil.copytree(self._folder / name, self.path)
+
+    def take_lost(self) -> None:
+        """Puts what a loss of power left in the home's place."""
+        shutil.rmtree(self.path)
+        self.lost.rename(self.path)
+
+    @property
+    def study(self) -> StudyRecord:
+        """The study as it is stored."""
+        return driving.stored(Home(self.path), NAME)
+
+
+@pytest.fixture(scope="module")
+def homes(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homes]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (STORAGE, TRACKING):
+            patch.delenv(name, raising=False)
+        patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "crash-cache"))
+        with Crasher("all") as crasher:
+            yield Homes(tmp_path_factory.mktemp("crash-points"), crasher, template)
+
+
+def moments(writes: int, points: int | None) -> Iterator[int]:
+    """Numbers of writes, as many as `points`, evenly apart and the last among them; None: all of them."""
+    assert writes > 10
+    return iter(range(writes, 0, -(writes // points if points else 1)))
+
+
+def check_finished(path: Path) -> None:
+    """Checks that nothing half-written is left."""
+    left = [each for each in (path / "studies").rglob("*") if "attempt-" in each.name or each.name.endswith(".tmp")]
+    assert not left + list((path / "studies" / NAME).glob("final-*"))
+
+
+# --- what was told, after a loss of power -----------------------------------------------------------------------------
+
+
+def check_told(homes: Homes) -> None:
+    """Checks that a home has the files of all that its database holds: of complete trials, and of the final model."""
+    study = homes.study
+    kept = study.ranked(twins=False)[: study.resolved["search"]["keep"]]
+    for trial in study.trials:
+        assert trial.reported.keys() <= {epoch.index for epoch in trial.epochs}, f"trial {trial.number}: {trial.folder}"
+        assert b"epochs" in (trial.folder / "config.toml").read_bytes()
+        for name, sha256 in trial.result.files.items() if trial.result else ():
+            if trial in kept or name not in (WEIGHTS, SPEC):
+                assert file_sha256(trial.folder / name) == sha256, f"trial {trial.number}: {name}"
+    final = study.final
+    if final is not None:
+        assert file_sha256(study.final_folder / WEIGHTS) == final.weights
+        assert json.loads((study.final_folder / "final.json").read_text())["weights"] == final.weights
+        (reads,) = json.loads((homes.path / "test-reads.json").read_text())["reads"].values()
+        assert len(reads) == 1
+    for each in rows.registered(Home(homes.path)):
+        folder = rows.folder(each.source)
+        assert folder is not None
+        assert file_sha256(folder / "extra_files" / WEIGHTS) == each.tags["weights"]
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def check_tune(homes: Homes, points: int | None) -> int:
+    """Kills `tune` at its writes, with power and without. Returns how many there were."""
+    homes.take("tuned")
+    unbroken = facts(homes.study)
+    homes.take("two trials")
+    writes = homes.run("tune", homes.path, trials=4)["writes"]
+    for moment in moments(writes, points):
+        for power in (True, False):
+            homes.take("two trials")
+            homes.run("tune", homes.path, moment, trials=4, lost=None if power else str(homes.lost))
+            if not power:
+                homes.take_lost()
+                check_told(homes)
+            homes.run("tune", homes.path, trials=4)
+            check_told(homes)
+            assert facts(homes.study) == unbroken, moment
+            if power:
+                check_finished(homes.path)
+    return writes
+
+
+def final(homes: Homes) -> dict[str, Any]:
+    """What must not depend on the clock, of the final model."""
+    record = homes.study.final
+    assert record is not None
+    assert record.model is not None
+    (registered,) = rows.registered(Home(homes.path))
+    names = ("winner", "tie", "optimism", "validation", "test", "per_class", "weights", "epochs", "plan")
+    finalists = [(one.trial, one.seeds, one.values) for one in record.finalists]
+    version = (record.model.version, registered.version, registered.aliases, registered.tags["weights"])
+    return {name: getattr(record, name) for name in names} | {"finalists": finalists, "version": version}
+
+
+def check_retrain(homes: Homes, points: int | None) -> int:
+    """The same of `retrain`: one model, one version, one reading of the test part."""
+    homes.take("retrained")
+    unbroken = final(homes)
+    homes.take("tuned")
+    writes = homes.run("retrain", homes.path)["writes"]
+    for moment in moments(writes, points):
+        for power in (True, False):
+            homes.take("tuned")
+            homes.run("retrain", homes.path, moment, lost=None if power else str(homes.lost))
+            if not power:
+                homes.take_lost()
+                check_told(homes)
+            homes.run("retrain", homes.path)
+            check_told(homes)
+            assert final(homes) == unbroken, moment
+            if power:
+                check_finished(homes.path)
+    return writes
+
+
+def check_sync(homes: Homes, points: int | None) -> int:
+    """Kills `sync --apply`, where no run is there and where one is missing and one doubled."""
+    total = 0
+    for state in ("tuned", "spoilt"):
+        homes.take(state)
+        writes = homes.run("sync", homes.path, apply=True)["writes"]
+        total += writes
+        for moment in moments(writes, points):
+            homes.take(state)
+            homes.run("sync", homes.path, moment, apply=True)
+            homes.run("sync", homes.path, apply=True)
+            assert homes.run("sync", homes.path, apply=False)["value"] == [], (state, moment)
+    return total
+
+
+def check_remove(homes: Homes, points: int | None) -> int:
+    """Kills `remove`, which leaves the registered model, and `remove --models`, which leaves nothing."""
+    total = 0
+    for models in (False, True):
+        homes.take("retrained")
+        writes = homes.run("remove", homes.path, models=models)["writes"]
+        total += writes
+        for moment in moments(writes, points):
+            homes.take("retrained")
+            homes.run("remove", homes.path, moment, models=models)
+            kept = homes.run("remove", homes.path, models=models)["value"]
+            assert kept == ([] if models else [f"models:/searchfm-{NAME}/1"]), moment
+            # Killed after the last write to Optuna's database, it leaves a folder with the files of locks.
+            assert {path.name for path in (homes.path / "studies").glob(f"{NAME}/*")} <= set(LOCKS), moment
+            assert not list((homes.path / "optuna-artifacts").iterdir()), moment
+            left = {path.relative_to(homes.path).parts[2] for path in homes.path.glob("mlartifacts/*/*")}
+            assert left == (set() if models else {"models"}), moment
+            with closing(sqlite3.connect(homes.path / "mlflow.db")) as database:
+                runs = database.execute(
+                    "SELECT count(*) FROM experiments WHERE lifecycle_stage = 'active' AND name = ?", (NAME,)
+                )
+                assert runs.fetchone() == (0,), moment
+            with closing(sqlite3.connect(homes.path / "optuna.db")) as database:
+                assert database.execute("SELECT count(*) FROM trials").fetchone() == (0,), moment
+    return total
+
+
+# `backup` comes here.
+CHECKS: dict[Callable[[Homes, int | None], int], int] = {
+    check_tune: 2,
+    check_retrain: 2,
+    check_sync: 1,
+    check_remove: 1,
+}
+
+
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("check", CHECKS)
+def test_after_a_kill_at_some_writes_the_same_command_gives_the_unbroken_result(
+    homes: Homes, check: Callable[[Homes, int | None], int]
+) -> None:
+    check(homes, CHECKS[check])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("check", CHECKS)
+def test_after_a_kill_at_every_write_the_same_command_gives_the_unbroken_result(
+    homes: Homes, check: Callable[[Homes, int | None], int], record_property: Callable[[str, object], None]
+) -> None:
+    record_property("figures", f"{check(homes, None)} writes")
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+def check_postgres(folder: Path, postgres: str, points: int | None) -> int:
+    """Kills `tune` on toy trials, from the making of the tables on."""
+    with Crasher() as crasher, pytest.MonkeyPatch.context() as patch:
+
+        def run(name: str, *deaths: int | None) -> tuple[StudyRecord, int]:
+            home, database = folder / name, f"crash_{hashlib.sha256(str(folder / name).encode()).hexdigest()[:16]}"
+            with psycopg.connect(postgres + "postgres", autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {database}")
+            patch.setenv(STORAGE, postgres + database)
+            for moment in deaths:
+                answer = crasher.run("toy", home, moment, **TOY, environment={STORAGE: postgres + database})
+            assert answer is not None
+            return driving.stored(Home(home), "toy"), answer["writes"]
+
+        unbroken, writes = run("unbroken", None)
+        for moment in moments(writes, points):
+            broken, _ = run(str(moment), moment, None)
+            driving.check(broken, 3)
+            assert facts(broken) == facts(unbroken), moment
+    return writes
+
+
+@pytest.mark.slow(seconds=10)
+def test_on_postgresql_some_writes(tmp_path: Path, postgres: str) -> None:
+    check_postgres(tmp_path, postgres, 2)
+
+
+@pytest.mark.nightly
+def test_on_postgresql_every_write(
+    tmp_path: Path, postgres: str, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("figures", f"{check_postgres(tmp_path, postgres, None)} writes")
