@@ -36,7 +36,7 @@ from tests.driving import let_go, search, toy
 CHANGES = {"os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.link": 2, "os.truncate": 1}  # paths
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-# A study of four trials, whose training takes milliseconds.
+# A study of two trials or more, whose training takes milliseconds.
 STUDY: dict[str, Any] = {
     "search": {"trials": 2, "keep": 2, "checkpoint_seconds": 0, "sampler": {"name": "random"}, "pruner": "none"},
     "data": {"name": "digits", "subset": 0.2},
