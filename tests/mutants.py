@@ -82,6 +82,13 @@ MUTANTS = (
         "if job.lost > self.retries + 1:",
     ),
     Mutant(
+        "P8",
+        "tests/engines/test_local.py::test_a_fork_server_that_is_killed_while_a_worker_starts_is_replaced_once",
+        "engines/local.py",
+        "for _ in range(2):",
+        "for _ in range(1):",
+    ),
+    Mutant(
         "S1",
         "tests/search/test_storage.py::test_many_processes_begin_in_a_fresh_home_at_once",
         "search/storage.py",
@@ -117,6 +124,13 @@ MUTANTS = (
         "    sha = match[2]\n",
     ),
     Mutant(
+        "S7",
+        "tests/test_crash_points.py",
+        "pool.py",
+        "    if attempts and keep:\n        flush_folder(folder)",
+        "    if False:\n        flush_folder(folder)",
+    ),
+    Mutant(
         "S6",
         f"{COORDINATOR}::test_a_database_that_disappears_stops_the_study_and_is_not_created_again",
         "search/lock.py",
@@ -145,13 +159,6 @@ MUTANTS = (
         "            raise\n",
     ),
     Mutant(
-        "T2",
-        "tests/test_tracking.py::test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer",
-        "tracking/follow.py",
-        "GIVE_UP_SECONDS = 10.0",
-        "GIVE_UP_SECONDS = 1000.0",
-    ),
-    Mutant(
         "D1",
         f"{DATASETS}::test_cifar100_is_downloaded_once_and_refused_when_corrupt",
         "learn/datasets.py",
@@ -171,6 +178,13 @@ MUTANTS = (
         "tuning.py",
         "before.fingerprint != result.data.fingerprint:",
         "before.fingerprint == 0:",
+    ),
+    Mutant(
+        "D3",
+        "tests/test_inputs.py::test_hostile_files_are_one_line_and_take_little",
+        "learn/images.py",
+        "PIXELS = 50_000_000",
+        "PIXELS = 50_000_000_000",
     ),
     Mutant(
         "N1",
