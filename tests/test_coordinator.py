@@ -420,21 +420,21 @@ def promoting(spec: dict[str, Any]) -> dict[str, Any]:
 def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(
     killed: Any, workers: int, promote: bool
 ) -> None:
-    """Every ninth write: from the first with one worker, from the second with two. The next test kills one worker's
-    coordinator at each write of a trial, with and without promotion.
+    """Every 18th write: from the first with one worker, from the second with two. The next test kills one worker's
+    coordinator at each write of a trial.
     """
     spec = (promoting(SPEC) if promote else SPEC) | {"workers": workers}
     unbroken = killed("unbroken", spec, [None])
     writes = int((unbroken.folder.parents[1] / "writes").read_text())
     assert writes > 60
-    for moment in range(workers, writes - 5, 9):
+    for moment in range(workers, writes - 5, 18):
         check_killed(killed("broken", spec, [moment, None]), unbroken)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("promote", [False, True])
+@pytest.mark.parametrize("promote", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken_one(
-    killed: Any, promote: bool
+    killed: Any, promote: bool, record_property: Callable[[str, object], None]
 ) -> None:
     """Nothing that a sampler or pruner reads is lost: the trial is proposed again, or adopted with its rungs."""
     spec = promoting(SPEC) if promote else SPEC
@@ -445,6 +445,7 @@ def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken
     unbroken = killed("unbroken", two, [None])
     for moment in range(writes[0] + 1, writes[1] + 1):
         assert facts(killed("broken", two, [moment, None])) == facts(unbroken), moment
+    record_property("figures", f"bitwise the unbroken study after a kill at each of {writes[1] - writes[0]} writes")
 
 
 @pytest.mark.slow

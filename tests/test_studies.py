@@ -223,7 +223,7 @@ def resnet18_weights(path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unfollowed")
-@pytest.mark.parametrize("name", ["vit", "resnet=FILE", "residual", "any"])
+@pytest.mark.parametrize("name", ["vit", "resnet=FILE", "any"])
 def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     study, _, weights = name.partition("=")
     options = []
