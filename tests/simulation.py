@@ -103,7 +103,7 @@ class Attempt:
         folder = job.folder / f"attempt-{job.attempt}" if job.folder else None
         paths = [folder.with_name(f"attempt-{n}") for n in range(job.attempt - 1, 0, -1)] if folder else []
         self.folder, earlier = folder, tuple(path for path in paths if path.is_dir())
-        if folder is not None:
+        if folder is not None and not messages:  # else no worker runs it
             folder.mkdir(parents=True, exist_ok=True)
         self._epochs = pkgutil.resolve_name(job.entry)(job.payload, Context(folder, earlier, "cpu", self._tick))
 

@@ -76,7 +76,9 @@ def default_signals() -> None:
 
 
 def workers(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    return [child for server in psutil.Process(process.pid).children() for child in server.children()]
+    below = psutil.Process(process.pid).children()
+    servers = [child for child in below if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+    return [worker for server in servers for worker in server.children()]
 
 
 def lost(home: Home) -> int:

@@ -19,6 +19,7 @@ from tests.driving import let_go
 
 pytestmark = [
     pytest.mark.slow(seconds=8),
+    pytest.mark.usefixtures("own_forkserver"),  # another user may not read the environment of the process-wide one
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # mlflow's own use of SQLAlchemy
 ]
 NOBODY = 65534
