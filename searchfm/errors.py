@@ -8,12 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 LISTED = 12  # names that a message lists in full
+LONGEST = 2000  # characters of a message
 
 
 class SearchfmError(Exception):
     """An error shown to the user as one line; `exit_code` is that of the command."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return printable(self.text())
+
+    def text(self) -> str:
+        """The message as it was made: keys, values and names in it may hold any characters."""
+        return super().__str__()
 
 
 class WorldError(SearchfmError):
@@ -39,7 +47,8 @@ class ConfigError(UserError):
         self.key, self.problem, self.where = key, problem, where
         super().__init__(key, problem, where)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """See `SearchfmError`."""
         return f"{self.where}: {self.key} {self.problem}" if self.where else f"{self.key} {self.problem}"
 
     def under(self, path: str) -> "ConfigError":
@@ -110,6 +119,16 @@ def model_errors(problem: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ModelError(f"{problem}: {one_line(error)}") from error
+
+
+def printable(text: str) -> str:
+    """A text as one line that a terminal shows as it is: with escapes for line ends, control characters and the rest
+    that `str.isprintable` excludes, and without the middle of a long one.
+    """
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    half = LONGEST // 2 - 2
+    return text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 def one_line(error: BaseException) -> str:

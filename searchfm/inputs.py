@@ -3,11 +3,14 @@
 import errno
 import os
 import stat
+import tomllib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 TEXT = 1_000_000  # bytes of a file of TOML, of a token or a key
 SPEC = 4_000_000  # bytes of a model's JSON, which names its classes
+DEPTH = 32  # of tables and arrays in TOML, and of the parts of a dotted key; ours have at most six
 
 
 def regular(path: Path) -> int:
@@ -41,6 +44,29 @@ def read_bytes(path: Path, most: int) -> bytes:
 def read_text(path: Path, most: int = TEXT) -> str:
     """As `read_bytes`, as text. Raises UnicodeDecodeError too."""
     return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n")
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table of a text. Raises ValueError with the reason: `tomllib.TOMLDecodeError`, or for tables and arrays deeper
+    than `DEPTH` and whole numbers that do not fit into 64 bits, which TOML excludes and the standard library reads.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("its arrays or tables are too deep") from None
+    except ValueError:  # of `int`
+        raise ValueError("a whole number has more than 64 bits") from None
+    level: list[Any] = [table]
+    for _ in range(DEPTH):
+        entries = [entry for each in level for entry in (each.values() if isinstance(each, dict) else each)]
+        if any(isinstance(entry, int) and not -(2**63) <= entry < 2**63 for entry in entries):
+            raise ValueError("a whole number has more than 64 bits")
+        level = [entry for entry in entries if isinstance(entry, dict | list)]
+    if level:
+        raise ValueError("its arrays or tables are too deep")
+    return table
 
 
 def free_memory() -> int:

@@ -51,14 +51,18 @@ class Record:
 
         Raises StorageError, which begins with `where`, for a newer format, a missing key or a wrong type.
         """
-        ready = dict(values)
-        if cls.upgrades:
-            number = ready.get("format", 1)
-            if not isinstance(number, int) or not 1 <= number <= FORMAT:
-                raise StorageError(f"{where}: format {number}: this version of searchfm reads 1 to {FORMAT}")
-            for upgrade in cls.upgrades[number - 1 :]:
-                ready = upgrade(ready)
-            ready["format"] = FORMAT
+        try:
+            ready = dict(values)
+            if cls.upgrades:
+                number = ready.get("format", 1)
+                if not isinstance(number, int) or not 1 <= number <= FORMAT:
+                    raise StorageError(f"{where}: format {number}: this version of searchfm reads 1 to {FORMAT}")
+                for upgrade in cls.upgrades[number - 1 :]:
+                    ready = upgrade(ready)
+                ready["format"] = FORMAT
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            text = f"{type(error).__name__}: {one_line(error)}"
+            raise StorageError(f"{where}: damaged, no {cls.__name__} ({text})") from None
         try:
             return msgspec.convert(ready, cls)
         except msgspec.ValidationError as error:

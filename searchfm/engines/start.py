@@ -1,13 +1,12 @@
 """An engine by its options: a name, or a TOML file, and flags."""
 
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, assert_never, get_args
 
 from searchfm.engines import Engine, EngineName, EngineOptions
 from searchfm.errors import ConfigError, UserError, one_of
-from searchfm.inputs import read_text
+from searchfm.inputs import parse_toml, read_text
 from searchfm.tables import read_within
 
 NAMES = get_args(EngineName)
@@ -52,7 +51,7 @@ def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
     values: dict[str, Any] = {"name": engine}
     if engine.endswith(".toml"):
         try:
-            values = tomllib.loads(read_text(Path(engine)))["engine"]
+            values = parse_toml(read_text(Path(engine)))["engine"]
         except (OSError, ValueError, KeyError) as error:
             reason = "has no table [engine]" if isinstance(error, KeyError) else getattr(error, "strerror", 0) or error
             raise UserError(f"--engine {engine}: {reason}") from None
@@ -68,7 +67,8 @@ def read_options(engine: str, flags: Mapping[str, Any]) -> EngineOptions:
             inner = values
             for parent in parents:
                 inner = inner.setdefault(parent, {})
-            inner[last] = value
+            if isinstance(inner, dict):  # what else stands there is refused below
+                inner[last] = value
     try:
         return read_within("engine", EngineOptions.from_table, values)
     except ConfigError as error:

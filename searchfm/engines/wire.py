@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import os
 import platform
+import re
 import secrets
 import socket
 import ssl
@@ -163,7 +164,7 @@ def decode(data: bytes | str) -> Message:
     try:
         kind, values = msgspec.json.decode(data, type=tuple[str, dict[str, Any]])
         return msgspec.convert(values, KINDS[kind], dec_hook=lambda kind, value: kind(value))
-    except (msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+    except (msgspec.MsgspecError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WireError(f"no message of searchfm: {type(error).__name__}") from None
 
 
@@ -220,7 +221,7 @@ def welcome(link: Link, key: bytes, versions: Versions, probe: str, content: str
     nonce = secrets.token_hex(16)
     link.send(Challenge(PROTOCOL, nonce))
     answer = link.receive(Answer)
-    if not hmac.compare_digest(answer.proof, _proof(key, "node", nonce, answer.nonce)):
+    if not _equal(answer.proof, _proof(key, "node", nonce, answer.nonce)):
         link.send(Leave("the coordinator has another key"))
         raise WireError("it has another key")
     link.send(Welcome(_proof(key, "coordinator", nonce, answer.nonce), versions, probe, content))
@@ -241,7 +242,7 @@ def introduce(link: Link, key: bytes) -> Welcome:
     answer = link.receive(Welcome, Leave)
     if isinstance(answer, Leave):
         raise UserError(answer.reason)
-    if not hmac.compare_digest(answer.proof, _proof(key, "coordinator", challenge.nonce, nonce)):
+    if not _equal(answer.proof, _proof(key, "coordinator", challenge.nonce, nonce)):
         raise UserError("the listener has another key: it is no coordinator of this home")
     assert isinstance(answer, Welcome)
     return answer
@@ -249,6 +250,10 @@ def introduce(link: Link, key: bytes) -> Welcome:
 
 def _proof(key: bytes, role: str, first: str, second: str) -> str:
     return hmac.new(key, f"searchfm/{PROTOCOL}/{role}/{first}/{second}".encode(), hashlib.sha256).hexdigest()
+
+
+def _equal(proof: str, expected: str) -> bool:
+    return hmac.compare_digest(proof.encode(), expected.encode())  # of texts it takes ASCII alone
 
 
 def find_key(home: Path, *, create: bool = False) -> bytes:
@@ -283,7 +288,7 @@ def _long(key: bytes, where: str) -> bytes:
 def address(text: str, option: str) -> tuple[str, int]:
     """HOST:PORT, HOST or :PORT; "" or 0 for what is missing. Raises UserError, with the option's name."""
     host, _, port = text.rpartition(":") if ":" in text.rsplit("]")[-1] else (text, "", "0")
-    if not port.isdecimal() or int(port) > 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > 65535:
         raise UserError(f"{option} {text}: must be HOST:PORT")
     return host.strip("[]"), int(port)
 

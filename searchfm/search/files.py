@@ -10,7 +10,7 @@ from typing import Any
 from searchfm.config import DATASETS, DEPENDENT, FREE, DataConfig, unknown_data
 from searchfm.errors import ConfigError, StudyError, UserError, near
 from searchfm.home import Home, shipped, shipped_folder
-from searchfm.inputs import read_text
+from searchfm.inputs import DEPTH, parse_toml, read_text
 from searchfm.records import StudyRecord
 from searchfm.search import first
 from searchfm.search.study import NAME, Study, check_name, resolve
@@ -19,6 +19,7 @@ from searchfm.tables import below, show
 # Names of timm models that are taken for studies; timm itself takes seconds to import.
 TIMM = re.compile(r"(resne|wide_res|densenet|efficientnet|mobilenet|regnet|convnext|vit_|deit|swin|beit|vgg)\w*\d")
 
+INDEX = re.compile(r"[0-9]{1,6}")  # of an entry of a list; `isdigit` is true of what `int` refuses
 AFRESH = "name another study with --name to begin afresh"  # end of a message
 
 
@@ -94,7 +95,7 @@ def read(path: Path) -> StudyFile:
     """Reads a study file, without a check of its tables. Raises StudyError, with the line, for invalid TOML."""
     try:
         text = read_text(path)
-        table = tomllib.loads(text)
+        table = parse_toml(text)
     except OSError as error:
         raise StudyError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -103,8 +104,8 @@ def read(path: Path) -> StudyFile:
         span = re.search(r"=\s*([\d.e-]*\d)\s*(?:\.\.+|to)\s*([\d.e-]+)", text)
         hint = f"; did you mean {{ low = {span[1]}, high = {span[2]} }}?" if span else ""
         raise StudyError(f"{path}: is not TOML: {error}{hint}") from None
-    except RecursionError:
-        raise StudyError(f"{path}: is not TOML that can be read: its arrays or tables are too deep") from None
+    except ValueError as error:
+        raise StudyError(f"{path}: is not TOML that can be read: {error}") from None
     name = table.pop("name", path.stem)
     if not isinstance(name, str):
         raise ConfigError("name", f"= {show(name)}: must be a text", path.name)
@@ -165,11 +166,14 @@ def parse_override(text: str) -> tuple[str, Any]:
             text, 'must be KEY=VALUE, such as optimizer.lr=0.01 or "optimizer.lr={low=0.001, high=0.1}"', "--set"
         )
     try:
-        return dotted, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        table = parse_toml(f"value = {value}")
+    except ValueError as error:
         if value[0] in "[{\"'":
             raise ConfigError(dotted, f"= {value}: is not a TOML value: {error}", "--set") from None
         return dotted, value  # a word or a path
+    if len(table) > 1:
+        raise ConfigError(dotted, f"= {value}: is more than one value", "--set")
+    return dotted, table["value"]
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
@@ -189,7 +193,7 @@ def get(table: Mapping[str, Any], dotted: str) -> Any:
     """The leaf or table at a dotted key; None if it is missing."""
     node: Any = table
     for name in dotted.split("."):
-        if isinstance(node, list | tuple) and name.isdigit():
+        if isinstance(node, list | tuple) and INDEX.fullmatch(name):
             node = node[int(name) - 1] if 0 < int(name) <= len(node) else None
         else:
             node = node.get(name) if isinstance(node, Mapping) else None
@@ -199,6 +203,8 @@ def get(table: Mapping[str, Any], dotted: str) -> Any:
 def apply_overrides(table: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table with overrides by dotted key, and with absolute paths. Raises ConfigError."""
     for dotted, value in overrides.items():
+        if dotted.count(".") >= DEPTH:
+            raise ConfigError(dotted, f"has more than {DEPTH} parts", "--set")
         table = _with(table, dotted.split("."), value, dotted)
     for dotted in ("data.name", "model.transfer.weights"):
         value = get(table, dotted)
@@ -260,7 +266,7 @@ def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) ->
     inner = table.get(name, {})
     if isinstance(inner, str):
         inner = {"name": inner}  # sampler = "tpe"
-    if isinstance(inner, list) and len(rest) == 1 and rest[0].isdigit():
+    if isinstance(inner, list) and len(rest) == 1 and INDEX.fullmatch(rest[0]):
         index = int(rest[0])
         if not 1 <= index <= len(inner):
             raise ConfigError(dotted, f"has entries 1 to {len(inner)}", "--set")

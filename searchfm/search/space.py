@@ -33,6 +33,7 @@ from searchfm.tables import (
 )
 
 MAX_POINTS = 100_000  # of a grid, and of combinations that must agree
+MAX_STEPS = 10**15  # of a range: a double counts them
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,11 @@ class Range:
             raise error("has log or step, not both")
         if type(step) not in (int, type(low)) or not 0 < step < math.inf:
             raise error(f"step must be {NAMES[type(low)]} > 0")
+        width = Decimal(str(high)) - Decimal(str(low))
+        if width / Decimal(str(step)) > MAX_STEPS:
+            raise error(f"has more than {MAX_STEPS:,} steps")
         # Optuna would lower `high` to the last step, with a warning; but a range includes both ends.
-        if (Decimal(str(high)) - Decimal(str(low))) % Decimal(str(step)):
+        if width % Decimal(str(step)):
             raise error("high must be a whole number of steps above low")
         return cls(low, high, log, type(low)(step))
 
