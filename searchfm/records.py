@@ -6,6 +6,7 @@ holds the study's lock writes it (`search.storage.locked_study`). A newer record
 
 import csv
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -67,6 +68,15 @@ class Record:
             return msgspec.convert(ready, cls)
         except msgspec.ValidationError as error:
             raise StorageError(f"{where}: {error}") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a file of JSON. Raises OSError; StorageError for a damaged one, and as `from_json`."""
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise StorageError(f"{path}: damaged, no JSON ({one_line(error)})") from None
+        return cls.from_json(values, str(path))
 
 
 # --- a trial ----------------------------------------------------------------------------------------------------------

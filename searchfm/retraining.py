@@ -534,7 +534,7 @@ def count_read(home: Home, study: StudyRecord, winner: int, model: str) -> int:
     path = home.path / READS
     with FileLock(path.with_suffix(".lock")):
         try:
-            stored = TestReads.from_json(json.loads(path.read_text()), str(path))
+            stored = TestReads.read(path)
         except FileNotFoundError:
             stored = TestReads()
         mine = stored.reads.get(study.data.fingerprint, ())

@@ -291,3 +291,11 @@ def test_readers_leave_an_old_record_alone_and_the_lock_holder_upgrades_it_with_
     storage.set_study_system_attr(number, "searchfm", {**STUDY_1, "format": FORMAT + 1})
     with pytest.raises(StorageError, match="study 'toy': format 3"), locked_study(home, "toy"):
         pass
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff", b'{"reads": 1}', b"3"])
+def test_a_damaged_file_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "test-reads.json"
+    path.write_bytes(content)
+    with pytest.raises(StorageError, match=r"test-reads\.json: "):
+        TestReads.read(path)

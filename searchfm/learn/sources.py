@@ -315,6 +315,7 @@ def open_folder(root: Path, part: PartName) -> Folder:
             f"{training}: has {len(classes)} folders of images ({', '.join(classes)}): must have one for each of two "
             "classes or more, CLASS/*.png or train/CLASS/*.png; or train-*.parquet"
         )
+    _check_texts(str(training), classes)
     files, counts = Paths(), []
     base = training if carved else root / part
     for folder in _folders(base):
@@ -362,7 +363,17 @@ def _class_names(where: str, labels: NDArray[Any], names: Sequence[str] | None) 
         classes = tuple(map(str, range(highest + 1)))
     if len(classes) < 2:
         raise DataError(f"{where}: has {len(classes)} classes ({', '.join(classes)}): must have two or more")
+    _check_texts(where, classes)
     return classes
+
+
+def _check_texts(where: str, classes: Sequence[str]) -> None:
+    """Raises DataError for a name that no record can hold: bytes of a file name, or of an array, that are no UTF-8."""
+    for name in classes:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: the name of class {name} is no UTF-8 text") from None
 
 
 def _indices(where: str, labels: NDArray[Any], classes: Sequence[str]) -> Labels:
