@@ -1,7 +1,6 @@
 """Generated folders of images: arrays or one line, and nothing is written into the folder."""
 
 import io
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
