@@ -47,8 +47,8 @@ def read_text(path: Path, most: int = TEXT) -> str:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The table of a text. Raises ValueError with the reason: `tomllib.TOMLDecodeError`, or for tables and arrays deeper
-    than `DEPTH` and whole numbers that do not fit into 64 bits, which TOML excludes and the standard library reads.
+    """The table of a text. Raises ValueError with the reason: `tomllib.TOMLDecodeError`, or for tables and arrays
+    deeper than `DEPTH` and whole numbers beyond 64 bits, which TOML excludes and the standard library reads.
     """
     try:
         table = tomllib.loads(text)
