@@ -163,8 +163,17 @@ def main() -> None:
     # Not every 700 objects: collections took a sixth of the CPU time of the imports of `retrain`.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)  # else the interpreter collects at its end
-    with _interruptible():
-        _run()
+    try:
+        with _interruptible():
+            code = shell.run(app)
+        sys.exit(code)
+    except SearchfmError as error:
+        print(f"searchfm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
+            raise
+        sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")
 
 
 @contextmanager
@@ -184,24 +193,12 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except BaseException:
+    except (Exception, KeyboardInterrupt):
         if interrupted:
             raise SystemExit(130) from None
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _run() -> None:
-    try:
-        sys.exit(shell.run(app))
-    except SearchfmError as error:
-        print(f"searchfm: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
-            raise
-        sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")
 
 
 def _version(requested: bool) -> None:

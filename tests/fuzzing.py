@@ -27,23 +27,25 @@ class Property:
 
     check: Callable[..., None]
     strategies: Mapping[str, SearchStrategy[Any]]
-    count: int  # of examples in the quick suite
+    count: int  # of examples, times a factor
     found: Sequence[Mapping[str, Any]]  # inputs that failed once
 
     def run(self, factor: int, number: int | None = None) -> None:
-        """Runs the examples of a seed, else the same ones every time. No examples are stored."""
+        """Runs the examples of a seed, else the same ones every time; factor 0: only what failed once. No examples are
+        stored.
+        """
         test = given(**self.strategies)(self.check)
         for each in self.found:
             test = example(**each)(test)
         chosen = settings(
-            max_examples=self.count * factor,
+            max_examples=max(self.count * factor, 1),
             derandomize=number is None,
             database=None,
             deadline=None,
             print_blob=True,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.explicit, Phase.generate, Phase.shrink],
+            phases=[Phase.explicit, *([Phase.generate, Phase.shrink] if factor else [])],
         )
         (test if number is None else seed(number)(test))  # a decorator that marks the function
         chosen(test)()

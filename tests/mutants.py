@@ -237,7 +237,7 @@ MUTANTS = (
     ),
     Mutant(
         "C1",
-        "tests/test_simulation.py::test_2000_schedules",
+        "tests/test_simulation.py::test_500_schedules",
         "coordinator.py",
         "self.asked < self.trials and",
         "self.asked <= self.trials and",

@@ -627,21 +627,20 @@ def commands(words: list[str]) -> None:
 
 PROPERTIES = properties(globals())
 LEAST = {"study_files": 0.05, "overrides": 0.02, "first_files": 0.05, "engine_files": 0.02}  # fractions not refused
-QUICK = [name for name in PROPERTIES if name != "commands"]  # which imports torch and MLflow
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [name for name, each in PROPERTIES.items() if each.found])
+def test_what_failed_once(name: str) -> None:
+    PROPERTIES[name].run(0)
+
+
+@pytest.mark.slow(seconds=20)
+@pytest.mark.parametrize("name", PROPERTIES)
 def test_generated(name: str) -> None:
     before = ACCEPTED[name]
     PROPERTIES[name].run(1)
     if name in LEAST:
         assert ACCEPTED[name] - before >= LEAST[name] * PROPERTIES[name].count
-
-
-@pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_generated_four_times_as_many(name: str) -> None:
-    PROPERTIES[name].run(4)
 
 
 @pytest.mark.nightly

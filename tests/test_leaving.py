@@ -76,9 +76,11 @@ def default_signals() -> None:
 
 
 def workers(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    below = psutil.Process(process.pid).children()
-    servers = [child for child in below if "multiprocessing.forkserver" in " ".join(child.cmdline())]
-    return [worker for server in servers for worker in server.children()]
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # another one that has just ended
+            if "multiprocessing.forkserver" in " ".join(child.cmdline()):
+                return child.children()
+    raise AssertionError("no fork server")
 
 
 def lost(home: Home) -> int:

@@ -141,15 +141,12 @@ def folders(tree: list[tuple[str, bytes | str | None]], size: int) -> None:
         shutil.rmtree(root)
 
 
-def test_not_all_folders_are_refused() -> None:
+@pytest.mark.slow(seconds=10)
+def test_generated_folders() -> None:
+    """Not all are refused."""
     READ["parts"] = 0
     folders.run(1)
     assert READ["parts"] >= 20
-
-
-@pytest.mark.slow(seconds=10)
-def test_four_times_as_many_folders() -> None:
-    folders.run(4)
 
 
 @pytest.mark.nightly
