@@ -215,7 +215,7 @@ def test_a_database_that_stays_away_is_given_up_in_one_line_and_sooner_once_stop
         for call in (lambda: storage.get_all_trials(1), lock.check):
             began = time.monotonic()
             expected = (
-                r"^postgresql\+psycopg://postgres@127.0.0.1:\d+/\w+: the database did not answer for 1.5 seconds: .+$"
+                r"^postgresql\+psycopg://127.0.0.1:\d+/\w+: the database did not answer for 1.5 seconds: .+$"
             )
             with pytest.raises(StorageError, match=expected) as caught:
                 call()
@@ -242,7 +242,7 @@ def test_a_database_that_comes_back_is_waited_for_and_reported_twice(
     back.start()
     assert storage.get_all_trials(1) == []
     back.join()
-    where = proxy.url.replace("postgresql:", "postgresql+psycopg:")
+    where = proxy.url.replace("postgresql://postgres@", "postgresql+psycopg://")
     assert caplog.messages == [
         f"{where} does not answer; waiting for it, up to 60 seconds",
         f"{where} answers again",
