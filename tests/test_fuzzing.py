@@ -520,6 +520,12 @@ def messages(data: bytes) -> None:
                 wire.local(message, home, None, wire.ENTRIES)
 
 
+def test_a_link_to_itself_is_no_folder_of_a_job(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(wire.WireError, match="outside the home"):
+        wire.local(Job("1", Path("loop/a"), "searchfm.learn.entries:trial", {}), tmp_path, None, wire.ENTRIES)
+
+
 class Peer:
     """The other end of a connection: what it sends is given. It stands in for the socket alone."""
 

@@ -363,6 +363,6 @@ def _inside(path: Any, home: Path) -> Path:
         whole: Path = (home / path).resolve()
         if whole == home.resolve() or not whole.is_relative_to(home.resolve()):
             raise ValueError
-    except (TypeError, ValueError, OSError):
+    except (TypeError, ValueError, OSError, RuntimeError):  # the last of links to themselves
         raise WireError(f"folder {str(path)[:100]!r} is outside the home") from None
     return whole

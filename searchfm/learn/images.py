@@ -228,8 +228,9 @@ def image_files(folder: Path, root: Path, files: Paths | None = None) -> Paths:
     def is_image(entry: "os.DirEntry[str]") -> bool:
         if os.path.splitext(entry.name)[1].lower() not in SUFFIXES:  # noqa: PTH122 (a Path for each entry takes long)
             return False
-        # A broken link inside the folder counts as an unreadable image.
-        return Path(entry.path).resolve().is_relative_to(real) if entry.is_symlink() else entry.is_file()
+        # A broken link inside the folder counts as an unreadable image, as does a link to itself, for which
+        # `Path.resolve` raises RuntimeError before Python 3.13.
+        return Path(os.path.realpath(entry.path)).is_relative_to(real) if entry.is_symlink() else entry.is_file()
 
     def children(parent: str) -> Iterator[tuple[str, str, bool]]:
         nonlocal taken
