@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -207,7 +208,7 @@ def unwritten() -> Iterator[Path]:
 
 
 def at_file(content: bytes) -> Path:
-    path = Path(tempfile.gettempdir()) / "fuzzed.toml"
+    path = Path(tempfile.gettempdir()) / f"fuzzed-{os.getpid()}.toml"
     path.write_bytes(content)
     return path
 
