@@ -214,9 +214,7 @@ def test_a_database_that_stays_away_is_given_up_in_one_line_and_sooner_once_stop
         proxy.close()
         for call in (lambda: storage.get_all_trials(1), lock.check):
             began = time.monotonic()
-            expected = (
-                r"^postgresql\+psycopg://127.0.0.1:\d+/\w+: the database did not answer for 1.5 seconds: .+$"
-            )
+            expected = r"^postgresql\+psycopg://127.0.0.1:\d+/\w+: the database did not answer for 1.5 seconds: .+$"
             with pytest.raises(StorageError, match=expected) as caught:
                 call()
             assert "\n" not in str(caught.value)
