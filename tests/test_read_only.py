@@ -44,7 +44,7 @@ def without_permission(home: Home) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def made(new_home: Callable[[Path], Home]) -> Iterator[Home]:
     """A home with a study that MLflow has, in a folder that every user may enter."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the tests' own is closed to others
         Path(folder).chmod(0o777)
         home = new_home(Path(folder, "home, 100% #1"))
         with pytest.MonkeyPatch.context() as patch:
