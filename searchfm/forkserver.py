@@ -26,7 +26,7 @@ NAME = "searchfm-"  # the beginning of a worker's name
 SECRETS = ("MLFLOW_", "SEARCHFM_STORAGE", "SEARCHFM_UI_TOKEN", "PGPASSWORD")  # prefixes of variables that no worker has
 KEYS = ("SEARCHFM_WORKER_KEY", "RAY_AUTH_TOKEN")  # the same; agents need them, and remove them from their environment
 WARM = "searchfm.learn.warm"  # what the fork server imports before the first fork, and a spawned worker at its start
-FOLDER = "searchfm-server-"  # the beginning of the name of the folder that holds the server's socket
+FOLDER = "searchfm-server-"  # the beginning of the name of the folder for the server's socket and temporary files
 LONGEST = 60  # bytes of the path of the folder of temporary files: that of a socket has 107 at most
 YOUNG_SECONDS = 60.0  # age of a folder that its process may not have locked yet
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that reach the whole process group
@@ -114,8 +114,16 @@ def replace() -> None:
             _server._forkserver_address = _server._forkserver_alive_fd = _server._forkserver_pid = None
 
 
+def temporary_folder() -> str:
+    """A folder for temporary files of this process and of those that it starts. It goes with the process; if that is
+    killed, with the next start of a search.
+    """
+    _make_folder()
+    return util.get_temp_dir()
+
+
 def kill() -> None:
-    """Kills the workers of this process and their server, for an end at once. Removes the server's folder."""
+    """Kills the workers of this process and their server, for an end at once. Removes its temporary files."""
     for child in multiprocessing.active_children():
         if child.name.startswith(NAME):
             child.kill()
@@ -127,7 +135,7 @@ def kill() -> None:
 
 
 def _make_folder() -> None:
-    """Makes the folder of the server's socket, and removes those of processes that are gone.
+    """Makes the folder for temporary files, and removes those of processes that are gone.
 
     Python would name it pymp-*, and a killed process leaves it behind: nothing tells whose it was. This one holds a
     file that its process has locked as long as it lives.

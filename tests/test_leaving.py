@@ -156,7 +156,8 @@ def test_the_folder_of_a_killed_run_is_removed_by_the_next_one(home: Home, tempo
     with tuning(home, temporary) as process:
         process.kill()
         process.wait(HANGS)
-    (left,) = temporary.glob(f"{FOLDER}*")
+    (left,) = temporary.iterdir()
+    assert left.name.startswith(FOLDER)
     with tuning(home, temporary) as process:
         while left.exists() or not (used := list(temporary.glob(f"{FOLDER}*"))):
             assert process.poll() is None

@@ -44,7 +44,7 @@ def without_permission(home: Home) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def made(new_home: Callable[[Path], Home]) -> Iterator[Home]:
     """A home with a study that MLflow has, in a folder that every user may enter."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the tests' own is closed to others
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         home = new_home(Path(folder, "home, 100% #1"))
         with pytest.MonkeyPatch.context() as patch:
@@ -78,10 +78,13 @@ def content(home: Home) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["closed", "a -wal", "-wal and -shm"])
-def test_readers_work_and_writers_are_refused_in_one_line(made: Home, kind: str) -> None:
+def test_readers_work_and_writers_are_refused_in_one_line(
+    made: Home, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Path(tempfile.mkdtemp(dir=made.path.parent))
     home = Home(shutil.copytree(made.path, folder / "home"))
     folder.chmod(0o777)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # as /tmp, where every user may write
     leave(home, kind)
     before = content(home)
 

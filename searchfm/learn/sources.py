@@ -55,7 +55,7 @@ LABEL = 1000  # characters that a label may have
 FOOTER = 2**24  # bytes of a parquet file's footer
 # What a parquet file's values may take in memory: so many times what its footer says (an oversampled class repeats
 # images), and so many bytes more.
-REPEATED, FEW = 10, 50_000_000
+REPEATED, FEW = 4, 50_000_000
 BATCH, ROWS = 2**24, 2**16  # bytes and rows of a parquet file that are decoded at once
 NAMED = 3  # unreadable images that an error names, before it counts
 # Names of parts and of their arrays, in small letters: x_train, train_images, images_train; without a part, training.

@@ -21,6 +21,7 @@ import sqlalchemy
 from filelock import Timeout
 from optuna.storages import BaseStorage
 
+from searchfm import forkserver
 from searchfm.home import HOME, Home, shown
 from searchfm.records import StudyRecord, Trial
 from searchfm.search.lock import holder
@@ -57,7 +58,8 @@ class Tracking:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "searchfm.tracking", name],
-                env={**os.environ, HOME: str(home.path)},
+                # MLflow makes temporary folders, which a process that is killed leaves.
+                env={**os.environ, HOME: str(home.path), "TMPDIR": forkserver.temporary_folder()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from searchfm import forkserver
 from searchfm.errors import ModelError, StorageError, StudyError, one_line
 from searchfm.format import sentence
 from searchfm.home import Home, command_line, file_sha256, flush_folder, flush_tree, shown, write_whole
@@ -82,7 +83,7 @@ def publish(
     Raises StorageError where MLflow cannot be reached, ModelError where the folder holds no model.
     """
     name = f"searchfm-{study.name}"
-    with writer(home, study.name), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+    with writer(home, study.name), tempfile.TemporaryDirectory(dir=forkserver.temporary_folder()) as temporary:
         with reaching(home):
             runs = Mirror(home, study, deep=True)
             runs.open()
@@ -115,7 +116,7 @@ def save(folder: Path, program: Program, path: Path, study: StudyRecord) -> None
         example = np.load(folder / EXAMPLE, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: no model here ({one_line(error)})") from None
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory(prefix="searchfm-") as temporary:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory(dir=forkserver.temporary_folder()) as temporary:
         warnings.simplefilter("ignore")  # MLflow warns of its own insides
         import mlflow.pyfunc
         from mlflow.models import Model, ModelSignature
