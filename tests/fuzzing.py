@@ -1,24 +1,21 @@
-"""Properties under generated inputs: a quick number of examples, ten times as many, and new ones every night."""
+"""Properties under generated inputs: the same ones in CI, and many of a new seed every night."""
 
 import contextlib
 import os
-import random
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, configuration, example, given, seed, settings
+from hypothesis import Phase, example, given, seed
 from hypothesis.strategies import SearchStrategy
 
 from searchfm.errors import SearchfmError
+from tests.generated import settings, with_new_seed
 
 HANG = 10  # seconds; an example takes milliseconds
 LINE = 2000  # characters of an error
-# Hypothesis keeps tables of Unicode there, by default in the checkout.
-configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -37,28 +34,13 @@ class Property:
         test = given(**self.strategies)(self.check)
         for each in self.found:
             test = example(**each)(test)
-        chosen = settings(
-            max_examples=max(self.count * factor, 1),
-            derandomize=number is None,
-            database=None,
-            deadline=None,
-            print_blob=True,
-            report_multiple_bugs=False,
-            suppress_health_check=list(HealthCheck),
-            phases=[Phase.explicit, *([Phase.generate, Phase.shrink] if factor else [])],
-        )
+        phases = () if factor else (Phase.explicit,)
         (test if number is None else seed(number)(test))  # a decorator that marks the function
-        chosen(test)()
+        settings(self.count * factor, number, *phases)(test)()
 
     def run_new(self, factor: int, given_seed: str | None) -> int:
         """Runs examples of a random seed, which a failure names; returns it."""
-        number = int(given_seed or random.SystemRandom().randrange(2**32))
-        try:
-            self.run(factor, number)
-        except BaseException as error:
-            error.add_note(f"seed {number}")
-            raise
-        return number
+        return with_new_seed(lambda number: self.run(factor, number), given_seed)
 
 
 def fuzz(

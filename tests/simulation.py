@@ -24,7 +24,6 @@ from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, cast
 
 import pytest
-from hypothesis import configuration
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from optuna.storages import get_storage
@@ -46,9 +45,6 @@ from searchfm.tables import digest
 from tests import driving, rows, toys
 
 T = TypeVar("T")
-
-# Hypothesis keeps files beside a checkout by default.
-configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))
 
 TURN = Note("one turn of the coordinator's loop")
 TURNS = 3000  # of a search of 8 trials that nothing disturbs: far more than it takes

@@ -2,14 +2,13 @@
 
 import inspect
 import itertools
-import random
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import Phase, seed
 from hypothesis.stateful import run_state_machine_as_test
 
 from searchfm.coordinator import Coordinator
@@ -17,6 +16,7 @@ from searchfm.jobs import Interrupted, Lost
 from searchfm.pool import WorkerPool
 from tests import driving, simulation, toys
 from tests.engines.contract import MessageContract, end, events, job
+from tests.generated import settings, with_new_seed
 from tests.simulation import Clock, InSqlite, Options, Schedule, Search, SimulatedEngine, Violation
 
 
@@ -24,17 +24,8 @@ def run(schedules: int, *, number: int | None = None, shrink: bool = True) -> No
     """Runs schedules: those of a seed, else the same ones every time. A failure prints the shortest schedule, as the
     lines of a test. No examples are stored: a schedule that failed becomes a test.
     """
-    chosen = settings(
-        max_examples=schedules,
-        stateful_step_count=25,
-        derandomize=number is None,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
-    )
+    phases = () if shrink else (Phase.generate,)
+    chosen = settings(schedules, number, *phases, stateful_step_count=25)
     machine = Schedule if number is None else seed(number)(Schedule)
     run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]
 
@@ -47,12 +38,7 @@ def test_500_schedules() -> None:
 
 @pytest.mark.nightly
 def test_10000_new_schedules(record_property: Callable[[str, object], None], pytestconfig: pytest.Config) -> None:
-    number = int(pytestconfig.getoption("--hypothesis-seed") or random.SystemRandom().randrange(2**32))
-    try:
-        run(10_000, number=number)
-    except BaseException as error:
-        error.add_note(f"seed {number}")
-        raise
+    number = with_new_seed(lambda number: run(10_000, number=number), pytestconfig.getoption("--hypothesis-seed"))
     record_property("figures", f"10,000 schedules without a violation, seed {number}")
 
 

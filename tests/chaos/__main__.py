@@ -34,6 +34,7 @@ from searchfm.search.storage import read_study
 from searchfm.show.dashboard import free_port
 from tests.cutting import drop_all
 from tests.driving import facts
+from tests.engines.test_ray import START
 from tests.nightly import COMMIT
 from tests.serving import Postgres, Server
 
@@ -211,16 +212,6 @@ class Listening(Setting):
             agent.wait(60)
 
 
-CLUSTER = """
-import ray, sys
-options = {"num_cpus": int(sys.argv[2]), "include_dashboard": False, "object_store_memory": 100_000_000}
-context = ray.init(address="local", _temp_dir=sys.argv[1], log_to_driver=False, **options)
-print("up", context.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-ray.shutdown()
-"""
-
-
 class OnRay(Setting):
     """Workers are actors of a Ray cluster of one node, which outlives the command."""
 
@@ -241,7 +232,7 @@ class OnRay(Setting):
         (folder / "token").write_text("0123456789abcdef" * 4)
         (folder / "token").chmod(0o600)
         self.cluster = subprocess.Popen(
-            [sys.executable, "-c", CLUSTER, tempfile.mkdtemp(prefix="ray", dir="/tmp"), str(WORKERS)],
+            [sys.executable, "-c", START, tempfile.mkdtemp(prefix="ray", dir="/tmp"), str(WORKERS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
