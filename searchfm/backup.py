@@ -8,16 +8,20 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from optuna.storages import BaseStorage
+
 from searchfm.check import Checked, check
-from searchfm.errors import UserError
-from searchfm.home import Home, write_json
+from searchfm.errors import StorageError, UserError
+from searchfm.home import Home, flush, flush_tree, make_folder, write_json
 from searchfm.records import READS, SPEC, WEIGHTS
 from searchfm.search.database import failures, read_sqlite
-from searchfm.search.storage import copy_storage, open_storage
+from searchfm.search.rdb import backend
+from searchfm.search.storage import copy_storage, load_study, open_storage, study_names
 from searchfm.tracking import moved
 from searchfm.tracking.rows import database
 from searchfm.upkeep import size
@@ -59,11 +63,11 @@ def backup(home: Home, folder: Path) -> BackedUp:
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: must not exist, or be an empty folder")
-    if any(folder.is_relative_to(home.path / name) for name in FOLDERS):
-        raise UserError(f"{folder}: must be outside of what it copies, {home.path}")
+    if folder.is_relative_to(home.path):
+        raise UserError(f"{folder}: must be outside of the home, {home.path}")
     storage = open_storage(home)
     copy = _Copy(folder.with_name(f".{folder.name}.tmp"))
-    with failures(f"{folder}"):
+    with failures(f"{folder}"), _alone(folder):
         shutil.rmtree(copy.path, ignore_errors=True)  # of a killed backup
         copy.path.mkdir(parents=True)
         try:
@@ -77,14 +81,43 @@ def backup(home: Home, folder: Path) -> BackedUp:
                 for path in _files(home.path / name):
                     _copy(path, copy.path / path.relative_to(home.path))
             _copy(home.path / READS, copy.path / READS)
+            _check_finals(storage, home, copy)
             checked = _checked(copy)
-            _flush(copy.path)
+            flush_tree(copy.path)
             copy.path.rename(folder)
-            _flush(folder.parent)
+            flush(folder.parent)
         except BaseException:
             shutil.rmtree(copy.path, ignore_errors=True)
             raise
+        finally:
+            backend(storage).engine.dispose()
     return BackedUp(str(folder), checked.studies, checked.trials, size(folder), mlflow, checked)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses a second backup into a folder. Raises UserError."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    make_folder(folder.parent)
+    try:
+        with lock.acquire(timeout=0):
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        raise UserError(f"{folder}: another backup into it is being written") from None
+
+
+def _check_finals(storage: BaseStorage, home: Home, copy: Home) -> None:
+    """Raises StorageError if a final training ended while files were copied: record and folder may not agree."""
+    copied = open_storage(copy)
+    try:
+        for name in study_names(copied):
+            if load_study(copied, copy, name).final != load_study(storage, home, name).final:
+                raise StorageError(f"study {name!r}: was retrained meanwhile; run the same command again")
+    finally:
+        backend(copied).engine.dispose()
 
 
 def _copy_mlflow(home: Home, copy: Home, folder: Path) -> bool:
@@ -96,7 +129,6 @@ def _copy_mlflow(home: Home, copy: Home, folder: Path) -> bool:
     with closing(read_sqlite(path)) as source, closing(sqlite3.connect(target)) as connection:
         source.backup(connection)
     moved.move(target, moved.place(home), folder)
-    _flush(target)
     write_json(copy.path / moved.PLACE, {"path": str(folder)})
     return True
 
@@ -111,15 +143,25 @@ def _checked(copy: Home) -> Checked:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files to copy below a folder. What a running search removes meanwhile is passed over."""
-    for parent, _, names in os.walk(folder):
+    """The files to copy below a folder. What a running search removes meanwhile is passed over. Raises OSError for a
+    folder that cannot be listed, StorageError for a link to one.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        for name in folders:
+            if Path(parent, name).is_symlink():
+                raise StorageError(f"{Path(parent, name)}: is a link to a folder, which no backup copies")
         for name in sorted(names):
             if name not in LEFT_OUT and not (name.startswith(".") and name.endswith(".tmp")):
                 yield Path(parent, name)
 
 
 def _copy(path: Path, target: Path) -> None:
-    """Copies a file with its mode and times, flushed to the disk, unless it has gone or is there already."""
+    """Copies a file with its mode and times, unless it has gone or is there already."""
     with suppress(FileNotFoundError):
         before = path.stat()
         if target.exists() and (after := target.stat()).st_size == before.st_size and after.st_mtime == before.st_mtime:
@@ -127,16 +169,4 @@ def _copy(path: Path, target: Path) -> None:
         if not path.is_file():
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.tmp")
-        shutil.copy2(path, partial)
-        _flush(partial)
-        partial.replace(target)
-
-
-def _flush(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        shutil.copy2(path, target)

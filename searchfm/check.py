@@ -2,9 +2,7 @@
 repaired without loss: it deletes nothing but what no record needs.
 """
 
-import json
 import os
-import re
 import shutil
 import sqlite3
 import time
@@ -16,12 +14,13 @@ from pathlib import Path
 
 from optuna.storages import BaseStorage
 
-from searchfm.errors import LockedError, SearchfmError, StorageError, UserError
+from searchfm.errors import DamagedError, LockedError, NewerError, SearchfmError, StorageError, UserError
 from searchfm.home import TRIAL, Home, file_sha256, write_json
 from searchfm.records import (
     EPOCHS,
     FINAL,
     FITTED,
+    PROGRAM,
     SPEC,
     TESTED,
     WEIGHTS,
@@ -30,13 +29,12 @@ from searchfm.records import (
     StudyRecord,
     Trial,
 )
-from searchfm.search.database import RESTORE, database_url, read_sqlite
+from searchfm.search.database import RESTORE, database_url, is_damaged, read_sqlite
 from searchfm.search.lock import holder, study_lock
 from searchfm.search.rdb import backend
-from searchfm.search.storage import load_study, open_storage, study_names
+from searchfm.search.storage import is_elsewhere, load_study, open_storage, study_names
 from searchfm.tracking.rows import database
 
-TEMPORARY = re.compile(r"\..*\.tmp")  # of `home.write_whole`
 ATTEMPT = "attempt-*"
 ROUNDING = 1e-6  # of the accuracies that are reported
 STALE_SECONDS = 600.0  # after which a temporary file is of a process that was killed
@@ -63,7 +61,7 @@ class Checked:
     studies: int = 0
     trials: int = 0
     files: int = 0  # whose sha256 was compared
-    held: list[str] = field(default_factory=list)  # studies that another process holds, with its name
+    held: dict[str, str] = field(default_factory=dict)  # studies that another process holds -> that process
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -83,16 +81,16 @@ def check(home: Home, name: str | None = None, *, repair: bool = False) -> Check
         raise UserError(f"{home.path}: no such folder; name another --home")
     if repair:
         home.probe()
-    found = [*_databases(home), *_leftovers(home.path.glob(".*.tmp"))]
+    temporary = [_leftover(path, None, None, "half-written") for path in _stale(home.path.glob(".*.tmp"))]
+    found = [*_databases(home), *temporary]
     try:
         storage = open_storage(home)
         names = study_names(storage)
     except StorageError as error:
-        if database_url(home).get_backend_name() != "sqlite":
-            raise  # a server that does not answer
-        if not found:
-            path = str(database_url(home).database)
-            found.append(Finding(None, None, path, str(error).removeprefix(f"{path}: "), RESTORE))
+        if isinstance(error, DamagedError):
+            found.append(Finding(None, None, str(database_url(home).database), str(error), RESTORE))
+        elif not found:
+            raise  # it is missing, locked, of a newer version, or on a server that does not answer
         result.findings = _repaired(found, repair)
         return result
     try:
@@ -111,8 +109,13 @@ def _repaired(findings: Iterable[Finding], repair: bool) -> list[Finding]:
     done = []
     for finding in findings:
         if repair and finding.repair is not None:
-            finding.repair()
-        done.append(replace(finding, repaired=repair and finding.repair is not None))
+            try:
+                finding.repair()
+            except OSError as error:
+                done.append(replace(finding, todo=f"it could not be repaired: {error.strerror}"))
+                continue
+            finding = replace(finding, repaired=True)
+        done.append(finding)
     return done
 
 
@@ -126,8 +129,9 @@ def _databases(home: Home) -> Iterator[Finding]:
     for path, todo in ((own, RESTORE), (database(home), f"{RESTORE}, or move it away: `searchfm sync` writes it anew")):
         if path is None or not path.exists():
             continue
-        if path.is_file() and not path.stat().st_size:
-            yield Finding(None, None, str(path), "is empty", todo)
+        if path.is_dir() or not path.stat().st_size:
+            text = "is damaged: it is a folder" if path.is_dir() else "is empty"
+            yield Finding(None, None, str(path), text, todo)
             continue
         try:
             with closing(read_sqlite(path)) as connection:
@@ -138,9 +142,11 @@ def _databases(home: Home) -> Iterator[Finding]:
                     for table, row, parent, _ in connection.execute("PRAGMA foreign_key_check").fetchmany(SHOWN)
                 ]
         except sqlite3.Error as error:
+            if not is_damaged(error):
+                raise StorageError(f"{path}: cannot be read: {error}") from error
             problems = [str(error)]
         if problems:
-            yield Finding(None, None, str(path), f"is damaged: {'; '.join(' '.join(problems).split(chr(10)))}", todo)
+            yield Finding(None, None, str(path), f"is damaged: {'; '.join(problems)}", todo)
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
@@ -154,19 +160,21 @@ def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Che
             return []  # an earlier command was stopped before its study began, or after it was removed
         text = "holds trials, and the database knows no such study"
         return [Finding(name, None, str(folder), text, f"{RESTORE}, or move the folder away")]
-    if not folder.is_dir() and database_url(home).get_backend_name() != "sqlite":
-        return []  # of another home, on the same server
+    if is_elsewhere(home, name):
+        return []
     with ExitStack() as stack:
         held = holder(home, name)
-        if os.access(folder, os.W_OK):  # else no lock can be taken
+        if locked := os.access(folder, os.W_OK):  # else no lock can be taken
             try:
                 stack.enter_context(study_lock(home, name))
             except LockedError as error:
                 held = error.holder or "another process"
         if held:
-            result.held.append(f"study {name!r} is held by {held}")
+            result.held[name] = held
         try:
             study = load_study(storage, home, name)
+        except NewerError:
+            raise  # not damaged
         except SearchfmError as error:
             return [Finding(name, None, str(folder), str(error), RESTORE)]
         result.studies += 1
@@ -183,7 +191,7 @@ def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Che
             return found
         if study.final is not None:
             found += _final(study, study.final, result)
-        return _repaired([*found, *_orphans(study), *_unneeded(study)], repair)
+        return _repaired([*found, *_orphans(study), *_unneeded(study)], repair and locked)
 
 
 def _trial(study: StudyRecord, trial: Trial, kept: bool, result: Checked) -> Iterator[Finding]:
@@ -192,6 +200,8 @@ def _trial(study: StudyRecord, trial: Trial, kept: bool, result: Checked) -> Ite
     yield from _epochs(study, trial)
     if trial.result is None:
         return
+    # `clean --keep` deletes weights of trials that are among the best; it deletes both files.
+    kept = kept and any((trial.folder / name).exists() for name in (WEIGHTS, SPEC))
     expected = {name: sha256 for name, sha256 in trial.result.files.items() if kept or name not in (WEIGHTS, SPEC)}
     yield from _hashes(study, trial.number, trial.folder, expected, result, again)
 
@@ -231,22 +241,23 @@ def _hashes(
 def _final(study: StudyRecord, final: Final, result: Checked) -> Iterator[Finding]:
     """The final model's files, against the study's record and those of its jobs."""
     folder, todo = study.final_folder, f"{RESTORE}, or `searchfm retrain {study.name} --again`"
-    yield from _hashes(study, None, folder, {WEIGHTS: final.weights}, result, todo)
+    weights = list(_hashes(study, None, folder, {WEIGHTS: final.weights}, result, todo))
+    yield from weights
     for name in (FITTED, TESTED):  # what each job wrote
         path = folder / name
         try:
-            files = dict(JobRecord.from_json(json.loads(path.read_text()), str(path)).result["files"])
-        except (SearchfmError, OSError, ValueError, LookupError):
+            files = dict(JobRecord.read(path).result["files"])
+        except (SearchfmError, OSError, LookupError):
             yield Finding(study.name, None, str(path), "is missing or damaged", todo)
             continue
         files.pop(WEIGHTS, None)
         yield from _hashes(study, None, folder, files, result, todo)
     path = folder / "final.json"
     try:
-        same = Final.from_json(json.loads(path.read_text()), str(path)) == final
-    except (SearchfmError, OSError, ValueError):
+        same = Final.read(path) == final
+    except (SearchfmError, OSError):
         same = False
-    if not same:
+    if not same and not weights:  # else the folder may be right, and the record behind it
         problem, todo = "is missing, damaged or older than the database's", "--repair writes it from the database"
         write = partial(write_json, path, final.to_json())
         yield Finding(study.name, None, str(path), problem, todo, repair=write)
@@ -263,34 +274,40 @@ def _orphans(study: StudyRecord) -> Iterator[Finding]:
             yield Finding(study.name, int(path.name), str(path), text, f"{RESTORE}, or move the folder away")
 
 
+def leftovers(study: StudyRecord) -> Iterator[tuple[Path, int | None, str]]:
+    """What killed processes left in a study that no process holds: path, trial, and what it is of."""
+    for trial in (trial for trial in study.trials if trial.state != "running"):
+        yield from ((path, trial.number, "of a trial that has ended") for path in trial.folder.glob(ATTEMPT))
+    if (study.final_folder / WEIGHTS).is_file():  # else a crash may have left the earlier model alone
+        yield from ((path, None, "of an earlier final model") for path in study.folder.glob(f"{FINAL}-old"))
+    if study.final is not None and study.final.model is not None and (study.final_folder / PROGRAM).is_file():
+        yield study.final_folder / PROGRAM, None, "of a model that MLflow has"
+    yield from ((path, None, "half-written") for path in _stale(study.folder.rglob(".*.tmp")))
+
+
 def _unneeded(study: StudyRecord) -> Iterator[Finding]:
-    """What a killed process left in a study that no process holds."""
+    """Leftovers, and weights that are not kept."""
+    for path, number, text in leftovers(study):
+        yield _leftover(path, study.name, number, text)
     for trial in study.trials:
-        if trial.state != "running":
-            for path in trial.folder.glob(ATTEMPT):
-                yield _leftover(path, study.name, trial.number, "of a trial that has ended")
-            if trial not in study.kept:
-                for name in (WEIGHTS, SPEC):
-                    if (trial.folder / name).exists():
-                        yield _leftover(trial.folder / name, study.name, trial.number, "of a trial not among the best")
-    for path in study.folder.glob(f"{FINAL}-*"):
-        if path.name == f"{FINAL}-old" and study.final_folder.exists():
-            yield _leftover(path, study.name, None, "of an earlier final model")
-    yield from _leftovers(study.folder.rglob(".*.tmp"), study.name)
+        if trial.state != "running" and trial not in study.kept:
+            for path in (trial.folder / name for name in (WEIGHTS, SPEC)):
+                if path.exists():
+                    yield _leftover(path, study.name, trial.number, "of a trial not among the best")
 
 
-def _leftovers(paths: Iterable[Path], study: str | None = None) -> Iterator[Finding]:
+def _stale(paths: Iterable[Path]) -> Iterator[Path]:
     """Temporary files that no process is writing: some are written without the study's lock."""
     for path in sorted(paths):
         with suppress(FileNotFoundError):  # renamed meanwhile
-            if TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                yield _leftover(path, study, None, "half-written")
+            if path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                yield path
 
 
 def _leftover(path: Path, study: str | None, trial: int | None, text: str) -> Finding:
     def remove() -> None:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 

@@ -10,7 +10,6 @@ import gc
 import inspect
 import json
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -164,9 +163,7 @@ def main() -> None:
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)  # else the interpreter collects at its end
     try:
-        with _interruptible():
-            code = shell.run(app)
-        sys.exit(code)
+        sys.exit(shell.run(app))
     except SearchfmError as error:
         print(f"searchfm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -174,31 +171,6 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
             raise
         sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ends the process with exit code 130 after Ctrl-C, whatever error that becomes: in the middle of an import it may
-    be a RuntimeError. `tune`, `retrain`, `worker` and `dashboard` set handlers of their own.
-    """
-    interrupted = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before in (signal.SIG_DFL, signal.default_int_handler):
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except (Exception, KeyboardInterrupt):
-        if interrupted:
-            raise SystemExit(130) from None
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _version(requested: bool) -> None:
@@ -949,9 +921,7 @@ def backup(
     text += f", {done.bytes:,} bytes\nnext  searchfm status --home {shlex.quote(done.folder)}"
     _output(as_json, schema.describe(schema.BackedUp, done), lambda: typer.echo(text))
     if not done.mlflow:
-        live.notify(
-            "MLflow is on a server, and not copied; `searchfm sync STUDY --apply` writes the runs of a copy anew"
-        )
+        live.notify("the copy has no runs of MLflow, which are on a server; `searchfm sync STUDY --apply` makes them")
     if count := len(done.checked.findings):
         problems = plural(count, "problem")
         live.notify(f"{problems} in the copy, and in the home: searchfm check --home {shlex.quote(done.folder)}")

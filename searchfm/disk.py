@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from searchfm.check import leftovers
 from searchfm.errors import LockedError, StorageError, StudyError
 from searchfm.home import Home, cache_folder
-from searchfm.records import PICTURES, PROGRAM, SPEC, WEIGHTS, StudyRecord
+from searchfm.records import PICTURES, SPEC, WEIGHTS, StudyRecord
 from searchfm.search.database import failures
 from searchfm.search.lock import holder
 from searchfm.search.notes import picture_copy
-from searchfm.search.storage import locked_study, open_storage, read_study, study_names
+from searchfm.search.storage import is_elsewhere, locked_study, open_storage, read_study, study_names
 from searchfm.tracking.mirror import trial_copies, writer
 from searchfm.upkeep import size
 
@@ -93,7 +94,8 @@ def clean(
         for kind, patterns in CACHE.items():
             uses[kind].chosen = uses[kind].chosen and not cleaned.held
             for path in (path for pattern in patterns for path in cache_folder().glob(pattern)):
-                _count(path, uses[kind], apply)
+                with failures(str(path)):  # a search of another home may use it
+                    _count(path, uses[kind], apply)
     cleaned.uses = [use for use in uses.values() if name is None or use.kind not in CACHE]
     return cleaned
 
@@ -101,7 +103,7 @@ def clean(
 def _studies(home: Home) -> list[str]:
     """The names of the studies of a home; none where there is no database yet."""
     try:
-        return study_names(open_storage(home))
+        return [name for name in study_names(open_storage(home)) if not is_elsewhere(home, name)]
     except StudyError:
         return []
 
@@ -123,21 +125,14 @@ def _free(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
 
 def _count_files(home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Use], apply: bool) -> None:
     """Counts the files of a study that are in the home, and deletes the chosen ones."""
-    final, others = study.final_folder, list((study.folder / "finalists").glob("*"))
-    leftovers = [path for folder in (final, *others) for path in folder.glob(".*.tmp")]
-    if (final / WEIGHTS).is_file():  # else a crash may have left the earlier model alone
-        leftovers += study.folder.glob(f"{final.name}-old")
-    if study.final is not None and study.final.model is not None:
-        leftovers.append(final / PROGRAM)  # MLflow has it
     for trial in (trial for trial in study.trials if trial.state != "running"):
-        leftovers += [*trial.folder.glob("attempt-*"), *trial.folder.glob(".*.tmp")]
         for name in (WEIGHTS, SPEC) if trial.number not in kept else ():
             _count(trial.folder / name, uses["weights"], apply)
         for name, drawn in trial.drawable.items():
             if drawn:
                 _count(trial.folder / name, uses["pictures"], apply)
             _count(picture_copy(home, study.uuid, trial.number, name), uses["pictures"], apply)
-    for path in leftovers:
+    for path, _, _ in list(leftovers(study)):
         _count(path, uses["leftovers"], apply)
 
 

@@ -145,6 +145,14 @@ class StorageError(WorldError):
     """The database or the home folder failed."""
 
 
+class DamagedError(StorageError):
+    """A record that cannot be read."""
+
+
+class NewerError(StorageError):
+    """A record that a newer version wrote."""
+
+
 class DivergedError(WorldError):
     """A loss that is not finite; the message says which and in which epoch."""
 

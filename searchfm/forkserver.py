@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker, util
@@ -28,7 +27,6 @@ KEYS = ("SEARCHFM_WORKER_KEY", "RAY_AUTH_TOKEN")  # the same; agents need them, 
 WARM = "searchfm.learn.warm"  # what the fork server imports before the first fork, and a spawned worker at its start
 FOLDER = "searchfm-server-"  # the beginning of the name of the folder for the server's socket and temporary files
 LONGEST = 60  # bytes of the path of the folder of temporary files: that of a socket has 107 at most
-YOUNG_SECONDS = 60.0  # age of a folder that its process may not have locked yet
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that reach the whole process group
 
 _server: Any = multiprocessing.forkserver._forkserver  # the module tells neither its process nor whether it runs
@@ -47,11 +45,11 @@ def ahead(engine: str) -> Iterator[None]:
     global _commands, _unused
     forks = engine == "local" and isinstance(context(), ForkServerContext)
     with _lock:
-        _commands += 1
         if forks and _server._forkserver_pid is None:
             with starting():
                 multiprocessing.forkserver.ensure_running()
             _unused = True
+        _commands += 1
     try:
         yield
     finally:
@@ -147,9 +145,10 @@ def _make_folder() -> None:
     if len(os.fsencode(root)) > LONGEST:
         root = "/tmp"
     _sweep(Path(root))
-    folder = tempfile.mkdtemp(prefix=FOLDER, dir=root)
-    lock = os.open(Path(folder, "lock"), os.O_CREAT | os.O_RDWR)  # open until the process ends
+    made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}", dir=root))
+    lock = os.open(made / "lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
     fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = str(made.rename(made.with_name(made.name.removeprefix("."))))  # only now another process looks at it
     util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
     config["tempdir"] = folder
 
@@ -164,8 +163,7 @@ def _config() -> dict[str, Any]:
 def _sweep(root: Path) -> None:
     for folder in root.glob(f"{FOLDER}*"):
         with suppress(OSError):  # of another user, or in use
-            young = time.time() - folder.stat().st_mtime < YOUNG_SECONDS
-            lock = os.open(folder / "lock", os.O_RDWR | (0 if young else os.O_CREAT))
+            lock = os.open(folder / "lock", os.O_RDWR)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

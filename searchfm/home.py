@@ -178,14 +178,13 @@ def write_whole(path: Path, content: bytes | Callable[[Path], object]) -> str:
                 partial.write_bytes(content)
             else:
                 content(partial)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
+            flush(partial)
             sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from None
     return sha256
@@ -196,27 +195,26 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        flush_folder(path.parent)
+        flush(path.parent)
 
 
-def flush_folder(path: Path) -> None:
-    """Flushes the names in a folder to the disk: only then a loss of power leaves what was created or renamed. Raises
-    OSError.
+def flush(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk: only then a loss of power leaves what was written, created
+    or renamed. Raises OSError.
     """
-    folder = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def flush_tree(root: Path) -> None:
     """Flushes all files and folders below a folder to the disk. Raises OSError."""
     for folder, _, files in os.walk(root):
         for name in files:
-            with Path(folder, name).open("rb") as file:
-                os.fsync(file.fileno())
-        flush_folder(Path(folder))
+            flush(Path(folder, name))
+        flush(Path(folder))
 
 
 def write_json(path: Path, values: Any) -> str:

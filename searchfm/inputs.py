@@ -78,5 +78,7 @@ def free_memory() -> int:
         folder = Path("/sys/fs/cgroup")
         used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         limit, current = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - current + int(used["inactive_file"]))  # of which the kernel gives back what it needs
+        # Of these the kernel gives back what it needs.
+        back = sum(int(used[name]) for name in ("inactive_file", "active_file", "slab_reclaimable"))
+        free = min(free, limit - current + back)
     return max(free, 0)

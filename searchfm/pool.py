@@ -14,7 +14,7 @@ from typing import Self
 
 from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
-from searchfm.home import flush_folder, make_folder
+from searchfm.home import flush, make_folder
 from searchfm.jobs import (
     HANG_SECONDS,
     PAUSED,
@@ -211,7 +211,7 @@ def gather(folder: Path | None, *, keep: bool) -> None:
         if path.name != "log.txt" and path.is_file():
             path.replace(folder / path.name)
     if attempts and keep:
-        flush_folder(folder)  # before the caller records the job as done: else a loss of power takes the files back
+        flush(folder)  # before the caller records the job as done: else a loss of power takes the files back
     for attempt in attempts:
         shutil.rmtree(attempt, ignore_errors=True)
 

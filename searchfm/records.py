@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from searchfm.errors import StorageError, one_line
+from searchfm.errors import NewerError, StorageError, one_line
 from searchfm.home import write_whole
 from searchfm.stats import Accuracy
 
@@ -57,7 +57,7 @@ class Record:
             if cls.upgrades:
                 number = ready.get("format", 1)
                 if not isinstance(number, int) or not 1 <= number <= FORMAT:
-                    raise StorageError(f"{where}: format {number}: this version of searchfm reads 1 to {FORMAT}")
+                    raise NewerError(f"{where}: format {number}: this version of searchfm reads 1 to {FORMAT}")
                 for upgrade in cls.upgrades[number - 1 :]:
                     ready = upgrade(ready)
                 ready["format"] = FORMAT

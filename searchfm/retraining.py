@@ -29,7 +29,7 @@ from searchfm.errors import StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
 from searchfm.forecast import SEEDS, TOP, fitting_contest
 from searchfm.format import plural, seconds, state
-from searchfm.home import Home, flush_folder, write_json, write_whole
+from searchfm.home import Home, flush, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
 from searchfm.pool import WorkerPool
 from searchfm.records import (
@@ -551,7 +551,7 @@ def _install(partial: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    flush_folder(target.parent)  # before the study records it
+    flush(target.parent)  # before the study records it
     for path in target.parent.glob(f"{FINAL}-*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

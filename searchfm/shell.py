@@ -8,7 +8,8 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, get_args
 
 import typer
@@ -23,6 +24,34 @@ if TYPE_CHECKING:
 COMPLETE = "_SEARCHFM_COMPLETE"  # the variable by which typer's scripts ask
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends the process with exit code 130 after Ctrl-C, whatever error that becomes: in the middle of an import it may
+    be a RuntimeError. `tune`, `retrain`, `worker` and `dashboard` set handlers of their own.
+    """
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    ours = before in (signal.SIG_DFL, signal.default_int_handler)  # not ignored, as in the background of a script
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if interrupted:
+            raise SystemExit(130) from None
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+@_interruptible()
 def run(app: typer.Typer) -> int:
     """Runs the command of `sys.argv`; returns its exit code. Raises UserError for what typer refuses."""
     command: Any = get_command(app)

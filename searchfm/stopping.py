@@ -20,7 +20,7 @@ DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(
 REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
 # After a signal: Docker kills after ten seconds. Workers have six (`pool.STOP_SECONDS`), MLflow the rest of eight; what
 # still runs after nine is killed.
-LEAVE_SECONDS, KILL_SECONDS = 8.0, 9.0
+EXIT_SECONDS, KILL_SECONDS = 8.0, 9.0
 
 
 def read_duration(value: float | str, where: str = "timeout") -> float:
@@ -45,24 +45,45 @@ def on_stop_signals(first: Callable[[int, Any], object]) -> dict[int, Any]:
     return {number: signal.signal(number, first) for number in numbers}
 
 
-def leave_at_second(first: Callable[[int, Any], object]) -> None:
-    """Calls `first` at the first signal that stops a command. A second one ends the process and its workers at once."""
+def exit_at_second(first: Callable[[int, Any], object]) -> None:
+    """Calls `first` at the first signal that stops a command. A second one, other than SIGHUP, ends the process and its
+    workers at once: see `StopRequest`.
+    """
     received = False
+    terminal = _terminals()
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal received
-        if received:
-            leave(number)
-        received = True
-        first(number, frame)
+        if number == signal.SIGHUP:
+            _hang_up(terminal)
+        if not received:
+            received = True
+            first(number, frame)
+        elif number != signal.SIGHUP:
+            exit_now(number)
 
     on_stop_signals(on_signal)
 
 
-def leave(number: int) -> NoReturn:
+def exit_now(number: int) -> NoReturn:
     """Ends this process and its workers at once, as a signal would."""
-    forkserver.kill()
-    os._exit(128 + number)
+    try:
+        forkserver.kill()
+    finally:
+        os._exit(128 + number)
+
+
+def _terminals() -> list[int]:
+    """The file descriptors of standard output and error that are a terminal."""
+    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
+def _hang_up(terminals: list[int]) -> None:
+    """Sends what is printed nowhere: the terminal is gone, and OSError would be raised."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in terminals:
+        os.dup2(null, descriptor)
+    os.close(null)
 
 
 class StopRequest:
@@ -73,7 +94,7 @@ class StopRequest:
     keep their checkpoints. `exits`, for a command: a second signal ends the process and its workers at once, a first
     one after nine seconds, and leaving ends it as the signal would have. Without it, for a program that calls searchfm:
     a second Ctrl-C raises KeyboardInterrupt, and the program continues after Ctrl-C; SIGTERM and SIGHUP still end the
-    process on leaving.
+    process on leaving. A further SIGHUP is none: a terminal that is closed sends two, by its shell and by the kernel.
 
     began: when the command began, in seconds of `time.monotonic`: a timeout counts from then on. Default: now.
     """
@@ -88,7 +109,7 @@ class StopRequest:
         self._stopping, self._exits, self._due = stopping, exits, 0.0
         self._requested: Callable[[], bool] = lambda: False
         self._deadline: float | None = None
-        self._leave_by = math.inf  # in seconds of `time.monotonic`
+        self._exit_by = math.inf  # in seconds of `time.monotonic`
         self._terminal: list[int] = []  # file descriptors of outputs that are one
         self._handlers: dict[int, Any] = {}
 
@@ -113,9 +134,9 @@ class StopRequest:
         return math.inf if self._deadline is None else self._deadline - time.monotonic()
 
     @property
-    def leave_in(self) -> float:
+    def exit_in(self) -> float:
         """Seconds in which what remains must be done; infinite unless a signal or another process stops it."""
-        return max(0.0, self._leave_by - time.monotonic())
+        return max(0.0, self._exit_by - time.monotonic())
 
     def clear_timeout(self) -> None:
         """What follows runs to its end, however long that takes, unless something else stops it."""
@@ -140,7 +161,7 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python takes handlers from no other
             self._handlers = on_stop_signals(self._on_signal)
-            self._terminal = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+            self._terminal = _terminals()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -152,12 +173,12 @@ class StopRequest:
             signal.raise_signal(self.signal)
 
     def _on_signal(self, number: int, _: object) -> None:
-        if number == signal.SIGHUP:  # the terminal is gone: what is printed would raise OSError
-            null = os.open(os.devnull, os.O_WRONLY)
-            for descriptor in self._terminal:
-                os.dup2(null, descriptor)
-        if self.signal and (self._exits or number != signal.SIGINT):
-            leave(number)
+        if number == signal.SIGHUP:
+            _hang_up(self._terminal)
+            if self.signal:
+                return
+        if self.signal and (self._exits or number == signal.SIGTERM):
+            exit_now(number)
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
@@ -165,9 +186,9 @@ class StopRequest:
 
     def _stop(self, reason: str) -> None:
         self.reason = reason
-        self._leave_by = time.monotonic() + LEAVE_SECONDS
+        self._exit_by = time.monotonic() + EXIT_SECONDS
         if self._exits:
-            timer = threading.Timer(KILL_SECONDS, leave, (self.signal,))
+            timer = threading.Timer(KILL_SECONDS, exit_now, (self.signal,))
             timer.daemon = True
             timer.start()
         with suppress(OSError):

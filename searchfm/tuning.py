@@ -241,7 +241,7 @@ class Tuning:
             write_record(self.storage, stored.number, header)
 
     def _close(self, tracking: Tracking) -> None:
-        self.missing = tracking.close(min(TRACKING_SECONDS, StopRequest.of(self.stopping).leave_in))
+        self.missing = tracking.close(min(TRACKING_SECONDS, StopRequest.of(self.stopping).exit_in))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
             file.unlink(missing_ok=True)
         for entry in list(study.folder.iterdir()):
             if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
+                shutil.rmtree(entry)  # before the record: else no command knows what stays
             elif entry.name not in LOCKS:
                 entry.unlink()
         delete_study(storage, study.number)

@@ -50,8 +50,8 @@ MUTANTS = (
         "P3",
         "tests/test_leaving.py::test_what_hangs_while_a_command_leaves_is_killed",
         "stopping.py",
-        "LEAVE_SECONDS, KILL_SECONDS = 8.0, 9.0",
-        "LEAVE_SECONDS, KILL_SECONDS = 8.0, 900.0",
+        "EXIT_SECONDS, KILL_SECONDS = 8.0, 9.0",
+        "EXIT_SECONDS, KILL_SECONDS = 8.0, 900.0",
     ),
     Mutant(
         "P4",
@@ -127,8 +127,8 @@ MUTANTS = (
         "S7",
         "tests/test_crash_points.py",
         "pool.py",
-        "    if attempts and keep:\n        flush_folder(folder)",
-        "    if False:\n        flush_folder(folder)",
+        "    if attempts and keep:\n        flush(folder)",
+        "    if False:\n        flush(folder)",
     ),
     Mutant(
         "S6",

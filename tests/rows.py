@@ -4,6 +4,7 @@ import functools
 import re
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,18 @@ from searchfm.records import (
     EPOCHS,
     SPEC,
     WEIGHTS,
+    ClassFigures,
     Epoch,
+    Final,
+    FinalPlan,
     Predictions,
     Prepared,
     StudyHeader,
     StudyRecord,
+    TestFigures,
     TrainResult,
     Trial,
+    Validation,
     write_epochs,
 )
 from searchfm.search.storage import create_study, load_study, open_storage
@@ -86,6 +92,7 @@ def begin(
 ) -> StudyRecord:
     """A study without trials; data: their fingerprint."""
     create_study(_open(home), name, header(uuid_=uuid_, question=question, fingerprint=data))
+    home.study(name).mkdir(parents=True, exist_ok=True)  # as its lock does
     return study(home, name)
 
 
@@ -192,6 +199,35 @@ def tell(home: Home, trial: optuna.Trial, state: TrialState, name: str = "toy", 
     for key, attr in attrs.items():
         trial.set_user_attr(key, attr)
     optuna.load_study(study_name=name, storage=_open(home)).tell(trial, value, state)
+
+
+def final(*counts: tuple[float, int], **values: Any) -> Final:
+    """A final model with these recalls and numbers of test images. values: of its record."""
+    n = sum(count for _, count in counts)
+    accuracy = sum(recall * count for recall, count in counts) / n
+    model = Final(
+        study="toy",
+        plan=FinalPlan((0,), 1, 1, None, None, 0),
+        finalists=(),
+        tie=(),
+        winner=0,
+        optimism=None,
+        validation=Validation(0.9, None, None, None, 100),
+        test=TestFigures(accuracy, 0.0, 1.0, n, 1, "f"),
+        per_class=tuple(ClassFigures(str(i), 1.0, recall, count) for i, (recall, count) in enumerate(counts)),
+        model=None,
+        seconds=None,
+        seconds_per_epoch=1.0,
+        training_seconds=1.0,
+        parameters=1,
+        flops=1,
+        epochs=1,
+        fingerprint="f",
+        time=0.0,
+        params={},
+        weights="",
+    )
+    return replace(model, **values)
 
 
 def predictions(*, seed: int = 0, count: int = 900, classes: int = 10) -> Predictions:

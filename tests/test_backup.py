@@ -1,5 +1,6 @@
 """A backup is a home: whole, consistent while a search writes, and of use when the original is gone."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ import pytest
 from PIL import Image
 
 from searchfm import backup as backing
+from searchfm.check import check
+from searchfm.disk import clean
+from searchfm.errors import StorageError
 from searchfm.home import STORAGE, Home
 from searchfm.records import SPEC, WEIGHTS
+from searchfm.search.storage import copy_storage, open_storage, read_studies, write_record
 from tests import rows
 from tests.commands import Done, searchfm_here
-from tests.driving import stored
+from tests.driving import search, stored, toy
 
 # mlflow's own use of SQLAlchemy.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")]
@@ -70,6 +76,41 @@ def test_a_backup_has_the_studies_and_files_of_either_database_as_a_home(
     trial = rows.ask(copy)  # a search may go on in it
     assert trial.number == 4
     rows.forget(copy)
+
+
+def test_studies_of_another_home_on_the_same_server_are_left_alone(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_forkserver: None
+) -> None:
+    monkeypatch.setenv(STORAGE, database)
+    home, other = Home(tmp_path / "home"), Home(tmp_path / "other")
+    for each, name in ((home, "one"), (other, "two")):
+        search(each, toy(name), trials=2)
+    checked = check(home)
+    assert (checked.studies, checked.trials, checked.findings) == (1, 2, [])
+    with warnings.catch_warnings():  # the end of a command closes its connections
+        warnings.simplefilter("ignore", ResourceWarning)
+        assert clean(home, apply=True, keep=0).held == {}
+        gc.collect()
+    assert home.studies() == ["one"]
+    done = backing.backup(home, tmp_path / "copy")
+    assert (done.studies, done.trials, done.checked.findings) == (1, 2, [])
+    monkeypatch.delenv(STORAGE)
+    assert [study.name for study in read_studies(Home(tmp_path / "copy"))] == ["one"]
+
+
+def test_a_backup_in_whose_course_a_study_is_retrained_is_refused(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = rows.begin(home)
+
+    def copied(*arguments: Any) -> None:
+        copy_storage(*arguments)
+        write_record(open_storage(home), study.number, rows.final((1.0, 9)))
+
+    monkeypatch.setattr(backing, "copy_storage", copied)
+    with pytest.raises(StorageError, match="study 'toy': was retrained meanwhile; run the same command again"):
+        backing.backup(home, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_backup_that_fails_leaves_nothing_and_the_next_one_succeeds(

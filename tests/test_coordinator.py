@@ -416,9 +416,10 @@ def promoting(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [18, pytest.param(9, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("workers", "promote"), [(1, False), (2, True)])
 def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(
-    killed: Any, workers: int, promote: bool
+    killed: Any, workers: int, promote: bool, every: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Every 18th write: from the first with one worker, from the second with two. The next test kills one worker's
     coordinator at each write of a trial.
@@ -427,12 +428,14 @@ def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(
     unbroken = killed("unbroken", spec, [None])
     writes = int((unbroken.folder.parents[1] / "writes").read_text())
     assert writes > 60
-    for moment in range(workers, writes - 5, 18):
+    for moment in range(workers, writes - 5, every):
         check_killed(killed("broken", spec, [moment, None]), unbroken)
+    record_property("figures", f"killed at every {every}th of {writes} writes")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("promote", [pytest.param(False, marks=pytest.mark.nightly), True])
+@pytest.mark.nightly
+@pytest.mark.parametrize("promote", [False, True])
 def test_after_a_kill_at_each_write_of_a_trial_the_study_is_bitwise_the_unbroken_one(
     killed: Any, promote: bool, record_property: Callable[[str, object], None]
 ) -> None:

@@ -1,4 +1,7 @@
-"""Nothing is lost and nothing is doubled: real processes, real training on digits, killed at random moments."""
+"""Nothing is lost and nothing is doubled: real processes, real training on digits, killed at random moments.
+
+Nightly: `test_crash_points.py`, `test_coordinator.py` and `test_simulation.py` kill at writes, and in every order.
+"""
 
 import csv
 import json
@@ -20,7 +23,7 @@ from searchfm.search.storage import load_study, open_storage
 from tests.commands import searchfm_here
 from tests.driving import without_following
 
-pytestmark = pytest.mark.slow(seconds=30)
+pytestmark = pytest.mark.nightly
 
 TRIALS = 10
 COMMAND = ("tune", "mlp", "--trials", str(TRIALS), "--dataset", "digits", "--epochs", "6")
@@ -54,6 +57,11 @@ def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that train: children of the fork server."""
+    return [child for server in psutil.Process(process.pid).children() for child in server.children()]
+
+
 def check(home: Path) -> None:
     """Checks that every trial has exactly one end, MLflow equals Optuna, and nothing half-written is left."""
     row = study(home)
@@ -67,7 +75,9 @@ def check(home: Path) -> None:
     assert not list((home / "studies").rglob("*.tmp"))
 
 
-def test_after_kills_the_same_command_completes_the_study(tmp_path: Path) -> None:
+def test_after_kills_the_same_command_completes_the_study(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """The coordinator is killed while MLflow's tables are made, then among the trials, then near the end."""
     home, chance = tmp_path / "home", random.Random(0)
     for begun in (3, 6, 9):
@@ -82,6 +92,25 @@ def test_after_kills_the_same_command_completes_the_study(tmp_path: Path) -> Non
         assert not alive, "workers stop when their coordinator is gone"
     assert finish(home, "--workers", "2")["trials"]["total"] == TRIALS
     check(home)
+    record_property("figures", f"3 kills of the coordinator, {TRIALS} trials")
+
+
+def test_after_kills_of_workers_the_study_goes_on_to_its_end(
+    new_home: Callable[[Path], Home], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    home = new_home(tmp_path / "home").path
+    process = start(home, "--workers", "2")
+    killed = set()
+    for begun in (1, 4, 7):
+        wait_for_trials(process, home, begun)
+        for victim in workers(process)[:1]:
+            victim.kill()
+            killed.add(victim.pid)
+    assert killed
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    check(home)
+    record_property("figures", f"{len(killed)} kills of workers, {TRIALS} trials")
 
 
 def lasting(home: Path) -> list[dict[str, Any]]:
@@ -105,7 +134,7 @@ def lasting(home: Path) -> list[dict[str, Any]]:
 
 
 def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
-    new_home: Callable[[Path], Home], tmp_path: Path
+    new_home: Callable[[Path], Home], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """With hyperband, which has the most state; test_coordinator.py covers the other samplers and pruners."""
     arguments = ("--workers", "1", "--set", "search.pruner=hyperband")
@@ -121,3 +150,4 @@ def test_one_worker_stopped_and_resumed_gives_bitwise_the_unbroken_study(
     finish(broken, *arguments)
     check(broken)
     assert lasting(broken) == lasting(unbroken)
+    record_property("figures", f"bitwise equal: {TRIALS} trials with hyperband")

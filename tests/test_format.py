@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from searchfm.format import data_lines, final_sentences, largest_sentence, short_path
-from searchfm.records import ClassFigures, Final, FinalPlan, StudyRecord, TestFigures, Validation
+from searchfm.records import StudyRecord
 from tests import rows
 
 
@@ -18,39 +18,11 @@ def study(subset: float = 1.0, **data: Any) -> StudyRecord:
     return StudyRecord(**vars(header), name="toy", number=1, folder=Path("nowhere"), trials=())
 
 
-def final(*counts: tuple[float, int]) -> Final:
-    """A final model with these recalls and numbers of test images."""
-    n = sum(count for _, count in counts)
-    accuracy = sum(recall * count for recall, count in counts) / n
-    return Final(
-        study="toy",
-        plan=FinalPlan((0,), 1, 1, None, None, 0),
-        finalists=(),
-        tie=(),
-        winner=0,
-        optimism=None,
-        validation=Validation(0.9, None, None, None, 100),
-        test=TestFigures(accuracy, 0.0, 1.0, n, 1, "f"),
-        per_class=tuple(ClassFigures(str(i), 1.0, recall, count) for i, (recall, count) in enumerate(counts)),
-        model=None,
-        seconds=None,
-        seconds_per_epoch=1.0,
-        training_seconds=1.0,
-        parameters=1,
-        flops=1,
-        epochs=1,
-        fingerprint="f",
-        time=0.0,
-        params={},
-        weights="",
-    )
-
-
 def test_every_image_of_a_study_is_accounted_for() -> None:
     assert data_lines(study()) == ["700 images: 158 test (not read), 81 validation, 461 training"]
     (line,) = data_lines(study(0.2, train=92))
     assert line == "700 images: 158 test (not read), 81 validation, 461 training, of which 92 (subset 0.2)"
-    (line,) = data_lines(replace(study(), final=final((1.0, 158))))
+    (line,) = data_lines(replace(study(), final=rows.final((1.0, 158))))
     assert line == "700 images: 158 test, 81 validation, 461 training", "the test part has been read"
     assert data_lines(study(test=None)) == ["461 images to train on, 81 to validate"], "as stored by 0.3"
 
@@ -80,12 +52,12 @@ def test_of_imbalanced_data_the_largest_class_is_the_accuracy_to_beat(counts: tu
 @pytest.mark.parametrize("counts", [(41, 40), (48, 33), (20, 20, 20, 21)])
 def test_of_balanced_data_it_is_not_printed(counts: tuple[int, ...]) -> None:
     assert len(data_lines(study(validation_classes=counts, classes=("cat", "dog", "eel", "fox")[: len(counts)]))) == 1
-    test = final_sentences(final(*((0.9, count) for count in counts)))["Test"]
+    test = final_sentences(rows.final(*((0.9, count) for count in counts)))["Test"]
     assert test[-1] == "Balanced accuracy, the mean recall of the classes, is 90.00%."
 
 
 def test_balanced_accuracy_is_the_mean_recall_of_classes_with_images() -> None:
-    answers = final((1.0, 80), (0.5, 20), (0.0, 0))
+    answers = rows.final((1.0, 80), (0.5, 20), (0.0, 0))
     assert answers.balanced == 0.75
     assert answers.largest == 0.8
     assert replace(answers, per_class=()).balanced is None

@@ -370,25 +370,15 @@ VALIDATION = records.Validation(0.5, 0.4, 0.6, 0.1, 10)
 TESTED = records.TestFigures(0.5, 0.4, 0.6, 10, 1, "f")
 RESULT = records.TestResult(0.5, 1.0, 5, 10, (FIGURES,), "f", 1.0, {"a": "b"})
 PREPARED = rows.header().data
-FINAL = records.Final(
-    study="toy",
-    plan=records.FinalPlan((0,), 1, 1, None, None, 0),
+FINAL = rows.final(
+    (0.5, 2),
     finalists=(FINALIST,),
-    tie=(),
-    winner=0,
     optimism=0.1,
     validation=VALIDATION,
     test=TESTED,
     per_class=(FIGURES,),
     model=records.RegisteredModel("searchfm-toy", 1, "models:/searchfm-toy/1", True),
     seconds=1.0,
-    seconds_per_epoch=1.0,
-    training_seconds=1.0,
-    parameters=1,
-    flops=1,
-    epochs=1,
-    fingerprint="f",
-    time=1.0,
     params={"optimizer.lr": 0.1},
     weights="w",
 )

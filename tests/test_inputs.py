@@ -143,7 +143,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
         lambda path: npz(path, (10**6, 1000, 1000)),
         "takes 1,000,000,000,128 bytes, the",
     ),
-    "array beyond memory": ("npz", lambda path: npz(path, (10**6, 1000, 1000), 10**12), "needs 4,001.0 GB of memory, "),
+    "array beyond memory": ("npz", lambda path: npz(path, (10**6, 1000, 1000), 10**12), "needs 4001.0 GB of memory, "),
     "bzip2": (
         "npz",
         lambda path: npz(path, (10, 1000, 10_000), None, zipfile.ZIP_BZIP2),

@@ -152,6 +152,20 @@ def test_a_second_signal_ends_the_command_and_its_workers_at_once(home: Home, te
     assert folders(temporary) == set()
 
 
+def test_a_second_sighup_is_none(home: Home, temporary: Path) -> None:
+    """A terminal that is closed sends two: workers still have their six seconds."""
+    with tuning(home, temporary) as process:
+        for worker in workers(process):
+            worker.suspend()
+        began = time.monotonic()
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.1)
+        process.wait(HANGS)
+        assert time.monotonic() - began > 5
+        assert process.returncode == 128 + signal.SIGHUP
+
+
 def test_the_folder_of_a_killed_run_is_removed_by_the_next_one(home: Home, temporary: Path) -> None:
     with tuning(home, temporary) as process:
         process.kill()

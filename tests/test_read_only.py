@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from searchfm import forkserver
 from searchfm.home import Home, file_sha256
 from searchfm.search.storage import open_storage, read_study
 from searchfm.tracking import follow
@@ -85,6 +86,7 @@ def test_readers_work_and_writers_are_refused_in_one_line(
     home = Home(shutil.copytree(made.path, folder / "home"))
     folder.chmod(0o777)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))  # as /tmp, where every user may write
+    monkeypatch.setitem(forkserver._config(), "tempdir", None)  # not that of this process, which was another user's
     leave(home, kind)
     before = content(home)
 

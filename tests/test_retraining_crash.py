@@ -97,15 +97,13 @@ def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("moments", [(5,), pytest.param((0, 2, 5, 6), marks=pytest.mark.nightly)], ids=["one", "four"])
+@pytest.mark.nightly
 def test_after_kills_the_same_command_completes_it(
-    tuned: Path, unbroken: dict[str, Any], moments: tuple[int, ...], record_property: Callable[[str, object], None]
+    tuned: Path, unbroken: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
-    """Killed before any job, among the finalists, in the final training and in the test. `test_crash_points.py` kills
-    it at its writes.
-    """
-    home, chance = copy(tuned, f"killed-{len(moments)}"), random.Random(0)
-    for jobs in moments:
+    """Killed before any job, among the finalists, in the final training and in the test."""
+    home, chance = copy(tuned, "killed"), random.Random(0)
+    for jobs in (0, 2, 5, 6):
         process = start(home, *RETRAIN)
         wait_for(process, home, jobs)
         time.sleep(chance.uniform(0, 0.3))
@@ -117,7 +115,23 @@ def test_after_kills_the_same_command_completes_it(
         assert not alive, "workers stop when their coordinator is gone"
     finish(home, *RETRAIN)
     check(home, unbroken)
-    record_property("figures", f"{len(moments)} kills; bitwise the unbroken final model")
+    record_property("figures", "4 kills; bitwise the unbroken final model")
+
+
+@pytest.mark.nightly
+def test_a_killed_worker_is_replaced(
+    tuned: Path, unbroken: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
+    home = copy(tuned, "worker")
+    process = start(home, *RETRAIN)
+    wait_for(process, home, 2)
+    (server,) = [child for child in psutil.Process(process.pid).children() if child.children()]
+    server.children()[0].kill()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "lost" in err
+    check(home, unbroken)
+    record_property("figures", "bitwise the unbroken final model")
 
 
 def test_it_holds_its_lock_and_resumes_after_a_sigterm(tuned: Path, unbroken: dict[str, Any]) -> None:

@@ -223,8 +223,13 @@ def resnet18_weights(path: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unfollowed")
-@pytest.mark.parametrize("name", ["vit", "resnet=FILE", "any"])
-def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["vit", "resnet=FILE", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("residual", "any"))],
+)
+def test_an_architecture_is_tuned_on_fashion_mnist(
+    name: str, new_home: Callable[[Path], Home], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     study, _, weights = name.partition("=")
     options = []
     if weights:
@@ -235,3 +240,4 @@ def test_an_architecture_is_tuned_on_fashion_mnist(name: str, new_home: Callable
     assert result["study"] == study
     assert (result["trials"]["total"], result["trials"]["failed"]) == (2, 0)
     assert result["best"]["value"] > 0.2, "ten classes: better than chance"
+    record_property("figures", f"best of two trials of an epoch: {result['best']['value']:.3f}")

@@ -989,8 +989,10 @@ def test_a_database_locked_for_a_while_is_waited_for(home: Home) -> None:
     assert sync(home, study) == []
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_every_trial_has_one_run(home: Home) -> None:
+@pytest.mark.nightly
+def test_killed_at_any_moment_every_trial_has_one_run(
+    home: Home, record_property: Callable[[str, object], None]
+) -> None:
     rows.begin(home)
     command = [sys.executable, str(Path(__file__).with_name("following.py")), str(home.path), "30"]
     moments = random.Random(0)
@@ -1006,6 +1008,7 @@ def test_killed_at_any_moment_every_trial_has_one_run(home: Home) -> None:
     assert len(study.trials) == 30
     assert sync(home, study) == []
     assert len(runs(home, study)) == 31
+    record_property("figures", "3 kills, 30 trials")
 
 
 @pytest.mark.slow

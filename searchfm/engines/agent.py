@@ -47,7 +47,7 @@ from searchfm.engines.wire import (
 from searchfm.errors import UserError, WorldError, one_line
 from searchfm.forkserver import WARM, without_secrets
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
-from searchfm.stopping import leave_at_second
+from searchfm.stopping import exit_at_second
 
 DEVICES = "searchfm.learn.entries:devices"
 DIAL_SECONDS = 1.0  # between two attempts to connect
@@ -262,7 +262,7 @@ def main(where: str, home: Path, options: EngineOptions, retry: float, notify: C
     key = find_key(home)
     os.environ.pop(KEY, None)  # its workers need no key
     agent = Agent((host, port), home, key, options, retry=retry, notify=notify)
-    leave_at_second(agent.terminate)
+    exit_at_second(agent.terminate)
     agent.run()
     if agent.signal:
         raise SystemExit(128 + agent.signal)

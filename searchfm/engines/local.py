@@ -16,12 +16,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
-
 from searchfm import forkserver
 from searchfm.engines import DEFAULTS, EngineOptions
 from searchfm.engines.worker import LEFT, STOP, work
 from searchfm.errors import UserError, WorldError
+from searchfm.inputs import free_memory
 from searchfm.jobs import EpochDone, Event, Interrupted, Job, Lost
 
 WORKER_BYTES = 1_500_000_000  # of a worker on a CPU: torch, data and a small model together
@@ -242,4 +241,4 @@ def usable_cores() -> int:
 
 def default_workers() -> int:
     """Workers on a CPU: one per usable core, as far as the free memory goes."""
-    return max(1, min(usable_cores(), int(psutil.virtual_memory().available // WORKER_BYTES)))
+    return max(1, min(usable_cores(), free_memory() // WORKER_BYTES))

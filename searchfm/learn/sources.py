@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from searchfm.errors import DataError, one_of
+from searchfm.format import size as size_text
 from searchfm.inputs import free_memory, regular
 from searchfm.learn.images import (
     SUFFIXES,
@@ -161,7 +162,8 @@ def read_part(source: Source, size: int, channels: int | None = None) -> Arrays:
     Raises one DataError for all images that cannot be read, or for images of several sizes where `size` is 0.
     """
     labels, free, taken, wrong = source.labels, free_memory(), 0, 0
-    check_memory(str(source.base), len(source) * IMAGE + COPIES * source.pixel_bytes(), free)
+    copies = 1 if size else COPIES  # resized, the others are of small images, and are counted below
+    check_memory(str(source.base), len(source) * IMAGE + copies * source.pixel_bytes(), free)
     source.open()
     broken: list[str] = []
     kept: list[tuple[int, _Image]] = []
@@ -176,8 +178,8 @@ def read_part(source: Source, size: int, channels: int | None = None) -> Arrays:
             taken += IMAGE + COPIES * item.pixels.nbytes
             if taken > free:
                 raise DataError(
-                    f"{source.base}: {len(kept)} of {len(source)} images take {written(taken)} of memory, "
-                    f"{written(free)} are free: {SET_SIZE}"
+                    f"{source.base}: {len(kept)} of {len(source)} images take {size_text(taken)} of memory, "
+                    f"{size_text(free)} are free: {SET_SIZE}"
                 )
         if wrong or len(sizes) > 1:  # an error follows
             kept, taken = kept[:1], 0
@@ -200,12 +202,7 @@ def check_memory(where: str, needed: int, free: int | None = None) -> None:
     """Raises DataError where something needs more memory than is free."""
     free = free_memory() if free is None else free
     if needed > free:
-        raise DataError(f"{where}: needs {written(needed)} of memory, {written(free)} are free")
-
-
-def written(count: int) -> str:
-    """Bytes, for messages."""
-    return f"{count / 1e9:,.1f} GB"
+        raise DataError(f"{where}: needs {size_text(needed)} of memory, {size_text(free)} are free")
 
 
 @dataclass(frozen=True)
@@ -432,7 +429,7 @@ class Npz(Source):
 
     def sizes(self) -> list[tuple[int, int]]:
         """See `Source`."""
-        return [self._shape[1:3]] * len(self)
+        return [(self._shape[1], self._shape[2])] * len(self)
 
     def raw(self, index: int) -> Pixels:
         """See `Source`."""
@@ -444,8 +441,8 @@ class Npz(Source):
         return f"{self.base}: {self.images} row {index}"
 
     @cached_property
-    def _shape(self) -> tuple[int, int, int]:
-        """Number, height and width, from the array's header."""
+    def _shape(self) -> tuple[int, ...]:
+        """Number, height and width, and channels if there is such a dimension, from the array's header."""
         with _reading(self.base, self.images), _archive(self.base) as archive:
             shape, dtype = _header(archive, self.images)
         if dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,), (4,)):
@@ -453,7 +450,7 @@ class Npz(Source):
                 f"{self.base}: {self.images} is {shape} {dtype}: must be (images, height, width) or (images, height, "
                 "width, channels) uint8, with 1, 3 or 4 channels"
             )
-        return shape[0], shape[1], shape[2]
+        return shape
 
     def open(self) -> None:
         """See `Source`."""
@@ -739,7 +736,7 @@ class Parquet(Source):
                 for batch in file.iter_batches(at_once, columns=[column]):
                     chunks.append(batch.column(0))
                     taken += batch.nbytes
-                    if taken > REPEATED * claimed + FEW:
+                    if not types.is_integer(kind) and taken > REPEATED * claimed + FEW:
                         raise ValueError(f"its values take {claimed:,} bytes there, more than {taken:,} in memory")
         with _reading(self.base, column):
             return pyarrow.chunked_array(chunks, kind)

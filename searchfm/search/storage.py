@@ -18,7 +18,7 @@ from optuna.storages._rdb import models
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from searchfm.errors import StorageError, StudyError, UserError, one_line, one_of
+from searchfm.errors import DamagedError, StorageError, StudyError, UserError, one_line, one_of
 from searchfm.format import sentence
 from searchfm.home import STORAGE, Home, make_folder, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
@@ -179,7 +179,7 @@ def _open_postgres(
 
 def copy_storage(storage: BaseStorage, home: Home, path: Path) -> None:
     """Copies Optuna's database of a home, as it is at one moment, into a SQLite file that does not exist. Processes may
-    write it meanwhile. Closes the storage's connections. Raises sqlite3.Error, SQLAlchemyError, OSError.
+    write it meanwhile. Of a server's, only the studies of this home. Raises sqlite3.Error, SQLAlchemyError, OSError.
     """
     url = database_url(home)
     if url.get_backend_name() == "sqlite":
@@ -194,14 +194,23 @@ def copy_storage(storage: BaseStorage, home: Home, path: Path) -> None:
             rows = source.execution_options(yield_per=ROWS).execute(sqlalchemy.select(table))
             for part in rows.mappings().partitions():
                 copy.execute(sqlalchemy.insert(table), [dict(row) for row in part])
-    target.engine.dispose()
     engine.dispose()
+    stored = get_storage(target)
+    for name in study_names(stored):
+        if is_elsewhere(home, name):
+            delete_study(stored, stored.get_study_id_from_name(name))
+    target.engine.dispose()
 
 
 def study_names(storage: BaseStorage) -> list[str]:
     """The names of all studies that searchfm began, by age. Raises StorageError."""
     with _reading(shown_url(backend(storage).engine.url)):
         return [study.study_name for study in storage.get_all_studies() if STUDY in study.user_attrs]
+
+
+def is_elsewhere(home: Home, name: str) -> bool:
+    """Whether a study in the database of a server is of another home: it has no folder in this one."""
+    return database_url(home).get_backend_name() != "sqlite" and not home.study(name).is_dir()
 
 
 def read_study(home: Home, name: str) -> StudyRecord:
@@ -286,7 +295,7 @@ def _reading(where: str) -> Iterator[None]:
             yield
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             text = f"{type(error).__name__}: {one_line(error)}"
-            raise StorageError(
+            raise DamagedError(
                 f"{where}: a record cannot be read ({text}); see `searchfm check`, and {RESTORE}"
             ) from error
 

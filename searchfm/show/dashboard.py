@@ -32,7 +32,7 @@ from searchfm.records import StudyRecord
 from searchfm.search.notes import HERE, OPEN, artifact_folder, opened, web_address
 from searchfm.search.storage import load_study, no_study, open_storage, read_again, study_names
 from searchfm.show.guard import HEALTH, LOOPBACK, TOKEN, Access, Guard, read_token, with_token
-from searchfm.stopping import leave_at_second
+from searchfm.stopping import exit_at_second
 
 Only = Literal["optuna", "mlflow"]
 TRIED = 20  # ports in a row
@@ -75,7 +75,7 @@ def serve(
 
     study = study or _latest(home)
     stop = threading.Event()
-    leave_at_second(lambda *_: stop.set())  # for good: the command ends with this function
+    exit_at_second(lambda *_: stop.set())  # for good: the command ends with this function
     remote = web_address(home.tracking_uri)
     first = free_port(ports[0], host=access.host)
     second = 0 if remote else free_port(ports[1], taken=first, host=access.host)

@@ -143,12 +143,11 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
     if cleaned.problem:
         console.print(f"copies in MLflow are left alone: {cleaned.problem}", markup=False)
     if not cleaned.freed:
-        console.print(f"of {size(cleaned.total)} there is nothing to delete")
+        console.print("nothing to delete without further flags")
     elif cleaned.applied:
-        console.print(f"deleted: {size(cleaned.freed)} of {size(cleaned.total)}")
+        console.print(f"deleted: {size(cleaned.freed)}; the home had {size(cleaned.total)}")
     else:
-        of = f"{size(cleaned.freed)} of {size(cleaned.total)}"
-        console.print(f"nothing was deleted; to delete {of}: {command} --apply")
+        console.print(f"nothing was deleted; to delete {size(cleaned.freed)}: {command} --apply")
 
 
 def show_findings(console: Console, checked: "Checked") -> None:
@@ -157,7 +156,8 @@ def show_findings(console: Console, checked: "Checked") -> None:
         where = "" if item.study is None else f"{item.study}: "
         todo = "repaired" if item.repaired else item.todo
         console.print(f"{where}{item.path} {item.problem}; {todo}", markup=False, highlight=False, soft_wrap=True)
-    for line in checked.held:
+    for study, process in checked.held.items():
+        line = f"study {study!r} is held by {process}"
         console.print(f"{line}; checked without what it may be writing", markup=False, soft_wrap=True)
     read = (
         f"{plural(checked.studies, 'study')}, {plural(checked.trials, 'trial')}, {plural(checked.files, 'hashed file')}"

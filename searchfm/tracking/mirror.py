@@ -5,7 +5,6 @@ and metrics carry the time stamps of the epoch records, so that sending again ch
 There is one writer a study: see `writer`. mlflow is imported inside functions alone: it costs seconds.
 """
 
-import atexit
 import functools
 import getpass
 import json
@@ -28,6 +27,7 @@ import tomli_w
 from filelock import FileLock
 
 import searchfm
+from searchfm import forkserver
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import csv_text, escape, final_sentences, show_params
@@ -128,13 +128,12 @@ def connect(home: Home) -> Any:
 def writable(home: Home) -> bool:
     """Whether runs can be written: on a server, or into a database that this process may write."""
     path = database(home)
-    return path is None or not path.exists() or can_write(path)
+    return path is None or (can_write(path) if path.exists() else os.access(home.path, os.W_OK))
 
 
 def _copied(home: Home, path: Path) -> Path:
     """A copy of a database that cannot be written, as MLflow's client opens none other; it goes with this process."""
-    folder = Path(tempfile.mkdtemp(prefix="searchfm-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=forkserver.temporary_folder()))
     with closing(read_sqlite(path)) as source, closing(sqlite3.connect(folder / path.name)) as copy:
         source.backup(copy)
     if path.parent == home.path and has_moved(home):

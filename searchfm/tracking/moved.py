@@ -9,6 +9,7 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from searchfm.errors import StorageError, one_line
 from searchfm.home import Home, write_json
 
 PLACE = "place.json"
@@ -32,6 +33,9 @@ def place(home: Home) -> Path:
         return Path(json.loads((home.path / PLACE).read_text("utf-8"))["path"])
     except FileNotFoundError:  # it is no copy
         return home.path
+    except (ValueError, LookupError, TypeError) as error:
+        must = '{"path": FOLDER}'
+        raise StorageError(f"{home.path / PLACE}: is damaged ({one_line(error)}); must be {must}") from None
 
 
 def follow_move(home: Home, path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from searchfm import forkserver
 from searchfm.errors import ModelError, StorageError, StudyError, one_line
 from searchfm.format import sentence
-from searchfm.home import Home, command_line, file_sha256, flush_folder, flush_tree, shown, write_whole
+from searchfm.home import Home, command_line, file_sha256, flush, flush_tree, shown, write_whole
 from searchfm.records import EXAMPLE, FINAL, SPEC, WEIGHTS, Final, RegisteredModel, StudyRecord
 from searchfm.search.notes import Links
 from searchfm.search.storage import read_study
@@ -166,7 +166,7 @@ def _register(client: Any, home: Home, experiment: str, study: StudyRecord, fina
         flush_tree(kept)
         for parent in kept.parents:
             if parent.is_relative_to(home.path):
-                flush_folder(parent)
+                flush(parent)
     client.finalize_logged_model(logged.model_id, "READY")
     tags = {
         "study": study.name,

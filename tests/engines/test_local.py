@@ -134,7 +134,7 @@ def test_a_fork_server_that_is_killed_while_a_worker_starts_is_replaced_once() -
 
 
 def test_a_fork_server_that_is_killed_again_is_one_line() -> None:
-    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine, killing_servers(2):
+    with closing(LocalEngine(["cpu"], warm="tests.late")) as engine, killing_servers(2):
         with pytest.raises(
             WorldError, match=r"^no worker can be started: the process that forks them was killed twice"
         ):
