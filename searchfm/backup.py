@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from optuna.storages import BaseStorage
 
 from searchfm.check import Checked, check
 from searchfm.errors import StorageError, UserError
@@ -81,7 +80,7 @@ def backup(home: Home, folder: Path) -> BackedUp:
                 for path in _files(home.path / name):
                     _copy(path, copy.path / path.relative_to(home.path))
             _copy(home.path / READS, copy.path / READS)
-            _check_finals(storage, home, copy)
+            _check_finals(home, copy)
             checked = _checked(copy)
             flush_tree(copy.path)
             copy.path.rename(folder)
@@ -109,14 +108,15 @@ def _alone(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another backup into it is being written") from None
 
 
-def _check_finals(storage: BaseStorage, home: Home, copy: Home) -> None:
+def _check_finals(home: Home, copy: Home) -> None:
     """Raises StorageError if a final training ended while files were copied: record and folder may not agree."""
-    copied = open_storage(copy)
+    storage, copied = open_storage(home), open_storage(copy)
     try:
         for name in study_names(copied):
             if load_study(copied, copy, name).final != load_study(storage, home, name).final:
                 raise StorageError(f"study {name!r}: was retrained meanwhile; run the same command again")
     finally:
+        backend(storage).engine.dispose()
         backend(copied).engine.dispose()
 
 
