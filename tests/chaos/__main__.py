@@ -4,7 +4,8 @@
 
 A round is a study of real trainings on digits, in one of four settings. The command is started again until it ends by
 itself; then the study is checked. Rounds take turns until the time is over. Each setting's sums are printed, and are
-appended to the table in `.github/RELIABILITY.md`, so that a further run continues it.
+appended to the table in `.github/RELIABILITY.md`, so that a further run continues it. A command that hangs or fails
+ends the run, after its row was written.
 """
 
 import argparse
@@ -34,17 +35,21 @@ from searchfm.search.storage import read_study
 from searchfm.show.dashboard import free_port
 from tests.cutting import drop_all
 from tests.driving import facts
-from tests.engines.test_ray import START
+from tests.engines.test_ray import START, children
 from tests.nightly import COMMIT
 from tests.serving import Postgres, Server
 
 PAGE = Path(__file__).parents[2] / ".github" / "RELIABILITY.md"
-HEAD = "| date | commit | setting | minutes | kills | of | trials | lost | doubled | differences |"
+HEAD = "| date | commit | setting | minutes | kills | of | trials | lost | doubled | repaired | differences |"
 TRIALS, EPOCHS, WORKERS = 40, 8, 2
 HANGS = 300.0  # seconds without a trial's end or a kill, after which a command is reported
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", str(TRIALS), "--epochs", str(EPOCHS))
 # Whoever is killed so often fails rightly: here each trial must come to its end.
 TUNE = (*TUNE, "--set", "search.retries=50", "--set", "search.checkpoint_seconds=0")
+
+
+class CommandError(Exception):
+    """A command hangs, or ends with an exit code that no kill explains."""
 
 
 @dataclass
@@ -55,8 +60,9 @@ class Sums:
     kills: Counter[str] = field(default_factory=Counter)
     trials: int = 0
     lost: int = 0  # trials without an end, or with the wrong one
-    doubled: int = 0  # trials beyond those asked for, epochs or ends that came twice
-    differences: int = 0  # between Optuna, the folders and MLflow
+    doubled: int = 0  # trials beyond those asked for, epochs and runs of MLflow that are there twice
+    repaired: int = 0  # what MLflow had missed when the command ended, and `sync --apply` sent
+    differences: int = 0  # between Optuna, the folders and MLflow after that, and commands that hang or fail
 
 
 class Setting:
@@ -72,8 +78,8 @@ class Setting:
         "tracking process": 1,
     }
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        self.folder, self.chance = folder, chance
         self.environment: dict[str, str] = {}
         self.stack = ExitStack()
 
@@ -122,8 +128,8 @@ class OnPostgres(Setting):
         "MLflow server": 1,
     }
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        super().__init__(folder, chance)
         (folder / "postgres").mkdir()
         folder.chmod(0o755)
         self.postgres, self.round = Postgres(folder / "postgres"), 0
@@ -155,7 +161,7 @@ class OnPostgres(Setting):
 
     def _restart(self) -> None:
         self.postgres.stop()
-        time.sleep(random.uniform(0, 3))
+        time.sleep(self.chance.uniform(0, 3))
         self.postgres.start()
 
     def mend(self) -> None:
@@ -226,8 +232,8 @@ class OnRay(Setting):
         "tracking process": 1,
     }
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, chance: random.Random) -> None:
+        super().__init__(folder, chance)
         environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         (folder / "token").write_text("0123456789abcdef" * 4)
         (folder / "token").chmod(0o600)
@@ -278,13 +284,6 @@ def line(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
-
-
-def children(process: psutil.Process, *, recursive: bool = False) -> list[psutil.Process]:
-    """The processes below a process; none once it has ended."""
-    with suppress(psutil.Error):
-        return process.children(recursive)
-    return []
 
 
 def run(*arguments: str, **environment: str) -> "subprocess.Popen[bytes]":
@@ -342,7 +341,7 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
                 sums.kills[kind] += 1
                 moved = time.monotonic()
             if time.monotonic() > moved + HANGS:
-                raise AssertionError(f"{setting.name}: the command hangs: {home.path}")
+                raise CommandError(f"{setting.name}: the command hangs: {home.path}")
         now = after(setting, home)
         for number, row in before.items():
             if now.get(number) != row:
@@ -353,7 +352,7 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
             return
         if command.returncode not in (-signal.SIGKILL, 1):  # 1: the database was away for too long
             log = Path(os.environ["CHAOS_LOG"]).read_text(errors="replace")
-            raise AssertionError(f"{setting.name}: exit code {command.returncode}\n{log[-2000:]}")
+            raise CommandError(f"{setting.name}: exit code {command.returncode}\n{log[-2000:]}")
 
 
 def after(setting: Setting, home: Home) -> dict[int, Any]:
@@ -377,8 +376,8 @@ def check(setting: Setting, home: Home, sums: Sums) -> None:
         study = read_study(home, "mlp")
     numbers = [trial.number for trial in study.trials]
     sums.trials += len(numbers)
-    sums.lost += TRIALS - len(set(numbers)) if len(set(numbers)) < TRIALS else 0
-    sums.doubled += len(numbers) - len(set(numbers)) + max(0, len(set(numbers)) - TRIALS)
+    sums.lost += len(set(range(TRIALS)) - set(numbers))
+    sums.doubled += len(numbers) - len(set(range(TRIALS)) & set(numbers))
     for trial in study.trials:
         if trial.state not in ("complete", "pruned"):
             print(f"{setting.name}: trial {trial.number} is {trial.state}: {trial.reason}", flush=True)
@@ -389,7 +388,9 @@ def check(setting: Setting, home: Home, sums: Sums) -> None:
             sums.doubled += 1
         if {epoch.index: round(epoch.val_accuracy or 0, 6) for epoch in trial.epochs} != dict(trial.reported):
             differ(f"trial {trial.number}: epochs.csv is not what Optuna holds")
-    sync(setting, home, apply=True)  # what a server that was away lacks
+    for each in sync(setting, home, apply=True):  # what MLflow missed while its process or server was away
+        sums.doubled += bool(re.fullmatch(r".*: has \d+ runs", each["problem"]))
+        sums.repaired += 1
     for text in sync(setting, home):
         differ(text["problem"])
     for path in [*home.path.rglob("attempt-*"), *(home.path / "studies").rglob("*.tmp")]:
@@ -417,7 +418,8 @@ def append(name: str, sums: Sums) -> None:
     """Appends a row to the table."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sums.kills.most_common())
     facts = [datetime.datetime.now(datetime.UTC).date(), COMMIT, name, f"{sums.seconds / 60:.0f}", sums.kills.total()]
-    row = "| " + " | ".join(map(str, [*facts, kinds, sums.trials, sums.lost, sums.doubled, sums.differences])) + " |\n"
+    figures = [sums.trials, sums.lost, sums.doubled, sums.repaired, sums.differences]
+    row = f"| {' | '.join(map(str, [*facts, kinds, *figures]))} |\n"
     text = PAGE.read_text("utf-8")
     table = re.search(re.escape(HEAD) + r"\n(?:\|.*\n)+", text)
     assert table, f"{PAGE} has no table of chaos runs"
@@ -442,7 +444,7 @@ def main() -> None:
         settings = {}
         for name in options.on:
             Path(folder, name).mkdir()
-            settings[name] = SETTINGS[name](Path(folder, name))
+            settings[name] = SETTINGS[name](Path(folder, name), chance)
             stack.callback(settings[name].stack.close)
         number = 0
         while time.monotonic() < until:
@@ -453,12 +455,16 @@ def main() -> None:
             try:
                 play(setting, home, chance, sums[name], until)
                 check(setting, home, sums[name])
+            except CommandError as error:
+                print(error, flush=True)
+                sums[name].differences += 1
+                break
             finally:
                 setting.end_round()
-            sums[name].seconds += time.monotonic() - began
-            print(name, sums[name], flush=True)
+                sums[name].seconds += time.monotonic() - began
+                print(name, sums[name], flush=True)
     for name, each in sums.items():
-        if each.trials and not options.no_page:
+        if each.kills and not options.no_page:
             append(name, each)
     wrong = sum(each.lost + each.doubled + each.differences for each in sums.values())
     sys.exit(1 if wrong else 0)
