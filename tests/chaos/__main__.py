@@ -4,12 +4,13 @@
 
 A round is a study of real trainings on digits, in one of four settings. The command is started again until it ends by
 itself; then the study is checked. Rounds take turns until the time is over. Each setting's sums are printed, and are
-appended to the table in `.github/RELIABILITY.md`, so that a further run continues it. A command that hangs or fails
-ends the run, after its row was written.
+appended to the table in `.github/RELIABILITY.md`, so that a further run continues it. A fault ends the run after its
+row was written; Ctrl-C does so without the round of that moment.
 """
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +55,7 @@ class CommandError(Exception):
 
 @dataclass
 class Sums:
-    """What came of the rounds of a setting."""
+    """What came of a round, or of the rounds of a setting."""
 
     seconds: float = 0.0
     kills: Counter[str] = field(default_factory=Counter)
@@ -64,12 +65,20 @@ class Sums:
     repaired: int = 0  # what MLflow had missed when the command ended, and `sync --apply` sent
     differences: int = 0  # between Optuna, the folders and MLflow after that, and commands that hang or fail
 
+    def add(self, other: "Sums") -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+    @property
+    def wrong(self) -> int:
+        return self.lost + self.doubled + self.differences
+
 
 class Setting:
     """Where studies are stored and workers run. `victims` are the processes that may be killed, by kind."""
 
     name: ClassVar[str]
-    pause: ClassVar[tuple[float, float]] = (0.2, 2.5)  # seconds between two kills
+    pause: ClassVar[tuple[float, float]] = (0.5, 5.0)  # seconds between two kills; a command takes two to begin
     weights: ClassVar[Mapping[str, int]] = {
         "worker": 6,
         "coordinator": 3,
@@ -334,14 +343,18 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
         environment = {**setting.environment, HOME: str(home.path)}
         command = run(*TUNE, *setting.arguments(), **environment)
         moved = time.monotonic()
-        while command.poll() is None:
-            time.sleep(chance.uniform(*setting.pause))
-            setting.mend()
-            if time.monotonic() < until and command.poll() is None and (kind := kill(setting, command, chance)):
-                sums.kills[kind] += 1
-                moved = time.monotonic()
-            if time.monotonic() > moved + HANGS:
-                raise CommandError(f"{setting.name}: the command hangs: {home.path}")
+        try:
+            while command.poll() is None:
+                time.sleep(chance.uniform(*setting.pause))
+                setting.mend()
+                if time.monotonic() < until and command.poll() is None and (kind := kill(setting, command, chance)):
+                    sums.kills[kind] += 1
+                    moved = time.monotonic()
+                if time.monotonic() > moved + HANGS:
+                    raise CommandError(f"{setting.name}: the command hangs: {home.path}")
+        finally:
+            if command.poll() is None:
+                os.killpg(command.pid, signal.SIGKILL)
         now = after(setting, home)
         for number, row in before.items():
             if now.get(number) != row:
@@ -353,6 +366,22 @@ def play(setting: Setting, home: Home, chance: random.Random, sums: Sums, until:
         if command.returncode not in (-signal.SIGKILL, 1):  # 1: the database was away for too long
             log = Path(os.environ["CHAOS_LOG"]).read_text(errors="replace")
             raise CommandError(f"{setting.name}: exit code {command.returncode}\n{log[-2000:]}")
+
+
+def turn(setting: Setting, home: Home, chance: random.Random, until: float) -> Sums:
+    """One round."""
+    sums, began = Sums(), time.monotonic()
+    setting.start(home.path)
+    try:
+        play(setting, home, chance, sums, until)
+        check(setting, home, sums)
+    except CommandError as error:
+        print(error, flush=True)
+        sums.differences += 1
+    finally:
+        setting.end_round()
+    sums.seconds = time.monotonic() - began
+    return sums
 
 
 def after(setting: Setting, home: Home) -> dict[int, Any]:
@@ -433,6 +462,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a script's `&` would have it ignore Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     chance = random.Random(options.seed)
     print(f"seed {options.seed}", flush=True)
     until = time.monotonic() + 60 * options.minutes
@@ -446,27 +477,18 @@ def main() -> None:
             Path(folder, name).mkdir()
             settings[name] = SETTINGS[name](Path(folder, name), chance)
             stack.callback(settings[name].stack.close)
-        number = 0
-        while time.monotonic() < until:
-            name = options.on[number % len(options.on)]
-            setting, home, number = settings[name], Home(Path(folder, name, f"home-{number}")), number + 1
-            began = time.monotonic()
-            setting.start(home.path)
-            try:
-                play(setting, home, chance, sums[name], until)
-                check(setting, home, sums[name])
-            except CommandError as error:
-                print(error, flush=True)
-                sums[name].differences += 1
-                break
-            finally:
-                setting.end_round()
-                sums[name].seconds += time.monotonic() - began
-                print(name, sums[name], flush=True)
+        with suppress(KeyboardInterrupt):  # then this round does not count
+            for number in itertools.count():
+                if time.monotonic() > until or any(each.wrong for each in sums.values()):
+                    break
+                name = options.on[number % len(options.on)]
+                this = turn(settings[name], Home(Path(folder, name, f"home-{number}")), chance, until)
+                print(name, this, flush=True)
+                sums[name].add(this)
     for name, each in sums.items():
         if each.kills and not options.no_page:
             append(name, each)
-    wrong = sum(each.lost + each.doubled + each.differences for each in sums.values())
+    wrong = any(each.wrong for each in sums.values())
     sys.exit(1 if wrong else 0)
 
 
