@@ -36,7 +36,7 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
 # Processes that tests kill leave their temporary folders; multiprocessing makes one for its sockets. Here they go with
 # the tests. The path stays short: that of a socket has at most 107 characters.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-")
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="tests-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
     Path(os.environ["TMPDIR"]).chmod(0o755)  # PostgreSQL runs as another user
     atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
