@@ -416,7 +416,7 @@ class StudyRecord(StudyHeader):
 
     @property
     def seconds(self) -> float:
-        """From the first trial's start to the last one's end."""
+        """From the first trial's start to the last one's end, by the clocks of the coordinators' machines."""
         starts = [trial.started for trial in self.trials if trial.started is not None]
         ends = [trial.ended for trial in self.trials if trial.ended is not None]
         return max(ends) - min(starts) if starts and ends else 0.0

@@ -438,8 +438,8 @@ def _times(trial: Trial, again: bool) -> str:
         texts.append(f"{trial.seconds_per_epoch:.2f} s each, {seconds(trial.seconds)} in all")
     if trial.started is not None:
         texts.append(f"begun {datetime.fromtimestamp(trial.started):%Y-%m-%d %H:%M:%S}")
-    if trial.started is not None and trial.ended is not None:
-        texts.append(f"ended after {seconds(trial.ended - trial.started)}")
+    if trial.ended is not None:
+        texts.append(f"ended {datetime.fromtimestamp(trial.ended):%Y-%m-%d %H:%M:%S}")
     if trial.result and trial.result.device:
         texts.append(f"on {trial.result.device}" + ", in bfloat16" * (trial.result.precision == "bfloat16"))
     if again:

@@ -1,7 +1,8 @@
 """The tracking process: `python -m searchfm.tracking STUDY`, with the home in SEARCHFM_HOME. See `follow.Tracking`.
 
 Standard input: a line once the study is begun, 1 if each trial is to be drawn at its end, else 0; then a line with the
-time (seconds since 1970) by which to finish; its end ends the process. Before the first line the process only imports.
+time by which to finish, in seconds of the monotonic clock, which all processes of a machine share. Its end ends the
+process. Before the first line the process only imports.
 Standard output: a JSON value a line, [level, text] for a line of log, at last the number of trials not aligned.
 """
 
@@ -57,7 +58,7 @@ def receive(follower: Follower) -> None:
         follower.draw = line.strip() == "1"
         follower.begun.set()
     for line in sys.stdin:
-        timer = threading.Timer(max(0.0, float(line) - time.time()), finish, (follower,))
+        timer = threading.Timer(max(0.0, float(line) - time.monotonic()), finish, (follower,))
         timer.daemon = True
         timer.start()
         follower.closing.set()

@@ -83,7 +83,7 @@ class Tracking:
         Returns how many trials are not aligned: 0 unless MLflow was unreachable or refused some.
         """
         if self._process is not None:
-            self._send(f"{time.time() + seconds:f}")
+            self._send(f"{time.monotonic() + seconds:f}")
             self._relay.join(seconds + 1.0)
             self.end()
         return len(read_study(self._home, self._name).trials) if self._left is None else self._left
