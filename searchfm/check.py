@@ -33,7 +33,7 @@ from searchfm.search.database import RESTORE, database_url, is_damaged, read_sql
 from searchfm.search.lock import holder, study_lock
 from searchfm.search.rdb import backend
 from searchfm.search.storage import is_elsewhere, load_study, open_storage, study_names
-from searchfm.tracking.rows import database
+from searchfm.tracking.rows import RESTORE_RUNS, database
 
 ATTEMPT = "attempt-*"
 ROUNDING = 1e-6  # of the accuracies that are reported
@@ -126,7 +126,7 @@ def _databases(home: Home) -> Iterator[Finding]:
     """SQLite's own checks of both files; those of a server are its own."""
     url = database_url(home)
     own = Path(url.database or "") if url.get_backend_name() == "sqlite" else None
-    for path, todo in ((own, RESTORE), (database(home), f"{RESTORE}, or move it away: `searchfm sync` writes it anew")):
+    for path, todo in ((own, RESTORE), (database(home), RESTORE_RUNS)):
         if path is None or not path.exists():
             continue
         if path.is_dir() or not path.stat().st_size:

@@ -865,27 +865,27 @@ def remove(
 @app.command()
 def clean(
     study: Annotated[
-        str | None, typer.Argument(help="A study by name. [default: all]", autocompletion=shell.home_studies)
+        str | None, typer.Argument(help="Study by name. [default: all]", autocompletion=shell.home_studies)
     ] = None,
-    apply: Annotated[bool, typer.Option("--apply", help="Delete; without it nothing is deleted.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete the files; without it only list them.")] = False,
     keep: Annotated[
-        int | None, typer.Option(min=0, help="Trials whose weights stay. [default: the study's search.keep]")
+        int | None,
+        typer.Option(min=0, help="Number of best trials to keep the weights of. [default: the study's search.keep]"),
     ] = None,
     pictures: Annotated[
-        bool, typer.Option("--pictures", help="Also pictures of trials; report or sync --apply draws them again.")
+        bool, typer.Option("--pictures", help="Add pictures of trials; report and sync --apply draw them again.")
     ] = False,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Also the cache of all homes; searches compute it again.")
+        bool, typer.Option("--cache", help="Add the cache of all homes; searches compute it again.")
     ] = False,
-    downloads: Annotated[bool, typer.Option("--downloads", help="Also downloaded data sets.")] = False,
+    downloads: Annotated[bool, typer.Option("--downloads", help="Add downloaded data sets.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the disk holds that can be deleted, and delete it with --apply.
+    """List files that can be deleted: weights of trials that are not among the best, leftovers of crashes.
 
-    That is weights of trials that are not among the best, and what crashes left; with further flags, what can be made
-    again. Final models, registered models, predictions and records stay, and so does what running and paused trials
-    need. Studies that another process holds are left alone.
+    Delete them with --apply. Further flags add files that can be made again. Keep final models, registered models,
+    predictions, records, and what running and paused trials need. Skip studies that another process holds.
     """
     from searchfm import disk
     from searchfm.search.files import study_name
@@ -903,14 +903,14 @@ def clean(
 
 @app.command()
 def backup(
-    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet, or is empty.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="New or empty folder for the copy.", metavar="FOLDER")],
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Copy the home into FOLDER, databases and files, also while searches run. The copy is a home: --home FOLDER.
+    """Copy studies, models and databases of the home into FOLDER, also while searches run.
 
-    With PostgreSQL, the copy has its tables as a SQLite file. The databases of an MLflow server, and the key of workers
-    elsewhere, are left out.
+    The copy is a home: use it with --home FOLDER. PostgreSQL's tables become a SQLite file in it; unset
+    SEARCHFM_STORAGE to use that. The data of an MLflow server and worker.key are not copied.
     """
     from searchfm.backup import backup
     from searchfm.format import plural
@@ -921,7 +921,7 @@ def backup(
     text += f", {done.bytes:,} bytes\nnext  searchfm status --home {shlex.quote(done.folder)}"
     _output(as_json, schema.describe(schema.BackedUp, done), lambda: typer.echo(text))
     if not done.mlflow:
-        live.notify("the copy has no runs of MLflow, which are on a server; `searchfm sync STUDY --apply` makes them")
+        live.notify("the copy has no database of MLflow; `searchfm sync STUDY --apply` sends the runs to MLflow")
     if count := len(done.checked.findings):
         problems = plural(count, "problem")
         live.notify(f"{problems} in the copy, and in the home: searchfm check --home {shlex.quote(done.folder)}")
@@ -932,13 +932,13 @@ def check(
     study: Annotated[
         str | None, typer.Argument(help="Study by name. [default: all]", autocompletion=shell.home_studies)
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete what was left over, rewrite what can be.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Delete leftovers, and write final.json again.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the home: both databases, the files of trials and final models against their records, leftovers.
+    """Check the home: SQLite databases, files of trials and final models against their records, leftovers.
 
-    Exit code 1 if a problem stays. `searchfm sync STUDY` compares MLflow with Optuna.
+    Exit with code 1 if a problem remains. `searchfm sync STUDY` compares MLflow with Optuna.
     """
     from searchfm.check import check
     from searchfm.search.files import study_name

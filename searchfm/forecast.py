@@ -86,7 +86,7 @@ def room_note(forecast: Forecast, left: int, free: int, folder: str) -> str:
     if free >= needed:
         return ""
     return (
-        f"{folder}: has room for {size(free)}, and the search is forecast to take up to {size(needed)}: "
+        f"{folder}: has {size(free)} of free disk space, and the search is forecast to take up to {size(needed)}: "
         "delete files (searchfm clean lists some), or name a home on another disk with --home"
     )
 

@@ -158,7 +158,7 @@ def test_a_backup_goes_on_where_the_original_is_gone_and_where_it_is_moved(
         values(home, "backup", str(written))
         home.rename(tmp_path / "gone")
         written.rename(place)
-        assert run(place, "check").stdout == "1 study, 2 trials, 10 hashed files: all is well\n"
+        assert run(place, "check").stdout == "1 study, 2 trials, 10 hashed files: no problems found\n"
         assert values(place, "status", "mlp")[0]["trials"]["complete"] == 2
         assert values(place, "sync", "mlp") == []
         assert values(place, "predict", "models:/searchfm-mlp/1", digit) == predicted

@@ -203,7 +203,7 @@ def findings(home: Home, *options: str) -> list[dict[str, Any]]:
 def test_nothing_is_wrong_with_a_whole_home(home: Home) -> None:
     before = content(home)
     done = run(home, "check")
-    assert (done.returncode, done.stdout) == (0, "1 study, 4 trials, 6 hashed files: all is well\n")
+    assert (done.returncode, done.stdout) == (0, "1 study, 4 trials, 6 hashed files: no problems found\n")
     assert content(home) == before
     assert run(home, "check other").returncode == 2
     assert "no such folder" in searchfm_here("check", "--home", str(home.path / "nowhere")).stderr
@@ -259,5 +259,5 @@ def test_what_was_left_over_is_deleted_by_repair_alone_and_not_while_the_study_i
 def test_an_empty_database_of_a_new_home_holds_no_study(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home = new_home(tmp_path / "new")
     assert read_studies(home) == []
-    assert run(home, "check").stdout == "0 studies, 0 trials, 0 hashed files: all is well\n"
+    assert run(home, "check").stdout == "0 studies, 0 trials, 0 hashed files: no problems found\n"
     assert open_storage(home)

@@ -130,7 +130,7 @@ def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_room() -> 
     needed = ten.disk + ten.checkpoints
     assert room_note(ten, 10, needed, "runs") == ""
     assert room_note(ten, 10, needed - 1, "runs").startswith(
-        f"runs: has room for {size(needed)}, and the search is forecast to take up to {size(needed)}: "
+        f"runs: has {size(needed)} of free disk space, and the search is forecast to take up to {size(needed)}: "
     )
     left = ten.disk // 2 + ten.checkpoints  # of a search whose first half has ended
     assert (room_note(ten, 5, left + 1, "runs"), bool(room_note(ten, 5, left - 1, "runs"))) == ("", True)

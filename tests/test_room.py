@@ -34,8 +34,8 @@ def test_a_search_warns_before_its_first_trial_where_the_disk_is_too_small_and_g
     done = on_small_disk("16m", tmp_path / "small", "tune", *SEARCH)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    (warning,) = (line for line in lines if "has room for" in line)
-    assert warning.startswith(f"{tmp_path / 'small'}: has room for 1")
+    (warning,) = (line for line in lines if "of free disk space" in line)
+    assert warning.startswith(f"{tmp_path / 'small'}: has 1")
     assert "searchfm clean" in done.stdout
     assert lines.index(warning) < min(number for number, line in enumerate(lines) if "trial 0" in line)
 
@@ -45,7 +45,7 @@ def test_a_dry_run_warns_likewise_and_neither_where_there_is_room(tmp_path: Path
     small = on_small_disk("16m", tmp_path / "small", "tune", *SEARCH, "--dry-run", "--json")
     forecast = json.loads(small.stdout)["forecast"]
     assert forecast["disk"] + forecast["checkpoints"] > 16 * 2**20
-    assert "has room for 17 MB, and the search is forecast to take up to " in " ".join(small.stderr.split())
+    assert "has 17 MB of free disk space, and the search is forecast to take up to " in " ".join(small.stderr.split())
     large = on_small_disk("1g", tmp_path / "large", "tune", *SEARCH, "--dry-run")
-    assert (large.returncode, "has room" in large.stderr + large.stdout) == (0, False)
+    assert (large.returncode, "free disk space" in large.stderr + large.stdout) == (0, False)
     assert "checkpoints while it searches" in large.stdout

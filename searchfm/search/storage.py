@@ -107,7 +107,7 @@ def _lost(home: Home, url: sqlalchemy.URL) -> StorageError | None:
     state = "empty" if path.exists() else "missing"  # empty of studies too
     return StorageError(
         f"{path}: is {state}, but {which} in {home.path} has trials of it: {RESTORE}; "
-        f"to begin anew, move {home.path / 'studies'} away or name another --home"
+        f"to begin again without them, move {home.path / 'studies'} away or name another --home"
     )
 
 

@@ -673,11 +673,11 @@ class DiskKind(Part, kw_only=True):
 
     kind: Annotated[
         Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"],
-        about("what they are; weights are those beyond the kept ones, leftovers those of crashes"),
+        about("what they are; weights: beyond the kept ones; leftovers: of crashes"),
     ]
     files: Annotated[int, about("their number, copies in MLflow and of optuna-dashboard included")]
     bytes: Annotated[int, about("their bytes")]
-    chosen: Annotated[bool, about("whether the flags choose them: `--apply` deletes them, or has deleted them")]
+    chosen: Annotated[bool, about("whether the flags choose them for `--apply`")]
 
 
 class DiskUse(Printed, kw_only=True):
@@ -687,8 +687,8 @@ class DiskUse(Printed, kw_only=True):
     applied: Annotated[bool, about("whether the chosen kinds were deleted")]
     freed: Annotated[int, about("bytes that were deleted, or would be with `--apply`")]
     uses: Annotated[Sequence[DiskKind], about("the kinds; with a study those of the cache are left out")]
-    held: Annotated[Mapping[str, str], about("studies that were left alone, and the process that holds each")]
-    problem: Annotated[str, about("why the copies in MLflow were left alone; empty: they were not")]
+    held: Annotated[Mapping[str, str], about("studies that were skipped, and the process that holds each")]
+    problem: Annotated[str, about("why copies in MLflow were skipped; empty if they were not")]
 
 
 class BackedUp(Printed, kw_only=True):
@@ -698,7 +698,7 @@ class BackedUp(Printed, kw_only=True):
     studies: Annotated[int, about("studies in it")]
     trials: Annotated[int, about("their trials")]
     bytes: Annotated[int, about("bytes of its files")]
-    mlflow: Annotated[bool, about("whether it has MLflow's database: not where that is a server's")]
+    mlflow: Annotated[bool, about("whether it has MLflow's database; false for a server's")]
 
 
 class Finding(Printed, kw_only=True):
@@ -708,7 +708,7 @@ class Finding(Printed, kw_only=True):
     trial: Annotated[int | None, about("its number; null for the study or the home")]
     path: Annotated[str, about("file or folder")]
     problem: Annotated[str, about("what is wrong")]
-    todo: Annotated[str, about("what repairs it")]
+    todo: Annotated[str, about("how to repair it")]
     repaired: Annotated[bool, about("whether it was repaired: with `--repair`")]
 
 

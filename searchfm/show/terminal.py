@@ -129,7 +129,7 @@ FLAGS = {"weights": "", "leftovers": "", "pictures": " --pictures", "downloads":
 
 
 def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
-    """What can be deleted, by kind, or was. command: that printed it, without --apply."""
+    """What can be deleted, by kind, or was. command: the one that printed this, without --apply."""
     shown = table("kind", "files", "size", "deleted" if cleaned.applied else "deleted by", numeric={"files", "size"})
     for use in cleaned.uses:
         flags = f"--apply{FLAGS.get(use.kind, ' --cache')}"
@@ -137,11 +137,11 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
         shown.add_row(use.kind, f"{use.files:,}", size(use.bytes) if use.bytes else "-", mark)
     console.print(shown)
     for study, process in cleaned.held.items():
-        console.print(f"left alone: study {study!r}, which {process or 'another process'} holds", markup=False)
+        console.print(f"skipped: study {study!r}, which {process or 'another process'} holds", markup=False)
     if cleaned.held:
-        console.print("the cache is left alone while a study is held")
+        console.print("skipped: the cache, since a study is held")
     if cleaned.problem:
-        console.print(f"copies in MLflow are left alone: {cleaned.problem}", markup=False)
+        console.print(f"skipped: copies in MLflow: {cleaned.problem}", markup=False)
     if not cleaned.freed:
         console.print("nothing to delete without further flags")
     elif cleaned.applied:
@@ -158,12 +158,12 @@ def show_findings(console: Console, checked: "Checked") -> None:
         console.print(f"{where}{item.path} {item.problem}; {todo}", markup=False, highlight=False, soft_wrap=True)
     for study, process in checked.held.items():
         line = f"study {study!r} is held by {process}"
-        console.print(f"{line}; checked without what it may be writing", markup=False, soft_wrap=True)
+        console.print(f"{line}; files that it may be writing were not checked", markup=False, soft_wrap=True)
     read = (
         f"{plural(checked.studies, 'study')}, {plural(checked.trials, 'trial')}, {plural(checked.files, 'hashed file')}"
     )
     left = sum(not item.repaired for item in checked.findings)
-    console.print(f"{read}: {plural(left, 'problem') if left else 'all is well'}", markup=False, highlight=False)
+    console.print(f"{read}: {plural(left, 'problem') if left else 'no problems found'}", markup=False, highlight=False)
 
 
 def show_comparison(console: Console, tables: Iterable[Table], notes: Iterable[str], files: Iterable[Path]) -> None:

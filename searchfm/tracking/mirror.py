@@ -46,11 +46,11 @@ from searchfm.records import (
     Trial,
     read_epochs,
 )
-from searchfm.search.database import RESTORE, can_write, is_damaged, read_sqlite
+from searchfm.search.database import can_write, is_damaged, read_sqlite
 from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
 from searchfm.tracking.moved import follow_move, has_moved, move, place
-from searchfm.tracking.rows import database
+from searchfm.tracking.rows import RESTORE_RUNS, database
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
 # FINISHED, and its name and its tag `state` contain that it was pruned.
@@ -68,7 +68,6 @@ VIEW_TAG = f"{VIEWS}{VIEW}"
 NOTE, SOURCE = "mlflow.note.content", "mlflow.source.name"
 NOTED = 4000  # characters of a note; MLflow's servers took 5000 in a tag, then 8000
 PAGE = 1000  # runs a page
-ANEW = f"{RESTORE}, or move it away, and `searchfm sync STUDY --apply` writes the runs anew"
 MODELS = "models"  # MLflow's folder of logged models, in that of their experiment
 
 # --- the client -------------------------------------------------------------------------------------------------------
@@ -87,7 +86,7 @@ def reaching(home: Home) -> Iterator[None]:
         code: Any = getattr(error, "error_code", None)
         text = f"{type(error).__name__}{f' ({code})' if code else ''}"
         if is_damaged(error):
-            text = f"the database is damaged; {ANEW}"
+            text = f"the database is damaged; {RESTORE_RUNS}"
         raise StorageError(f"MLflow at {shown(home.tracking_uri)}: {text}") from error
 
 
@@ -109,7 +108,7 @@ def connect(home: Home) -> Any:
     if path is None:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     if path.is_file() and not path.stat().st_size:  # no crash leaves such a file: see `_make`
-        raise StorageError(f"{path}: is empty; {ANEW}")
+        raise StorageError(f"{path}: is empty; {RESTORE_RUNS}")
     if path.is_file() and not can_write(path):
         uri = f"sqlite:///{_copied(home, path)}"
         return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -17,10 +17,11 @@ from urllib.request import url2pathname
 import sqlalchemy
 
 from searchfm.home import Home
-from searchfm.search.database import read_sqlite
+from searchfm.search.database import RESTORE, read_sqlite
 from searchfm.tracking.moved import has_moved
 
 REVISIONS = ("dc11669786a5",)  # of MLflow's tables that these queries were written for: since MLflow 3.17
+RESTORE_RUNS = f"{RESTORE}, or move it away: `searchfm sync STUDY --apply` writes the runs again"
 DELETED = "Deleted_Internal"  # the stage that MLflow gives a deleted version
 
 
