@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from searchfm.errors import ConfigError, near
+from searchfm.stopping import HANG_SECONDS
 from searchfm.tables import Table, branch, digest, free, key, show, table
 
 Shape = tuple[int, int, int]  # channels, height, width
@@ -424,7 +425,7 @@ class SearchConfig(Table):
     keep: int = key(3, "number of best trials to keep the weights of", ge=0)
     retries: int = key(2, "retries of a trial whose worker died", ge=0)
     checkpoint_seconds: float = key(5.0, "minimum seconds between two checkpoints of a trial", ge=0)
-    hang_seconds: float = key(600.0, "seconds without a finished batch until a worker is killed", ge=10)
+    hang_seconds: float = key(HANG_SECONDS, "seconds without a finished batch until a worker is killed", ge=10)
 
 
 # Keys that may change between two commands on one study: they decide the length of a search, never a trial's result.

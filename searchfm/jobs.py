@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from searchfm.records import Epoch
+from searchfm.stopping import HANG_SECONDS
 
 Result: TypeAlias = Mapping[str, Any]  # plain values (what JSON can hold)
-HANG_SECONDS = 600.0  # without a heartbeat
 PAUSED = "paused"  # the one key of the result of a job that ended at an epoch that its payload names, with a checkpoint
 
 

@@ -16,7 +16,6 @@ from searchfm.engines import Engine
 from searchfm.errors import CodeError, DataError, ModelError, StorageError
 from searchfm.home import flush, make_folder
 from searchfm.jobs import (
-    HANG_SECONDS,
     PAUSED,
     EpochDone,
     Event,
@@ -29,8 +28,8 @@ from searchfm.jobs import (
     Retried,
     Started,
 )
+from searchfm.stopping import HANG_SECONDS, STOP_SECONDS
 
-STOP_SECONDS = 6.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
 LOCK_SECONDS = 5.0  # between two checks of the lock
 EVENT_SECONDS = 0.2  # to wait for an event before the stop request is checked again
 

@@ -18,8 +18,10 @@ from searchfm.errors import UserError
 
 DURATION = re.compile(r"(?:(?P<h>\d+(?:\.\d+)?)h)?(?:(?P<m>\d+(?:\.\d+)?)m)?(?:(?P<s>\d+(?:\.\d+)?)s?)?")
 REQUEST_SECONDS = 1.0  # between two looks for a stop request of another process
-# After a signal: Docker kills after ten seconds. Workers have six (`pool.STOP_SECONDS`), MLflow the rest of eight; what
-# still runs after nine is killed.
+HANG_SECONDS = 600.0  # without a heartbeat, until a worker is killed; the default
+STOP_SECONDS = 6.0  # for jobs to reach the end of a batch after a stop; then their workers are killed
+# After a signal: Docker kills after ten seconds. Workers have `STOP_SECONDS`, MLflow the rest of eight; what still runs
+# after nine is killed.
 EXIT_SECONDS, KILL_SECONDS = 8.0, 9.0
 
 
@@ -46,7 +48,7 @@ def on_stop_signals(first: Callable[[int, Any], object]) -> dict[int, Any]:
 
 
 def exit_at_second(first: Callable[[int, Any], object]) -> None:
-    """Calls `first` at the first signal that stops a command. A second one, other than SIGHUP, ends the process and its
+    """Calls `first` at the first signal that stops a command. A second Ctrl-C or SIGTERM ends the process and its
     workers at once: see `StopRequest`.
     """
     received = False
@@ -79,7 +81,7 @@ def _terminals() -> list[int]:
 
 
 def _hang_up(terminals: list[int]) -> None:
-    """Sends what is printed nowhere: the terminal is gone, and OSError would be raised."""
+    """Redirects outputs to /dev/null: a write to a closed terminal raises OSError."""
     null = os.open(os.devnull, os.O_WRONLY)
     for descriptor in terminals:
         os.dup2(null, descriptor)
@@ -91,10 +93,11 @@ class StopRequest:
     so.
 
     It receives signals while it is entered, in the main thread alone. The first one asks all jobs to stop, which then
-    keep their checkpoints. `exits`, for a command: a second signal ends the process and its workers at once, a first
-    one after nine seconds, and leaving ends it as the signal would have. Without it, for a program that calls searchfm:
-    a second Ctrl-C raises KeyboardInterrupt, and the program continues after Ctrl-C; SIGTERM and SIGHUP still end the
-    process on leaving. A further SIGHUP is none: a terminal that is closed sends two, by its shell and by the kernel.
+    keep their checkpoints. `exits`, for a command: a second Ctrl-C or SIGTERM ends the process and its workers at once,
+    a first one after nine seconds, and the end of the block as the signal would have. Without it, for a program that
+    calls searchfm: a second Ctrl-C raises KeyboardInterrupt, and the program continues after Ctrl-C; SIGTERM and SIGHUP
+    still end the process at the end of the block. A further SIGHUP is ignored: a closed terminal sends two, by its
+    shell and by the kernel.
 
     began: when the command began, in seconds of `time.monotonic`: a timeout counts from then on. Default: now.
     """

@@ -26,11 +26,11 @@ from searchfm.events import SearchEvent
 from searchfm.format import interrupted
 from searchfm.home import Home
 from searchfm.jobs import EpochDone, Event, Finished, Lost
-from searchfm.pool import STOP_SECONDS
 from searchfm.records import StudyRecord, Trial
 from searchfm.search import files
 from searchfm.search.database import failures
 from searchfm.search.storage import open_storage
+from searchfm.stopping import STOP_SECONDS
 from tests import driving, toys
 from tests.crashing import Crasher
 from tests.driving import check, facts, search, toy

@@ -47,12 +47,11 @@ from searchfm.engines.wire import (
 from searchfm.errors import UserError, WorldError, one_line
 from searchfm.forkserver import WARM, without_secrets
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
-from searchfm.stopping import exit_at_second
+from searchfm.stopping import STOP_SECONDS, exit_at_second
 
 DEVICES = "searchfm.learn.entries:devices"
 DIAL_SECONDS = 1.0  # between two attempts to connect
 RETRY_SECONDS = 60.0  # of attempts, before a worker gives up
-STOP_SECONDS = 6.0  # for jobs to reach the end of a batch
 
 
 class Agent:
