@@ -1,7 +1,7 @@
-"""A backup of a home: a home of its own, consistent while searches write, whole or not there.
+"""A backup of a home: a home of its own, consistent also while searches write. A backup that fails leaves nothing.
 
 MLflow's database is copied first, then Optuna's, then the files: so MLflow may lack the latest trials, which `sync`
-sends, and a trial that the copy has as running goes on from its checkpoint.
+sends, and a trial that is running in the copy resumes from its checkpoint.
 """
 
 import os
@@ -16,18 +16,18 @@ from filelock import FileLock, Timeout
 
 from searchfm.check import Checked, check
 from searchfm.errors import StorageError, UserError
-from searchfm.home import Home, flush, flush_tree, make_folder, write_json
+from searchfm.home import LOCK_FILE, STOP_FILE, Home, flush, flush_tree, make_folder, write_json
 from searchfm.records import READS, SPEC, WEIGHTS
 from searchfm.search.database import failures, read_sqlite
 from searchfm.search.rdb import backend
 from searchfm.search.storage import copy_storage, load_study, open_storage, study_names
 from searchfm.tracking import moved
 from searchfm.tracking.rows import database
-from searchfm.upkeep import size
+from searchfm.upkeep import LOCKS, bytes_in
 
-# Of a home. Left out: locks and their owners, and the key of workers elsewhere, which a new search makes anew.
+# Of a home. Not `worker.key`, a secret: a search makes a new one.
 FOLDERS = ("studies", "mlartifacts", "optuna-artifacts", "slurm")
-LEFT_OUT = (".lock", ".tracking.lock", ".stop", "owner")
+LEFT_OUT = (*LOCKS, STOP_FILE)
 
 
 class _Copy(Home):
@@ -66,7 +66,7 @@ def backup(home: Home, folder: Path) -> BackedUp:
         raise UserError(f"{folder}: must be outside of the home, {home.path}")
     storage = open_storage(home)
     copy = _Copy(folder.with_name(f".{folder.name}.tmp"))
-    with failures(f"{folder}"), _alone(folder):
+    with failures(f"{folder}"), _only_backup(folder):
         shutil.rmtree(copy.path, ignore_errors=True)  # of a killed backup
         copy.path.mkdir(parents=True)
         try:
@@ -90,11 +90,11 @@ def backup(home: Home, folder: Path) -> BackedUp:
             raise
         finally:
             backend(storage).engine.dispose()
-    return BackedUp(str(folder), checked.studies, checked.trials, size(folder), mlflow, checked)
+    return BackedUp(str(folder), checked.studies, checked.trials, bytes_in(folder), mlflow, checked)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _only_backup(folder: Path) -> Iterator[None]:
     """Refuses a second backup into a folder. Raises UserError."""
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     make_folder(folder.parent)
@@ -121,14 +121,14 @@ def _check_finals(home: Home, copy: Home) -> None:
 
 
 def _copy_mlflow(home: Home, copy: Home, folder: Path) -> bool:
-    """Copies MLflow's database, if it is a file, with the addresses of the artifacts in the folder."""
+    """Copies MLflow's database, if it is a file, with paths of artifacts in the folder."""
     path = database(home)
     if path is None or not path.is_file():
         return False
     target = copy.path / "mlflow.db"
     with closing(read_sqlite(path)) as source, closing(sqlite3.connect(target)) as connection:
         source.backup(connection)
-    moved.move(target, moved.place(home), folder)
+    moved.change_paths(target, moved.recorded_folder(home), folder)
     write_json(copy.path / moved.PLACE, {"path": str(folder)})
     return True
 
@@ -136,7 +136,7 @@ def _copy_mlflow(home: Home, copy: Home, folder: Path) -> bool:
 def _checked(copy: Home) -> Checked:
     """Checks the copy, and deletes what attempts and better weights left in it while it was made."""
     checked = check(copy, repair=True)
-    for path in [*copy.path.glob("*.lock"), *copy.path.glob("studies/*/.lock")]:
+    for path in [*copy.path.glob("*.lock"), *copy.path.glob(f"studies/*/{LOCK_FILE}")]:
         path.unlink()
     checked.findings = [finding for finding in checked.findings if not finding.repaired]
     return checked

@@ -1,5 +1,5 @@
-"""Checks a home: its databases, the files of its trials against their records, what was left over. Repairs what can be
-repaired without loss: it deletes nothing but what no record needs.
+"""Checks a home: its databases, the files of its trials against their records, leftovers. Repairs what it can without
+loss: it deletes only files that no record needs.
 """
 
 import os
@@ -43,20 +43,20 @@ SHOWN = 3  # of SQLite's findings in a database
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong in a home."""
+    """A problem in a home."""
 
     study: str | None  # None: of the home
     trial: int | None  # None: of the study
     path: str
     problem: str
-    todo: str  # what repairs it
+    todo: str  # how to repair it
     repaired: bool = False
     repair: Callable[[], object] | None = field(default=None, compare=False, repr=False)  # None: the user must
 
 
 @dataclass
 class Checked:
-    """What `check` read, and what it found."""
+    """What was checked, and the problems."""
 
     studies: int = 0
     trials: int = 0
@@ -66,7 +66,7 @@ class Checked:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong, or no more."""
+        """Whether no problem remains."""
         return all(finding.repaired for finding in self.findings)
 
 

@@ -842,7 +842,7 @@ def remove(
     try:
         record = read_study(where, name)
         gone = f"{plural(len(record.trials), 'trial')} in Optuna and MLflow"
-        gone += f", {upkeep.size(record.folder):,} bytes in {record.folder}"
+        gone += f", {upkeep.bytes_in(record.folder):,} bytes in {record.folder}"
         remove_it = partial(upkeep.remove, where, name, models=with_models)
     except StudyError:
         left = upkeep.left_models(where, name) if with_models else ()

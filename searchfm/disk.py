@@ -1,8 +1,9 @@
-"""What a home and the cache hold on the disk, by kind; deletes what can be made again, or is beyond what is kept.
+"""Files of a home and of the cache that can be deleted, by kind: weights that are not kept, leftovers of crashes, and
+what can be made again. Deletes them.
 
-Never final models, registered models, predictions, records, or what a running or paused trial needs to go on. A study
-that another process holds is left alone. Local files go before MLflow's copies: so `sync` lists no difference that a
-crash in between made, and the same call goes on.
+Keeps final models, registered models, predictions, records, and what running and paused trials need. Skips a study that
+another process holds. Deletes local files before MLflow's copies: so a crash in between leaves no difference for
+`sync`, and the same call resumes.
 """
 
 import shutil
@@ -21,7 +22,7 @@ from searchfm.search.lock import holder
 from searchfm.search.notes import picture_copy
 from searchfm.search.storage import is_elsewhere, locked_study, open_storage, read_study, study_names
 from searchfm.tracking.mirror import trial_copies, writer
-from searchfm.upkeep import size
+from searchfm.upkeep import bytes_in
 
 Kind = Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"]
 CACHE: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
@@ -30,28 +31,28 @@ CACHE: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden fil
     "costs and tables": ("costs/*.json", "tables/*.db"),
     "downloads": ("data/files/*",),
 }
-DOWNLOADED: Kind = "downloads"  # of the cache, but by users
+DOWNLOADED: Kind = "downloads"  # in the cache, with a flag of its own
 
 
 @dataclass
-class Use:
-    """What is on the disk of one kind."""
+class Deletable:
+    """Files of one kind."""
 
     kind: Kind
-    chosen: bool  # whether it is to be deleted
+    chosen: bool  # whether they are to be deleted
     files: int = 0
     bytes: int = 0
 
 
 @dataclass
 class Cleaned:
-    """What there is of each kind, and what `clean` left alone."""
+    """The files of each kind, and what `clean` skipped."""
 
     total: int  # bytes of all files in the home, before; or of the study
     applied: bool  # whether the chosen kinds were deleted
-    uses: list[Use] = field(default_factory=list)
-    held: dict[str, str] = field(default_factory=dict)  # studies that were left alone -> the process that holds each
-    problem: str = ""  # why MLflow's copies were left alone; empty: they were not
+    uses: list[Deletable] = field(default_factory=list)
+    held: dict[str, str] = field(default_factory=dict)  # studies that were skipped -> the process that holds each
+    problem: str = ""  # why MLflow's copies were skipped; empty if they were not
 
     @property
     def freed(self) -> int:
@@ -69,21 +70,21 @@ def clean(
     downloads: bool = False,
     apply: bool = False,
 ) -> Cleaned:
-    """Counts weights that are not kept and what crashes left, of a study or of all; with further flags, more. Deletes
-    them if `apply`.
+    """Counts weights that are not kept and leftovers of crashes, of a study or of all; with flags, more. Deletes them
+    if `apply`.
 
     keep: trials of a study whose weights stay; None, or more than that: the study's own number. Without a name the
     cache is counted too; nothing of it is deleted while a study of the home is held. Raises StudyError for an unknown
     study, StorageError where a database fails.
     """
     chosen = {"pictures": pictures, **dict.fromkeys(CACHE, cache), DOWNLOADED: downloads}
-    uses = {kind: Use(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
-    cleaned = Cleaned(size(home.path if name is None else home.study(name)), apply)
+    uses = {kind: Deletable(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
+    cleaned = Cleaned(bytes_in(home.path if name is None else home.study(name)), apply)
     for each in _studies(home) if name is None else [name]:
         try:
-            with failures(f"study {each!r}"), _free(home, each, apply) as study:
+            with failures(f"study {each!r}"), _unheld(home, each, apply) as study:
                 if name is not None:
-                    cleaned.total += size(home.artifacts / study.uuid)
+                    cleaned.total += bytes_in(home.artifacts / study.uuid)
                 kept = {trial.number for trial in study.kept[:keep]}
                 _count_files(home, study, kept, uses, apply)
                 if not cleaned.problem:  # each further study would wait for MLflow too
@@ -109,7 +110,7 @@ def _studies(home: Home) -> list[str]:
 
 
 @contextmanager
-def _free(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
+def _unheld(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
     """A study that no other process holds; if `apply`, held by this one, as its only writer into MLflow. Raises
     LockedError, StudyError.
     """
@@ -123,7 +124,9 @@ def _free(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
     yield study
 
 
-def _count_files(home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Use], apply: bool) -> None:
+def _count_files(
+    home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Deletable], apply: bool
+) -> None:
     """Counts the files of a study that are in the home, and deletes the chosen ones."""
     for trial in (trial for trial in study.trials if trial.state != "running"):
         for name in (WEIGHTS, SPEC) if trial.number not in kept else ():
@@ -136,7 +139,9 @@ def _count_files(home: Home, study: StudyRecord, kept: Collection[int], uses: di
         _count(path, uses["leftovers"], apply)
 
 
-def _count_copies(home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Use], apply: bool) -> str:
+def _count_copies(
+    home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Deletable], apply: bool
+) -> str:
     """Counts the copies in MLflow's runs, and deletes the chosen ones. Returns why that could not be done, if so."""
     weights = (WEIGHTS, SPEC)
     kinds = {**dict.fromkeys(weights, uses["weights"]), **dict.fromkeys(PICTURES, uses["pictures"])}
@@ -151,17 +156,17 @@ def _count_copies(home: Home, study: StudyRecord, kept: Collection[int], uses: d
     return ""
 
 
-def _count(path: Path, use: Use, apply: bool) -> None:
+def _count(path: Path, use: Deletable, apply: bool) -> None:
     """Counts a file, or all files in a folder, if it is there; deletes it if its kind is chosen and `apply`. Raises
     OSError where it cannot be deleted.
     """
     if path.is_dir():
         use.files += sum(file.is_file() for file in path.rglob("*"))
-        use.bytes += size(path)
+        use.bytes += bytes_in(path)
         if apply and use.chosen:
             shutil.rmtree(path)
     elif path.is_file():
         use.files += 1
-        use.bytes += size(path)
+        use.bytes += bytes_in(path)
         if apply and use.chosen:
             path.unlink()

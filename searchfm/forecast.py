@@ -76,8 +76,8 @@ def make_forecast(
     )
 
 
-def room_note(forecast: Forecast, left: int, free: int, folder: str) -> str:
-    """A warning if a file system has less room than the trials to come are forecast to take; else empty.
+def space_note(forecast: Forecast, left: int, free: int, folder: str) -> str:
+    """A warning if a file system has less free space than the trials to come are forecast to take; else empty.
 
     forecast: of the study. left: trials to come, which take their fraction of what stays. free: bytes. folder: of the
     home.

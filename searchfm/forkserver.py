@@ -23,13 +23,13 @@ from typing import Any
 
 NAME = "searchfm-"  # the beginning of a worker's name
 SECRETS = ("MLFLOW_", "SEARCHFM_STORAGE", "SEARCHFM_UI_TOKEN", "PGPASSWORD")  # prefixes of variables that no worker has
-KEYS = ("SEARCHFM_WORKER_KEY", "RAY_AUTH_TOKEN")  # the same; agents need them, and remove them from their environment
+KEYS = ("SEARCHFM_WORKER_KEY", "RAY_AUTH_TOKEN")  # that no worker has either; agents and Ray's driver need them
 WARM = "searchfm.learn.warm"  # what the fork server imports before the first fork, and a spawned worker at its start
 FOLDER = "searchfm-server-"  # the beginning of the name of the folder for the server's socket and temporary files
 LONGEST = 60  # bytes of the path of the folder of temporary files: that of a socket has 107 at most
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that reach the whole process group
 
-_server: Any = multiprocessing.forkserver._forkserver  # the module tells neither its process nor whether it runs
+_server: Any = multiprocessing.forkserver._forkserver  # no public function returns its process, or whether it runs
 _lock = threading.Lock()
 _commands = 0  # that are within `ahead`
 _unused = False  # whether the server was started by `ahead`, and no worker has been forked from it since
@@ -104,7 +104,7 @@ def _runs() -> bool:
 
 
 def replace() -> None:
-    """Leaves a server that does not answer to its workers, if it lives: the next worker is forked from another one."""
+    """Forgets a server that does not answer; if it lives, its workers go on. The next worker comes from another one."""
     with _server._lock:
         if _server._forkserver_pid is not None:
             os.close(_server._forkserver_alive_fd)
@@ -113,8 +113,8 @@ def replace() -> None:
 
 
 def temporary_folder() -> str:
-    """A folder for temporary files of this process and of those that it starts. It goes with the process; if that is
-    killed, with the next start of a search.
+    """A folder for temporary files of this process and of those that it starts. It is removed at the end of the
+    process; if that is killed, by the next one that makes such a folder.
     """
     _make_folder()
     return util.get_temp_dir()
@@ -133,10 +133,10 @@ def kill() -> None:
 
 
 def _make_folder() -> None:
-    """Makes the folder for temporary files, and removes those of processes that are gone.
+    """Makes the folder for temporary files, and removes those of processes that have ended.
 
-    Python would name it pymp-*, and a killed process leaves it behind: nothing tells whose it was. This one holds a
-    file that its process has locked as long as it lives.
+    Python would name it pymp-*. A killed process leaves it, and nothing shows which process it belonged to. This one
+    has a file that its process locks until it ends.
     """
     config = _config()
     if config.get("tempdir") is not None or sys.platform != "linux":

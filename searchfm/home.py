@@ -24,6 +24,9 @@ DATA = "SEARCHFM_DATA"
 STORAGE = "SEARCHFM_STORAGE"
 TRACKING = "MLFLOW_TRACKING_URI"
 CACHE = "SEARCHFM_CACHE"
+# In the folder of a study: locks of its coordinator and of its writer into MLflow, the holder of the first one, and the
+# coordinator that is asked to stop.
+LOCK_FILE, TRACKING_LOCK_FILE, OWNER_FILE, STOP_FILE = ".lock", ".tracking.lock", "owner", ".stop"
 TRIAL = re.compile(r"\d{4,}")  # the name of a trial's folder
 
 
@@ -42,8 +45,8 @@ class Home:
         return cls((option or Path(os.environ.get(HOME) or "runs")).expanduser().absolute())
 
     @property
-    def free(self) -> int:
-        """Bytes that its file system has room for; of a folder that does not exist, that in which it would be made."""
+    def free_space(self) -> int:
+        """Free bytes of its file system; if the folder does not exist, of the one in which it would be made."""
         return shutil.disk_usage(next(path for path in (self.path, *self.path.parents) if path.exists())).free
 
     def probe(self) -> None:

@@ -15,7 +15,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine, usable_cores
 from searchfm.errors import ConfigError, DataError, StudyError, WorldError
 from searchfm.events import Note, Phase, SearchEvent, StudyOpened, TrialEnded
-from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve, room_note
+from searchfm.forecast import CONFIGS, TOP, make_forecast, reserve, space_note
 from searchfm.home import Home, command_line
 from searchfm.jobs import Failed, Finished, Job, Started
 from searchfm.pool import WorkerPool
@@ -121,7 +121,7 @@ class Tuning:
                 yield Phase("timing configs")
                 forecast = self._forecast(pool, data, len(devices), FORECAST_SECONDS)
             if work and (expected := self.stored.forecast if self.stored else forecast) is not None:
-                yield from self._room(expected)
+                yield from self._space_notes(expected)
             self._write_down(data, lock, forecast, work)
             if tracking is not None:
                 # Drawing would take a core from a worker of this machine where they have all; others are elsewhere.
@@ -150,7 +150,7 @@ class Tuning:
             yield Phase("timing configs")
             forecast = self._forecast(pool, data, len(devices), DRY_RUN_SECONDS)
         if forecast is not None:
-            yield from self._room(forecast)
+            yield from self._space_notes(forecast)
         return Forecasted(self.study, self.stored, data, tuple(devices), forecast)
 
     def result(self) -> StudyRecord:
@@ -175,10 +175,10 @@ class Tuning:
         while self.study.notes:
             yield Note(self.study.notes.pop(0))
 
-    def _room(self, forecast: Forecast) -> Iterator[Note]:
-        """A note if the disk of the home has less room than the trials to come are forecast to take."""
+    def _space_notes(self, forecast: Forecast) -> Iterator[Note]:
+        """A note if the disk of the home has less free space than the trials to come are forecast to take."""
         ended = sum(trial.state != "running" for trial in self.stored.trials) if self.stored else 0
-        if note := room_note(forecast, self.trials - ended, self.home.free, str(self.home.path)):
+        if note := space_note(forecast, self.trials - ended, self.home.free_space, str(self.home.path)):
             yield Note(note)
 
     def _coordinator(self, data: Prepared, pool: WorkerPool) -> Coordinator:

@@ -9,14 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchfm.home import Home
+from searchfm.home import LOCK_FILE, OWNER_FILE, TRACKING_LOCK_FILE, Home
 from searchfm.search.database import failures
 from searchfm.search.notes import artifact_files
 from searchfm.search.storage import delete_study, locked_study, open_storage
 from searchfm.tracking import registry
 from searchfm.tracking.mirror import delete_artifacts, delete_experiment, writer
 
-LOCKS = (".lock", "owner", ".tracking.lock")  # in the folder of a study
+LOCKS = (LOCK_FILE, OWNER_FILE, TRACKING_LOCK_FILE)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def remove(home: Home, name: str, *, models: bool = False) -> Removed:
             freed = delete_experiment(home, study, keep_models=bool(versions) and not models)
         storage = open_storage(home)
         files = artifact_files(home, storage, study)
-        freed += size(study.folder) + sum(size(file) for file in files)
+        freed += bytes_in(study.folder) + sum(map(bytes_in, files))
         for file in files:
             file.unlink(missing_ok=True)
         for entry in list(study.folder.iterdir()):
@@ -75,7 +75,7 @@ def remove_models(home: Home, name: str) -> Removed:
     return Removed(name, 0, freed, models, ())
 
 
-def size(path: Path) -> int:
+def bytes_in(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     total = 0
     for file in [path, *path.rglob("*")] if path.is_dir() else [path]:

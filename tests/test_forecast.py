@@ -21,8 +21,8 @@ from searchfm.forecast import (
     make_forecast,
     reserve,
     retrain_seconds,
-    room_note,
     search_seconds,
+    space_note,
     trained_fraction,
 )
 from searchfm.format import size
@@ -111,7 +111,7 @@ def test_a_forecast_counts_start_up_trials_in_full_and_the_final_training_on_all
     assert slower.retrain == pytest.approx(made.retrain + 3.0 * 1800 / 1000), "and once for all images"
 
 
-def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_room() -> None:
+def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_free_space() -> None:
     timings = [timing(1.0, 0.4, 0.1), replace(timing(2.0, 1.6, 0.4), parameters=3000)]
 
     def made(pruner: Any = "median", **keys: Any) -> Forecast:
@@ -128,12 +128,12 @@ def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_room() -> 
     one, ten = made(trials=1), made()
     assert ten.disk - one.disk - weights * 2 == 9 * (one.disk - made(trials=0).disk - weights * 2), "two are kept"
     needed = ten.disk + ten.checkpoints
-    assert room_note(ten, 10, needed, "runs") == ""
-    assert room_note(ten, 10, needed - 1, "runs").startswith(
+    assert space_note(ten, 10, needed, "runs") == ""
+    assert space_note(ten, 10, needed - 1, "runs").startswith(
         f"runs: has {size(needed)} of free disk space, and the search is forecast to take up to {size(needed)}: "
     )
     left = ten.disk // 2 + ten.checkpoints  # of a search whose first half has ended
-    assert (room_note(ten, 5, left + 1, "runs"), bool(room_note(ten, 5, left - 1, "runs"))) == ("", True)
+    assert (space_note(ten, 5, left + 1, "runs"), bool(space_note(ten, 5, left - 1, "runs"))) == ("", True)
 
 
 # --- from trials that have ended --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import BaseStorage
 
 from searchfm.errors import LockedError, StorageError, StudyError
-from searchfm.home import Home, make_folder, unwritable, write_whole
+from searchfm.home import LOCK_FILE, OWNER_FILE, STOP_FILE, Home, make_folder, unwritable, write_whole
 from searchfm.search.database import (
     advisory,
     database_url,
@@ -27,7 +27,6 @@ from searchfm.search.database import (
 )
 
 OWNER = "searchfm:owner"  # Optuna's system attribute of a study: a uuid of the latest holding of its lock
-STOP = ".stop"  # in a study's folder: the coordinator that is asked to stop
 # The application name of the connection that holds a lock.
 HOLDER = (
     "SELECT a.application_name FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
@@ -67,8 +66,8 @@ def _lock_folder(url: sqlalchemy.URL, name: str) -> Path:
 @contextmanager
 def _file_lock(url: sqlalchemy.URL, name: str) -> Iterator[Lock]:
     database, folder = Path(url.database or "").absolute(), _lock_folder(url, name)
-    owner = folder / "owner"  # beside the lock: in some versions an attempt to lock empties the lock's own file
-    lock = FileLock(folder / ".lock")
+    owner = folder / OWNER_FILE  # beside the lock: in some versions an attempt to lock empties the lock's own file
+    lock = FileLock(folder / LOCK_FILE)
     try:
         make_folder(folder)
         lock.acquire(timeout=0)
@@ -189,7 +188,7 @@ def holder(home: Home, name: str) -> str | None:
             found = advisory(connection, HOLDER, f"study/{name}")
             return None if found is None else str(found).removeprefix("searchfm ")
     try:
-        owner = (_lock_folder(url, name) / "owner").read_text()
+        owner = (_lock_folder(url, name) / OWNER_FILE).read_text()
     except OSError:
         return None
     words = owner.split()
@@ -212,14 +211,14 @@ def request_stop(home: Home, name: str) -> str:
         with study_lock(home, name):
             pass
     except LockedError as error:
-        write_whole(home.study(name) / STOP, error.holder.encode())
+        write_whole(home.study(name) / STOP_FILE, error.holder.encode())
         return error.holder
     raise StudyError(f"study {name!r}: no search or final training of it is running")
 
 
 def stop_requested(home: Home, name: str) -> bool:
     """Whether `request_stop` asked this process, once."""
-    path = home.study(name) / STOP
+    path = home.study(name) / STOP_FILE
     try:
         if path.read_text() != process_name():  # an old request, or for another coordinator
             return False

@@ -86,7 +86,7 @@ def open_storage(
         except RuntimeError as error:  # tables of another Optuna; its message names the command
             raise StorageError(f"{hidden}: {error}") from None
     if storage is None:
-        raise _lost(home, url) or no_study(home)
+        raise _lost_database(home, url) or no_study(home)
     return storage
 
 
@@ -95,7 +95,7 @@ def no_study(home: Home) -> StudyError:
     return StudyError(f"{home.path}: holds no study yet; begin one with `searchfm tune`, or name another --home")
 
 
-def _lost(home: Home, url: sqlalchemy.URL) -> StorageError | None:
+def _lost_database(home: Home, url: sqlalchemy.URL) -> StorageError | None:
     """The error for a missing or emptied database of a home that has trials; None where there are none, or where the
     database is not the home's own file.
     """
@@ -225,7 +225,7 @@ def read_studies(home: Home) -> list[StudyRecord]:
     except StudyError:
         return []
     names = study_names(storage)
-    if not names and (error := _lost(home, database_url(home))) is not None:
+    if not names and (error := _lost_database(home, database_url(home))) is not None:
         raise error
     return [load_study(storage, home, name) for name in names]
 

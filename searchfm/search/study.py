@@ -269,7 +269,7 @@ class Study:
 
     def check_images(self, shape: Shape | None) -> None:
         """Checks all configs, and their models against (channels, height, width) if known. `notes` name the values that
-        are left out, or that make little sense. Raises ConfigError, with a `--set` that mends it.
+        are left out, or that make little sense. Raises ConfigError, with a `--set` that fits.
         """
         left_out: dict[str, dict[Any, ConfigError]] = {}
         try:
@@ -299,9 +299,9 @@ class Study:
                 if shape is not None:
                     config.fit_images(shape)
             except ConfigError as error:
-                misfit = _Misfit(error, _mend(kind, cast(Shape, shape)))
+                misfit = _Misfit(error, _fitting_flag(kind, cast(Shape, shape)))
                 if not kind.fits or self._is_given(point[0]):
-                    raise misfit.mended from None
+                    raise misfit.with_flag from None
                 misfits.setdefault(point, misfit)
             else:
                 if doubt := kind.doubt():
@@ -326,7 +326,7 @@ class Study:
         """Takes a value out of the space. Raises ConfigError where no other is left, or a model that the user named."""
         tree = space.without(self.tree, dotted.split("."), value)
         if tree is None or (self._is_given("model.name") and _models(tree) != _models(self.tree)):
-            raise misfit.mended
+            raise misfit.with_flag
         self._dropped |= {dotted} if _models(tree) == _models(self.tree) else {"model.name"}
         self.tree = tree
         self.example = Config.from_table(next(space.edge_cases(tree)))
@@ -485,15 +485,15 @@ class _Misfit:
     """Why a value does not fit."""
 
     error: ConfigError
-    mend: str = ""  # a flag with a value that fits
+    flag: str = ""  # a value that fits, as the end of a message
 
     @property
-    def mended(self) -> ConfigError:
-        """The error with what mends it."""
-        return ConfigError(self.error.key, self.error.problem + self.mend)
+    def with_flag(self) -> ConfigError:
+        """The error with the flag."""
+        return ConfigError(self.error.key, self.error.problem + self.flag)
 
 
-def _mend(kind: Model, shape: Shape) -> str:
+def _fitting_flag(kind: Model, shape: Shape) -> str:
     """A flag with a value that fits the images, as the end of a message."""
     for value in range(getattr(kind, kind.fits, 1) - 1, 0, -1):
         with suppress(ConfigError):

@@ -31,7 +31,7 @@ from searchfm import forkserver
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import csv_text, escape, final_sentences, show_params
-from searchfm.home import Home, cache_folder, command_line, make_folder, shown, write_whole
+from searchfm.home import TRACKING_LOCK_FILE, Home, cache_folder, command_line, make_folder, shown, write_whole
 from searchfm.records import (
     EPOCHS,
     PICTURES,
@@ -49,7 +49,7 @@ from searchfm.records import (
 from searchfm.search.database import can_write, is_damaged, read_sqlite
 from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
-from searchfm.tracking.moved import follow_move, has_moved, move, place
+from searchfm.tracking.moved import change_paths, correct_paths, has_moved, recorded_folder
 from searchfm.tracking.rows import RESTORE_RUNS, database
 
 # MLflow's status for each state. The page marks KILLED with the red cross of a failure, so a pruned trial ends
@@ -95,7 +95,7 @@ def writer(home: Home, study: str) -> FileLock:
     killed may have left its tracking process in the middle of a call.
     """
     make_folder(home.study(study))
-    return FileLock(home.study(study) / ".tracking.lock")
+    return FileLock(home.study(study) / TRACKING_LOCK_FILE)
 
 
 def connect(home: Home) -> Any:
@@ -120,7 +120,7 @@ def connect(home: Home) -> Any:
         with closing(sqlite3.connect(path, timeout=60)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
         if path.parent == home.path:
-            follow_move(home, path)
+            correct_paths(home, path)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -136,7 +136,7 @@ def _copied(home: Home, path: Path) -> Path:
     with closing(read_sqlite(path)) as source, closing(sqlite3.connect(folder / path.name)) as copy:
         source.backup(copy)
     if path.parent == home.path and has_moved(home):
-        move(folder / path.name, place(home), home.path)
+        change_paths(folder / path.name, recorded_folder(home), home.path)
     return folder / path.name
 
 

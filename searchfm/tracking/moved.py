@@ -1,7 +1,7 @@
-"""A copy of a home: MLflow's database holds addresses of artifacts from the root of the file system on.
+"""Paths of artifacts in MLflow's database, which are absolute: changed in a copy of a home.
 
-`searchfm backup` writes them for the copy, and the folder that they are for into `place.json`. Where such a home is
-moved, as to the place of the original, the next command that opens MLflow's database writes them anew.
+`searchfm backup` writes those of the copy, and the copy's folder into `place.json`. If the copy is moved, the next
+command that opens MLflow's database corrects them.
 """
 
 import json
@@ -13,7 +13,7 @@ from searchfm.errors import StorageError, one_line
 from searchfm.home import Home, write_json
 
 PLACE = "place.json"
-ADDRESSES = (
+COLUMNS = (  # of MLflow's tables, with such paths, as URIs
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
     ("logged_models", "artifact_location"),
@@ -23,12 +23,12 @@ ADDRESSES = (
 
 
 def has_moved(home: Home) -> bool:
-    """Whether a copy of a home is elsewhere than MLflow's database of it says."""
-    return place(home) != home.path
+    """Whether the paths in its MLflow's database are of another folder than the home's."""
+    return recorded_folder(home) != home.path
 
 
-def place(home: Home) -> Path:
-    """The folder of the home that the addresses in its MLflow's database are for."""
+def recorded_folder(home: Home) -> Path:
+    """The folder of the home for which the paths in its MLflow's database were written."""
     try:
         return Path(json.loads((home.path / PLACE).read_text("utf-8"))["path"])
     except FileNotFoundError:  # it is no copy
@@ -38,21 +38,21 @@ def place(home: Home) -> Path:
         raise StorageError(f"{home.path / PLACE}: is damaged ({one_line(error)}); must be {must}") from None
 
 
-def follow_move(home: Home, path: Path) -> None:
-    """Changes the addresses in MLflow's database of a copy that was moved. One process at a time. path: the database.
+def correct_paths(home: Home, path: Path) -> None:
+    """Changes the paths in MLflow's database of a copy that was moved. One process at a time. path: the database.
 
     Raises sqlite3.Error, StorageError.
     """
     if has_moved(home):
-        move(path, place(home), home.path)
+        change_paths(path, recorded_folder(home), home.path)
         write_json(home.path / PLACE, {"path": str(home.path)})
 
 
-def move(path: Path, old: Path, new: Path) -> None:
-    """Changes addresses below one home to those of another, in one transaction. path: the database."""
+def change_paths(path: Path, old: Path, new: Path) -> None:
+    """Changes paths below one home to those of another, in one transaction. path: the database."""
     before, after = (Home(folder).artifacts.as_uri() for folder in (old, new))
     with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
-        for table, column in ADDRESSES:
+        for table, column in COLUMNS:
             connection.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
                 (after, len(before) + 1, len(before) + 1, f"{before}/"),

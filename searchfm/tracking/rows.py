@@ -65,7 +65,7 @@ def _connection(home: Home) -> Iterator[sqlite3.Connection | None]:
     if path is None or not path.is_file():
         yield None
         return
-    if path.parent == home.path and has_moved(home):  # MLflow's client changes the addresses first
+    if path.parent == home.path and has_moved(home):  # MLflow's client corrects the paths first
         yield None
         return
     with closing(read_sqlite(path)) as connection:
