@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +54,9 @@ def test_an_engine_grows_and_shrinks() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("starts", [nullcontext(), pytest.param(ahead("local"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_password_reaches_a_worker_and_the_coordinator_keeps_its_own(
-    monkeypatch: pytest.MonkeyPatch, starts: AbstractContextManager[None]
+    monkeypatch: pytest.MonkeyPatch, early: bool
 ) -> None:
     """Nor the fork server, be it started with a worker or, which imports torch, ahead."""
     secret = (
@@ -67,15 +67,18 @@ def test_no_password_reaches_a_worker_and_the_coordinator_keeps_its_own(
         monkeypatch.setenv(name, "sesame")
     monkeypatch.setenv("HF_HOME", "kept")
     forkserver._server._stop()
-    with starts, closing(LocalEngine(["cpu"], warm="tests.toys")) as engine:
-        engine.submit(job())
-        worker = psutil.Process(result(end(engine))["pid"])
-        assert worker.environ()["HF_HOME"] == "kept"
-        server = worker.parent()
-        assert server is not None
-        assert server.ppid() == os.getpid()
-        for process in (worker, server):
-            assert b"sesame" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    try:
+        with ahead("local") if early else nullcontext(), closing(LocalEngine(["cpu"], warm="tests.toys")) as engine:
+            engine.submit(job())
+            worker = psutil.Process(result(end(engine))["pid"])
+            assert worker.environ()["HF_HOME"] == "kept"
+            server = worker.parent()
+            assert server is not None
+            assert server.pid == forkserver._server._forkserver_pid
+            for process in (worker, server):
+                assert b"sesame" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+    finally:
+        forkserver._server._stop()  # its environment is that of this test
     inherited = subprocess.run(["env"], capture_output=True, text=True, check=True).stdout
     assert {f"{name}=sesame" for name in secret} <= set(inherited.splitlines())
 
@@ -91,54 +94,49 @@ def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_
     engine.close()
 
 
-def servers() -> list[psutil.Process]:
-    children = psutil.Process().children()
-    return [
-        child
-        for child in children
-        if child.status() != psutil.STATUS_ZOMBIE and "multiprocessing.forkserver" in "".join(child.cmdline())
-    ]
-
-
 @contextmanager
-def killing_servers(times: int) -> Iterator[None]:
-    """Kills the fork server while a worker starts, so many times: it is stopped, so that it cannot answer before."""
-    over, count = threading.Event(), 0
+def killing_servers(times: int) -> Iterator[list[int]]:
+    """Kills the fork server while a worker starts, so many times: it is stopped, so that it cannot answer before. Gives
+    the process ids of those that were killed.
+    """
+    over, killed = threading.Event(), list[int]()
 
     def kill() -> None:
-        nonlocal count
-        while not over.is_set() and count < times:
-            for server in servers():
-                with suppress(psutil.NoSuchProcess):
-                    server.suspend()
-                    time.sleep(0.3)  # the start waits for its answer by then
-                    server.kill()
-                    count += 1
-                    while server.status() != psutil.STATUS_ZOMBIE:
-                        time.sleep(0.001)
+        while not over.is_set() and len(killed) < times:
+            pid = forkserver._server._forkserver_pid
+            if pid is not None and pid not in killed:
+                server = psutil.Process(pid)
+                server.suspend()
+                time.sleep(0.3)  # the start waits for its answer by then
+                server.kill()
+                killed.append(pid)
             time.sleep(0.005)
 
     thread = threading.Thread(target=kill)
     thread.start()
     try:
-        yield
+        yield killed
     finally:
         over.set()
         thread.join()
 
 
 def test_a_fork_server_that_is_killed_while_a_worker_starts_is_replaced_once() -> None:
-    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine, killing_servers(1):
+    with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine, killing_servers(1) as killed:
         engine.submit(job())
         assert isinstance(end(engine), Finished)
+    assert len(killed) == 1
+    assert forkserver._server._forkserver_pid not in killed
 
 
 def test_a_fork_server_that_is_killed_again_is_one_line() -> None:
-    with closing(LocalEngine(["cpu"], warm="tests.late")) as engine, killing_servers(2):
-        with pytest.raises(
-            WorldError, match=r"^no worker can be started: the process that forks them was killed twice"
+    with closing(LocalEngine(["cpu"], warm="tests.late")) as engine:
+        with (
+            killing_servers(2) as killed,
+            pytest.raises(WorldError, match=r"^no worker can be started: the process that forks them was killed twice"),
         ):
             engine.submit(job())
+        assert len(killed) == 2
         assert engine.free == 1
     with closing(LocalEngine(["cpu"], warm="tests.toys")) as engine:
         engine.submit(job())
