@@ -23,8 +23,14 @@ from tests.commands import Done, searchfm_here
 
 pytestmark = pytest.mark.slow(seconds=1)
 
-READERS = ("status", "status toy", "status toy --all", "trial toy 0", "report toy", "compare toy", "predict toy x.png")
-WRITERS = ("tune toy --trials 9", "retrain toy", "sync toy --apply", "stop toy", "remove toy --yes")
+READERS = (
+    *("status", "status toy", "status toy --all", "trial toy 0", "report toy", "compare toy", "predict toy x.png"),
+    *("export toy", "sync toy", "clean", "clean toy", "backup COPY", "dashboard toy"),
+)
+WRITERS = (
+    *("tune toy --trials 9", "retrain toy", "sync toy --apply", "stop toy", "remove toy --yes"),
+    *("clean --apply", "clean toy --apply"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,8 @@ def home(made: Path, tmp_path: Path) -> Home:
 
 
 def run(home: Home, command: str) -> Done:
-    return searchfm_here(*command.split(), "--home", str(home.path))
+    """COPY stands for a folder beside the home."""
+    return searchfm_here(*command.replace("COPY", f"{home.path}-copy").split(), "--home", str(home.path))
 
 
 def content(home: Home) -> dict[str, str]:
@@ -110,6 +117,7 @@ def check_refused(home: Home, command: str, *words: str) -> None:
     for word in words:
         assert word in line, command
     assert content(home) == before, command
+    assert not list(home.path.parent.glob("*home-copy*")), command
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,23 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from searchfm import forkserver
-from searchfm.home import Home, file_sha256
-from searchfm.search.storage import open_storage, read_study
+from searchfm.config import Config
+from searchfm.home import Home, file_sha256, write_json
+from searchfm.learn.checkpoint import save_weights
+from searchfm.learn.models import classifier
+from searchfm.records import EPOCHS, EXAMPLE, FITTED, PROGRAM, TESTED, WEIGHTS, JobRecord, write_epochs
+from searchfm.search.storage import open_storage, read_study, write_record
 from searchfm.tracking import follow
+from searchfm.tracking.registry import Program, publish
 from tests import rows
 from tests.commands import Done, searchfm_here
 from tests.driving import let_go
@@ -42,15 +51,36 @@ def without_permission(home: Home) -> Iterator[None]:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
+def retrain(home: Home) -> None:
+    """Gives the study a final model, untrained, and registers it."""
+    study, gray = rows.study(home), torch.full((1,), 0.5)
+    folder, config = study.final_folder, Config.from_table({"model": {"name": "mlp", "mlp": {"layers": 1, "width": 4}}})
+    net = classifier(config.model, (1, 28, 28), 10, gray, gray, seed=0, device=torch.device("cpu"))
+    spec = {"config": config.to_table(), "classes": rows.CLASSES, "shape": [1, 28, 28]}
+    files = save_weights(folder, net.eval(), spec)
+    for job in (FITTED, TESTED):
+        write_json(folder / job, JobRecord("of this test", {"files": files}).to_json())
+    np.save(folder / EXAMPLE, np.zeros((2, 1, 28, 28), np.uint8))
+    rows.predictions().write(folder)
+    write_epochs(folder / EPOCHS, rows.epochs(0, 3))
+    (folder / PROGRAM).write_bytes(b"a program that nobody loads")
+    final = rows.final((0.9, 900), weights=files[WEIGHTS])
+    final = replace(final, model=publish(home, study, final, folder, lambda: Program(folder / PROGRAM, "2.13")))
+    (folder / PROGRAM).unlink()
+    write_json(folder / "final.json", final.to_json())
+    write_record(open_storage(home), study.number, final)
+
+
 @pytest.fixture(scope="module")
 def made(new_home: Callable[[Path], Home]) -> Iterator[Home]:
-    """A home with a study that MLflow has, in a folder that every user may enter."""
+    """A home with a study that MLflow has, and with its model, in a folder that every user may enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         home = new_home(Path(folder, "home, 100% #1"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(rows.RESOLVED["data"], "seed", 0)
             rows.four(home)
+        retrain(home)
         follow.sync(home, read_study(home, "toy"), apply=True)
         rows.forget(home)
         yield home
@@ -99,6 +129,13 @@ def test_readers_work_and_writers_are_refused_in_one_line(
         for command in ("status", "trial toy 0", "models", "check", "status toy --csv"):
             done = run(*command.split())
             assert (done.returncode, done.stderr) == (0, ""), command
+        image = folder / "image.png"
+        Image.new("L", (28, 28)).save(image)
+        for model in ("toy", "models:/searchfm-toy/1"):
+            done = run("predict", model, str(image), "--json")
+            assert (done.returncode, done.stderr) == (0, ""), model
+        done = run("export", "toy", "--output", str(folder / "toy.safetensors"))
+        assert (done.returncode, done.stderr) == (0, "")
         page = folder / "page.html"
         done = run("report", "toy", "--output", str(page))
         assert (done.returncode, done.stdout) == (0, f"{page}\n")
