@@ -3,8 +3,9 @@
 `main` reads one JSON object a line, runs its command in a forked child, and prints one with the child's exit status,
 the number of its writes and what it returned. Imports happen once, in the parent: a process of its own takes seconds.
 
-A write is a statement that changes a database, or a change to a file below the home (locks apart). Jobs run in the same
-process (`Inline`), so that a kill ends coordinator and worker at once.
+A write is a statement of SQLAlchemy that changes a database, or a change to a file below the home, or beside the copy
+that `backup` makes; not to a file that is locked. Jobs run in the same process (`Inline`), so that a kill ends
+coordinator and worker at once; those of `toy` run in workers, which a kill leaves to end by themselves.
 """
 
 import json
@@ -51,11 +52,11 @@ NAME = "digits"
 
 
 class KillAt:
-    """Counts writes, and before number `at` calls `last`, then kills this process."""
+    """Counts writes, of files below `folders`, and before number `at` calls `last`, then kills this process."""
 
-    def __init__(self, at: int | None, home: Path, last: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, at: int | None, folders: Sequence[Path], last: Callable[[], object] = lambda: None) -> None:
         self.at, self.seen, self.last = at, 0, last
-        self._home, self._dying = f"{home}/", threading.local()
+        self._folders, self._dying = tuple(f"{folder}/" for folder in folders), threading.local()
 
     def write(self) -> None:
         if getattr(self._dying, "here", False):
@@ -95,7 +96,7 @@ class KillAt:
         text = os.fsdecode(path)
         if not text.startswith("/") and isinstance(folder, int) and folder >= 0:  # `shutil.rmtree`
             text = f"{Path(f'/proc/self/fd/{folder}').readlink()}/{text}"
-        return text.startswith(self._home) and not text.endswith((".lock", "-journal", "owner.json"))
+        return text.startswith(self._folders) and not text.endswith(".lock")
 
 
 class Disk:
@@ -229,7 +230,7 @@ def run_toy(home: Home, spec: Mapping[str, Any]) -> None:
 
 
 def run_tune(home: Home, spec: Mapping[str, Any]) -> None:
-    """`tune`, up to `trials`."""
+    """`tune`, up to `trials`, which MLflow does not follow."""
     from searchfm.search.storage import load_study
     from searchfm.search.study import Study
     from searchfm.tuning import Tuning
@@ -273,7 +274,7 @@ def run_spoil(home: Home, _: Mapping[str, Any]) -> None:
 
 
 def run_remove(home: Home, spec: Mapping[str, Any]) -> list[str]:
-    """`remove`, as often as it takes: the versions in the registry that stay."""
+    """`remove`, also where the study has gone: the versions in the registry that stay."""
     from searchfm import upkeep
     from searchfm.search.storage import study_names
 
@@ -284,6 +285,21 @@ def run_remove(home: Home, spec: Mapping[str, Any]) -> list[str]:
     return list(upkeep.left_models(home, NAME))
 
 
+def run_backup(home: Home, spec: Mapping[str, Any]) -> list[int]:
+    """`backup` into `target`: how many studies and trials it has, and how many problems."""
+    from searchfm.backup import backup
+
+    done = backup(home, Path(spec["target"]))
+    return [done.studies, done.trials, len(done.checked.findings)]
+
+
+def run_clean(home: Home, spec: Mapping[str, Any]) -> int:
+    """`clean --keep 1 --pictures`, with --apply or without: how many bytes it deletes, or would."""
+    from searchfm.disk import clean
+
+    return clean(home, keep=1, pictures=True, apply=spec["apply"]).freed
+
+
 COMMANDS: dict[str, Callable[[Home, Mapping[str, Any]], object]] = {
     "toy": run_toy,
     "tune": run_tune,
@@ -291,6 +307,8 @@ COMMANDS: dict[str, Callable[[Home, Mapping[str, Any]], object]] = {
     "sync": run_sync,
     "spoil": run_spoil,
     "remove": run_remove,
+    "backup": run_backup,
+    "clean": run_clean,
 }
 
 
@@ -303,7 +321,8 @@ def child(spec: Mapping[str, Any], answer: Path) -> None:
         disk = Disk(home.path)
         disk.watch()
         last = partial(disk.lose_power, Path(lost))
-    kill = KillAt(spec.get("die_at"), home.path, last)
+    folders = [home.path, *(Path(target).parent for target in [spec.get("target")] if target)]
+    kill = KillAt(spec.get("die_at"), folders, last)
     kill.watch()
     value = COMMANDS[spec["command"]](home, spec)
     answer.write_text(json.dumps({"writes": kill.seen, "value": value}))
@@ -318,6 +337,8 @@ def main() -> None:
             import mlflow.pyfunc
             import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
+            import searchfm.backup
+            import searchfm.disk
             import searchfm.figures
             import searchfm.learn.warm
             import searchfm.retraining
@@ -364,3 +385,8 @@ class Crasher:
             return None
         assert answer["code"] == 0, f"{command}, to be killed at write {die_at}: exit {answer['code']}"
         return answer
+
+    def kill(self, command: str, home: Path, at: int, **spec: Any) -> None:
+        """Runs a command that must be killed at write `at`."""
+        answer = self.run(command, home, at, **spec)
+        assert answer is None, f"{command}, to be killed at write {at}: ended after {answer['writes']} writes"

@@ -1,6 +1,7 @@
-"""Commands killed at their writes, and losses of power there: the same command again gives the unbroken result.
+"""Commands killed at their writes, `tune` and `retrain` also by a loss of power there: the same command again gives the
+unbroken result.
 
-`tests/crashing.py` says what a write is, and what a loss of power leaves. CI tests some writes of each command, the
+`tests/crashing.py` says what a write is, and what a loss of power leaves. CI tests two writes of each command, the
 nightly test all of them.
 """
 
@@ -19,6 +20,7 @@ import pytest
 from searchfm.errors import StudyError
 from searchfm.home import STORAGE, TRACKING, Home, file_sha256
 from searchfm.records import SPEC, WEIGHTS, StudyRecord
+from searchfm.search.database import read_sqlite
 from searchfm.tracking import rows
 from searchfm.upkeep import LOCKS
 from tests import driving
@@ -32,8 +34,8 @@ class Homes:
     """One home, which commands change, and copies of it by name; in one place, since MLflow keeps absolute paths."""
 
     def __init__(self, folder: Path, crasher: Crasher, template: Path) -> None:
-        self.path, self._folder, self.run = folder / "home", folder, crasher.run
-        self.lost = folder / "lost"
+        self.path, self._folder, self.run, self.kill = folder / "home", folder, crasher.run, crasher.kill
+        self.lost, self.copy = folder / "lost", folder / "copies" / "copy"
         shutil.copytree(template, self.path)
         self.keep("new")
         self._tell("tune", trials=2)
@@ -84,7 +86,20 @@ def homes(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def moments(writes: int, points: int | None) -> Iterator[int]:
     """Numbers of writes, as many as `points`, evenly apart and the last among them; None: all of them."""
     assert writes > 10
-    return iter(range(writes, 0, -(writes // points if points else 1)))
+    count = points or writes
+    return (writes * index // count for index in range(count, 0, -1))
+
+
+def content(folder: Path) -> dict[str, str]:
+    """All files by their hashes, databases by those of their rows; but not locks, nor what SQLite keeps beside them."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.suffix == ".db":
+            with closing(read_sqlite(path)) as database:
+                found[path] = hashlib.sha256("".join(database.iterdump()).encode()).hexdigest()
+        elif path.is_file() and not path.name.endswith((".lock", "owner", "-wal", "-shm")):
+            found[path] = file_sha256(path)
+    return {str(path.relative_to(folder)): sha256 for path, sha256 in found.items()}
 
 
 def check_finished(path: Path) -> None:
@@ -130,7 +145,7 @@ def check_tune(homes: Homes, points: int | None) -> int:
     for moment in moments(writes, points):
         for power in (True, False):
             homes.take("new")
-            homes.run("tune", homes.path, moment, trials=2, lost=None if power else str(homes.lost))
+            homes.kill("tune", homes.path, moment, trials=2, lost=None if power else str(homes.lost))
             if not power:
                 homes.take_lost()
                 with suppress(StudyError):  # not begun
@@ -164,7 +179,7 @@ def check_retrain(homes: Homes, points: int | None) -> int:
     for moment in moments(writes, points):
         for power in (True, False):
             homes.take("tuned")
-            homes.run("retrain", homes.path, moment, lost=None if power else str(homes.lost))
+            homes.kill("retrain", homes.path, moment, lost=None if power else str(homes.lost))
             if not power:
                 homes.take_lost()
                 check_told(homes)
@@ -185,7 +200,7 @@ def check_sync(homes: Homes, points: int | None) -> int:
         total += writes
         for moment in moments(writes, points):
             homes.take(state)
-            homes.run("sync", homes.path, moment, apply=True)
+            homes.kill("sync", homes.path, moment, apply=True)
             homes.run("sync", homes.path, apply=True)
             assert homes.run("sync", homes.path, apply=False)["value"] == [], (state, moment)
     return total
@@ -200,7 +215,7 @@ def check_remove(homes: Homes, points: int | None) -> int:
         total += writes
         for moment in moments(writes, points):
             homes.take("retrained")
-            homes.run("remove", homes.path, moment, models=models)
+            homes.kill("remove", homes.path, moment, models=models)
             kept = homes.run("remove", homes.path, models=models)["value"]
             assert kept == ([] if models else [f"models:/searchfm-{NAME}/1"]), moment
             # Killed after the last write to Optuna's database, it leaves a folder with the files of locks.
@@ -218,13 +233,54 @@ def check_remove(homes: Homes, points: int | None) -> int:
     return total
 
 
-# `backup` comes here.
-CHECKS: dict[Callable[[Homes, int | None], int], int] = {
-    check_tune: 2,
-    check_retrain: 2,
-    check_sync: 1,
-    check_remove: 1,
-}
+def check_backup(homes: Homes, points: int | None) -> int:
+    """Kills `backup`: the home stays as it is, and nothing is at the copy's path before the copy is whole."""
+    homes.take("retrained")
+    before = content(homes.path)
+    unbroken = homes.run("backup", homes.path, target=str(homes.copy))
+    assert unbroken["value"] == [1, 4, 0]
+    assert facts(driving.stored(Home(homes.copy), NAME)) == facts(homes.study)
+    whole = content(homes.copy)
+    for moment in moments(unbroken["writes"], points):
+        shutil.rmtree(homes.copy.parent)
+        homes.kill("backup", homes.path, moment, target=str(homes.copy))
+        assert content(homes.path) == before, moment
+        assert not homes.copy.exists(), moment
+        assert homes.run("backup", homes.path, target=str(homes.copy))["value"] == [1, 4, 0], moment
+        assert content(homes.copy) == whole, moment
+        assert list(homes.copy.parent.iterdir()) == [homes.copy], moment
+    shutil.rmtree(homes.copy.parent)
+    return int(unbroken["writes"])
+
+
+def check_clean(homes: Homes, points: int | None) -> int:
+    """Kills `clean --apply`: it deletes nothing else, and MLflow lacks nothing that `sync` would list."""
+    homes.take("retrained")
+    before = content(homes.path)
+    writes = homes.run("clean", homes.path, apply=True)["writes"]
+    left = content(homes.path)
+    assert len(left) < len(before)
+    stay = {name: sha256 for name, sha256 in left.items() if not name.endswith(".db")}
+    for moment in moments(writes, points):
+        homes.take("retrained")
+        homes.kill("clean", homes.path, moment, apply=True)
+        assert stay.items() <= content(homes.path).items(), moment
+        assert homes.run("sync", homes.path, apply=False)["value"] == [], moment
+        homes.run("clean", homes.path, apply=True)
+        assert homes.run("clean", homes.path, apply=False)["value"] == 0, moment
+        assert content(homes.path).keys() == left.keys(), moment
+        assert homes.run("sync", homes.path, apply=False)["value"] == [], moment
+    return writes
+
+
+CHECKS: tuple[Callable[[Homes, int | None], int], ...] = (
+    check_tune,
+    check_retrain,
+    check_sync,
+    check_remove,
+    check_backup,
+    check_clean,
+)
 
 
 @pytest.mark.slow(seconds=20)
@@ -232,7 +288,7 @@ CHECKS: dict[Callable[[Homes, int | None], int], int] = {
 def test_after_a_kill_at_some_writes_the_same_command_gives_the_unbroken_result(
     homes: Homes, check: Callable[[Homes, int | None], int]
 ) -> None:
-    check(homes, CHECKS[check])
+    check(homes, 2)
 
 
 @pytest.mark.nightly
@@ -250,19 +306,21 @@ def check_postgres(folder: Path, postgres: str, points: int | None) -> int:
     """Kills `tune` on toy trials, from the making of the tables on."""
     with Crasher() as crasher, pytest.MonkeyPatch.context() as patch:
 
-        def run(name: str, *deaths: int | None) -> tuple[StudyRecord, int]:
+        def run(name: str, *deaths: int) -> tuple[StudyRecord, int]:
             home, database = folder / name, f"crash_{hashlib.sha256(str(folder / name).encode()).hexdigest()[:16]}"
             with psycopg.connect(postgres + "postgres", autocommit=True) as connection:
                 connection.execute(f"CREATE DATABASE {database}")
             patch.setenv(STORAGE, postgres + database)
+            spec = {**TOY, "environment": {STORAGE: postgres + database}}
             for moment in deaths:
-                answer = crasher.run("toy", home, moment, **TOY, environment={STORAGE: postgres + database})
+                crasher.kill("toy", home, moment, **spec)
+            answer = crasher.run("toy", home, **spec)
             assert answer is not None
             return driving.stored(Home(home), "toy"), answer["writes"]
 
-        unbroken, writes = run("unbroken", None)
+        unbroken, writes = run("unbroken")
         for moment in moments(writes, points):
-            broken, _ = run(str(moment), moment, None)
+            broken, _ = run(str(moment), moment)
             driving.check(broken, 3)
             assert facts(broken) == facts(unbroken), moment
     return writes
