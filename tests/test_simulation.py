@@ -44,36 +44,64 @@ def test_10000_new_schedules(record_property: Callable[[str, object], None], pyt
 
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
-# Of each: the function, what is replaced in its source, and by what.
-PLANTED: dict[str, tuple[type, str, str, str]] = {
+# Of each: the function, what is replaced in its source, by what, and the violation that is found.
+PLANTED: dict[str, tuple[type, str, str, str, str]] = {
     "attempt not checked": (
         WorkerPool,
         "events",
         " and self._running[event.job].attempt == event.attempt",
         "",
+        "the search ended while a worker has a job",
     ),
     "tell before artifacts": (
         WorkerPool,
         "_on",
         "gather(job.folder, keep=True)\n            yield event",
         "yield event\n            gather(job.folder, keep=True)",
+        r"trial \d+ is told before predictions.npz is in its folder",
     ),
-    "twin not waited for": (Coordinator, "_begin", "if first != number:", "if first in self.ended:"),
-    "epochs come again": (WorkerPool, "_on", " and event.epoch.index > job.received", ""),
+    "twin not waited for": (
+        Coordinator,
+        "_begin",
+        "if first != number:",
+        "if first in self.ended:",
+        r"trial \d+ is trained, although \d+ is its twin",
+    ),
+    "epochs come again": (
+        WorkerPool,
+        "_on",
+        " and event.epoch.index > job.received",
+        "",
+        r"AssertionError: \d+: epoch \d+ is early",
+    ),
     "a stopped worker is charged": (
         WorkerPool,
         "_on",
         'yield self._retry(job, "")',
         'yield self._retry(replace(job, lost=job.lost + 1), "its worker was stopped")',
+        r"\d+ attempts lost",
     ),
     "reports are forgotten": (
         Coordinator,
         "_adopt",
         "current.epochs = list(self.stored.trials[current.number].epochs)",
         "pass",
+        r"UserWarning: The reported value is ignored because this `step=\d+` is already reported.",
     ),
-    "weights are not dropped": (Coordinator, "_count", "drop_weights(other.folder)", "pass"),
-    "one trial too many": (Coordinator, "_may_ask", "self.asked < self.trials", "self.asked <= self.trials"),
+    "weights are not dropped": (
+        Coordinator,
+        "_count",
+        "drop_weights(other.folder)",
+        "pass",
+        r"weights of \[.+\] are kept",
+    ),
+    "one trial too many": (
+        Coordinator,
+        "_may_ask",
+        "self.asked < self.trials",
+        "self.asked <= self.trials",
+        r"\d+ trials of \d+",
+    ),
 }
 
 
@@ -89,8 +117,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, old: str, new
 @pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch, bug: str) -> None:
-    plant(monkeypatch, *PLANTED[bug])
-    with pytest.raises(Violation):
+    owner, name, old, new, text = PLANTED[bug]
+    plant(monkeypatch, owner, name, old, new)
+    with pytest.raises(Violation, match=f"^{text}\n"):
         run(500, shrink=False)
 
 
