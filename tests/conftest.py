@@ -9,9 +9,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 from alembic.config import Config
@@ -218,4 +220,8 @@ def own_forkserver() -> Iterator[None]:
         for name in ("ensure_running", "get_inherited_fds", "connect_to_new_process", "set_forkserver_preload"):
             patch.setattr(forkserver, name, getattr(server, name))
         yield
+        with suppress(psutil.NoSuchProcess):
+            # It ends after its workers, and a test that failed may have left some.
+            for worker in psutil.Process(server._forkserver_pid or 0).children():
+                worker.kill()
         server._stop()

@@ -25,19 +25,21 @@ class Mutant:
     old: str
     new: str
 
+    def apply(self, text: str) -> str:
+        """The changed text of the file."""
+        assert text.count(self.old) == 1, f"{self.row}: {text.count(self.old)} times in {self.file}: {self.old}"
+        return text.replace(self.old, self.new)
 
-COORDINATOR, CHECKPOINT, DATASETS = (
-    "tests/test_coordinator.py",
-    "tests/learn/test_checkpoint.py",
-    "tests/learn/test_datasets.py",
-)
+
+COORDINATOR, TRACKING = "tests/test_coordinator.py", "tests/test_tracking.py"
+CHECKPOINT, DATASETS = "tests/learn/test_checkpoint.py", "tests/learn/test_datasets.py"
 MUTANTS = (
     Mutant(
         "P1",
         f"{COORDINATOR}::test_a_trial_whose_worker_was_killed_goes_on_from_its_last_epoch",
         "engines/worker.py",
         "earlier = tuple(path for path in paths if path.is_dir())",
-        "earlier: tuple[Path, ...] = ()",
+        "earlier = ()",
     ),
     Mutant(
         "P2",
@@ -58,7 +60,7 @@ MUTANTS = (
         "tests/test_leaving.py::test_a_second_signal_ends_the_command_and_its_workers_at_once",
         "stopping.py",
         "    forkserver.kill()\n",
-        "",
+        "    pass\n",
     ),
     Mutant(
         "P5",
@@ -89,6 +91,13 @@ MUTANTS = (
         "for _ in range(1):",
     ),
     Mutant(
+        "P8",
+        "tests/engines/test_local.py::test_a_fork_server_that_is_killed_again_is_one_line",
+        "engines/local.py",
+        "for _ in range(2):",
+        "for _ in range(3):",
+    ),
+    Mutant(
         "S1",
         "tests/search/test_storage.py::test_many_processes_begin_in_a_fresh_home_at_once",
         "search/storage.py",
@@ -96,22 +105,29 @@ MUTANTS = (
         "with suppress():",
     ),
     Mutant(
-        "S2, locked",
+        "S2",
         f"{COORDINATOR}::test_a_database_locked_by_another_process_only_delays_the_study",
         "search/database.py",
         "BUSY_SECONDS = 60.0",
         "BUSY_SECONDS = 0.1",
     ),
     Mutant(
-        "S2, dropped",
+        "S2",
         "tests/test_dropped.py::test_a_study_whose_connections_are_dropped_at_random_moments_goes_on",
         "search/database.py",
         "            if not is_lost(error):\n                raise\n",
         "            raise\n",
     ),
     Mutant(
-        "S3, S4",
+        "S3",
         f"{CHECKPOINT}::test_weights_on_a_full_disk_leave_the_ones_before",
+        "home.py",
+        'partial = path.with_name(f".{path.name[:100]}.tmp")',
+        "partial = path",
+    ),
+    Mutant(
+        "S4",
+        f"{CHECKPOINT}::test_a_process_killed_while_writing_leaves_the_old_file_and_the_next_write_no_other",
         "home.py",
         'partial = path.with_name(f".{path.name[:100]}.tmp")',
         "partial = path",
@@ -138,14 +154,14 @@ MUTANTS = (
         "pass",
     ),
     Mutant(
-        "S6, emptied",
+        "S6",
         "tests/test_check.py",
         "search/storage.py",
         "    if not names or url.get_backend_name()",
         "    if True or url.get_backend_name()",
     ),
     Mutant(
-        "S6, damaged",
+        "S6",
         "tests/test_check.py",
         "search/storage.py",
         '    sqlalchemy.event.listen(storage.engine, "handle_error", name_damage)\n',
@@ -153,10 +169,31 @@ MUTANTS = (
     ),
     Mutant(
         "T1",
-        "tests/test_tracking.py::test_a_server_that_dies_and_comes_back_misses_nothing",
+        f"{TRACKING}::test_a_server_that_dies_and_comes_back_misses_nothing",
         "tracking/follow.py",
         "            self._unreachable = subject\n            return False\n",
         "            raise\n",
+    ),
+    Mutant(
+        "T2",
+        f"{TRACKING}::test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer",
+        "tracking/follow.py",
+        ">= GIVE_UP_SECONDS:",
+        ">= 10 * GIVE_UP_SECONDS:",
+    ),
+    Mutant(
+        "T2",
+        "tests/test_leaving.py::test_a_server_that_does_not_answer_is_not_waited_for",
+        "stopping.py",
+        "EXIT_SECONDS, KILL_SECONDS = 8.0, 9.0",
+        "EXIT_SECONDS, KILL_SECONDS = 800.0, 900.0",
+    ),
+    Mutant(
+        "T3",
+        f"{TRACKING}::test_five_faults_are_five_differences",
+        "tracking/mirror.py",
+        "            self.client.restore_run(run.id)\n",
+        "",
     ),
     Mutant(
         "D1",
@@ -202,10 +239,17 @@ MUTANTS = (
     ),
     Mutant(
         "R1",
-        "tests/learn/test_entries.py::test_the_error_begins_with_out_of_memory",
+        "tests/learn/test_entries.py::test_the_error_begins_with_out_of_memory_and_the_next_trial_is_trained",
         "learn/entries.py",
-        'raise WorldError(f"out of memory on {context.device}: {reason}")',
-        "raise error",
+        """ and "can't allocate memory" not in str(error):""",
+        ":",
+    ),
+    Mutant(
+        "R2",
+        "tests/engines/test_memory_limit.py::test_a_trial_whose_worker_the_kernel_kills_fails_and_the_study_goes_on",
+        "pool.py",
+        "                if job.lost > self.retries:",
+        "                if False:",
     ),
     Mutant(
         "R3",
@@ -213,6 +257,27 @@ MUTANTS = (
         "engines/local.py",
         "worker.silence += waited",
         "worker.silence += 0.0",
+    ),
+    Mutant(
+        "U1",
+        "tests/test_cli.py::test_a_broken_study_file_is_one_line_and_leaves_nothing",
+        "errors.py",
+        "    exit_code = 2\n",
+        "",
+    ),
+    Mutant(
+        "U1",
+        "tests/test_tuning.py::test_a_mistake_is_refused_before_anything_is_written",
+        "tuning.py",
+        "        self.home.probe()\n",
+        "        open_storage(self.home, create=True)\n",
+    ),
+    Mutant(
+        "U2",
+        "tests/search/test_files.py::test_another_value_is_refused_by_name",
+        "search/files.py",
+        "elif old != (new := _as_begun(dotted, old, new)):",
+        "elif old != (new := _as_begun(dotted, old, new)) and False:",
     ),
     Mutant(
         "X1",
@@ -227,6 +292,21 @@ MUTANTS = (
         "search/study.py",
         "    if not NAME.fullmatch(name):",
         "    if not name:",
+    ),
+    Mutant(
+        "X3",
+        f"{CHECKPOINT}::test_a_hostile_pickle_runs_no_code",
+        "learn/checkpoint.py",
+        '    with safetensors.safe_open(path, "pt") as opened:\n',
+        '    with contextlib.suppress(Exception):\n        __import__("pickle").loads(path.read_bytes())\n'
+        '    with safetensors.safe_open(path, "pt") as opened:\n',
+    ),
+    Mutant(
+        "X3",
+        f"{DATASETS}::test_a_hostile_file_runs_no_code",
+        "learn/datasets.py",
+        "hexdigest()) != expected:",
+        "hexdigest()) == 0:",
     ),
     Mutant(
         "X4",
@@ -256,10 +336,25 @@ MUTANTS = (
         "        lock.acquire(timeout=0)\n",
         "",
     ),
+    Mutant(
+        "V1",
+        "tests/test_older_home.py",
+        "records.py",
+        "                for upgrade in cls.upgrades[number - 1 :]:\n",
+        "                for upgrade in ():\n",
+    ),
+    Mutant(
+        "V1",
+        "tests/test_older_home.py",
+        "search/storage.py",
+        "isinstance(shown.get(key), dict) and key not in attrs}",
+        "False}",
+    ),
 )
 
 
-def passes(folder: Path, test: str) -> bool:
+def reason(folder: Path, test: str) -> str:
+    """Why a test fails: its first lines of errors. Empty if it passes."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", "-m", "not nightly", "-p", "no:cacheprovider", test],
         cwd=folder,
@@ -271,11 +366,15 @@ def passes(folder: Path, test: str) -> bool:
         check=False,
     )
     assert done.returncode in (0, 1), done.stdout[-3000:]
-    return done.returncode == 0
+    errors = [line[1:].strip() for line in done.stdout.splitlines() if line.startswith("E  ")]
+    return " ".join(errors[:2])[:200] or "fails" if done.returncode else ""
 
 
 def main() -> None:
-    rows = sys.argv[1:]
+    """Exits with 1 unless each test passes, then fails; with a text for rows that are unknown."""
+    rows = sys.argv[1:] or [mutant.row for mutant in MUTANTS]
+    if unknown := set(rows) - {mutant.row for mutant in MUTANTS}:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; rows are {', '.join(dict.fromkeys(m.row for m in MUTANTS))}")
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -284,19 +383,17 @@ def main() -> None:
         for part in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / part, folder)
         for mutant in MUTANTS:
-            if rows and mutant.row.partition(",")[0] not in rows:
+            if mutant.row not in rows:
                 continue
             shutil.rmtree(folder / "searchfm", ignore_errors=True)
             shutil.copytree(ROOT / "searchfm", folder / "searchfm", ignore=shutil.ignore_patterns("__pycache__"))
-            before = passes(folder, mutant.test)
+            before = reason(folder, mutant.test)
             path = folder / "searchfm" / mutant.file
-            text = path.read_text("utf-8")
-            assert text.count(mutant.old) == 1, f"{mutant.row}: {text.count(mutant.old)} times in {mutant.file}"
-            path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
-            after = passes(folder, mutant.test)
-            good = before and not after
-            wrong += not good
-            print(f"{mutant.row}: {'passes' if before else 'FAILS'}, then {'PASSES' if after else 'fails'}", flush=True)
+            path.write_text(mutant.apply(path.read_text("utf-8")), "utf-8")
+            after = reason(folder, mutant.test)
+            wrong += bool(before) or not after
+            shown = f"FAILS ({before})" if before else "passes"
+            print(f"{mutant.row} {mutant.test}: {shown}, then {after or 'PASSES'}", flush=True)
     sys.exit(1 if wrong else 0)
 
 

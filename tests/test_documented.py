@@ -1,16 +1,20 @@
 """What is public is documented, and what is documented is there: flags, variables, modules, names in MLflow."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 
 import searchfm
 from searchfm import cli
 from searchfm.show import keys
-from tests import rows
+from tests import mutants, rows
+from tests.mutants import MUTANTS
 from tests.test_project import ROOT, tracked
 
 PAGES = ("README.md", "docker/README.md", *(name for name in tracked() if re.fullmatch(r"\.github/[A-Z]+\.md", name)))
@@ -85,11 +89,37 @@ def test_every_test_that_proves_a_promise_of_security_exists() -> None:
         assert re.search(rf"def {name}\(", text(file)), (file, name)
 
 
+MATRIX = ".github/RELIABILITY.md"
+
+
 def test_every_test_that_the_matrix_of_faults_names_exists() -> None:
-    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text(".github/RELIABILITY.md"))
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)(?:::(\w+))?`", text(MATRIX))
     assert len(named) > 30
     for file, name in named:
-        assert re.search(rf"def {name or 'test_'}", text(f"tests/{file.removeprefix('tests/')}")), (file, name)
+        pattern = name or r"test_\w+"
+        assert re.search(rf"def {pattern}\(", text(f"tests/{file.removeprefix('tests/')}")), (file, name)
+
+
+def test_each_fault_has_a_mutant_that_a_test_of_its_row_was_seen_to_find(tmp_path: Path) -> None:
+    rows = re.findall(r"^\| ([A-Z]\d+) \| .+ → .+ \| (.+) \| (\d{4}-\d\d-\d\d) \|$", text(MATRIX), re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| [A-Z]\d", text(MATRIX), re.MULTILINE)), "a row has another form"
+    named = {row: {f"tests/{name}" for name in re.findall(r"`([^`]+)`", tests)} for row, tests, _ in rows}
+    assert len(named) == len(rows)
+    assert {mutant.row for mutant in MUTANTS} == set(named)
+    for number, mutant in enumerate(MUTANTS):
+        assert mutant.test in named[mutant.row], mutant
+        source = text(f"searchfm/{mutant.file}")
+        assert source.count(mutant.old) == 1, mutant
+        (tmp_path / f"mutant_{number}.py").write_text(mutant.apply(source))
+    # A change that Python refuses, or that leaves a name undefined, would fail any test.
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821", str(tmp_path)]
+    assert subprocess.run(ruff, capture_output=True, text=True, check=False).stdout == ""
+
+
+def test_a_fault_without_a_mutant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mutants", "P1", "Z9"])
+    with pytest.raises(SystemExit, match=r"^unknown: Z9; rows are P1, P2, "):
+        mutants.main()
 
 
 def test_every_table_of_keys_has_a_meaning() -> None:

@@ -26,8 +26,9 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
     """Yields epochs without training; replays those of an earlier attempt from a file, as a checkpoint would.
 
     payload: `kill` ({trial: attempts whose worker is killed in the second epoch}), `fail` (trials that raise), `raise`
-    ({trial: name of the searchfm error that it raises}), `nan` (trials whose value is NaN), `ticks` an epoch, `seconds`
-    a tick, `until` (the epoch after which it is paused), `weights_from` (the least value whose weights are written).
+    ({trial: name of the searchfm error that it raises}), `nan` and `inf` (trials whose value is that), `ticks` an
+    epoch, `seconds` a tick, `until` (the epoch after which it is paused), `weights_from` (the least value whose weights
+    are written).
     """
     config, number = payload["config"], int(payload["identity"].rpartition("/")[2])
     assert context.folder is not None
@@ -56,7 +57,7 @@ def trial(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None
         yield Epoch(index, 1 - value, value, 1 - value, value, config["optimizer"]["lr"], 0.1, 1000.0, time.time())
         if index == payload.get("until"):
             return {PAUSED: index}
-    value = float("nan") if number in payload.get("nan", []) else curve(config, epochs)
+    value = float(next((name for name in ("nan", "inf") if number in payload.get(name, [])), curve(config, epochs)))
     least = payload.get("weights_from", 0.0)
     if least is not None and not value < least:
         (context.folder / "weights.safetensors").write_bytes(b"weights")

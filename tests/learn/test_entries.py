@@ -303,24 +303,29 @@ from searchfm.records import Epoch
 from searchfm.learn.entries import trial
 import json
 torch.set_num_threads(1)
-payload = json.loads(sys.argv[1])
+large, small = map(json.loads, sys.argv[1:3])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, resource.RLIM_INFINITY))
+folder = Path(sys.argv[3])
 try:
-    list(trial(payload, Context(Path("nowhere"), (), "cpu", lambda: None)))
+    list(trial(large, Context(folder / "1", (), "cpu", lambda: None)))
 except Exception as error:
     print(type(error).__name__, error)
+print("epochs:", len(list(trial(small, Context(folder / "2", (), "cpu", lambda: None)))))
 """
 
 
 @pytest.mark.slow
-def test_the_error_begins_with_out_of_memory(digits: Splits) -> None:
+def test_the_error_begins_with_out_of_memory_and_the_next_trial_is_trained(digits: Splits, tmp_path: Path) -> None:
     """In a process of its own, which the kernel grants 300 MB more: the second layer alone wants 4 GB."""
     large = config(settings={"layers": 2, "width": 32_000}, train={"epochs": 1})
     load(large.data)  # into the cache: whoever makes it imports scikit-learn, which needs memory too
-    text = json.dumps(payload(large, digits))
-    ended = subprocess.run([sys.executable, "-c", HUNGRY, text], capture_output=True, text=True, check=True)
-    assert ended.stdout.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
+    texts = [json.dumps(payload(each, digits)) for each in (large, config(train={"epochs": 2}))]
+    command = [sys.executable, "-c", HUNGRY, *texts, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    error, epochs = ended.stdout.splitlines()
+    assert error.startswith(f"{WorldError.__name__} out of memory on cpu: "), ended.stdout + ended.stderr
+    assert epochs == "epochs: 2"
 
 
 def test_a_device_is_named(digits: Splits, tmp_path: Path) -> None:
