@@ -259,6 +259,13 @@ MUTANTS = (
         "worker.silence += 0.0",
     ),
     Mutant(
+        "R4",
+        "tests/test_clock.py::test_a_search_whose_clock_jumps_is_the_same_search",
+        "show/summary.py",
+        'f"ended {datetime.fromtimestamp(trial.ended):%Y-%m-%d %H:%M:%S}"',
+        'f"ended after {seconds(trial.ended - (trial.started or 0))}"',
+    ),
+    Mutant(
         "U1",
         "tests/test_cli.py::test_a_broken_study_file_is_one_line_and_leaves_nothing",
         "errors.py",
@@ -317,7 +324,7 @@ MUTANTS = (
     ),
     Mutant(
         "C1",
-        "tests/test_simulation.py::test_500_schedules",
+        "tests/test_simulation.py::test_schedules",
         "coordinator.py",
         "self.asked < self.trials and",
         "self.asked <= self.trials and",

@@ -78,7 +78,7 @@ class Setting:
     """Where studies are stored and workers run. `victims` are the processes that may be killed, by kind."""
 
     name: ClassVar[str]
-    pause: ClassVar[tuple[float, float]] = (0.5, 5.0)  # seconds between two kills; a command takes two to begin
+    pause: ClassVar[tuple[float, float]] = (0.3, 3.0)  # seconds between two kills; a command takes two to begin
     weights: ClassVar[Mapping[str, int]] = {
         "worker": 6,
         "coordinator": 3,
@@ -231,7 +231,7 @@ class OnRay(Setting):
     """Workers are actors of a Ray cluster of one node, which outlives the command."""
 
     name = "ray"
-    pause = (0.5, 8.0)  # a command has its first worker after ten seconds
+    pause = (0.5, 6.0)  # a command has its first worker after ten seconds
     weights: ClassVar[Mapping[str, int]] = {
         "worker": 7,
         "actor": 4,
