@@ -30,12 +30,12 @@ _figures: dict[str, str] = {}
 
 
 def _commit() -> str:
-    """The commit under test; `+` where files differ from it."""
+    """The commit under test; `+` where files other than pages differ from it."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", ".", f":!{PAGE.relative_to(ROOT)}")
+    changed = git("status", "--porcelain", "--", ".", ":!.github/*.md")
     return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
 
 
