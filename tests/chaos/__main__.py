@@ -80,11 +80,11 @@ class Setting:
     name: ClassVar[str]
     pause: ClassVar[tuple[float, float]] = (0.3, 3.0)  # seconds between two kills; a command takes two to begin
     weights: ClassVar[Mapping[str, int]] = {
-        "worker": 6,
-        "coordinator": 3,
+        "worker": 10,
+        "coordinator": 2,
         "process group": 1,
-        "fork server": 1,
-        "tracking process": 1,
+        "fork server": 2,
+        "tracking process": 2,
     }
 
     def __init__(self, folder: Path, chance: random.Random) -> None:
@@ -183,12 +183,12 @@ class Listening(Setting):
 
     name = "listen"
     weights: ClassVar[Mapping[str, int]] = {
-        "worker": 5,
+        "worker": 9,
         "agent": 3,
-        "agent's fork server": 1,
-        "coordinator": 3,
+        "agent's fork server": 2,
+        "coordinator": 2,
         "process group": 1,
-        "tracking process": 1,
+        "tracking process": 2,
     }
 
     def start(self, home: Path) -> None:
