@@ -362,7 +362,6 @@ class Coordinator:
     def _finish(self, current: LiveTrial, result: Result) -> Iterator[SearchEvent]:
         value = result.get("value")
         if not isinstance(value, float) or not math.isfinite(value):
-            drop_weights(current.folder)
             yield from self._end(current, TrialState.FAIL, reason=f"its value is {value}, not a finite number")
         else:
             yield from self._end(current, TrialState.COMPLETE, round(value, 6), result=result)
@@ -420,7 +419,7 @@ class Coordinator:
         candidates = [*self.kept, trial]
         self.kept = ranked(candidates, twins=False)[: self.study.search.keep]
         for other in candidates:
-            if other.state == "complete" and other not in self.kept:
+            if other not in self.kept:  # a trial that fails, too: an earlier attempt may have come to its end
                 drop_weights(other.folder)
 
     @property

@@ -43,6 +43,29 @@ def test_new_schedules(record_property: Callable[[str, object], None], pytestcon
     record_property("figures", f"10,000 schedules without a violation, seed {number}")
 
 
+# --- schedules that failed once ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_after_an_earlier_attempt_came_to_its_end_keeps_no_weights() -> None:
+    state = Schedule()
+    state.begin(options=Options(trials=3, epochs=1, workers=2, retries=0))
+    state.cut_connection(worker=0, lost=False, turns=1)
+    state.fail_write(fault="gone before", writes=1)
+    state.receive(worker=0)
+    state.cut_connection(worker=1, lost=False, turns=1)
+    state.receive_late(orphan=0, messages=1)
+    state.kill_worker(worker=0, checkpoint=False, turns=1)
+    state.teardown()
+
+
+def test_a_study_that_was_stopped_needs_three_failures_again_to_be_hopeless() -> None:
+    state = Schedule()
+    state.begin(options=Options(trials=4, epochs=1, workers=1, retries=0, fail=(0, 1, 2)))
+    state.cut_connection(worker=0, lost=False, turns=1)
+    state.stop()
+    state.teardown()
+
+
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
 # Of each: the function, what is replaced in its source, by what, and the violation that is found.
@@ -52,7 +75,7 @@ PLANTED: dict[str, tuple[type, str, str, str, str]] = {
         "events",
         " and self._running[event.job].attempt == event.attempt",
         "",
-        "the search ended while a worker has a job",
+        r"(the search ended while a worker has a job|trial \d+ is told before predictions.npz is in its folder)",
     ),
     "tell before artifacts": (
         WorkerPool,
@@ -87,7 +110,7 @@ PLANTED: dict[str, tuple[type, str, str, str, str]] = {
         "_adopt",
         "current.epochs = list(self.stored.trials[current.number].epochs)",
         "pass",
-        r"UserWarning: The reported value is ignored because this `step=\d+` is already reported.",
+        r"(trial \d+: epoch \d+ is judged after its report was written|UserWarning: The reported value is ignored .+)",
     ),
     "weights are not dropped": (
         Coordinator,
