@@ -657,7 +657,7 @@ class Search:
 
     def more(self, trials: int) -> None:
         """The same command with a larger number of trials."""
-        self.trials, self.over, self.repeatable = self.trials + trials, False, False
+        self.trials, self.over, self.repeatable, self.hopeless = self.trials + trials, False, False, False
 
     def finish(self) -> StudyRecord:
         """Runs it to its end with nothing that disturbs it, and checks the whole study."""
