@@ -614,6 +614,7 @@ class Search:
             self.repeatable = False
         except WorldError as error:
             self._require("none succeeded" in str(error), str(error))
+            self._abandon()
             self.over = self.hopeless = True
         except Violation:
             self.broken = True

@@ -66,6 +66,19 @@ def test_a_study_that_was_stopped_needs_three_failures_again_to_be_hopeless() ->
     state.teardown()
 
 
+def test_a_hopeless_study_that_is_asked_for_more_trials_goes_on() -> None:
+    state = Schedule()
+    state.begin(options=Options(trials=4, epochs=1, workers=1, retries=0))
+    state.kill_worker(worker=0, checkpoint=False, turns=1)
+    state.cut_connection(worker=0, lost=True, turns=2)
+    state.cut_connection(worker=0, lost=True, turns=1)
+    state.cut_connection(worker=0, lost=False, turns=1)
+    state.cut_connection(worker=0, lost=True, turns=2)
+    assert state.search.hopeless
+    state.ask_for_more(trials=1)
+    state.teardown()
+
+
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
 # Of each: the function, what is replaced in its source, by what, and the violation that is found.
