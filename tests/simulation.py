@@ -906,8 +906,12 @@ class Schedule(RuleBasedStateMachine):
     @precondition(lambda self: self.search.engine.orphans)
     @rule(orphan=ORPHANS, messages=st.integers(1, 6))
     def receive_late(self, orphan: int, messages: int) -> None:
-        """An attempt that was given up works on, and what it sends is received."""
-        orphans = self.search.engine.orphans
+        """An attempt works on after the coordinator knows that it was given up, and what it sends is received."""
+        engine = self.search.engine
+        given_up = [each.attempt.job for each in engine.workers if each.attempt is not None]  # or trained
+        orphans = [each for each in engine.orphans if each.job not in given_up]
+        if not orphans:
+            return
         attempt = orphans[orphan % len(orphans)]
         for _ in range(messages):
             if not attempt.sent:
