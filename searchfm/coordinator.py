@@ -26,7 +26,7 @@ from searchfm.forecast import TOP
 from searchfm.home import write_whole
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Result, Retried
 from searchfm.pool import WorkerPool, gather
-from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, write_epochs
+from searchfm.records import EPOCHS, SPEC, WEIGHTS, Epoch, StudyRecord, Trial, ranked, read_epochs, write_epochs
 from searchfm.search import space
 from searchfm.search.memory import MemoryStudy
 from searchfm.search.storage import read_trial
@@ -135,6 +135,8 @@ class Coordinator:
             current.pruned = frozen.user_attrs.get("pruned", "")
             # Epochs past the last reported one were never judged: they come again, from the checkpoint.
             current.epochs = list(self.stored.trials[current.number].epochs)
+            if len(read_epochs(current.folder / EPOCHS)) > len(current.epochs):
+                write_epochs(current.folder / EPOCHS, current.epochs)  # they may never come: its attempts may all fail
             attempt, lost = frozen.user_attrs.get("attempt", int(complete)), frozen.user_attrs.get("lost", 0)
             current.job = replace(current.job, attempt=attempt, lost=lost)
             yield from self._begin(current, adopted=complete)

@@ -79,6 +79,16 @@ def test_a_hopeless_study_that_is_asked_for_more_trials_goes_on() -> None:
     state.teardown()
 
 
+def test_a_trial_that_fails_has_no_epoch_that_was_never_reported() -> None:
+    state = Schedule()
+    state.begin(options=Options(trials=3, epochs=1, workers=1, retries=0))
+    state.fail_write(fault="gone before", writes=2)  # the epoch is in epochs.csv, its report is lost
+    state.cut_connection(worker=0, lost=False, turns=1)
+    state.cut_connection(worker=0, lost=False, turns=3)
+    state.kill_worker(worker=0, checkpoint=False, turns=0)
+    state.teardown()
+
+
 # --- planted bugs -----------------------------------------------------------------------------------------------------
 
 # Of each: the function, what is replaced in its source, by what, and the violation that is found.
