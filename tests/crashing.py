@@ -314,6 +314,7 @@ COMMANDS: dict[str, Callable[[Home, Mapping[str, Any]], object]] = {
 
 def child(spec: Mapping[str, Any], answer: Path) -> None:
     """Runs a command; says how many writes it made, and what it returned."""
+    signal.alarm(300)  # a command takes seconds; one that hangs is killed, and fails its test
     home = Home(Path(spec["home"]))
     os.environ.update(spec.get("environment", {}))
     last: Callable[[], object] = lambda: None  # noqa: E731

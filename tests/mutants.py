@@ -176,6 +176,13 @@ MUTANTS = (
     ),
     Mutant(
         "T2",
+        f"{TRACKING}::test_without_mlflow_a_search_does_not_block_and_one_line_says_so",
+        "tracking/follow.py",
+        "self._relay.start()",
+        "self._relay.start(); self._relay.join(1.0)",
+    ),
+    Mutant(
+        "T2",
         f"{TRACKING}::test_a_search_gives_up_at_its_end_on_an_mlflow_that_does_not_answer",
         "tracking/follow.py",
         ">= GIVE_UP_SECONDS:",

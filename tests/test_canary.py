@@ -38,7 +38,7 @@ from tests.serving import Postgres, Server
 from tests.test_project import ROOT
 
 pytestmark = [
-    pytest.mark.slow(seconds=100),
+    pytest.mark.slow(seconds=18),
     pytest.mark.usefixtures("own_forkserver"),
     # Commands leave their connections to the end of their process.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"),
@@ -96,9 +96,13 @@ def quoted(password: str) -> str:
 
 
 class Listed:
-    """Reads the command lines of all processes of this machine, and the environments of workers, as `ps` does."""
+    """Reads the command lines of all processes of this machine, and the environments of workers, as `ps` does.
 
-    def __init__(self) -> None:
+    Commands and workers are those with this folder in their environment: other tests have some too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = bytes(folder)
         self.guilty: set[str] = set()
         self.commands: set[str] = set()
         self.workers: set[int] = set()
@@ -118,14 +122,18 @@ class Listed:
             for folder in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # it has ended
                     command = (folder / "cmdline").read_bytes()
-                    if b"searchfm" in command:
-                        self.commands.add(command.decode(errors="replace"))
                     if CANARY.search(command):
                         self.guilty.add(command.decode(errors="replace"))
-                    if b"multiprocessing.forkserver" in command and b"searchfm" in command:
+                    if b"searchfm" not in command:
+                        continue
+                    environment = (folder / "environ").read_bytes()
+                    ours, worker = self.folder in environment, b"multiprocessing.forkserver" in command
+                    if ours:
+                        self.commands.add(command.decode(errors="replace"))
+                    if ours and worker:
                         self.workers.add(int(folder.name))
-                        if CANARY.search((folder / "environ").read_bytes()):
-                            self.guilty.add(f"environment of {command.decode(errors='replace')}")
+                    if worker and CANARY.search(environment):
+                        self.guilty.add(f"environment of {command.decode(errors='replace')}")
 
 
 @dataclass
@@ -203,8 +211,8 @@ def collected() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def listed() -> Iterator[Listed]:
-    with Listed() as listed:
+def listed(place: Place) -> Iterator[Listed]:
+    with Listed(place.folder) as listed:
         yield listed
 
 

@@ -120,10 +120,7 @@ def check_refused(home: Home, command: str, *words: str) -> None:
     assert not list(home.path.parent.glob("*home-copy*")), command
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [pytest.param(name, marks=[] if name == "text" else [pytest.mark.slow(seconds=8)]) for name in DAMAGES],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_database_is_one_line_in_every_command(home: Home, damage: str) -> None:
     DAMAGES[damage](home.path / "optuna.db")
     for command in (*READERS, *WRITERS):

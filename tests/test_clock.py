@@ -36,14 +36,16 @@ def jumping(folder: Path) -> Iterator[dict[str, str]]:
 
     thread = threading.Thread(target=jump)
     thread.start()
-    yield {
-        "LD_PRELOAD": str(library),
-        "FAKETIME_TIMESTAMP_FILE": str(stamp),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
-    over.set()
-    thread.join()
+    try:
+        yield {
+            "LD_PRELOAD": str(library),
+            "FAKETIME_TIMESTAMP_FILE": str(stamp),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.mark.slow(seconds=30)

@@ -419,13 +419,15 @@ def promoting(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("every", [18, pytest.param(9, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize(("workers", "promote"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("workers", "promote", "every"),
+    [(1, False, 18), *(pytest.param(*each, marks=pytest.mark.nightly) for each in ((1, False, 9), (2, True, 9)))],
+)
 def test_after_a_kill_at_any_write_another_coordinator_completes_the_study(
     killed: Any, workers: int, promote: bool, every: int, record_property: Callable[[str, object], None]
 ) -> None:
-    """Every 18th write: from the first with one worker, from the second with two. The next test kills one worker's
-    coordinator at each write of a trial.
+    """Every 18th write, nightly every 9th: from the first with one worker, from the second with two. The next test
+    kills the coordinator of one worker at each write of a trial.
     """
     spec = (promoting(SPEC) if promote else SPEC) | {"workers": workers}
     unbroken = killed("unbroken", spec, [None])

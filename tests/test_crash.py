@@ -1,6 +1,6 @@
 """Nothing is lost and nothing is doubled: real processes, real training on digits, killed at random moments.
 
-Nightly: `test_crash_points.py`, `test_coordinator.py` and `test_simulation.py` kill at writes, and in every order.
+Nightly, since `test_crash_points.py`, `test_coordinator.py` and `test_simulation.py` kill at writes in CI.
 """
 
 import csv

@@ -631,7 +631,7 @@ def test_what_failed_once(name: str) -> None:
     PROPERTIES[name].run(0)
 
 
-@pytest.mark.slow(seconds=20)
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_generated(name: str) -> None:
     before = ACCEPTED[name]

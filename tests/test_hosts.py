@@ -188,6 +188,25 @@ def passwords(cluster: Cluster) -> tuple[int, list[str]]:
     return len(tasks), [str(one) for one in tasks if any("127.0.0.1" in value for value in one.environ().values())]
 
 
+def test_slurm_without_a_shared_home_is_one_line(site: Site, slurm: Cluster, nodes: dict[str, Host]) -> None:
+    home = site.folder / "unshared"
+    home.mkdir()
+    for host in nodes.values():
+        host.run("mount", "-t", "tmpfs", "none", str(home))
+    command = ("tune", "mlp", "--dataset", "digits", "--engine", "slurm", "--home", str(home))
+    search = site.head.start(*SEARCHFM, *command, COLUMNS="200", **slurm.environment)
+    assert search.wait() == 1
+    assert search.lines[-1][1].endswith(
+        f"no worker is left; no node wrote into {home / 'slurm'}; do all nodes mount it?"
+    )
+    assert not slurm.run("squeue", "--noheader")
+    assert not (home / "optuna.db").exists()
+
+
+# --- minutes by nature ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
 def test_slurm_a_host_dies(
     site: Site, slurm: Cluster, nodes: dict[str, Host], record_property: Callable[[str, object], None]
 ) -> None:
@@ -205,24 +224,6 @@ def test_slurm_a_host_dies(
     assert not slurm.run("squeue", "--noheader", "--states=running,pending")
     site.check("slurm")
     record_property("figures", f"a dead host noticed after {noticed:.1f} s; exactly {TRIALS} trials")
-
-
-def test_slurm_without_a_shared_home_is_one_line(site: Site, slurm: Cluster, nodes: dict[str, Host]) -> None:
-    home = site.folder / "unshared"
-    home.mkdir()
-    for host in nodes.values():
-        host.run("mount", "-t", "tmpfs", "none", str(home))
-    command = ("tune", "mlp", "--dataset", "digits", "--engine", "slurm", "--home", str(home))
-    search = site.head.start(*SEARCHFM, *command, COLUMNS="200", **slurm.environment)
-    assert search.wait() == 1
-    assert search.lines[-1][1].endswith(
-        f"no worker is left; no node wrote into {home / 'slurm'}; do all nodes mount it?"
-    )
-    assert not slurm.run("squeue", "--noheader")
-    assert not (home / "optuna.db").exists()
-
-
-# --- minutes by nature ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.nightly

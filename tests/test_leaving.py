@@ -22,7 +22,7 @@ from searchfm.search.storage import open_storage, read_study
 from searchfm.show.dashboard import free_port
 from tests.serving import Server
 
-pytestmark = pytest.mark.slow(seconds=60)
+pytestmark = pytest.mark.slow(seconds=14)
 
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "2", "--workers", "2", "--set", "search.pruner=none")
 LONG = ("--epochs", "400")

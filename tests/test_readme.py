@@ -95,7 +95,7 @@ def shortened(command: str) -> str:
 
 @pytest.mark.parametrize(
     "how_much",
-    [pytest.param(shortened, marks=pytest.mark.slow(seconds=70)), pytest.param(str, marks=pytest.mark.nightly)],
+    [pytest.param(shortened, marks=pytest.mark.slow(seconds=160)), pytest.param(str, marks=pytest.mark.nightly)],
     ids=["shortened", "as written"],
 )
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's, which SQLAlchemy warns of

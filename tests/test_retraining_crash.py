@@ -20,7 +20,7 @@ from searchfm.search.storage import read_study
 from tests.commands import searchfm_here
 from tests.driving import without_following
 
-pytestmark = pytest.mark.slow(seconds=25)
+pytestmark = pytest.mark.nightly
 
 RETRAIN = ("retrain", "mlp", "--top", "2", "--seeds", "2", "--workers", "2", "--json")
 
@@ -97,7 +97,6 @@ def wait_for(process: "subprocess.Popen[str]", home: Path, jobs: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.nightly
 def test_after_kills_the_same_command_completes_it(
     tuned: Path, unbroken: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
@@ -118,7 +117,6 @@ def test_after_kills_the_same_command_completes_it(
     record_property("figures", "4 kills; bitwise the unbroken final model")
 
 
-@pytest.mark.nightly
 def test_a_killed_worker_is_replaced(
     tuned: Path, unbroken: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
@@ -134,7 +132,9 @@ def test_a_killed_worker_is_replaced(
     record_property("figures", "bitwise the unbroken final model")
 
 
-def test_it_holds_its_lock_and_resumes_after_a_sigterm(tuned: Path, unbroken: dict[str, Any]) -> None:
+def test_it_holds_its_lock_and_resumes_after_a_sigterm(
+    tuned: Path, unbroken: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     home = copy(tuned, "stopped")
     first = start(home, *RETRAIN)
     while first.poll() is None and f"process {first.pid} " not in (holder(Home(home), "mlp") or ""):
@@ -151,3 +151,4 @@ def test_it_holds_its_lock_and_resumes_after_a_sigterm(tuned: Path, unbroken: di
     assert first.returncode == 143
     finish(home, *RETRAIN)
     check(home, unbroken)
+    record_property("figures", "stopped by SIGTERM; bitwise the unbroken final model")

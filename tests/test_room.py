@@ -41,11 +41,8 @@ def test_a_search_warns_before_its_first_trial_where_the_disk_is_too_small_and_g
 
 
 @pytest.mark.slow(seconds=15)
-def test_a_dry_run_warns_likewise_and_neither_where_there_is_room(tmp_path: Path) -> None:
+def test_a_dry_run_warns_likewise(tmp_path: Path) -> None:
     small = on_small_disk("16m", tmp_path / "small", "tune", *SEARCH, "--dry-run", "--json")
     forecast = json.loads(small.stdout)["forecast"]
     assert forecast["disk"] + forecast["checkpoints"] > 16 * 2**20
     assert "has 17 MB of free disk space, and the search is forecast to take up to " in " ".join(small.stderr.split())
-    large = on_small_disk("1g", tmp_path / "large", "tune", *SEARCH, "--dry-run")
-    assert (large.returncode, "free disk space" in large.stderr + large.stdout) == (0, False)
-    assert "checkpoints while it searches" in large.stdout

@@ -31,7 +31,7 @@ def run(schedules: int, *, number: int | None = None, shrink: bool = True) -> No
 
 
 # CI runs the same 2,000 schedules each time, so that a failure comes from the change; new ones are tried every night.
-@pytest.mark.slow(seconds=30)
+@pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("number", range(4))
 def test_schedules(number: int) -> None:
     run(500, number=number)

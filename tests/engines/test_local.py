@@ -107,7 +107,7 @@ def killing_servers(times: int) -> Iterator[list[int]]:
             if pid is not None and pid not in killed:
                 server = psutil.Process(pid)
                 server.suspend()
-                time.sleep(0.3)  # the start waits for its answer by then
+                time.sleep(1.0)  # the start waits for its answer by then
                 server.kill()
                 killed.append(pid)
             time.sleep(0.005)
