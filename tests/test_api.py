@@ -382,6 +382,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_shows_something_before_it_imports_anything_heavy(command: str, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()

@@ -119,6 +119,7 @@ def test_a_target_ends_the_search_and_a_higher_one_goes_on(home: Home) -> None:
     assert ending.text.endswith(f" is reached by trial {second} with {values[second]:.4f}")
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_search_ends_after_trials_without_a_better_one_however_it_was_stopped(tmp_path: Path) -> None:
     def make() -> Any:
         return toy(search={"stop_after": 4, "trials": 40})
@@ -186,6 +187,7 @@ def test_on_a_task_where_all_trials_are_at_chance_those_after_the_third_are_trai
     assert len(search(home, toy("larger", search=LATE, **hard), data=other).of("complete")) == 8
 
 
+@pytest.mark.slow(seconds=2)
 def test_trials_at_chance_are_the_same_however_the_study_was_stopped(tmp_path: Path) -> None:
     def make() -> Any:
         return toy(search={"pruner": {"name": "asha", "reduction": 2}, "trials": 9, "seed": 1}, train={"epochs": 4})
@@ -855,6 +857,7 @@ def test_a_database_that_disappears_stops_the_study_and_is_not_created_again(hom
     check(search(home, toy()), 8)
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_database_locked_by_another_process_only_delays_the_study(home: Home) -> None:
     def lock_database(item: SearchEvent, _: LocalEngine) -> None:
         if item.kind == "started" and item.trial == 1:

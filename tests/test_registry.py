@@ -221,6 +221,7 @@ def test_a_model_is_registered_once(
     assert len(client(home).search_model_versions("name = 'searchfm-toy'")) == 1
 
 
+@pytest.mark.slow(seconds=2)
 def test_the_champion_changes_only_for_a_better_one_on_the_same_test_part(
     home: Home, study: StudyRecord, published: RegisteredModel, tmp_path: Path
 ) -> None:

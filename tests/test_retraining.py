@@ -29,7 +29,7 @@ from tests import rows
 from tests.driving import local_engine
 from tests.json_page import check
 
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
+pytestmark = [pytest.mark.slow(seconds=5), pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")]
 
 DIGITS: dict[str, Any] = {
     "data": {"name": "digits", "subset": 0.8},
@@ -231,7 +231,6 @@ def test_the_same_command_again_trains_and_reads_nothing(retrained: tuple[Home, 
     assert len(reads(home)) == 1
 
 
-@pytest.mark.slow
 def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
@@ -251,7 +250,6 @@ def test_another_winner_is_trained_and_reads_the_test_part_again(copied: Home) -
     assert back.test.reads == 2 == len(reads(copied)), "a model is counted once"
 
 
-@pytest.mark.slow
 def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
@@ -269,7 +267,6 @@ def test_more_trials_make_other_finalists_and_finished_jobs_are_not_run_again(co
     assert final.test.reads == (1 if final.winner == before.winner else 2)
 
 
-@pytest.mark.slow
 def test_again_trains_with_other_seeds_and_reads_the_test_part_again(copied: Home) -> None:
     before = row(copied).final
     assert before is not None
@@ -281,7 +278,6 @@ def test_again_trains_with_other_seeds_and_reads_the_test_part_again(copied: Hom
     assert finish(copied)[1] == []
 
 
-@pytest.mark.slow
 def test_without_mlflow_the_figures_are_kept_and_the_model_follows(
     copied: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +333,6 @@ def test_trials_that_no_coordinator_trains_are_left_out(four: StudyRecord, home:
 # --- the default ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_default_is_among_the_finalists_and_how_it_did_is_reported(home: Home) -> None:
     tune(home, first=[{"model": {"mlp": {"width": 8}}, "optimizer": {"lr": 1e-3}}])
     assert row(home).default == 0
@@ -357,7 +352,6 @@ def test_the_default_is_among_the_finalists_and_how_it_did_is_reported(home: Hom
     ]
 
 
-@pytest.mark.slow
 def test_a_default_that_did_not_end_is_a_finalist_without_a_value(home: Home) -> None:
     tune(home, 2, first=[{"model": {"mlp": {"width": 64}}, "optimizer": {"lr": 1e-2}}])
     with sqlite3.connect(home.path / "optuna.db") as database:

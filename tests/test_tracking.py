@@ -326,6 +326,7 @@ def statements(database: str) -> tuple[list[str], Callable[..., None]]:
     return texts, listen
 
 
+@pytest.mark.slow(seconds=2)
 def test_what_is_aligned_costs_nothing_more(home: Home) -> None:
     """Neither MLflow nor a trial's folder is asked again about a trial that has ended and is aligned."""
     rows.four(home)
@@ -347,6 +348,7 @@ def test_what_is_aligned_costs_nothing_more(home: Home) -> None:
     assert len(runs(home, rows.study(home))["toy-0000"].data.metrics) > 7
 
 
+@pytest.mark.slow(seconds=2)
 def test_an_epoch_is_sent_once_optuna_holds_it(home: Home) -> None:
     """A coordinator that is killed between epochs.csv and the report trains that epoch again, with other values."""
     rows.begin(home)
@@ -498,6 +500,7 @@ def test_a_search_repairs_at_its_start_what_it_finds(synced: Home) -> None:
     assert sync(synced, study) == []
 
 
+@pytest.mark.slow(seconds=2)
 def test_sync_starts_from_nothing(home: Home) -> None:
     study = rows.four(home)
     listed = sync(home, study)
@@ -547,6 +550,7 @@ def test_while_workers_have_all_cores_only_kept_trials_are_drawn_and_that_last(h
     assert [trial.number for trial in rows.study(home).undrawn] == [n for n in range(4) if n != kept.number]
 
 
+@pytest.mark.slow(seconds=2)
 def test_missing_pictures_are_no_difference_and_sync_draws_and_sends_them(home: Home) -> None:
     study = rows.four(home)
     Passes(home, study, draw=False).run(study, "FINISHED")
@@ -887,6 +891,7 @@ def test_trials_have_notes_and_pictures_in_the_dashboard(synced: Home) -> None:
         assert content.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow(seconds=2)
 def test_notes_that_a_user_edited_stay(home: Home) -> None:
     study = rows.four(home)
     follow(home, study)

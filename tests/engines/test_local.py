@@ -83,6 +83,7 @@ def test_no_password_reaches_a_worker_and_the_coordinator_keeps_its_own(
     assert {f"{name}=sesame" for name in secret} <= set(inherited.splitlines())
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_worker_that_hangs_is_ended_and_its_job_lost_but_not_before_its_first_tick() -> None:
     engine = LocalEngine(["cpu"], warm="tests.toys")
     engine.submit(replace(job("loads", sleeps=1.2), hang_seconds=0.5))  # no tick yet: data may take long

@@ -106,6 +106,7 @@ def test_a_precision_that_is_given_stands(given: str, expected: str, digits: Spl
     assert Training(config(train={"precision": given}), digits).precision == ("float32" if given == "auto" else given)
 
 
+@pytest.mark.slow(seconds=2)
 @pytest.mark.parametrize("settings", [MLP, CNN], ids=["mlp", "cnn"])
 def test_three_seeds_in_bfloat16_are_as_accurate(settings: Config, digits: Splits) -> None:
     seeds = [replace(settings, train=replace(settings.train, seed=seed)) for seed in (1, 2, 3)]

@@ -302,6 +302,7 @@ def test_a_lock_that_another_process_took_and_released_in_between_is_lost(
         lock.check()
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_study_that_exists_is_claimed_with_its_lock(home: Home, proxy: Proxy, storage: BaseStorage) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # its own storage ends with the process

@@ -306,6 +306,7 @@ def test_a_trial_under_the_pointer_is_highlighted_everywhere(home: Home, tmp_pat
     assert "lr = 0.1" in tip[1]
 
 
+@pytest.mark.slow(seconds=2)
 def test_a_final_models_errors_are_counted_on_the_test_part_but_shown_from_validation(home: Home) -> None:
     study = searched.retrained(home, searched.search(home, many()), range(30))
     text = report_page(study, open_storage(home), {}, None)
@@ -428,6 +429,7 @@ def test_the_whole_story_on_digits(new_home: Callable[[Path], Home], tmp_path: P
         assert not {"mlflow", "pandas", "triton"} & modules, words
 
 
+@pytest.mark.slow(seconds=2)
 def test_of_many_trials_the_best_and_others_at_even_distances_are_shown(home: Home, monkeypatch: Any) -> None:
     monkeypatch.setattr(report, "DRAWN", 6)
     study = searched.search(home, many())
