@@ -203,6 +203,13 @@ MUTANTS = (
         "",
     ),
     Mutant(
+        "T4",
+        f"{TRACKING}::test_a_process_that_dies_is_replaced",
+        "tracking/follow.py",
+        "for last in (False, True):",
+        "for last in (True,):",
+    ),
+    Mutant(
         "D1",
         f"{DATASETS}::test_cifar100_is_downloaded_once_and_refused_when_corrupt",
         "learn/datasets.py",

@@ -668,12 +668,30 @@ def test_a_process_that_cannot_start_or_dies_is_one_line(
     caplog.clear()
     tracking = Tracking(home, "toy")
     tracking.begin()
+    first = tracking._process
+    assert first is not None
+    first.kill()
+    until(lambda: tracking._process is not first)
     assert tracking._process is not None
     tracking._process.kill()
     assert tracking.close(5) == 4
     assert [entry.getMessage() for entry in caplog.records] == [
-        "the process that follows into MLflow has died; later: searchfm sync toy --apply"
+        "the process that follows into MLflow has died; another one starts",
+        "the process that follows into MLflow has died again; later: searchfm sync toy --apply",
     ]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_replaced(home: Home) -> None:
+    study = rows.four(home)
+    tracking = Tracking(home, "toy")
+    tracking.begin()
+    until(lambda: bool(run_links(home, study).runs))  # it is under way
+    assert tracking._process is not None
+    tracking._process.kill()
+    assert tracking.close(60) == 0
+    assert len(runs(home, study)) == 5
+    assert sync(home, study) == []
 
 
 def test_sync_says_in_one_line_that_mlflow_is_away(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,26 +52,31 @@ class Tracking:
 
     def __init__(self, home: Home, name: str) -> None:
         self._home, self._name = home, name
-        self._process: subprocess.Popen[bytes] | None = None
         self._left: int | None = None  # trials that are not aligned; None: unknown
+        self._sent: list[str] = []  # lines, which a process that replaces another gets too
         self._ended = False  # by `end`
+        self._lock = threading.Lock()  # of the process, and of what it was sent
+        self._process = self._start()
+        self._relay = threading.Thread(target=self._relay_log, name="tracking", daemon=True)
+        self._relay.start()
+
+    def _start(self) -> "subprocess.Popen[bytes] | None":
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "searchfm.tracking", name],
+            process = subprocess.Popen(
+                [sys.executable, "-m", "searchfm.tracking", self._name],
                 # MLflow makes temporary folders, which a process that is killed leaves.
-                env={**os.environ, HOME: str(home.path), "TMPDIR": forkserver.temporary_folder()},
+                env={**os.environ, HOME: str(self._home.path), "TMPDIR": forkserver.temporary_folder()},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the coordinator, which then closes the process in order
             )
         except OSError as error:
-            log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, name)
-            return
+            log.warning("MLflow is not followed (%s); later: searchfm sync %s --apply", error.strerror, self._name)
+            return None
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, NICE)
-        self._relay = threading.Thread(target=self._relay_log, args=(self._process,), name="tracking", daemon=True)
-        self._relay.start()
+            os.setpriority(os.PRIO_PROCESS, process.pid, NICE)
+        return process
 
     def begin(self, *, draw: bool = True) -> None:
         """Begins to follow the study, which exists. draw: see `Passes`."""
@@ -82,44 +87,59 @@ class Tracking:
 
         Returns how many trials are not aligned: 0 unless MLflow was unreachable or refused some.
         """
-        if self._process is not None:
-            self._send(f"{time.monotonic() + seconds:f}")
-            self._relay.join(seconds + 1.0)
-            self.end()
+        self._send(f"{time.monotonic() + seconds:f}")
+        self._relay.join(seconds + 1.0)
+        self.end()
         return len(read_study(self._home, self._name).trials) if self._left is None else self._left
 
     def end(self) -> None:
         """Ends the process, if it has not ended: it has written nothing before `begin`, and later what it leaves half
         done is found again.
         """
-        if self._process is not None and not self._ended:
-            assert self._process.stdin is not None
+        with self._lock:
             self._ended = True
-            self._process.kill()
-            self._process.wait()
-            self._relay.join()
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
+            if self._process is not None:
+                self._process.kill()
+        self._relay.join()
 
     def _send(self, line: str) -> None:
+        with self._lock:
+            self._sent.append(line)
+            self._write([line])
+
+    def _write(self, lines: Sequence[str]) -> None:
         if self._process is not None:
             assert self._process.stdin is not None
             with contextlib.suppress(OSError):  # it has died
-                self._process.stdin.write(f"{line}\n".encode())
+                self._process.stdin.write("".join(f"{line}\n" for line in lines).encode())
                 self._process.stdin.flush()
 
-    def _relay_log(self, process: subprocess.Popen[bytes]) -> None:
-        """Logs what the process reports, until it ends."""
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                match json.loads(line):
-                    case int(left):
-                        self._left = left
-                    case [int(level), str(text)]:
-                        log.log(level, "%s", text)
-        if process.wait() != 0 and not self._ended:
-            log.warning("the process that follows into MLflow has died; later: searchfm sync %s --apply", self._name)
+    def _relay_log(self) -> None:
+        """Logs what the process reports, until it ends. The first one that dies is replaced."""
+        for last in (False, True):
+            process = self._process
+            if process is None:
+                return
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with process.stdout:
+                for line in process.stdout:
+                    match json.loads(line):
+                        case int(left):
+                            self._left = left
+                        case [int(level), str(text)]:
+                            log.log(level, "%s", text)
+            status = process.wait()
+            with self._lock:
+                with contextlib.suppress(OSError):  # what it did not read
+                    process.stdin.close()
+                if status == 0 or self._ended:
+                    return
+                if not last:
+                    log.warning("the process that follows into MLflow has died; another one starts")
+                    self._process = self._start()
+                    self._write(self._sent)
+        log.warning("the process that follows into MLflow has died again; later: searchfm sync %s --apply", self._name)
 
 
 class Passes:
