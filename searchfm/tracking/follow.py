@@ -131,6 +131,7 @@ class Tracking:
                             log.log(level, "%s", text)
             status = process.wait()
             with self._lock:
+                self._process = None
                 with contextlib.suppress(OSError):  # what it did not read
                     process.stdin.close()
                 if status == 0 or self._ended:
