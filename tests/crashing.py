@@ -138,9 +138,9 @@ class Disk:
             self._content[inode] = path.read_bytes()
 
     def lose_power(self, target: Path) -> None:
-        """Writes what is left into `target`, which does not exist; and the databases as they are."""
+        """Writes what is left into `target`, which does not exist; and the databases that are files as they are."""
         self._restore(self.home.stat().st_ino, target)
-        for name in ("optuna.db", "mlflow.db"):
+        for name in (name for name in ("optuna.db", "mlflow.db") if (self.home / name).exists()):
             for left in target.glob(f"{name}*"):
                 left.unlink()
             with (

@@ -21,6 +21,7 @@ from searchfm.errors import StudyError
 from searchfm.home import STORAGE, TRACKING, Home, file_sha256
 from searchfm.records import SPEC, WEIGHTS, StudyRecord
 from searchfm.search.database import read_sqlite
+from searchfm.search.storage import open_storage, study_names
 from searchfm.tracking import rows
 from searchfm.upkeep import LOCKS
 from tests import driving
@@ -31,12 +32,19 @@ TOY = {"tables": {"search": {"trials": 3}, "train": {"epochs": 2}}, "workers": 1
 
 
 class Homes:
-    """One home, which commands change, and copies of it by name; in one place, since MLflow keeps absolute paths."""
+    """One home, which commands change, and copies of it by name; in one place, since MLflow keeps absolute paths.
 
-    def __init__(self, folder: Path, crasher: Crasher, template: Path) -> None:
+    server: the URL of the PostgreSQL server that has its studies, in the database `home`; else they are in a file.
+    """
+
+    def __init__(self, folder: Path, crasher: Crasher, template: Path, server: str = "") -> None:
         self.path, self._folder, self.run, self.kill = folder / "home", folder, crasher.run, crasher.kill
-        self.lost, self.copy = folder / "lost", folder / "copies" / "copy"
+        self.lost, self.copy, self._server = folder / "lost", folder / "copies" / "copy", server
         shutil.copytree(template, self.path)
+        if server:
+            for file in self.path.glob("optuna.db*"):
+                file.unlink()
+            self._execute("DROP DATABASE IF EXISTS home WITH (FORCE)", "CREATE DATABASE home")
         self.keep("new")
         self._tell("tune", trials=2)
         self.keep("two trials")
@@ -53,17 +61,30 @@ class Homes:
     def _tell(self, command: str, **spec: Any) -> None:
         self.run(command, self.path, **spec)
 
+    def _execute(self, *statements: str) -> None:
+        if self._server:
+            with psycopg.connect(self._server + "postgres", autocommit=True) as connection:
+                for statement in statements:
+                    connection.execute(statement.encode())
+
     def keep(self, name: str) -> None:
         """Keeps a copy of the home."""
         shutil.copytree(self.path, self._folder / name)
+        # A database is copied while nobody is connected; of a process that was killed, the server may not know it yet.
+        self._execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'home'",
+            f'DROP DATABASE IF EXISTS "{name}"',
+            f'CREATE DATABASE "{name}" TEMPLATE home',
+        )
 
     def take(self, name: str) -> None:
         """Puts a copy in the home's place."""
         shutil.rmtree(self.path)
         shutil.copytree(self._folder / name, self.path)
+        self._execute("DROP DATABASE home WITH (FORCE)", f'CREATE DATABASE home TEMPLATE "{name}"')
 
     def take_lost(self) -> None:
-        """Puts what a loss of power left in the home's place."""
+        """Puts the files that a loss of power left in the home's place."""
         shutil.rmtree(self.path)
         self.lost.rename(self.path)
 
@@ -71,6 +92,22 @@ class Homes:
     def study(self) -> StudyRecord:
         """The study as it is stored."""
         return driving.stored(Home(self.path), NAME)
+
+    @property
+    def copied(self) -> StudyRecord:
+        """The study in the copy that `backup` made, which has a file for its studies."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(STORAGE, raising=False)
+            return driving.stored(Home(self.copy), NAME)
+
+    @property
+    def trials(self) -> int:
+        """How many trials the database has, of all studies."""
+        storage = open_storage(Home(self.path))
+        try:
+            return sum(storage.get_n_trials(storage.get_study_id_from_name(name)) for name in study_names(storage))
+        finally:
+            driving.let_go(storage)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +118,18 @@ def homes(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         patch.setenv("SEARCHFM_CACHE", str(tmp_path_factory.getbasetemp() / "crash-cache"))
         with Crasher("all") as crasher:
             yield Homes(tmp_path_factory.mktemp("crash-points"), crasher, template)
+
+
+@pytest.fixture
+def homes_on_postgresql(
+    template: Path, tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Homes]:
+    """The same with the studies in PostgreSQL; MLflow's database stays a file."""
+    monkeypatch.delenv(TRACKING, raising=False)
+    monkeypatch.setenv(STORAGE, f"{postgres}home")
+    monkeypatch.setenv("SEARCHFM_CACHE", str(tmp_path / "cache"))
+    with Crasher("all") as crasher:
+        yield Homes(tmp_path, crasher, template, postgres)
 
 
 def moments(writes: int, points: int | None) -> Iterator[int]:
@@ -229,8 +278,7 @@ def check_remove(homes: Homes, points: int | None) -> int:
                     "SELECT count(*) FROM experiments WHERE lifecycle_stage = 'active' AND name = ?", (NAME,)
                 )
                 assert runs.fetchone() == (0,), moment
-            with closing(sqlite3.connect(homes.path / "optuna.db")) as database:
-                assert database.execute("SELECT count(*) FROM trials").fetchone() == (0,), moment
+            assert homes.trials == 0, moment
     return total
 
 
@@ -240,7 +288,7 @@ def check_backup(homes: Homes, points: int | None) -> int:
     before = content(homes.path)
     unbroken = homes.run("backup", homes.path, target=str(homes.copy))
     assert unbroken["value"] == [1, 4, 0]
-    assert facts(driving.stored(Home(homes.copy), NAME)) == facts(homes.study)
+    assert facts(homes.copied) == facts(homes.study)
     whole = content(homes.copy)
     for moment in moments(unbroken["writes"], points):
         shutil.rmtree(homes.copy.parent)
@@ -301,6 +349,16 @@ def test_after_a_kill_at_every_write_the_same_command_gives_the_unbroken_result(
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_postgresql_every_write_of_a_command(
+    homes_on_postgresql: Homes,
+    check: Callable[[Homes, int | None], int],
+    record_property: Callable[[str, object], None],
+) -> None:
+    record_property("figures", f"{check(homes_on_postgresql, None)} writes")
 
 
 def check_postgres(folder: Path, postgres: str, points: int | None) -> int:
