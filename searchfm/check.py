@@ -87,9 +87,10 @@ def check(home: Home, name: str | None = None, *, repair: bool = False) -> Check
         storage = open_storage(home)
         names = study_names(storage)
     except StorageError as error:
+        path = str(Path(database_url(home).database or ""))
         if isinstance(error, DamagedError):
-            found.append(Finding(None, None, str(database_url(home).database), str(error), RESTORE))
-        elif not found:
+            found.append(Finding(None, None, path, str(error), RESTORE))
+        elif all(finding.path != path for finding in found):
             raise  # it is missing, locked, of a newer version, or on a server that does not answer
         result.findings = _repaired(found, repair)
         return result
@@ -111,8 +112,9 @@ def _repaired(findings: Iterable[Finding], repair: bool) -> list[Finding]:
         if repair and finding.repair is not None:
             try:
                 finding.repair()
-            except OSError as error:
-                done.append(replace(finding, todo=f"it could not be repaired: {error.strerror}"))
+            except (OSError, StorageError) as error:
+                reason = getattr(error, "strerror", None) or error
+                done.append(replace(finding, todo=f"it could not be repaired: {reason}"))
                 continue
             finding = replace(finding, repaired=True)
         done.append(finding)
@@ -163,12 +165,14 @@ def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Che
     if is_elsewhere(home, name):
         return []
     with ExitStack() as stack:
-        held = holder(home, name)
-        if locked := os.access(folder, os.W_OK):  # else no lock can be taken
+        held = None
+        if locked := os.access(folder, os.W_OK):
             try:
                 stack.enter_context(study_lock(home, name))
             except LockedError as error:
                 held = error.holder or "another process"
+        else:  # no lock can be taken
+            held = holder(home, name)
         if held:
             result.held[name] = held
         try:
@@ -247,7 +251,7 @@ def _final(study: StudyRecord, final: Final, result: Checked) -> Iterator[Findin
         path = folder / name
         try:
             files = dict(JobRecord.read(path).result["files"])
-        except (SearchfmError, OSError, LookupError):
+        except (SearchfmError, OSError, LookupError, TypeError, ValueError):
             yield Finding(study.name, None, str(path), "is missing or damaged", todo)
             continue
         files.pop(WEIGHTS, None)

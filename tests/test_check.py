@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from searchfm.home import STORAGE, Home, file_sha256
-from searchfm.records import EPOCHS, PREDICTIONS, SPEC, WEIGHTS, TrainResult
+from searchfm.home import OWNER_FILE, STORAGE, Home, file_sha256, write_json
+from searchfm.records import EPOCHS, FITTED, PREDICTIONS, SPEC, TESTED, WEIGHTS, JobRecord, TrainResult
 from searchfm.search.lock import study_lock
-from searchfm.search.storage import open_storage, read_studies
+from searchfm.search.storage import open_storage, read_studies, write_record
 from tests import rows
 from tests.commands import Done, searchfm_here
 
@@ -195,6 +195,17 @@ def test_trials_that_another_database_knows_are_not_written_into(
     assert "holds trials, and the database knows no such study" in run(home, "check toy").stdout
 
 
+def test_a_lost_database_is_an_error_whatever_else_is_found(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = home.path / ".test-reads.json.tmp"
+    half.write_bytes(b"half")
+    os.utime(half, (1.8e9, time.time() - 1000))
+    lose(home, "missing")
+    check_refused(home, "check", "optuna.db: is missing", "studies/toy")
+    (home.path / "mlflow.db").write_bytes(b"")
+    monkeypatch.setenv(STORAGE, "postgresql://anna@127.0.0.1:1/none")
+    check_refused(home, "check", "postgresql+psycopg://127.0.0.1:1/none")
+
+
 # --- check ------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +270,35 @@ def test_what_was_left_over_is_deleted_by_repair_alone_and_not_while_the_study_i
     assert content(home).keys() - whole.keys() == {"studies/toy/0003/.new.png.tmp"}
     assert whole.items() <= content(home).items()
     assert findings(home) == []
+
+
+def test_the_owner_that_a_killed_process_of_another_host_left_holds_nothing(home: Home) -> None:
+    (home.study("toy") / OWNER_FILE).write_text("process 1 on a-container-that-is-gone")
+    (home.trial("toy", 1) / WEIGHTS).write_bytes(bytes(10))
+    done = run(home, "check")
+    assert done.stdout.startswith(f"toy: {home.trial('toy', 1) / WEIGHTS} is left over, of a trial not among the best")
+    assert "is held by" not in done.stdout
+
+
+def test_a_final_model_is_checked_whatever_its_jobs_wrote_and_what_cannot_be_repaired_is_listed(home: Home) -> None:
+    study = rows.study(home)
+    folder = study.final_folder
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(bytes(2000))
+    final = rows.final((1.0, 9), weights=file_sha256(folder / WEIGHTS))
+    write_record(open_storage(home), study.number, final)
+    rows.forget(home)
+    write_json(folder / FITTED, JobRecord("of this test", {"files": None}).to_json())
+    write_json(folder / TESTED, JobRecord("of this test", {"files": "text"}).to_json())
+    (folder / ".final.json.tmp").mkdir()  # so that final.json cannot be written, as on a full disk
+    damaged, lost = "is missing or damaged", "is missing, damaged or older than the database's"
+    found = findings(home, "--repair")
+    problems = {Path(item["path"]).name: item["problem"] for item in found}
+    assert problems == {FITTED: damaged, TESTED: damaged, "final.json": lost}
+    assert found[-1]["todo"] == f"it could not be repaired: {folder / 'final.json'}: cannot be written: Is a directory"
+    (folder / ".final.json.tmp").rmdir()
+    assert findings(home, "--repair")[-1]["repaired"]
+    assert len(findings(home)) == 2
 
 
 def test_an_empty_database_of_a_new_home_holds_no_study(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
