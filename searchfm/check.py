@@ -82,17 +82,17 @@ def check(home: Home, name: str | None = None, *, repair: bool = False) -> Check
     if repair:
         home.probe()
     temporary = [_leftover(path, None, None, "half-written") for path in _stale(home.path.glob(".*.tmp"))]
-    found = [*_databases(home), *temporary]
+    findings = [*_databases(home), *temporary]
     try:
         storage = open_storage(home)
         names = study_names(storage)
     except StorageError as error:
         path = str(Path(database_url(home).database or ""))
         if isinstance(error, DamagedError):
-            found.append(Finding(None, None, path, str(error), RESTORE))
-        elif all(finding.path != path for finding in found):
+            findings.append(Finding(None, None, path, str(error), RESTORE))
+        elif all(finding.path != path for finding in findings):
             raise  # it is missing, locked, of a newer version, or on a server that does not answer
-        result.findings = _repaired(found, repair)
+        result.findings = _repaired(findings, repair)
         return result
     try:
         if name is not None and name not in names and not home.has_trials(name):
@@ -101,24 +101,24 @@ def check(home: Home, name: str | None = None, *, repair: bool = False) -> Check
             studies += _study(home, storage, each, each in names, result, repair)
     finally:
         backend(storage).engine.dispose()
-    result.findings = [*_repaired(found, repair), *studies]
+    result.findings = [*_repaired(findings, repair), *studies]
     return result
 
 
 def _repaired(findings: Iterable[Finding], repair: bool) -> list[Finding]:
     """The findings, repaired as far as they can be."""
-    done = []
+    repaired = []
     for finding in findings:
         if repair and finding.repair is not None:
             try:
                 finding.repair()
             except (OSError, StorageError) as error:
                 reason = getattr(error, "strerror", None) or error
-                done.append(replace(finding, todo=f"it could not be repaired: {reason}"))
+                repaired.append(replace(finding, todo=f"it could not be repaired: {reason}"))
                 continue
             finding = replace(finding, repaired=True)
-        done.append(finding)
-    return done
+        repaired.append(finding)
+    return repaired
 
 
 # --- databases --------------------------------------------------------------------------------------------------------
@@ -154,13 +154,15 @@ def _databases(home: Home) -> Iterator[Finding]:
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
-def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Checked, repair: bool) -> list[Finding]:
+def _study(
+    home: Home, storage: BaseStorage, name: str, in_database: bool, result: Checked, repair: bool
+) -> list[Finding]:
     """The findings of one study, repaired while its lock is held."""
     folder = home.study(name)
-    if not known:
+    if not in_database:
         if not home.has_trials(name):
             return []  # an earlier command was stopped before its study began, or after it was removed
-        text = "holds trials, and the database knows no such study"
+        text = "has trials of a study that is not in the database"
         return [Finding(name, None, str(folder), text, f"{RESTORE}, or move the folder away")]
     if is_elsewhere(home, name):
         return []
@@ -185,17 +187,17 @@ def _study(home: Home, storage: BaseStorage, name: str, known: bool, result: Che
         result.trials += len(study.trials)
         # Of a held study the weights of the best, its running trials and its final model may be changing.
         kept = set() if held else {trial.number for trial in study.kept}
-        found: list[Finding] = []
+        findings: list[Finding] = []
         for trial in study.trials:
             if trial.state != "running":
-                found += _trial(study, trial, trial.number in kept, result)
+                findings += _trial(study, trial, trial.number in kept, result)
             elif trial.reported and not held:
-                found += _epochs(study, trial)
+                findings += _epochs(study, trial)
         if held:
-            return found
+            return findings
         if study.final is not None:
-            found += _final(study, study.final, result)
-        return _repaired([*found, *_orphans(study), *_unneeded(study)], repair and locked)
+            findings += _final(study, study.final, result)
+        return _repaired([*findings, *_orphans(study), *_unneeded(study)], repair and locked)
 
 
 def _trial(study: StudyRecord, trial: Trial, kept: bool, result: Checked) -> Iterator[Finding]:

@@ -932,7 +932,9 @@ def check(
     study: Annotated[
         str | None, typer.Argument(help="Study by name. [default: all]", autocompletion=shell.home_studies)
     ] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete leftovers, and write final.json again.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete leftovers and weights that are not kept; write final.json again.")
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -944,10 +946,10 @@ def check(
     from searchfm.search.files import study_name
     from searchfm.show import schema, terminal
 
-    found = check(Home.find(home), None if study is None else study_name(study), repair=repair)
-    values = [schema.describe(schema.Finding, finding) for finding in found.findings]
-    _output(as_json, values, lambda: terminal.show_findings(_console(), found))
-    raise typer.Exit(0 if found.ok else 1)
+    checked = check(Home.find(home), None if study is None else study_name(study), repair=repair)
+    values = [schema.describe(schema.Finding, finding) for finding in checked.findings]
+    _output(as_json, values, lambda: terminal.show_findings(_console(), checked))
+    raise typer.Exit(0 if checked.ok else 1)
 
 
 def _export_file(kind: str | None, output: str | None) -> Callable[[str], Path]:

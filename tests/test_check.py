@@ -192,7 +192,7 @@ def test_trials_that_another_database_knows_are_not_written_into(
     monkeypatch.setenv(STORAGE, f"sqlite:///{other.path / 'optuna.db'}")
     for command in ("tune mlp --name toy --dataset digits", "retrain toy", "trial toy 0"):
         check_refused(home, command, f"{home.study('toy')} has trials of it", "`searchfm backup`", "move the folder")
-    assert "holds trials, and the database knows no such study" in run(home, "check toy").stdout
+    assert "has trials of a study that is not in the database" in run(home, "check toy").stdout
 
 
 def test_a_lost_database_is_an_error_whatever_else_is_found(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_each_damage_to_files_is_found_by_its_file(home: Home) -> None:
         ("toy", 1, EPOCHS): "has 1 epo",
         ("toy", 2, EPOCHS): found["toy", 2, EPOCHS][:9],
         ("toy", 7, "0007"): "belongs t",
-        ("lost", None, "lost"): "holds tri",
+        ("lost", None, "lost"): "has trial",
     }
     assert "no table of epochs" in found["toy", 2, EPOCHS]
     before = content(home)

@@ -262,7 +262,7 @@ def load_study(storage: BaseStorage, home: Home, name: str, ended: Mapping[int, 
         if STUDY not in attrs:
             if has_trials:
                 raise StorageError(
-                    f"study {name!r}: {home.study(name)} has trials of it, and the database does not know it: "
+                    f"study {name!r}: {home.study(name)} has trials of it, but it is not in the database: "
                     f"{RESTORE}, move the folder away, or name another study"
                 )
             names = one_of(name, study_names(storage))
@@ -383,8 +383,7 @@ def locked_study(home: Home, name: str, stopping: Callable[[], bool] = never) ->
     """Holds the lock of a study that exists (see `study_lock`), and claims it.
 
     Upgrades records of an older format, with a copy of each in the study's folder, and moves them from where 0.3.0 kept
-    them. Raises StudyError for an
-    unknown study, before its lock makes a folder.
+    them. Raises StudyError for an unknown study, before its lock makes a folder.
     """
     storage = open_storage(home, stopping=stopping)
     load_study(storage, home, name)

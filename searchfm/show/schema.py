@@ -702,7 +702,7 @@ class BackedUp(Printed, kw_only=True):
 
 
 class Finding(Printed, kw_only=True):
-    """Something that is wrong in a home."""
+    """A problem in a home."""
 
     study: Annotated[str | None, about("its name; null for the home")]
     trial: Annotated[int | None, about("its number; null for the study or the home")]
