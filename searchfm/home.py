@@ -71,13 +71,8 @@ class Home:
         return os.environ.get(TRACKING) or self._own("mlflow.db")
 
     def _own(self, name: str) -> str:
-        """The URL of a SQLite file of the home. Encoded is what SQLAlchemy would take for more than a path, and nothing
-        else, since MLflow makes the folder of the name that stands in the URL.
-        """
-        path = str(self.path / name)
-        for letter in "%?#":  # the first one first: the others bring it in
-            path = path.replace(letter, f"%{ord(letter):X}")
-        return f"sqlite:///{path}"
+        """The URL of a SQLite file of the home."""
+        return sqlite_url(self.path / name)
 
     @property
     def artifacts(self) -> Path:
@@ -101,6 +96,16 @@ class Home:
     def trial(self, name: str, number: int) -> Path:
         """The folder of a trial."""
         return self.study(name) / f"{number:04d}"
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a SQLite file. Encoded is what SQLAlchemy would take for more than a path, and nothing else, since
+    MLflow makes the folder of the name that stands in the URL.
+    """
+    text = str(path)
+    for letter in "%?#":  # the first one first: the others bring it in
+        text = text.replace(letter, f"%{ord(letter):X}")
+    return f"sqlite:///{text}"
 
 
 def data_folder(option: Path | None = None) -> Path | None:
@@ -147,8 +152,10 @@ def shown(uri: str) -> str:
 
 
 def without_passwords(text: str) -> str:
-    """The text with every address in it as `shown`, up to the next space or quotation mark."""
-    return re.sub(r"\b[a-zA-Z][\w+.-]*://[^\s'\"]*", lambda match: shown(match[0]), text)
+    """The text with every address in it as `shown`: up to the next space or quotation mark after the last @ of its
+    line, since a password may have them.
+    """
+    return re.sub(r"\b[a-zA-Z][\w+.-]*://(?:.*@)?[^\s'\"]*", lambda match: shown(match[0]), text)
 
 
 def command_line() -> str:

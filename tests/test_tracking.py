@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 
 from searchfm.errors import StorageError
 from searchfm.format import escape
-from searchfm.home import STORAGE, TRACKING, Home, shown, without_passwords
+from searchfm.home import STORAGE, TRACKING, Home, shown, without_passwords, write_json
 from searchfm.records import EPOCHS, PICTURES, WEIGHTS, Epoch, StudyHeader, StudyRecord
 from searchfm.search.lock import study_lock
 from searchfm.search.notes import Notes, artifact_folder, web_address
@@ -35,6 +35,7 @@ from searchfm.show.dashboard import draw_pictures
 from searchfm.tracking import mirror
 from searchfm.tracking.follow import Follower, Passes, Tracking, draw_missing, sync
 from searchfm.tracking.mirror import Mirror, make_schema, run_links
+from searchfm.tracking.moved import PLACE, has_moved
 from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
@@ -812,8 +813,26 @@ def test_addresses_are_shown_without_passwords() -> None:
     ):
         assert shown(typed) == safe
     assert without_passwords("for 'http://a:secret@b:1/c?d=secret': no") == "for 'http://b:1/c': no"
+    assert without_passwords("no 'postgresql://anna:1'2\" 3@db/mlflow': no") == "no 'postgresql://db/mlflow': no"
+    for password in ("secret'secret", "1 secret", "1@secret", "1@1'secret", "1/1'secret", "1?1 secret", "1#1'secret"):
+        for address in (f"http://anna:{password}@db/a", f"http://db/a?token={password}"):
+            assert "secret" not in without_passwords(f"no '{address}' and no http://anna:{password}@db/a: no")
     assert web_address("https://anna:secret@host/mlflow/") == "https://host/mlflow"
     assert web_address("sqlite:////home/a/mlflow.db") is None
+
+
+def test_a_copy_has_not_moved_where_it_is_reached_by_another_path(tmp_path: Path) -> None:
+    copy, link = Home(tmp_path / "copy"), Home(tmp_path / "link")
+    copy.path.mkdir()
+    link.path.symlink_to(copy.path)
+    for recorded in (copy, link):
+        write_json(copy.path / PLACE, {"path": str(recorded.path)})
+        assert not has_moved(copy)
+        assert not has_moved(link)
+    link.path.unlink()
+    assert has_moved(copy), "the recorded path is gone"
+    link.path.mkdir()
+    assert has_moved(copy), "another folder is there"
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchfm.errors import DamagedError, StorageError, StudyError, UserError, one_line, one_of
 from searchfm.format import sentence
-from searchfm.home import STORAGE, Home, make_folder, write_json
+from searchfm.home import STORAGE, Home, make_folder, sqlite_url, write_json
 from searchfm.records import FORMAT, Final, State, StoredEpochs, StudyHeader, StudyRecord, TrainResult, Trial
 from searchfm.search.database import (
     BUSY_SECONDS,
@@ -186,7 +186,7 @@ def copy_storage(storage: BaseStorage, home: Home, path: Path) -> None:
         with closing(read_sqlite(Path(url.database or ""))) as source, closing(sqlite3.connect(path)) as copy:
             source.backup(copy)
         return
-    target = RowStorage(f"sqlite:///{path}", {})  # makes the tables, and the one row of `version_info`
+    target = RowStorage(sqlite_url(path), {})  # makes the tables, and the one row of `version_info`
     tables = [each for each in models.BaseModel.metadata.sorted_tables if each.name != "version_info"]
     engine = backend(storage).engine.execution_options(isolation_level="REPEATABLE READ")
     with engine.connect() as source, target.engine.begin() as copy:

@@ -31,7 +31,16 @@ from searchfm import forkserver
 from searchfm.engines.local import usable_cores
 from searchfm.errors import SearchfmError, StorageError
 from searchfm.format import csv_text, escape, final_sentences, show_params
-from searchfm.home import TRACKING_LOCK_FILE, Home, cache_folder, command_line, make_folder, shown, write_whole
+from searchfm.home import (
+    TRACKING_LOCK_FILE,
+    Home,
+    cache_folder,
+    command_line,
+    make_folder,
+    shown,
+    sqlite_url,
+    write_whole,
+)
 from searchfm.records import (
     EPOCHS,
     PICTURES,
@@ -110,7 +119,7 @@ def connect(home: Home) -> Any:
     if path.is_file() and not path.stat().st_size:  # no crash leaves such a file: see `_make`
         raise StorageError(f"{path}: is empty; {RESTORE_RUNS}")
     if path.is_file() and not can_write(path):
-        uri = f"sqlite:///{_copied(home, path)}"
+        uri = sqlite_url(_copied(home, path))
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes that make the tables at once leave a file that none can open.

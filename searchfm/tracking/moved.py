@@ -24,7 +24,13 @@ COLUMNS = (  # of MLflow's tables, with such paths, as URIs
 
 def has_moved(home: Home) -> bool:
     """Whether the paths in its MLflow's database are of another folder than the home's."""
-    return recorded_folder(home) != home.path
+    recorded = recorded_folder(home)
+    if recorded == home.path:
+        return False
+    try:
+        return not recorded.samefile(home.path)  # else by another path of the same folder, such as a link
+    except OSError:  # it is gone
+        return True
 
 
 def recorded_folder(home: Home) -> Path:
