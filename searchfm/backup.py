@@ -55,14 +55,17 @@ class BackedUp:
 
 
 def backup(home: Home, folder: Path) -> BackedUp:
-    """Copies a home into a folder, which must not exist or be empty, and checks the copy.
+    """Copies a home into a folder, which must not exist or be empty, and checks the copy. A link to it is followed.
 
     Raises UserError for a folder that cannot be used, StudyError for a home without studies, StorageError where a
     database or the disk fails; then nothing is left.
     """
+    folder = folder.resolve()  # no folder can be renamed to a link
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: must not exist, or be an empty folder")
-    if folder.is_relative_to(home.path):
+    if folder.is_mount():  # the copy would be made beside it, on another file system
+        raise UserError(f"{folder}: is a mount point; name a new folder in it")
+    if folder.is_relative_to(home.path.resolve()):
         raise UserError(f"{folder}: must be outside of the home, {home.path}")
     storage = open_storage(home)
     copy = _Copy(folder.with_name(f".{folder.name}.tmp"))
@@ -80,7 +83,7 @@ def backup(home: Home, folder: Path) -> BackedUp:
                 for path in _files(home.path / name):
                     _copy(path, copy.path / path.relative_to(home.path))
             _copy(home.path / READS, copy.path / READS)
-            _check_finals(home, copy)
+            _match_database(home, copy)
             checked = _checked(copy)
             flush_tree(copy.path)
             copy.path.rename(folder)
@@ -108,13 +111,21 @@ def _only_backup(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: another backup into it is being written") from None
 
 
-def _check_finals(home: Home, copy: Home) -> None:
-    """Raises StorageError if a final training ended while files were copied: record and folder may not agree."""
+def _match_database(home: Home, copy: Home) -> None:
+    """Deletes folders of trials and studies that began after the database was copied. Raises StorageError if a final
+    training ended, or a study was removed, meanwhile: record and files may not agree.
+    """
     storage, copied = open_storage(home), open_storage(copy)
     try:
-        for name in study_names(copied):
-            if load_study(copied, copy, name).final != load_study(storage, home, name).final:
-                raise StorageError(f"study {name!r}: was retrained meanwhile; run the same command again")
+        names, copied_names = study_names(storage), study_names(copied)
+        for name in copied_names:
+            before, now = load_study(copied, copy, name), load_study(storage, home, name) if name in names else None
+            if now is None or now.final != before.final:
+                raise StorageError(f"study {name!r}: was retrained or removed meanwhile; run the same command again")
+            for trial in now.trials[len(before.trials) :]:  # each is in the database before it has a folder
+                shutil.rmtree(copy.trial(name, trial.number), ignore_errors=True)
+        for name in set(names).difference(copied_names):
+            shutil.rmtree(copy.study(name), ignore_errors=True)
     finally:
         backend(storage).engine.dispose()
         backend(copied).engine.dispose()

@@ -20,11 +20,11 @@ from PIL import Image
 from searchfm import backup as backing
 from searchfm.check import check
 from searchfm.disk import clean
-from searchfm.errors import StorageError
+from searchfm.errors import StorageError, UserError
 from searchfm.home import STORAGE, Home
 from searchfm.records import SPEC, WEIGHTS
 from searchfm.retraining import RetrainOptions, retrain
-from searchfm.search.storage import copy_storage, open_storage, read_studies, write_record
+from searchfm.search.storage import copy_storage, delete_study, open_storage, read_studies, write_record
 from tests import rows
 from tests.commands import Done, searchfm_here
 from tests.crashing import Inline, never
@@ -54,7 +54,7 @@ def test_a_backup_has_the_studies_and_files_of_either_database_as_a_home(
     (any_home.study("toy") / ".report.html.tmp").write_text("half")
     (any_home.trial("toy", 0) / WEIGHTS).chmod(0o600)
     expected = stored(any_home, "toy")
-    folder = tmp_path / "copies" / "copy"
+    folder = tmp_path / "copies" / "a copy%3F?x#"  # letters that mean something in a URL
     done = values(any_home.path, "backup", str(folder))
     assert (done["folder"], done["studies"], done["trials"], done["mlflow"]) == (str(folder), 2, 4, False)
     assert run(any_home.path, "backup", str(folder)).stderr == (
@@ -74,7 +74,7 @@ def test_a_backup_has_the_studies_and_files_of_either_database_as_a_home(
     assert (study.uuid, study.question, study.resolved) == (expected.uuid, expected.question, expected.resolved)
     assert stat.S_IMODE((copy.trial("toy", 0) / WEIGHTS).stat().st_mode) == 0o600
     assert sorted(path.name for path in folder.iterdir()) == ["optuna.db", "optuna.lock", "studies"]
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["copy"]
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
     assert stored(copy, "second").trials == ()
     trial = rows.ask(copy)  # a search may go on in it
     assert trial.number == 4
@@ -101,19 +101,51 @@ def test_studies_of_another_home_on_the_same_server_are_left_alone(
     assert [study.name for study in read_studies(Home(tmp_path / "copy"))] == ["one"]
 
 
-def test_a_backup_in_whose_course_a_study_is_retrained_is_refused(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = rows.begin(home)
+def after_the_database(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
+    """Does something in a backup's course: after it has copied the database, before the files."""
 
     def copied(*arguments: Any) -> None:
         copy_storage(*arguments)
-        write_record(open_storage(home), study.number, rows.final((1.0, 9)))
+        meanwhile()
 
     monkeypatch.setattr(backing, "copy_storage", copied)
-    with pytest.raises(StorageError, match="study 'toy': was retrained meanwhile; run the same command again"):
+
+
+@pytest.mark.parametrize("change", ["retrained", "removed"])
+def test_a_backup_in_whose_course_a_study_is_retrained_or_removed_is_refused(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    study = rows.begin(home)
+    final = rows.final((1.0, 9))
+    changes = {
+        "retrained": lambda: write_record(open_storage(home), study.number, final),
+        "removed": lambda: delete_study(open_storage(home), study.number),
+    }
+    after_the_database(monkeypatch, changes[change])
+    with pytest.raises(StorageError, match="'toy': was retrained or removed meanwhile; run the same command again"):
         backing.backup(home, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_trials_and_studies_that_begin_in_the_course_of_a_backup_are_not_in_it(
+    any_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows.four(any_home)
+
+    def begin() -> None:
+        rows.ask(any_home)
+        rows.four(any_home, "second")
+        (any_home.study("second") / "report.html").write_text("a report")
+
+    after_the_database(monkeypatch, begin)
+    (any_home.study("toy") / "0009").mkdir()
+    (any_home.study("toy") / "0009" / "config.toml").write_text("")
+    done = backing.backup(any_home, tmp_path / "copy")
+    copy = Home(tmp_path / "copy")
+    assert (done.studies, done.trials, copy.studies()) == (1, 4, ["toy"])
+    assert [finding.trial for finding in done.checked.findings] == [9], "that no trial of the home has"
+    assert sorted(path.name for path in copy.study("toy").iterdir()) == ["0000", "0001", "0002", "0003", "0009"]
+    rows.forget(any_home)
 
 
 def test_a_backup_that_fails_leaves_nothing_and_the_next_one_succeeds(
@@ -140,6 +172,29 @@ def test_a_backup_that_fails_leaves_nothing_and_the_next_one_succeeds(
     (home.trial("toy", 1) / "epochs.csv").unlink()
     done = run(home.path, "backup", str(tmp_path / "other"))
     assert (done.returncode, done.stderr.startswith("searchfm: 1 problem in the copy")) == (0, True)
+
+
+def test_a_link_to_an_empty_folder_is_filled_and_the_home_itself_is_refused_by_any_path(
+    new_home: Callable[[Path], Home], tmp_path: Path
+) -> None:
+    home = new_home(tmp_path / "home")
+    rows.begin(home)
+    rows.forget(home)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    before = sorted(home.path.rglob("*"))
+    for place, folder in (
+        (home, tmp_path / "other" / ".." / "home" / "studies" / "copy"),
+        (home, tmp_path / "link" / "copy"),
+        (Home(tmp_path / "link"), home.path / "copy"),
+    ):
+        with pytest.raises(UserError, match="must be outside of the home"):
+            backing.backup(place, folder)
+    assert sorted(home.path.rglob("*")) == before
+    (tmp_path / "empty").symlink_to(tmp_path / "other")
+    assert backing.backup(home, tmp_path / "empty").folder == str(tmp_path / "other")
+    assert [study.name for study in read_studies(Home(tmp_path / "empty"))] == ["toy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "home", "link", "other"]
 
 
 def retrain_here(home: Path, trial: int) -> None:

@@ -1,12 +1,15 @@
-"""`tune` warns where the disk of the home has less room than its forecast: on a real, small file system."""
+"""On a real, small file system: `tune` warns where the disk has less room than its forecast; `backup` into its root."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from searchfm.home import Home
+from tests import rows
 from tests.programs import missing
 
 # In a namespace of its own, so that the mount ends with the command.
@@ -38,6 +41,18 @@ def test_a_search_warns_before_its_first_trial_where_the_disk_is_too_small_and_g
     assert warning.startswith(f"{tmp_path / 'small'}: has 1")
     assert "searchfm clean" in done.stdout
     assert lines.index(warning) < min(number for number, line in enumerate(lines) if "trial 0" in line)
+
+
+@pytest.mark.slow(seconds=4)
+def test_no_backup_is_written_into_the_root_of_a_file_system(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
+    home, disk = new_home(tmp_path / "home"), tmp_path / "disk"
+    rows.begin(home)
+    rows.forget(home)
+    disk.mkdir()
+    shell = ["unshare", "--mount", "sh", "-c", SMALL, "sh", "16m", str(disk)]
+    command = [*shell, sys.executable, "-m", "searchfm", "backup", str(disk), "--home", str(home.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (2, f"searchfm: {disk}: is a mount point; name a new folder in it\n")
 
 
 @pytest.mark.slow(seconds=15)
