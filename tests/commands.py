@@ -3,6 +3,7 @@
 import io
 import multiprocessing.forkserver
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from searchfm import cli
-from searchfm.forkserver import KEYS, SECRETS
+from searchfm.forkserver import KEYS, SECRETS, SIGNALS
 from searchfm.home import shipped_folder
 from searchfm.search.files import question
 from tests.json_page import check
@@ -111,8 +112,13 @@ def searchfm_here(*arguments: str, cwd: Path | None = None, **environment: str) 
         pid = server._forkserver_pid
         if pid is not None and settings(psutil.Process(pid).environ()) != settings(os.environ):
             server._stop()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            for number, handler in handlers.items():  # which end with the process of a command
+                signal.signal(number, handler)
     code = ended.value.code
     number = code if isinstance(code, int) else int(code is not None)
     return _checked(arguments, Done(number, out.getvalue(), err.getvalue()))

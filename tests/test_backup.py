@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from searchfm import backup as backing
 from searchfm.check import check
 from searchfm.disk import clean
 from searchfm.errors import StorageError, UserError
-from searchfm.home import STORAGE, Home
+from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import SPEC, WEIGHTS
 from searchfm.retraining import RetrainOptions, retrain
 from searchfm.search.storage import copy_storage, delete_study, open_storage, read_studies, write_record
@@ -195,6 +196,61 @@ def test_a_link_to_an_empty_folder_is_filled_and_the_home_itself_is_refused_by_a
     assert backing.backup(home, tmp_path / "empty").folder == str(tmp_path / "other")
     assert [study.name for study in read_studies(Home(tmp_path / "empty"))] == ["toy"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "home", "link", "other"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_backup_that_a_signal_stops_leaves_nothing(
+    new_home: Callable[[Path], Home],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],  # the outputs are no terminal, which SIGHUP would close
+    number: signal.Signals,
+) -> None:
+    home = new_home(tmp_path / "home")
+    rows.four(home)
+    rows.forget(home)
+    copied, remove = list[Path](), shutil.rmtree
+
+    def copy(path: Path, target: Path) -> None:
+        copied.append(path)
+        signal.raise_signal(number)
+
+    def closing_terminal(*arguments: Any, **options: Any) -> None:
+        if copied:
+            signal.raise_signal(signal.SIGHUP)  # by the kernel, after the shell's
+        remove(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "copy2", copy)
+    monkeypatch.setattr(shutil, "rmtree", closing_terminal)
+    handlers = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        done = run(home.path, "backup", str(tmp_path / "copy"))
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert (done.returncode, done.stdout, done.stderr, len(copied)) == (128 + number, "", "", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home"]
+
+
+def test_the_commands_that_follow_read_the_databases_of_the_copy(
+    new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, home, folder = new_home(tmp_path / "server"), Home(tmp_path / "home"), tmp_path / "a copy"
+    monkeypatch.setenv(STORAGE, server.optuna_url)
+    rows.four(home)
+    rows.forget(home)
+    (home.trial("toy", 1) / "epochs.csv").unlink()
+    for tracking, unset in (
+        (server.tracking_uri, f"-u {STORAGE} -u {TRACKING}"),
+        ("http://127.0.0.1:1", f"-u {STORAGE}"),  # whose data are not in the copy
+    ):
+        monkeypatch.setenv(TRACKING, tracking)
+        done = run(home.path, "backup", str(folder))
+        command = f"env {unset} searchfm"
+        assert done.stdout.splitlines()[-1] == f"next  {command} status --home '{folder}'"
+        problem = "1 problem in the copy, which the home may have too"
+        assert done.stderr.endswith(f"searchfm: {problem}: {command} check --home '{folder}'\n")
+        shutil.rmtree(folder)
 
 
 def retrain_here(home: Path, trial: int) -> None:
