@@ -60,12 +60,13 @@ def backup(home: Home, folder: Path) -> BackedUp:
     Raises UserError for a folder that cannot be used, StudyError for a home without studies, StorageError where a
     database or the disk fails; then nothing is left.
     """
-    folder = folder.resolve()  # no folder can be renamed to a link
+    # No folder can be renamed to a link. Path.resolve would raise RuntimeError for a link to itself.
+    folder, origin = (Path(os.path.realpath(path)) for path in (folder, home.path))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder}: must not exist, or be an empty folder")
     if folder.is_mount():  # the copy would be made beside it, on another file system
         raise UserError(f"{folder}: is a mount point; name a new folder in it")
-    if folder.is_relative_to(home.path.resolve()):
+    if folder.is_relative_to(origin):
         raise UserError(f"{folder}: must be outside of the home, {home.path}")
     storage = open_storage(home)
     copy = _Copy(folder.with_name(f".{folder.name}.tmp"))

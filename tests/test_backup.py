@@ -192,6 +192,10 @@ def test_a_link_to_an_empty_folder_is_filled_and_the_home_itself_is_refused_by_a
         with pytest.raises(UserError, match="must be outside of the home"):
             backing.backup(place, folder)
     assert sorted(home.path.rglob("*")) == before
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert run(home.path, "backup", str(tmp_path / "loop")).stderr.startswith(f"searchfm: {tmp_path / 'loop'}: ")
+    assert run(tmp_path / "loop", "backup", str(tmp_path / "other")).returncode == 2
+    (tmp_path / "loop").unlink()
     (tmp_path / "empty").symlink_to(tmp_path / "other")
     assert backing.backup(home, tmp_path / "empty").folder == str(tmp_path / "other")
     assert [study.name for study in read_studies(Home(tmp_path / "empty"))] == ["toy"]
