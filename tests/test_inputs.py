@@ -58,10 +58,10 @@ def flat(path: Path, side: int) -> Path:
     return path
 
 
-def tiled(path: Path) -> Path:
-    """A TIFF of 16x16 pixels whose one tile, deflated, has 30000x30000."""
-    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30000, 323: 30000, 324: 200, 325: 8}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+def tiled(path: Path, width: int = 30000, height: int = 30000, type_: int = 4) -> Path:
+    """A TIFF of 16x16 pixels whose one tile, deflated, has 30000x30000. type_: of its width; 4: LONG."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: width, 323: height, 324: 200, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, type_ if tag == 322 else 4, 1, tags[tag]) for tag in tags)
     path.write_bytes((b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(208, b"\0"))
     return path
 
@@ -131,6 +131,8 @@ CASES: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "64 megapixels": ("image", lambda path: flat(path, 8_000), "8000x8000, may have at most 50,000,000 pixels"),
     "900 megapixels": ("image", lambda path: flat(path, 30_000), "900,000,000 pixels, may have at most 50,000,000"),
     "tile": ("image", tiled, "30000x30000, may have at most 50,000,000 pixels"),
+    "tile of text": ("image", lambda path: tiled(path, 65, 3 * 10**8, 2), "sides of its tiles are no whole numbers"),
+    "tile of bytes": ("image", lambda path: tiled(path, 240, 2 * 10**6, 1), "sides of its tiles are no whole numbers"),
     "sparse image": (
         "image",
         lambda path: sparse(path, HUGE, b"RIFF    WEBPVP8 "),

@@ -106,7 +106,10 @@ def opened(raw: Raw) -> Iterator[Image.Image]:
         source = io.BytesIO(raw) if isinstance(raw, bytes) else raw
         with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source, "r", FORMATS) as image:
             tags = getattr(image, "tag_v2", {})
-            for width, height in (image.size, [tags.get(key, 0) for key in TILE]):  # a tile is decoded whole
+            sides = [tags.get(key, 0) for key in TILE]  # of a tile, which is decoded whole
+            if not all(isinstance(side, int) for side in sides):  # a number times a text repeats it
+                raise ValueError("the sides of its tiles are no whole numbers")
+            for width, height in (image.size, sides):
                 if width * height > PIXELS:
                     raise ValueError(f"{height}x{width}, may have at most {PIXELS:,} pixels")
             yield image
