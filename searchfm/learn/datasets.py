@@ -413,7 +413,7 @@ def _download(mirror: str, files: Sequence[tuple[str, str]], folder: Path, locat
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "searchfm"})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                size = answer.length
+                size = getattr(answer, "length", None)  # None: not stated, or of file://
                 content = b"" if size and size > LARGEST_FILE else answer.read(None if size else LARGEST_FILE + 1)
                 if max(size or 0, len(content)) > LARGEST_FILE:
                     raise ValueError(f"has more than {LARGEST_FILE:,} bytes")

@@ -347,6 +347,16 @@ def test_a_mirror_of_ones_own_stands_in_for_theirs(
         load_full(CIFAR)
 
 
+def test_a_folder_is_a_mirror_too(mnist: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mirror" / "mnist").mkdir(parents=True)
+    for name, data in mnist.items():
+        (tmp_path / "mirror" / "mnist" / name).write_bytes(data)
+    monkeypatch.setenv("SEARCHFM_MIRROR", (tmp_path / "mirror").as_uri())
+    assert len(load_full(DIGITS).train) == 60
+    with pytest.raises(DataError, match="No such file"):
+        load_full(CIFAR)
+
+
 def test_data_that_are_nowhere_name_every_source(
     mnist: dict[str, bytes], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
