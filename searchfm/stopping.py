@@ -1,5 +1,5 @@
 """Whether to stop: signals, a timeout, the request of another process, or of the caller. Durations as text.
-Besides the standard library only `forkserver`.
+Imports the standard library, `errors` and `forkserver` alone.
 """
 
 import math
@@ -23,6 +23,7 @@ STOP_SECONDS = 6.0  # for jobs to reach the end of a batch after a stop; then th
 # After a signal: Docker kills after ten seconds. Workers have `STOP_SECONDS`, MLflow the rest of eight; what still runs
 # after nine is killed.
 EXIT_SECONDS, KILL_SECONDS = 8.0, 9.0
+SHOW_CURSOR = b"\x1b[?25h"  # to a terminal
 
 
 def read_duration(value: float | str, where: str = "timeout") -> float:
@@ -70,6 +71,7 @@ def exit_at_second(first: Callable[[int, Any], object]) -> None:
 def exit_now(number: int) -> NoReturn:
     """Ends this process and its workers at once, as a signal would."""
     try:
+        _show_cursor()
         forkserver.kill()
     finally:
         os._exit(128 + number)
@@ -78,6 +80,16 @@ def exit_now(number: int) -> NoReturn:
 def _terminals() -> list[int]:
     """The file descriptors of standard output and error that are a terminal."""
     return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
+def _show_cursor() -> None:
+    """Shows the cursor, which a live region hides until its end. A terminal is opened again for this: one whose output
+    is held (Ctrl-S) would block.
+    """
+    for descriptor in _terminals():
+        with suppress(OSError):
+            terminal = os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            os.write(terminal, SHOW_CURSOR)
 
 
 def _hang_up(terminals: list[int]) -> None:
@@ -194,5 +206,5 @@ class StopRequest:
             timer = threading.Timer(KILL_SECONDS, exit_now, (self.signal,))
             timer.daemon = True
             timer.start()
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):  # the latter if the signal came within a write to the same file
             print("\nsearchfm: stopping; running trials are kept and go on with the same command", file=sys.stderr)

@@ -1,6 +1,14 @@
-"""Durations, and when a timeout stops."""
+"""Durations, when a timeout stops, and what a signal leaves of the output."""
 
+import io
+import os
+import pty
+import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
@@ -43,3 +51,60 @@ def test_a_timeout_counts_from_the_beginning_of_the_command_and_keeps_its_reserv
     assert stop.reason == "timeout"
     stop.clear_timeout()
     assert not stop()
+
+
+class Interrupted(io.RawIOBase):
+    """A file, in the middle of whose writes Ctrl-C is pressed."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return len(data)
+
+
+def test_ctrl_c_within_a_write_to_standard_error_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    with StopRequest() as stop:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupted()), line_buffering=True))
+        print("a line", file=sys.stderr)
+        monkeypatch.undo()
+        assert stop.reason == "Ctrl-C"
+
+
+SHOWING = """
+import signal, sys, termios, time
+from rich.console import Console
+from searchfm import stopping
+from searchfm.show.live import Region
+
+how = sys.argv[1]
+stopping.KILL_SECONDS = 60.0 if how == "second Ctrl-C" else 0.1
+with stopping.StopRequest(exits=True), Region(Console()):
+    if how == "held output":
+        termios.tcflow(1, termios.TCOOFF)
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT) if how == "second Ctrl-C" else time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["second Ctrl-C", "nine seconds", "held output"])
+def test_an_end_at_once_shows_the_terminals_cursor_again(how: str) -> None:
+    """A live region hides it. A terminal whose output the user holds (Ctrl-S) does not block the end."""
+    ours, theirs = pty.openpty()
+    arguments, environment = [sys.executable, "-c", SHOWING, how], {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    try:
+        assert process.wait(30) == 128 + signal.SIGINT
+        shown = b""
+        with suppress(OSError):  # at its end
+            while True:
+                shown += os.read(ours, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    _, hidden, after = shown.rpartition(b"\x1b[?25l")
+    assert hidden
+    assert how == "held output" or b"\x1b[?25h" in after
