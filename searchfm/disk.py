@@ -8,7 +8,7 @@ another process holds. Deletes local files before MLflow's copies: so a crash in
 
 import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -48,6 +48,7 @@ class Deletable:
 class Cleaned:
     """The files of each kind, and what `clean` skipped."""
 
+    study: str | None  # whose files; None: those of the home and the cache
     total: int  # bytes of all files in the home, before; or of the study
     applied: bool  # whether the chosen kinds were deleted
     uses: list[Deletable] = field(default_factory=list)
@@ -79,7 +80,7 @@ def clean(
     """
     chosen = {"pictures": pictures, **dict.fromkeys(CACHE, cache), DOWNLOADED: downloads}
     uses = {kind: Deletable(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
-    cleaned = Cleaned(bytes_in(home.path if name is None else home.study(name)), apply)
+    cleaned = Cleaned(name, bytes_in(home.path if name is None else home.study(name)), apply)
     for each in _studies(home) if name is None else [name]:
         try:
             with failures(f"study {each!r}"), _unheld(home, each, apply) as study:
@@ -166,7 +167,9 @@ def _count(path: Path, use: Deletable, apply: bool) -> None:
         if apply and use.chosen:
             shutil.rmtree(path)
     elif path.is_file():
-        use.files += 1
-        use.bytes += bytes_in(path)
-        if apply and use.chosen:
-            path.unlink()
+        with suppress(FileNotFoundError):  # another process, such as a search of another home, has deleted it
+            size = path.stat().st_size
+            if apply and use.chosen:
+                path.unlink()
+            use.files += 1
+            use.bytes += size

@@ -2,12 +2,16 @@
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from searchfm import api, disk
 from searchfm.events import TrialEpoch
@@ -15,6 +19,7 @@ from searchfm.home import CACHE, TRACKING, Home
 from searchfm.records import PICTURES, PREDICTIONS, SPEC, WEIGHTS
 from searchfm.search.database import process_name
 from searchfm.search.lock import study_lock
+from searchfm.show.terminal import show_disk
 from tests.commands import searchfm_here
 
 pytestmark = [
@@ -72,6 +77,61 @@ def test_a_home_that_is_not_there_is_not_made_and_the_cache_is_deleted_only_by_i
         2,
         "searchfm: --cache: the cache is of all studies; leave out mlp\n",
     )
+
+
+def test_a_file_that_another_process_deletes_first_is_not_counted(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    folder, unlink = tmp_path / "cache" / "features-1", Path.unlink
+    folder.mkdir(parents=True)
+    for name in "abc":
+        (folder / name).write_bytes(b"12345")
+
+    def second(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "b":
+            os.remove(path)  # noqa: PTH107 (as another process does)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", second)
+    cleaned = values(home, "clean", "--cache", "--apply")
+    assert (counts(cleaned), cleaned["freed"]) == ({"features": 2}, 10)
+    assert contents(tmp_path / "cache") == {}
+
+
+def test_the_command_that_deletes_what_is_listed_names_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
+    (tmp_path / "cache" / "costs").mkdir(parents=True)
+    (tmp_path / "cache" / "costs" / "0.json").write_bytes(b"12345")
+    arguments = ("clean", "--cache", "--home", str(tmp_path / "[old]" / "[" / "x]"))  # for rich a tag, and its end
+    listed = searchfm_here(*arguments)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    _, found, command = listed.stdout.partition("nothing was deleted; to delete 1 MB: searchfm ")
+    assert found
+    assert shlex.split(command) == [*arguments, "--apply"]
+    deleted = searchfm_here(*arguments, "--apply")
+    assert deleted.stdout.endswith("deleted: 1 MB; the home had 1 MB\n")
+    assert searchfm_here(*arguments, "--apply").stdout.endswith("nothing to delete with these flags\n")
+
+
+def test_of_a_study_nothing_is_printed_about_the_cache_and_the_home() -> None:
+    held = {"mlp": "process 7"}
+    weights = disk.Deletable("weights", True, 1, 10**7)
+    for study, chosen, expected in (
+        (None, False, ["not deleted while a study is held: the cache", "nothing to delete with these flags"]),
+        ("mlp", False, ["nothing to delete with these flags"]),
+        (None, True, ["not deleted while a study is held: the cache", "deleted: 10 MB; the home had 20 MB"]),
+        ("mlp", True, ["deleted: 10 MB; the study had 20 MB"]),
+    ):
+        console = Console(file=StringIO(), width=160)
+        show_disk(
+            console, disk.Cleaned(study, 2 * 10**7, True, [replace(weights, chosen=chosen)], held), "searchfm clean"
+        )
+        assert isinstance(console.file, StringIO)
+        lines = console.file.getvalue().splitlines()
+        assert lines[-len(expected) - 1 :] == ["skipped: study 'mlp', which process 7 holds", *expected]
 
 
 @pytest.mark.slow(seconds=45)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self, TextIO, TypeVar, cast
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
+from rich.text import Text
 
 Ended = TypeVar("Ended")
 
@@ -74,7 +75,7 @@ class Region:
         self._text, self._began = text, time.monotonic()
         self._timer.cancel()
         if text and self._lines:
-            self._timer = threading.Timer(SLOW_SECONDS, self.console.print, [f"[dim]{text}[/]"])
+            self._timer = threading.Timer(SLOW_SECONDS, self.console.print, [Text(text, "dim")])
             self._timer.daemon = True
             self._timer.start()
 
@@ -91,7 +92,7 @@ class Region:
         if self._text:
             seconds = int(time.monotonic() - self._began)
             text = " · ".join([self._text, *(f"importing {name}" for name in _importing())])
-            self._spinner.update(text=f"{text}{f'  {seconds} s' if seconds else ''}")
+            self._spinner.update(text=Text(f"{text}{f'  {seconds} s' if seconds else ''}"))
             parts.append(self._spinner)
         return Group(*parts)
 

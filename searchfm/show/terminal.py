@@ -138,16 +138,17 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
     console.print(shown)
     for study, process in cleaned.held.items():
         console.print(f"skipped: study {study!r}, which {process or 'another process'} holds", markup=False)
-    if cleaned.held:
-        console.print("skipped: the cache, since a study is held")
+    if cleaned.held and cleaned.study is None:
+        console.print("not deleted while a study is held: the cache")
     if cleaned.problem:
         console.print(f"skipped: copies in MLflow: {cleaned.problem}", markup=False)
-    if not cleaned.freed:
-        console.print("nothing to delete without further flags")
+    if not any(use.chosen and use.files for use in cleaned.uses):
+        console.print("nothing to delete with these flags")
     elif cleaned.applied:
-        console.print(f"deleted: {size(cleaned.freed)}; the home had {size(cleaned.total)}")
+        owner = "home" if cleaned.study is None else "study"
+        console.print(f"deleted: {size(cleaned.freed)}; the {owner} had {size(cleaned.total)}")
     else:
-        console.print(f"nothing was deleted; to delete {size(cleaned.freed)}: {command} --apply")
+        console.print(f"nothing was deleted; to delete {size(cleaned.freed)}: {command} --apply", markup=False)
 
 
 def show_findings(console: Console, checked: "Checked") -> None:
@@ -189,10 +190,10 @@ def show_addresses(console: Console, as_json: bool, optuna: str | None = None, m
     if as_json:
         console.print(schema.dump(schema.Addresses(optuna=optuna, mlflow=mlflow)), markup=False)
     elif optuna and mlflow:
-        console.print(f"optuna-dashboard  {optuna}\nMLflow            {mlflow}")
+        console.print(f"optuna-dashboard  {optuna}\nMLflow            {mlflow}", markup=False)
         console.print("Ctrl-C stops both", style="dim")
     else:
-        console.print(f"serving at {optuna or mlflow}")
+        console.print(f"serving at {optuna or mlflow}", markup=False)
 
 
 def _login(console: Console, address: str) -> str:

@@ -36,11 +36,11 @@ from searchfm.format import seconds, sentence, short_names, states
 from searchfm.home import Home
 from searchfm.jobs import Job
 from searchfm.records import Final
-from searchfm.show.live import follow, open_console
+from searchfm.show.live import Region, follow, open_console
 from searchfm.show.progress import RetrainView, TuneView, tune_view
 from searchfm.show.schema import Retrained, describe
 from searchfm.show.summary import show_end, show_trial, study_page, trial_table
-from searchfm.show.terminal import note, show_final
+from searchfm.show.terminal import note, show_addresses, show_final
 
 
 def console(*, terminal: bool = False, width: int = 160) -> Console:
@@ -177,6 +177,20 @@ def test_nothing_is_wrapped_into_a_pipe(columns: str | None, monkeypatch: pytest
     with shown.capture() as capture:
         shown.print("a word " * 100, soft_wrap=False)
     assert capture.get().count("\n") == 1
+
+
+def test_brackets_in_paths_and_addresses_are_no_markup() -> None:
+    shown = console()
+    region = Region(shown)
+    region.phase("reading /data/[old]/[/x]")
+    shown.print(region.render())
+    show_addresses(shown, False, "http://[fd00::1]:8080/dashboard", "http://[fd00::1]:5000/")
+    show_addresses(shown, False, "http://[fd00::1]:8080/dashboard")
+    assert re.sub(r"^\S+ ", "", shown.export_text()) == (
+        "reading /data/[old]/[/x]\n"
+        "optuna-dashboard  http://[fd00::1]:8080/dashboard\nMLflow            http://[fd00::1]:5000/\n"
+        "Ctrl-C stops both\nserving at http://[fd00::1]:8080/dashboard\n"
+    )
 
 
 def test_the_end_of_a_search_names_the_next_commands(home: Home) -> None:
