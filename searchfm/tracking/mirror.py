@@ -55,7 +55,7 @@ from searchfm.records import (
     Trial,
     read_epochs,
 )
-from searchfm.search.database import can_write, is_damaged, read_sqlite
+from searchfm.search.database import BUSY_SECONDS, can_write, is_damaged, read_sqlite
 from searchfm.search.notes import VIEW, Links, trial_lines, web_address
 from searchfm.tables import flatten
 from searchfm.tracking.moved import change_paths, correct_paths, has_moved, recorded_folder
@@ -126,7 +126,7 @@ def connect(home: Home) -> Any:
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             _make(uri, path)
-        with closing(sqlite3.connect(path, timeout=60)) as connection:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")  # pages are read while runs are written
         if path.parent == home.path:
             correct_paths(home, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from searchfm.errors import StorageError, one_line
 from searchfm.home import Home, write_json
+from searchfm.search.database import BUSY_SECONDS
 
 PLACE = "place.json"
 COLUMNS = (  # of MLflow's tables, with such paths, as URIs
@@ -57,7 +58,7 @@ def correct_paths(home: Home, path: Path) -> None:
 def change_paths(path: Path, old: Path, new: Path) -> None:
     """Changes paths below one home to those of another, in one transaction. path: the database."""
     before, after = (Home(folder).artifacts.as_uri() for folder in (old, new))
-    with closing(sqlite3.connect(path, timeout=60)) as connection, connection:
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection, connection:
         for table, column in COLUMNS:
             connection.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
