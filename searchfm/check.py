@@ -15,7 +15,7 @@ from pathlib import Path
 from optuna.storages import BaseStorage
 
 from searchfm.errors import DamagedError, LockedError, NewerError, SearchfmError, StorageError, UserError
-from searchfm.home import TRIAL, Home, file_sha256, write_json
+from searchfm.home import TRIAL_FOLDER, Home, file_sha256, write_json
 from searchfm.records import (
     EPOCHS,
     FINAL,
@@ -275,7 +275,7 @@ def _final(study: StudyRecord, final: Final, result: Checked) -> Iterator[Findin
 def _orphans(study: StudyRecord) -> Iterator[Finding]:
     """Folders of trials that the study does not have."""
     for path in sorted(study.folder.iterdir()) if study.folder.is_dir() else ():
-        if TRIAL.fullmatch(path.name) and int(path.name) >= len(study.trials):
+        if TRIAL_FOLDER.fullmatch(path.name) and int(path.name) >= len(study.trials):
             text = "belongs to no trial of the study"
             yield Finding(study.name, int(path.name), str(path), text, f"{RESTORE}, or move the folder away")
 

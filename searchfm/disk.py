@@ -25,7 +25,7 @@ from searchfm.tracking.mirror import trial_copies, writer
 from searchfm.upkeep import bytes_in
 
 Kind = Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"]
-CACHE: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
+PATTERNS: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
     "features": ("features-*/*",),
     "parsed data": ("data/parsed-*/*/*", "data/pictures/*"),
     "costs and tables": ("costs/*.json", "tables/*.db"),
@@ -78,7 +78,7 @@ def clean(
     cache is counted too; nothing of it is deleted while a study of the home is held. Raises StudyError for an unknown
     study, StorageError where a database fails.
     """
-    chosen = {"pictures": pictures, **dict.fromkeys(CACHE, cache), DOWNLOADED: downloads}
+    chosen = {"pictures": pictures, **dict.fromkeys(PATTERNS, cache), DOWNLOADED: downloads}
     uses = {kind: Deletable(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
     cleaned = Cleaned(name, bytes_in(home.path if name is None else home.study(name)), apply)
     for each in _studies(home) if name is None else [name]:
@@ -93,12 +93,12 @@ def clean(
         except LockedError as error:
             cleaned.held[each] = error.holder
     if name is None:
-        for kind, patterns in CACHE.items():
+        for kind, patterns in PATTERNS.items():
             uses[kind].chosen = uses[kind].chosen and not cleaned.held
             for path in (path for pattern in patterns for path in cache_folder().glob(pattern)):
                 with failures(str(path)):  # a search of another home may use it
                     _count(path, uses[kind], apply)
-    cleaned.uses = [use for use in uses.values() if name is None or use.kind not in CACHE]
+    cleaned.uses = [use for use in uses.values() if name is None or use.kind not in PATTERNS]
     return cleaned
 
 

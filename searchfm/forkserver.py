@@ -145,10 +145,10 @@ def _make_folder() -> None:
     if len(os.fsencode(root)) > LONGEST:
         root = "/tmp"
     _sweep(Path(root))
-    made = Path(tempfile.mkdtemp(prefix=f".{FOLDER}", dir=root))
-    lock = os.open(made / "lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
+    hidden = Path(tempfile.mkdtemp(prefix=f".{FOLDER}", dir=root))
+    lock = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR)  # open until the process ends
     fcntl.flock(lock, fcntl.LOCK_EX)
-    folder = str(made.rename(made.with_name(made.name.removeprefix("."))))  # only now another process looks at it
+    folder = str(hidden.rename(hidden.with_name(hidden.name.removeprefix("."))))  # only now another process looks at it
     util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
     config["tempdir"] = folder
 

@@ -27,7 +27,7 @@ CACHE = "SEARCHFM_CACHE"
 # In the folder of a study: locks of its coordinator and of its writer into MLflow, the holder of the first one, and the
 # coordinator that is asked to stop.
 LOCK_FILE, TRACKING_LOCK_FILE, OWNER_FILE, STOP_FILE = ".lock", ".tracking.lock", "owner", ".stop"
-TRIAL = re.compile(r"\d{4,}")  # the name of a trial's folder
+TRIAL_FOLDER = re.compile(r"\d{4,}")  # the name of a trial's folder
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Home:
     def has_trials(self, name: str) -> bool:
         """Whether a study's folder holds folders of trials."""
         folder = self.study(name)
-        return folder.is_dir() and any(TRIAL.fullmatch(path.name) for path in folder.iterdir())
+        return folder.is_dir() and any(TRIAL_FOLDER.fullmatch(path.name) for path in folder.iterdir())
 
     def trial(self, name: str, number: int) -> Path:
         """The folder of a trial."""

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-TEXT = 1_000_000  # bytes of a file of TOML, of a token or a key
-SPEC = 4_000_000  # bytes of a model's JSON, which names its classes
+TEXT_BYTES = 1_000_000  # bytes of a file of TOML, of a token or a key
+SPEC_BYTES = 4_000_000  # bytes of a model's JSON, which names its classes
 DEPTH = 32  # of tables and arrays in TOML, and of the parts of a dotted key; ours have at most six
 
 
@@ -41,7 +41,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     return content
 
 
-def read_text(path: Path, most: int = TEXT) -> str:
+def read_text(path: Path, most: int = TEXT_BYTES) -> str:
     """As `read_bytes`, as text. Raises UnicodeDecodeError too."""
     return read_bytes(path, most).decode("utf-8").replace("\r\n", "\n")
 
@@ -70,7 +70,9 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take: the machine's, and what its cgroup allows."""
+    """Bytes of memory that this process may still take: the machine's free memory; in a container with cgroup v2, at
+    most what its limit leaves.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)

@@ -27,7 +27,7 @@ from websockets.sync.connection import Connection
 
 import searchfm
 from searchfm.errors import SearchfmError, UserError
-from searchfm.inputs import TEXT, check_size, read_bytes
+from searchfm.inputs import TEXT_BYTES, check_size, read_bytes
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 
 PROTOCOL = 1  # of the messages below
@@ -270,7 +270,7 @@ def find_key(home: Path, *, create: bool = False) -> bytes:
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(secrets.token_hex(32) + "\n")
-        mode, key = stat.S_IMODE(path.stat().st_mode), read_bytes(path, TEXT).strip()
+        mode, key = stat.S_IMODE(path.stat().st_mode), read_bytes(path, TEXT_BYTES).strip()
     except OSError as error:
         raise UserError(f"{path}: the key cannot be read ({error.strerror}); is --home the shared one?") from None
     if mode & 0o077:
@@ -312,7 +312,7 @@ def server_tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         for path in (cert, key):
-            check_size(Path(path), TEXT)
+            check_size(Path(path), TEXT_BYTES)
         context.load_cert_chain(cert, key)
     except OSError as error:  # ssl.SSLError is one
         raise UserError(f"--tls-cert {cert}, --tls-key {key}: {error.strerror or error}") from None
@@ -326,7 +326,7 @@ def client_tls(cert: str | None) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     try:
-        check_size(Path(cert), TEXT)
+        check_size(Path(cert), TEXT_BYTES)
         context.load_verify_locations(cert)
     except OSError as error:
         raise UserError(f"--tls-cert {cert}: {error.strerror or error}") from None

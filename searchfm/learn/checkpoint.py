@@ -22,8 +22,7 @@ from torch import Tensor
 from searchfm.config import Config
 from searchfm.errors import CodeError, ModelError, one_line
 from searchfm.home import file_sha256, write_json, write_whole
-from searchfm.inputs import SPEC as SPEC_BYTES
-from searchfm.inputs import free_memory, read_text, regular
+from searchfm.inputs import SPEC_BYTES, free_memory, read_text, regular
 from searchfm.learn.models import Classifier, build
 from searchfm.learn.models.custom import Code
 from searchfm.records import SPEC, WEIGHTS, Epoch
