@@ -4,7 +4,6 @@ Every job's folder records when it is done, so that the same command after a cra
 study's `final`, in HOME/studies/NAME/final/, and in MLflow's registry.
 """
 
-import json
 import math
 import shutil
 import time
@@ -25,7 +24,7 @@ from searchfm import figures, stats
 from searchfm.coordinator import TRIAL
 from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
-from searchfm.errors import StudyError, UserError, WorldError
+from searchfm.errors import NewerError, StorageError, StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
 from searchfm.forecast import SEEDS, TOP, fitting_contest
 from searchfm.format import plural, seconds, state
@@ -268,11 +267,12 @@ class Task:
         return self.job.folder
 
     def result(self) -> Result | None:
-        """What the job returned, if it was done before."""
-        path = self.folder / self.record
+        """What the job returned, if it was done before; a damaged record means that it was not. Raises NewerError."""
         try:
-            record = JobRecord.from_json(json.loads(path.read_text()), str(path))
-        except (OSError, ValueError):
+            record = JobRecord.read(self.folder / self.record)
+        except NewerError:  # what a newer version wrote is not overwritten
+            raise
+        except (OSError, StorageError):
             return None
         return record.result if record.identity == self.identity else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from searchfm.engines.local import LocalEngine
-from searchfm.errors import DataError, ModelError, StorageError
+from searchfm.errors import DataError, ModelError, NewerError, StorageError
 from searchfm.jobs import EpochDone, Event, Failed, Finished, Interrupted, Job, Paused, Started
 from searchfm.pool import LOCK_SECONDS, WorkerPool
 from searchfm.records import read_epochs
@@ -179,8 +179,12 @@ def test_a_finished_task_is_not_run_again_unless_its_identity_changed(engine: Lo
     assert kinds == ["found", "planned", "started", "finished"]
     assert results.keys() == {"job 0", "job 1"}
     assert "finished" in run(engine, [task(tmp_path, 0, identity="of another study")])[0]
-    (tmp_path / "1" / "result.json").write_text('{"cut')
-    assert task(tmp_path, 1).result() is None
+    for damaged in ('{"cut', '{"identity": "job 1"}', "[1]", "[" * 10**5):
+        (tmp_path / "1" / "result.json").write_text(damaged)
+        assert task(tmp_path, 1).result() is None, "it is run again"
+    (tmp_path / "1" / "result.json").write_text('{"identity": "job 1", "result": {}, "format": 99}')
+    with pytest.raises(NewerError):  # a newer version's result is not overwritten
+        task(tmp_path, 1).result()
 
 
 def test_a_job_whose_worker_died_goes_on_from_its_last_epoch(engine: LocalEngine, tmp_path: Path) -> None:
