@@ -252,7 +252,7 @@ def test_a_trial_that_kills_its_worker_every_time_fails_and_the_study_goes_on(ho
     study = search(home, toy(search={"retries": 1}), trials=4, workers=2, payload={"kill": {"1": 9}})
     check(study, 4)
     assert study.trials[1].state == "failed"
-    assert study.trials[1].reason == "its worker died (signal SIGKILL), 2 times"
+    assert study.trials[1].reason == "its worker died (signal SIGKILL: the memory may have run out), 2 times"
     assert study.trials[1].attempts == 2
     assert len(study.of("complete")) == 3
 
@@ -560,7 +560,7 @@ def test_a_worker_that_dies_after_a_promotion_costs_one_retry(home: Home) -> Non
     assert (interrupted(study), interrupted(first)) == ({best}, set()), "a promotion is no interruption"
     lost = search(home, toy("lost", search={**PROMOTE, "trials": 4, "retries": 1}), payload={"kill": {str(best): 9}})
     check(lost, 4)
-    assert lost.trials[best].reason == "its worker died (signal SIGKILL), 2 times"
+    assert lost.trials[best].reason == "its worker died (signal SIGKILL: the memory may have run out), 2 times"
 
 
 def test_a_stopped_search_leaves_trials_paused_for_the_next(home: Home) -> None:

@@ -197,7 +197,7 @@ def test_a_job_whose_worker_died_goes_on_from_its_last_epoch(engine: LocalEngine
 def test_a_job_that_kills_every_worker_fails_and_the_others_go_on(engine: LocalEngine, tmp_path: Path) -> None:
     kinds, results, failures = run(engine, [task(tmp_path, 0, kill={"0": 9}), task(tmp_path, 1)], retries=1)
     assert kinds.count("failed") == 1
-    assert failures == {"job 0": "its worker died (signal SIGKILL), 2 times"}
+    assert failures == {"job 0": "its worker died (signal SIGKILL: the memory may have run out), 2 times"}
     assert results.keys() == {"job 1"}
 
 

@@ -169,6 +169,8 @@ class LocalEngine:
             return Interrupted(worker.job.id, worker.job.attempt)
         if how is None:
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            if code == -signal.SIGKILL:  # another process or the kernel sent it
+                how += ": the memory may have run out"
         return Lost(worker.job.id, worker.job.attempt, f"its worker died ({how})")
 
     def _start(self, device: str) -> _Worker:

@@ -159,7 +159,7 @@ class EngineContract(MessageContract):
         single.submit(job("1", epochs=1, dies=signal.SIGKILL))
         epoch, lost = events(single, 2)
         assert isinstance(epoch, EpochDone)  # what it said before it died
-        assert lost == Lost("1", 1, "its worker died (signal SIGKILL)")
+        assert lost == Lost("1", 1, "its worker died (signal SIGKILL: the memory may have run out)")
         assert single.free == 1
         single.submit(job("1", attempt=2))
         assert end(single).attempt == 2

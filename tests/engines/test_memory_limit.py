@@ -105,4 +105,4 @@ def test_a_trial_whose_worker_the_kernel_kills_fails_and_the_study_goes_on(group
         24_000: "failed",
         16: "complete",
     }
-    assert trials[24_000]["reason"] == "its worker died (signal SIGKILL), 2 times"
+    assert trials[24_000]["reason"] == "its worker died (signal SIGKILL: the memory may have run out), 2 times"
