@@ -898,7 +898,7 @@ def clean(
     where, name = Home.find(home), None if study is None else study_name(study)
     cleaned = disk.clean(where, name, keep=keep, pictures=pictures, cache=cache, downloads=downloads, apply=apply)
     command = shlex.join(["searchfm", *(word for word in sys.argv[1:] if word != "--apply")])
-    values = schema.describe(schema.DiskUse, cleaned)
+    values = schema.describe(schema.Cleaned, cleaned)
     _output(as_json, values, lambda: terminal.show_disk(_console(), cleaned, command))
 
 

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from searchfm.check import leftovers
 from searchfm.errors import LockedError, StorageError, StudyError
-from searchfm.home import Home, cache_folder
+from searchfm.home import FileKind, Home, cache_folder
 from searchfm.records import PICTURES, SPEC, WEIGHTS, StudyRecord
 from searchfm.search.database import failures
 from searchfm.search.lock import holder
@@ -24,21 +24,20 @@ from searchfm.search.storage import is_elsewhere, locked_study, open_storage, re
 from searchfm.tracking.mirror import trial_copies, writer
 from searchfm.upkeep import bytes_in
 
-Kind = Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"]
-PATTERNS: dict[Kind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
+PATTERNS: dict[FileKind, Sequence[str]] = {  # patterns in the cache folder, hidden files included; no locks
     "features": ("features-*/*",),
     "parsed data": ("data/parsed-*/*/*", "data/pictures/*"),
     "costs and tables": ("costs/*.json", "tables/*.db"),
     "downloads": ("data/files/*",),
 }
-DOWNLOADED: Kind = "downloads"  # in the cache, with a flag of its own
+DOWNLOADED: FileKind = "downloads"  # in the cache, with a flag of its own
 
 
 @dataclass
 class Deletable:
     """Files of one kind."""
 
-    kind: Kind
+    kind: FileKind
     chosen: bool  # whether they are to be deleted
     files: int = 0
     bytes: int = 0
@@ -51,14 +50,14 @@ class Cleaned:
     study: str | None  # whose files; None: those of the home and the cache
     total: int  # bytes of all files in the home, before; or of the study
     applied: bool  # whether the chosen kinds were deleted
-    uses: list[Deletable] = field(default_factory=list)
+    kinds: list[Deletable] = field(default_factory=list)
     held: dict[str, str] = field(default_factory=dict)  # studies that were skipped -> the process that holds each
     problem: str = ""  # why MLflow's copies were skipped; empty if they were not
 
     @property
     def freed(self) -> int:
         """Bytes that were deleted, or would be."""
-        return sum(use.bytes for use in self.uses if use.chosen)
+        return sum(each.bytes for each in self.kinds if each.chosen)
 
 
 def clean(
@@ -79,7 +78,7 @@ def clean(
     study, StorageError where a database fails.
     """
     chosen = {"pictures": pictures, **dict.fromkeys(PATTERNS, cache), DOWNLOADED: downloads}
-    uses = {kind: Deletable(kind, chosen.get(kind, True)) for kind in get_args(Kind)}
+    kinds = {kind: Deletable(kind, chosen.get(kind, True)) for kind in get_args(FileKind)}
     cleaned = Cleaned(name, bytes_in(home.path if name is None else home.study(name)), apply)
     for each in _studies(home) if name is None else [name]:
         try:
@@ -87,18 +86,18 @@ def clean(
                 if name is not None:
                     cleaned.total += bytes_in(home.artifacts / study.uuid)
                 kept = {trial.number for trial in study.kept[:keep]}
-                _count_files(home, study, kept, uses, apply)
+                _count_files(home, study, kept, kinds, apply)
                 if not cleaned.problem:  # each further study would wait for MLflow too
-                    cleaned.problem = _count_copies(home, study, kept, uses, apply)
+                    cleaned.problem = _count_copies(home, study, kept, kinds, apply)
         except LockedError as error:
             cleaned.held[each] = error.holder
     if name is None:
         for kind, patterns in PATTERNS.items():
-            uses[kind].chosen = uses[kind].chosen and not cleaned.held
+            kinds[kind].chosen = kinds[kind].chosen and not cleaned.held
             for path in (path for pattern in patterns for path in cache_folder().glob(pattern)):
                 with failures(str(path)):  # a search of another home may use it
-                    _count(path, uses[kind], apply)
-    cleaned.uses = [use for use in uses.values() if name is None or use.kind not in PATTERNS]
+                    _count(path, kinds[kind], apply)
+    cleaned.kinds = [each for each in kinds.values() if name is None or each.kind not in PATTERNS]
     return cleaned
 
 
@@ -126,50 +125,52 @@ def _unheld(home: Home, name: str, apply: bool) -> Iterator[StudyRecord]:
 
 
 def _count_files(
-    home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Deletable], apply: bool
+    home: Home, study: StudyRecord, kept: Collection[int], kinds: dict[FileKind, Deletable], apply: bool
 ) -> None:
     """Counts the files of a study that are in the home, and deletes the chosen ones."""
     for trial in (trial for trial in study.trials if trial.state != "running"):
         for name in (WEIGHTS, SPEC) if trial.number not in kept else ():
-            _count(trial.folder / name, uses["weights"], apply)
+            _count(trial.folder / name, kinds["weights"], apply)
         for name, drawn in trial.drawable.items():
             if drawn:
-                _count(trial.folder / name, uses["pictures"], apply)
-            _count(picture_copy(home, study.uuid, trial.number, name), uses["pictures"], apply)
+                _count(trial.folder / name, kinds["pictures"], apply)
+            _count(picture_copy(home, study.uuid, trial.number, name), kinds["pictures"], apply)
     for path, _, _ in list(leftovers(study)):
-        _count(path, uses["leftovers"], apply)
+        _count(path, kinds["leftovers"], apply)
 
 
 def _count_copies(
-    home: Home, study: StudyRecord, kept: Collection[int], uses: dict[Kind, Deletable], apply: bool
+    home: Home, study: StudyRecord, kept: Collection[int], kinds: dict[FileKind, Deletable], apply: bool
 ) -> str:
     """Counts the copies in MLflow's runs, and deletes the chosen ones. Returns why that could not be done, if so."""
     weights = (WEIGHTS, SPEC)
-    kinds = {**dict.fromkeys(weights, uses["weights"]), **dict.fromkeys(PICTURES, uses["pictures"])}
+    by_name = {**dict.fromkeys(weights, kinds["weights"]), **dict.fromkeys(PICTURES, kinds["pictures"])}
     ended = [trial for trial in study.trials if trial.state != "running"]
     names = {t.number: [*(() if t.number in kept else weights), *t.drawable] for t in ended}
     try:
-        for name, taken in trial_copies(home, study, names, [name for name in kinds if apply and kinds[name].chosen]):
-            kinds[name].files += 1
-            kinds[name].bytes += taken
+        for name, taken in trial_copies(
+            home, study, names, [name for name in by_name if apply and by_name[name].chosen]
+        ):
+            by_name[name].files += 1
+            by_name[name].bytes += taken
     except StorageError as error:
         return str(error)
     return ""
 
 
-def _count(path: Path, use: Deletable, apply: bool) -> None:
+def _count(path: Path, kind: Deletable, apply: bool) -> None:
     """Counts a file, or all files in a folder, if it is there; deletes it if its kind is chosen and `apply`. Raises
     OSError where it cannot be deleted.
     """
     if path.is_dir():
-        use.files += sum(file.is_file() for file in path.rglob("*"))
-        use.bytes += bytes_in(path)
-        if apply and use.chosen:
+        kind.files += sum(file.is_file() for file in path.rglob("*"))
+        kind.bytes += bytes_in(path)
+        if apply and kind.chosen:
             shutil.rmtree(path)
     elif path.is_file():
         with suppress(FileNotFoundError):  # another process, such as a search of another home, has deleted it
             size = path.stat().st_size
-            if apply and use.chosen:
+            if apply and kind.chosen:
                 path.unlink()
-            use.files += 1
-            use.bytes += size
+            kind.files += 1
+            kind.bytes += size

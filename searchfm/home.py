@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 
@@ -28,6 +28,8 @@ CACHE = "SEARCHFM_CACHE"
 # coordinator that is asked to stop.
 LOCK_FILE, TRACKING_LOCK_FILE, OWNER_FILE, STOP_FILE = ".lock", ".tracking.lock", "owner", ".stop"
 TRIAL_FOLDER = re.compile(r"\d{4,}")  # the name of a trial's folder
+# Files in the home and the cache that can be deleted.
+FileKind = Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"]
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def counts(cleaned: Any) -> dict[str, int]:
-    return {use["kind"]: use["files"] for use in cleaned["uses"] if use["files"]}
+    return {each["kind"]: each["files"] for each in cleaned["kinds"] if each["files"]}
 
 
 def test_a_home_that_is_not_there_is_not_made_and_the_cache_is_deleted_only_by_its_own_flags(

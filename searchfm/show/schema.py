@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from searchfm.format import csv_text
+from searchfm.home import FileKind
 from searchfm.records import Forecast as ForecastRecord
 from searchfm.records import State, StudyRecord, searched_keys
 from searchfm.records import Trial as TrialRecord
@@ -668,25 +669,22 @@ def describe_differences(differences: "Iterable[Difference]", *, applied: bool) 
     return [Problem(trial=item.trial, problem=str(item), mended=applied) for item in differences]
 
 
-class DiskKind(Part, kw_only=True):
+class Deletable(Part, kw_only=True):
     """Files of one kind that can be deleted."""
 
-    kind: Annotated[
-        Literal["weights", "leftovers", "pictures", "features", "parsed data", "costs and tables", "downloads"],
-        about("what they are; weights: beyond the kept ones; leftovers: of crashes"),
-    ]
+    kind: Annotated[FileKind, about("what they are; weights: beyond the kept ones; leftovers: of crashes")]
     files: Annotated[int, about("their number, copies in MLflow and of optuna-dashboard included")]
     bytes: Annotated[int, about("their bytes")]
     chosen: Annotated[bool, about("whether the flags choose them for `--apply`")]
 
 
-class DiskUse(Printed, kw_only=True):
+class Cleaned(Printed, kw_only=True):
     """What can be deleted of a home and of the cache, or of a study."""
 
     total: Annotated[int, about("bytes of all files in the home, or of the study, before")]
     applied: Annotated[bool, about("whether the chosen kinds were deleted")]
     freed: Annotated[int, about("bytes that were deleted, or would be with `--apply`")]
-    uses: Annotated[Sequence[DiskKind], about("the kinds; with a study those of the cache are left out")]
+    kinds: Annotated[Sequence[Deletable], about("files by kind; with a study those of the cache are left out")]
     held: Annotated[Mapping[str, str], about("studies that were skipped, and the process that holds each")]
     problem: Annotated[str, about("why copies in MLflow were skipped; empty if they were not")]
 
@@ -757,7 +755,7 @@ COMMANDS: Mapping[str, Any] = {
     "dashboard": Addresses,
     "models": list[Registered],
     "remove": RemovedStudy,
-    "clean": DiskUse,
+    "clean": Cleaned,
     "backup": BackedUp,
     "check": list[Finding],
 }

@@ -131,10 +131,10 @@ FLAGS = {"weights": "", "leftovers": "", "pictures": " --pictures", "downloads":
 def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
     """What can be deleted, by kind, or was. command: the one that printed this, without --apply."""
     shown = table("kind", "files", "size", "deleted" if cleaned.applied else "deleted by", numeric={"files", "size"})
-    for use in cleaned.uses:
-        flags = f"--apply{FLAGS.get(use.kind, ' --cache')}"
-        mark = ("yes" if use.chosen and use.files else "") if cleaned.applied else flags
-        shown.add_row(use.kind, f"{use.files:,}", size(use.bytes) if use.bytes else "-", mark)
+    for each in cleaned.kinds:
+        flags = f"--apply{FLAGS.get(each.kind, ' --cache')}"
+        mark = ("yes" if each.chosen and each.files else "") if cleaned.applied else flags
+        shown.add_row(each.kind, f"{each.files:,}", size(each.bytes) if each.bytes else "-", mark)
     console.print(shown)
     for study, process in cleaned.held.items():
         console.print(f"skipped: study {study!r}, which {process or 'another process'} holds", markup=False)
@@ -142,7 +142,7 @@ def show_disk(console: Console, cleaned: "Cleaned", command: str) -> None:
         console.print("not deleted while a study is held: the cache")
     if cleaned.problem:
         console.print(f"skipped: copies in MLflow: {cleaned.problem}", markup=False)
-    if not any(use.chosen and use.files for use in cleaned.uses):
+    if not any(each.chosen and each.files for each in cleaned.kinds):
         console.print("nothing to delete with these flags")
     elif cleaned.applied:
         owner = "home" if cleaned.study is None else "study"
