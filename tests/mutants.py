@@ -238,6 +238,13 @@ MUTANTS = (
         "PIXELS = 50_000_000_000",
     ),
     Mutant(
+        "D3",
+        "tests/test_inputs.py::test_hostile_files_are_one_line_and_take_little",
+        "learn/images.py",
+        "if not all(isinstance(side, int) for side in sides):",
+        "if False:",
+    ),
+    Mutant(
         "N1",
         f"{COORDINATOR}::test_trials_that_raise_or_have_no_value_fail_and_the_study_goes_on",
         "coordinator.py",
