@@ -217,7 +217,7 @@ def _write(path: Path, arrays: Arrays, replaced: str) -> Parsed:
     about = {"classes": classes, "fingerprint": arrays.fingerprint, "validation": validation, "sides": sides}
     write_whole(path, save({"images": np.ascontiguousarray(arrays.images), "labels": arrays.labels}, about))
     for old in {*path.parent.glob(replaced), *path.parent.glob(".*")} - {path}:
-        old.unlink()
+        old.unlink(missing_ok=True)  # `clean --cache` may have deleted it
     opened = _open(path)
     assert opened is not None, path
     return opened
