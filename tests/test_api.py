@@ -318,10 +318,11 @@ print("then", {trial.state for trial in study.trials} - {"pruned"})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["file", "stdin"])
+@pytest.mark.parametrize("how", ["file", pytest.param("stdin", marks=pytest.mark.nightly)])
 def test_a_script_needs_no_guard_and_goes_on_after_ctrl_c(
-    how: str, new_home: Callable[[Path], Home], tmp_path: Path
+    how: str, new_home: Callable[[Path], Home], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
+    record_property("figures", f"from {how}")
     home = new_home(tmp_path / "home").path
     (tmp_path / "script.py").write_text(SCRIPT)
     source = str(tmp_path / "script.py") if how == "file" else "-"

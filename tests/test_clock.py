@@ -12,7 +12,7 @@ import pytest
 from searchfm.home import HOME, Home
 from searchfm.search.storage import read_study
 from tests.commands import searchfm, searchfm_here
-from tests.driving import facts
+from tests.driving import facts, without_following
 from tests.programs import missing
 
 TUNE = ("tune", "mlp", "--dataset", "digits", "--trials", "8", "--epochs", "4", "--workers", "1")
@@ -51,7 +51,8 @@ def jumping(folder: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.slow(seconds=30)
 def test_a_search_whose_clock_jumps_is_the_same_search(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     homes = [new_home(tmp_path / name) for name in ("calm", "jumping")]
-    assert searchfm(*TUNE, **{HOME: str(homes[0].path)}).returncode == 0
+    with without_following():
+        assert searchfm_here(*TUNE, "--home", str(homes[0].path)).returncode == 0
     with jumping(tmp_path) as clock:
         done = searchfm(*TUNE, **{HOME: str(homes[1].path), **clock})
         assert done.returncode == 0, done.stderr

@@ -604,8 +604,10 @@ def test_a_trial_at_chance_is_pruned_at_its_rung(home: Home) -> None:
     }
 
 
-@pytest.mark.slow  # it tries hundreds of seeds
-def test_a_twin_of_a_paused_trial_waits_and_ends_with_it_however_the_study_is_stopped(tmp_path: Path) -> None:
+@pytest.mark.nightly  # it tries hundreds of seeds; the simulation has such twins too
+def test_a_twin_of_a_paused_trial_waits_and_ends_with_it_however_the_study_is_stopped(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     pruner = {**PROMOTE["pruner"], "min_epochs": 2}
     made = with_twins("abcdd", falling=True, pruner=pruner, sampler={"name": "random"})
     study = search(Home(tmp_path / "unbroken"), made)
@@ -620,6 +622,7 @@ def test_a_twin_of_a_paused_trial_waits_and_ends_with_it_however_the_study_is_st
     broken, stops = in_pieces(Home(tmp_path / "broken"), lambda: made, [2, 3, 4])
     assert stops > 1
     assert facts(broken) == facts(study)
+    record_property("figures", f"stopped {stops} times")
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------

@@ -138,14 +138,12 @@ def test_of_a_study_nothing_is_printed_about_the_cache_and_the_home() -> None:
 def test_after_a_clean_mlflow_equals_optuna_and_the_final_model_is_the_same(
     new_home: Callable[[Path], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    home, other = new_home(tmp_path / "home"), new_home(tmp_path / "other")
-    models = []
-    for each in (other, home):
-        study = ("mlp", "--dataset", "digits", "--epochs", "2", "--trials", "4", "--workers", "1")
-        values(each, "tune", *study, "--set", "search.pruner=none")
-        values(each, "sync", "mlp", "--apply")  # draws all pictures
-        if each is other:
-            models.append(values(each, "retrain", "mlp", "--top", "2", "--seeds", "1", "--workers", "1"))
+    home, other = new_home(tmp_path / "home"), Home(tmp_path / "other")
+    study = ("mlp", "--dataset", "digits", "--epochs", "2", "--trials", "4", "--workers", "1")
+    values(home, "tune", *study, "--set", "search.pruner=none")
+    values(home, "sync", "mlp", "--apply")  # draws all pictures
+    values(home, "backup", str(other.path))
+    models = [values(other, "retrain", "mlp", "--top", "2", "--seeds", "1", "--workers", "1")]
 
     best = next(row for row in values(home, "status", "mlp") if row["best"])["best"]["trial"]
     folder, worst = home.trial("mlp", best), next(n for n in range(4) if n != best)

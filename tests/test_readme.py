@@ -153,9 +153,12 @@ def test_python(folder: Path, record_property: Callable[[str, object], None]) ->
     assert "SearchEnded" in printed
 
 
-@pytest.mark.slow
-def test_a_second_machine(folder: Path, new_home: Callable[[Path], Home]) -> None:
+@pytest.mark.nightly
+def test_a_second_machine(
+    folder: Path, new_home: Callable[[Path], Home], record_property: Callable[[str, object], None]
+) -> None:
     """Both are this one, and the trials are short."""
+    record_property("figures", "a second machine")
     new_home(folder / "runs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import pytest
@@ -77,8 +77,9 @@ def test_training_imports_no_compiler(result: Result) -> None:
     assert result["dynamo"] == []
 
 
-@pytest.mark.slow
-def test_a_compiled_function_finds_the_compiler() -> None:
+@pytest.mark.nightly
+def test_a_compiled_function_finds_the_compiler(record_property: Callable[[str, object], None]) -> None:
+    record_property("figures", "torch.compile after the placeholder of torch._dynamo")
     program = """
 import torch, searchfm.learn.warm
 compiled = torch.compile(lambda x: x + 1, backend="eager")
