@@ -545,7 +545,10 @@ answers = st.one_of(
     100,
     sent=st.lists(answers, max_size=3),
     node=st.booleans(),
-    found=[{"sent": [wire.encode(wire.Answer("", "é"))], "node": False}],  # TypeError of `hmac.compare_digest`
+    found=[
+        {"sent": [wire.encode(wire.Answer("", "é"))], "node": False},  # TypeError of `hmac.compare_digest`
+        {"sent": [wire.encode(wire.Challenge(wire.PROTOCOL, "")), wire.encode(wire.Leave())], "node": True},  # no text
+    ],
 )
 def handshakes(sent: list[bytes], node: bool) -> None:
     """No peer without the key gets through, whatever it sends in whatever order."""

@@ -33,6 +33,7 @@ from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 PROTOCOL = 1  # of the messages below
 KEY, KEY_FILE = "SEARCHFM_WORKER_KEY", "worker.key"
 KEY_BYTES = 16  # of a key, at least
+OTHER_KEY = "the coordinator has another key"
 MESSAGE_BYTES = 4 << 20
 ALIVE_SECONDS, LOST_SECONDS = 1.5, 8.0  # between two messages of a node at most; until a silent node is lost
 # Of a connection; times in seconds. A node pings its coordinator, which may be busy or suspended for a while.
@@ -222,7 +223,7 @@ def welcome(link: Link, key: bytes, versions: Versions, probe: str, content: str
     link.send(Challenge(PROTOCOL, nonce))
     answer = link.receive(Answer)
     if not _equal(answer.proof, _proof(key, "node", nonce, answer.nonce)):
-        link.send(Leave("the coordinator has another key"))
+        link.send(Leave(OTHER_KEY))
         raise WireError("it has another key")
     link.send(Welcome(_proof(key, "coordinator", nonce, answer.nonce), versions, probe, content))
     joined = link.receive(Joined, Refused, timeout=120.0)
@@ -240,8 +241,8 @@ def introduce(link: Link, key: bytes) -> Welcome:
     nonce = secrets.token_hex(16)
     link.send(Answer(nonce, _proof(key, "node", challenge.nonce, nonce)))
     answer = link.receive(Welcome, Leave)
-    if isinstance(answer, Leave):
-        raise UserError(answer.reason)
+    if isinstance(answer, Leave):  # not the text of a peer that has not proved to have the key
+        raise UserError(OTHER_KEY)
     if not _equal(answer.proof, _proof(key, "coordinator", challenge.nonce, nonce)):
         raise UserError("the listener has another key: it is no coordinator of this home")
     assert isinstance(answer, Welcome)
