@@ -17,6 +17,7 @@ from searchfm.config import Config, SearchConfig
 from searchfm.engines import EngineOptions, wire
 from searchfm.engines.start import read_options
 from searchfm.errors import StorageError, UserError
+from searchfm.forkserver import without_secrets
 from searchfm.home import shipped, shipped_folder
 from searchfm.jobs import EpochDone, Failed, Finished, Interrupted, Job, Lost
 from searchfm.records import Record
@@ -603,8 +604,12 @@ def command_lines(draw: Callable[..., Any]) -> list[str]:
 
 
 def end(*words: str) -> Done:
-    """How a command ends, which makes no home."""
-    with unwritten() as folder, bounded(60):
+    """How a command ends, which makes no home. With a variable that may hold a password, which other commands of this
+    process may have set, `worker` would replace the process.
+    """
+    with unwritten() as folder, bounded(60), pytest.MonkeyPatch.context() as patch:
+        for name in os.environ.keys() - without_secrets(os.environ).keys():
+            patch.delenv(name)
         done = searchfm_here(*words, SEARCHFM_HOME=str(folder / "home"))
     assert done.returncode in (0, 1, 2), done
     if done.returncode:
