@@ -169,6 +169,9 @@ def main() -> None:
         print(f"searchfm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # of a study, a file or a folder that was named
+            print(f"searchfm: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(UserError.exit_code)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
             raise
         sys.exit(f"searchfm: {error.filename or 'disk'}: {error.strerror}; fix this and run the same command again")

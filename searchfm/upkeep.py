@@ -76,10 +76,9 @@ def remove_models(home: Home, name: str) -> Removed:
 
 
 def bytes_in(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; 0 for a name that no file can have."""
+    """Bytes of a file, or of all files in a folder."""
     total = 0
-    with suppress(OSError):
-        for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
-            with suppress(OSError):
-                total += file.stat().st_size if file.is_file() else 0
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
     return total
