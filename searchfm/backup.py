@@ -62,13 +62,10 @@ def backup(home: Home, folder: Path) -> BackedUp:
     """
     # No folder can be renamed to a link. Path.resolve would raise RuntimeError for a link to itself.
     folder, origin = (Path(os.path.realpath(path)) for path in (folder, home.path))
-    try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder}: must not exist, or be an empty folder")
-        if folder.is_mount():  # the copy would be made beside it, on another file system
-            raise UserError(f"{folder}: is a mount point; name a new folder in it")
-    except OSError as error:  # a name that is too long, a folder that cannot be read
-        raise UserError(f"{folder}: {error.strerror}") from None
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder}: must not exist, or be an empty folder")
+    if folder.is_mount():  # the copy would be made beside it, on another file system
+        raise UserError(f"{folder}: is a mount point; name a new folder in it")
     if folder.is_relative_to(origin):
         raise UserError(f"{folder}: must be outside of the home, {home.path}")
     storage = open_storage(home)

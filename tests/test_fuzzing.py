@@ -625,7 +625,7 @@ def parsing(words: list[str]) -> None:
     assert end(*words, "--no-such-option").returncode in (1, 2) or "--help" in words or "--" in words
 
 
-@fuzz(10, words=command_lines(), found=[{"words": [name, "9" * 1000]} for name in ("backup", "clean", "export")])
+@fuzz(10, words=command_lines(), found=[{"words": [name, "9" * 5000]} for name in ("backup", "clean", "export")])
 def commands(words: list[str]) -> None:
     end(*words)
 
