@@ -233,3 +233,35 @@ def test_a_stopped_search_goes_on_from_its_checkpoints_after_a_clean(
     assert study["trials"]["complete"] == 2
     assert "resumed after epoch" in (running / "log.txt").read_text()
     assert values(home, "sync", "mlp") == []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [4])
+def test_a_clean_that_is_cut_off_leaves_no_difference_and_the_same_command_goes_on(
+    number: int,
+    new_home: Callable[[Path], Home],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Cut before its deletion of that number; the files of MLflow's copies are deleted by MLflow."""
+    home = new_home(tmp_path / "home")
+    values(home, "tune", "mlp", "--dataset", "digits", "--epochs", "1", "--trials", "3", "--workers", "1")
+    values(home, "sync", "mlp", "--apply")
+    unlink, calls = Path.unlink, iter(range(1, 1000))
+
+    def cut(path: Path, missing_ok: bool = False) -> None:
+        if home.study("mlp") in path.parents and path.name in (WEIGHTS, SPEC, *PICTURES) and next(calls) == number:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut)
+        with pytest.raises(KeyboardInterrupt):
+            disk.clean(home, keep=0, pictures=True, apply=True)
+    assert values(home, "sync", "mlp") == []
+    assert disk.clean(home, keep=0, pictures=True, apply=True).freed > 0
+    assert disk.clean(home, keep=0, pictures=True).freed == 0
+    assert files(home, WEIGHTS) == files(home, "curves.png") == []
+    assert values(home, "sync", "mlp") == values(home, "check") == []
+    record_property("figures", f"cut before deletion {number}")

@@ -468,9 +468,11 @@ def test_a_studys_champion_answers_by_its_name(
     correct = [answer == str(label) for (answer, _), label in zip(best, digits.labels[:60], strict=True)]
     assert sum(correct) > 40
     assert ask("models:/searchfm-mlp@champion") == ask("models:/searchfm-mlp/1") == ask(final) == best
-    for kind in set(FORMATS) - {"pt2"}:
+    for kind in FORMATS:
         code, _, err = searchfm("export", "mlp", "--format", kind, "--home", home)
         assert code == 0, err
+        if kind == "pt2":
+            continue
         answers = ask(f"mlp.{kind}")
         assert [name for name, _ in answers] == [name for name, _ in best]
         assert [p for _, p in answers] == pytest.approx([p for _, p in best], abs=2e-6)

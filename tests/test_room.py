@@ -43,6 +43,16 @@ def test_a_search_warns_before_its_first_trial_where_the_disk_is_too_small_and_g
     assert lines.index(warning) < min(number for number, line in enumerate(lines) if "trial 0" in line)
 
 
+@pytest.mark.nightly
+def test_a_dry_run_does_not_warn_where_there_is_room(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    large = on_small_disk("1g", tmp_path / "large", "tune", *SEARCH, "--dry-run")
+    assert (large.returncode, "free disk space" in large.stderr + large.stdout) == (0, False)
+    assert "checkpoints while it searches" in large.stdout
+    record_property("figures", "a disk of 1 GB")
+
+
 @pytest.mark.slow(seconds=4)
 def test_no_backup_is_written_into_the_root_of_a_file_system(new_home: Callable[[Path], Home], tmp_path: Path) -> None:
     home, disk = new_home(tmp_path / "home"), tmp_path / "disk"

@@ -1,24 +1,31 @@
 """The built-in study files: each has a question and a measurement, is in the table, and trains."""
 
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from searchfm import api, cli
 from searchfm.home import Home, shipped, shipped_folder
 from searchfm.learn.data import load
 from searchfm.learn.train import Training
+from searchfm.records import StudyRecord
 from searchfm.search import files
 from searchfm.search.space import leaves
+from searchfm.tuning import Tuning
 from tests.commands import searchfm_here
+from tests.driving import let_go, local_engine
 
 SHIPPED = shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
@@ -157,6 +164,46 @@ def test_a_trial_trains(name: str) -> None:
     (epoch,) = Training(config, load(config.data))
     assert epoch.val_accuracy is not None
     assert math.isfinite(epoch.train_loss)
+
+
+def tuned(name: str, home: Home, overrides: Mapping[str, Any], rename: str) -> StudyRecord:
+    """The study, tuned with the overrides by a coordinator and its worker; without MLflow."""
+    path = files.find(name)
+    assert path is not None
+    study = files.read(path).study(overrides, name=rename)
+    tuning = Tuning(study, home, study.resolved, None, engine=local_engine(1), follow=False)
+    for _ in tuning.run():
+        pass
+    record = tuning.result()
+    let_go(tuning.storage)
+    return record
+
+
+def write_digits(root: Path) -> Path:
+    """scikit-learn's digits as CLASS/NUMBER.png."""
+    source = load_digits()
+    for number, (image, label) in enumerate(zip(source.images, source.target, strict=True)):
+        path = root / str(label) / f"{number:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.mark.nightly
+def test_a_folder_of_digits_gives_what_digits_give(
+    home: Home, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The images are the same, so the accuracy is the same except for their order in training."""
+    overrides = {"search.trials": 1, "search.pruner": "none", "train.epochs": 6}
+    named = tuned("cnn", home, {**overrides, "data.name": "digits", "data.subset": 1.0}, "digits")
+    root = write_digits(tmp_path / "images")
+    folder = tuned("cnn", home, {**overrides, "data.name": str(root), "data.subset": 1.0}, "folder")
+    assert dataclasses.replace(named.data, fingerprint="") == dataclasses.replace(folder.data, fingerprint="")
+    assert named.best is not None
+    assert folder.best is not None
+    assert min(named.best.value or 0, folder.best.value or 0) > 0.95
+    assert abs((named.best.value or 0) - (folder.best.value or 0)) < 0.02
+    record_property("figures", f"{named.best.value:.4f} of the data set, {folder.best.value:.4f} of the folder")
 
 
 def tune(home: Path, *arguments: str) -> dict[str, Any]:
