@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from searchfm.check import Checked, check
 from searchfm.errors import StorageError, UserError
-from searchfm.home import LOCK_FILE, STOP_FILE, Home, flush, flush_tree, make_folder, write_json
+from searchfm.home import LOCK_FILE, STOP_FILE, STORAGE, TRACKING, Home, flush, flush_tree, make_folder, write_json
 from searchfm.records import READS, SPEC, WEIGHTS
 from searchfm.search.database import failures, read_sqlite
 from searchfm.search.rdb import backend
@@ -52,6 +52,12 @@ class BackedUp:
     bytes: int
     mlflow: bool  # whether it has MLflow's database: not where that is a server's
     checked: Checked
+
+    @property
+    def command(self) -> str:
+        """The beginning of a command that reads the copy's databases: without the variables that name others."""
+        variables = [name for name in (STORAGE, *([TRACKING] if self.mlflow else [])) if os.environ.get(name)]
+        return " ".join(["env", *(f"-u {name}" for name in variables), "searchfm"]) if variables else "searchfm"
 
 
 def backup(home: Home, folder: Path) -> BackedUp:

@@ -9,7 +9,6 @@ import errno
 import gc
 import inspect
 import json
-import os
 import shlex
 import sys
 import time
@@ -23,7 +22,7 @@ import typer
 
 from searchfm import __version__, shell
 from searchfm.errors import OutOfTimeError, SearchfmError, StorageError, StudyError, UserError, one_of
-from searchfm.home import STORAGE, TRACKING, Home, data_folder, shipped, shipped_folder, write_whole
+from searchfm.home import Home, data_folder, shipped, shipped_folder, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -923,17 +922,14 @@ def backup(
 
     exit_at_second(lambda number, _: sys.exit(128 + number))  # a backup that is stopped leaves nothing
     done = backup(Home.find(home), folder.expanduser().absolute())
-    # Else the commands would read the databases of the home.
-    variables = [name for name in (STORAGE, *([TRACKING] if done.mlflow else [])) if os.environ.get(name)]
-    command = " ".join(["env", *(f"-u {name}" for name in variables), "searchfm"]) if variables else "searchfm"
     text = f"{done.folder}: {plural(done.studies, 'study')}, {plural(done.trials, 'trial')}"
-    text += f", {done.bytes:,} bytes\nnext  {command} status --home {shlex.quote(done.folder)}"
+    text += f", {done.bytes:,} bytes\nnext  {done.command} status --home {shlex.quote(done.folder)}"
     _output(as_json, schema.describe(schema.BackedUp, done), lambda: typer.echo(text))
     if not done.mlflow:
         live.notify("the copy has no database of MLflow; `searchfm sync STUDY --apply` sends the runs to MLflow")
     if count := len(done.checked.findings):
         problems = f"{plural(count, 'problem')} in the copy, which the home may have too"
-        live.notify(f"{problems}: {command} check --home {shlex.quote(done.folder)}")
+        live.notify(f"{problems}: {done.command} check --home {shlex.quote(done.folder)}")
 
 
 @app.command()
