@@ -15,6 +15,14 @@ from searchfm.home import HOME, Home
 from tests.programs import postgres_binaries
 
 
+def worker_port(first: int) -> int:
+    """A free port from `first` (5,000 to 8,999) on. Workers of pytest-xdist that look at once find different ones."""
+    from searchfm.show import dashboard  # here: tests/conftest.py imports this module, and few tests serve pages
+
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return dashboard.free_port(first + 4_000 * (worker % 6))
+
+
 class Server:
     """MLflow's own, over HTTP, which keeps its own artifacts.
 
@@ -104,9 +112,7 @@ class Served:
     """`searchfm dashboard`, started from a command line."""
 
     def __init__(self, home: Home, *options: str, lines: int = 2, **environment: str) -> None:
-        from searchfm.show import dashboard  # here: tests/conftest.py imports this module, and few tests serve pages
-
-        self.ports = (dashboard.free_port(8300), dashboard.free_port(8400))
+        self.ports = (worker_port(8300), worker_port(8400))
         ports = ["--port", str(self.ports[0]), "--mlflow-port", str(self.ports[1])]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "searchfm", "dashboard", *ports, *options],
@@ -117,6 +123,9 @@ class Served:
         )
         assert self.process.stdout is not None
         self.printed = [self.process.stdout.readline() for _ in range(lines)]  # only once all answer
+        if not all(self.printed):
+            _, errors = self.process.communicate(timeout=120)
+            raise AssertionError(f"searchfm dashboard ended with {self.process.returncode}: {errors}")
         self.addresses = [re.findall(r"http\S+", line)[0] for line in self.printed]
 
     @property

@@ -32,9 +32,8 @@ from PIL import Image
 
 from searchfm import cli
 from searchfm.home import STORAGE, TRACKING, Home
-from searchfm.show.dashboard import free_port
 from tests.commands import searchfm_here
-from tests.serving import Postgres, Server
+from tests.serving import Postgres, Server, worker_port
 from tests.test_project import ROOT
 
 pytestmark = [
@@ -230,7 +229,7 @@ def place(
         Path(rules).write_text("host all canary 127.0.0.1/32 scram-sha-256\n" + old)
         connection.execute("SELECT pg_reload_conf()")
     address = f"{postgres_server.url.replace('postgres@', f'canary:{quoted(DATABASE)}@')}"
-    server = Server(new_home(folder / "server").path, free_port(5400), password=MLFLOW.replace("%", "%%"))
+    server = Server(new_home(folder / "server").path, worker_port(5400), password=MLFLOW.replace("%", "%%"))
     server.start()
     values = f"application_name={quoted(QUERY)}&sslpassword={quoted(QUERY)}"
     yield Place(folder, server, f"{address}canary?{values}", f"{address}canary_mlflow?{values}")
@@ -336,7 +335,7 @@ def serving(place: Place, *options: str, lines: int, **environment: str) -> Iter
 
 
 def test_both_user_interfaces(place: Place, listed: Listed) -> None:
-    ports = ("--port", str(free_port(8500)), "--mlflow-port", str(free_port(8600)))
+    ports = ("--port", str(worker_port(8500)), "--mlflow-port", str(worker_port(8600)))
     with serving(place, *ports, lines=2) as (dashboard, mlflow):
         assert mlflow.startswith(f"http://127.0.0.1:{place.server.port}/")  # without user and password
         base = f"http://127.0.0.1:{ports[1]}"

@@ -19,11 +19,10 @@ from searchfm.home import HOME, STORAGE, TRACKING, Home
 from searchfm.search import database as database_module
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import open_storage
-from searchfm.show.dashboard import free_port
 from tests.commands import searchfm
 from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import check, facts, let_go, search, stored, toy
-from tests.serving import Postgres, Server
+from tests.serving import Postgres, Server, worker_port
 
 pytestmark = [pytest.mark.slow(seconds=8), pytest.mark.usefixtures("own_forkserver")]
 
@@ -167,7 +166,7 @@ def test_the_command_fills_both_databases_of_a_server_that_drops_all_connections
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     mlflow = postgres + name
-    server = Server(tmp_path, free_port(5400), database=mlflow.replace("postgresql:", "postgresql+psycopg:"))
+    server = Server(tmp_path, worker_port(5400), database=mlflow.replace("postgresql:", "postgresql+psycopg:"))
     environment = {STORAGE: database, TRACKING: f"http://127.0.0.1:{server.port}", HOME: str(tmp_path / "home")}
 
     def read(query: str) -> list[Any]:

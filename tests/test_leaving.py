@@ -19,8 +19,7 @@ import pytest
 from searchfm.forkserver import FOLDER
 from searchfm.home import TRACKING, Home
 from searchfm.search.storage import open_storage, read_study
-from searchfm.show.dashboard import free_port
-from tests.serving import Server
+from tests.serving import Server, worker_port
 
 pytestmark = pytest.mark.slow(seconds=14)
 
@@ -120,7 +119,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(
     new_home: Callable[[Path], Home], home: Home, temporary: Path, tmp_path: Path
 ) -> None:
     """MLflow gets what is left of eight seconds, not 60."""
-    server = Server(new_home(tmp_path / "server").path, free_port(5500))
+    server = Server(new_home(tmp_path / "server").path, worker_port(5500))
     server.start()
     try:
         with tuning(home, temporary, **{TRACKING: f"http://127.0.0.1:{server.port}"}) as process:

@@ -36,7 +36,7 @@ from searchfm.tracking import mirror
 from searchfm.tracking.follow import Follower, Passes, Tracking, draw_missing, sync
 from searchfm.tracking.mirror import Mirror, make_schema, run_links
 from searchfm.tracking.moved import PLACE, has_moved
-from tests.serving import Server
+from tests.serving import Server, worker_port
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -980,10 +980,8 @@ def test_notes_stop_where_the_dashboard_would_crawl(home: Home) -> None:
 
 @pytest.fixture(scope="module")
 def server(new_home: Callable[[Path], Home], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from searchfm.show.dashboard import free_port
-
     folder = new_home(tmp_path_factory.mktemp("server") / "home").path  # with MLflow's tables
-    server = Server(folder, free_port(5200))
+    server = Server(folder, worker_port(5200))
     server.start()
     yield server
     server.kill()
