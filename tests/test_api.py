@@ -305,8 +305,8 @@ import searchfm
 
 print("this file runs")
 home = Path(sys.argv[1])
-def interrupt():
-    while not (home / "studies" / "mlp" / "0001" / "epochs.csv").exists():
+def interrupt():  # once trials are complete: two workers train, and a fourth trial has an epoch
+    while not (home / "studies" / "mlp" / "0003" / "epochs.csv").exists():
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
@@ -330,8 +330,8 @@ def test_a_script_needs_no_guard_and_goes_on_after_ctrl_c(
     done = subprocess.run(
         [sys.executable, source, home], input=text, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.stdout.splitlines() == ["this file runs", "stopped by Ctrl-C with True", "then {'complete'}"]
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["this file runs", "stopped by Ctrl-C with True", "then {'complete'}"]
 
 
 @pytest.mark.slow
