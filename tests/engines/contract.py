@@ -102,9 +102,12 @@ class MessageContract:
         engine.submit(job("1", ticks_for=600))
         engine.submit(job("2", sleeps=0.5))
         engine.stop("1")
-        assert end(engine, 15) == Interrupted("1", 1)
+        first = end(engine, 15)
         assert engine.free == 1
-        assert result(end(engine))["pid"]
+        # On busy cores the other may be over before the stop arrives.
+        stopped, finished = sorted((first, end(engine)), key=lambda event: event.job)
+        assert stopped == Interrupted("1", 1)
+        assert result(finished)["pid"]
         engine.submit(job("3"))
         assert result(end(engine))["jobs"] <= 2  # the worker that was told to stop is as good as before
 
