@@ -11,6 +11,8 @@ from typing import Self
 import psycopg
 from sqlalchemy import make_url
 
+from tests.programs import worker_port
+
 
 class Cut(Enum):
     """What becomes of a COMMIT; the client sees a dropped connection each time."""
@@ -28,8 +30,7 @@ class Proxy:
 
     def __init__(self, url: str) -> None:
         self._server = make_url(url)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port: int = free.getsockname()[1]
+        self._port = worker_port(6300)
         self.url = self._server.set(port=self._port).render_as_string(hide_password=False)
         self.commits = 0
         self.cut: Callable[[int], Cut | None] = lambda commit: None  # by the number of the COMMIT, from 1

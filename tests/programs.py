@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import socket
 import subprocess
+from collections.abc import Collection
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +52,21 @@ def screenshot(
         timeout=180,
     )
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def worker_port(first: int, taken: Collection[int] = ()) -> int:
+    """A free port from `first` (5,000 to 8,999) on. Workers of pytest-xdist that look at once find different ones, and
+    none is in the range from which the system takes ports for connections.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    begin = first + 4_000 * (worker % 6)
+    for port in range(begin, begin + 100):
+        if port not in taken:
+            with suppress(OSError), socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise AssertionError(f"ports {begin} to {begin + 99} are in use")
 
 
 def postgres_binaries(folder: Path) -> Path:

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from searchfm.home import HOME, Home
-from tests.programs import postgres_binaries
-
-
-def worker_port(first: int) -> int:
-    """A free port from `first` (5,000 to 8,999) on. Workers of pytest-xdist that look at once find different ones."""
-    from searchfm.show import dashboard  # here: tests/conftest.py imports this module, and few tests serve pages
-
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    return dashboard.free_port(first + 4_000 * (worker % 6))
+from tests.programs import postgres_binaries, worker_port
 
 
 class Server:
@@ -87,9 +78,7 @@ class Postgres:
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             self._user = "nobody"
             shutil.chown(folder, self._user)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = worker_port(6100)
         self.url = f"postgresql://postgres@127.0.0.1:{self._port}/"
         self._data = str(folder / "data")
         self._run("initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--no-sync", "-E", "UTF8")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.programs import missing
+from tests.programs import missing, worker_port
 
 CONF = """
 ClusterName=searchfm
@@ -149,10 +149,7 @@ class Cluster:
 
 def _ports(count: int) -> list[int]:
     """Free ports."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
+    ports: list[int] = []
+    while len(ports) < count:
+        ports.append(worker_port(6500, ports))
     return ports

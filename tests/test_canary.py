@@ -33,7 +33,8 @@ from PIL import Image
 from searchfm import cli
 from searchfm.home import STORAGE, TRACKING, Home
 from tests.commands import searchfm_here
-from tests.serving import Postgres, Server, worker_port
+from tests.programs import worker_port
+from tests.serving import Postgres, Server
 from tests.test_project import ROOT
 
 pytestmark = [

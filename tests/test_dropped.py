@@ -22,7 +22,8 @@ from searchfm.search.storage import open_storage
 from tests.commands import searchfm
 from tests.cutting import Cut, Proxy, drop_all
 from tests.driving import check, facts, let_go, search, stored, toy
-from tests.serving import Postgres, Server, worker_port
+from tests.programs import worker_port
+from tests.serving import Postgres, Server
 
 pytestmark = [pytest.mark.slow(seconds=8), pytest.mark.usefixtures("own_forkserver")]
 

@@ -19,7 +19,8 @@ import pytest
 from searchfm.forkserver import FOLDER
 from searchfm.home import TRACKING, Home
 from searchfm.search.storage import open_storage, read_study
-from tests.serving import Server, worker_port
+from tests.programs import worker_port
+from tests.serving import Server
 
 pytestmark = pytest.mark.slow(seconds=14)
 

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from sklearn.datasets import load_digits
 from searchfm import cli
 from searchfm.home import STORAGE, TRACKING, Home
 from tests.commands import searchfm_here
+from tests.programs import worker_port
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -160,9 +160,7 @@ def test_a_second_machine(
     """Both are this one, and the trials are short."""
     record_property("figures", "a second machine")
     new_home(folder / "runs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{worker_port(6800)}"
     tune, worker, stop = (
         line.replace("10.0.0.1:27001", address).replace("/shared", str(folder)) for line in commands("second machine")
     )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -46,6 +45,7 @@ from searchfm.tracking import registry
 from searchfm.tracking.mirror import Mirror, final_content
 from tests import rows
 from tests.learn.toys import drain
+from tests.programs import worker_port
 
 # mlflow's own use of SQLAlchemy.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
@@ -417,6 +417,4 @@ def ask(address: str, images: np.ndarray, server: "subprocess.Popen[bytes]") -> 
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return worker_port(6900)

@@ -36,7 +36,8 @@ from searchfm.tracking import mirror
 from searchfm.tracking.follow import Follower, Passes, Tracking, draw_missing, sync
 from searchfm.tracking.mirror import Mirror, make_schema, run_links
 from searchfm.tracking.moved import PLACE, has_moved
-from tests.serving import Server, worker_port
+from tests.programs import worker_port
+from tests.serving import Server
 
 # MLflow 3.17 asks SQLAlchemy 2.1 for a way of loading that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")

@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import shutil
-import socket
 import struct
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from searchfm.config import DataConfig
 from searchfm.errors import DataError
 from searchfm.learn import datasets
 from searchfm.learn.data import load, load_full, load_test
+from tests.programs import worker_port
 
 CIFAR = DataConfig(name="cifar100")
 DIGITS = DataConfig(name="mnist")
@@ -86,9 +86,7 @@ def kept(cache: Path) -> list[str]:
 
 def closed() -> str:
     """The address of a server that is not there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{worker_port(6700)}"
 
 
 def md5(data: bytes) -> str:
