@@ -169,7 +169,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # of a study, a file or a folder that was named
-            print(f"searchfm: {str(error.filename)[:200]}...: {error.strerror}", file=sys.stderr)
+            limits = "a name may have 255 bytes, a path 4095"
+            print(f"searchfm: {str(error.filename)[:200]}...: {error.strerror}; {limits}", file=sys.stderr)
             sys.exit(UserError.exit_code)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES):
             raise

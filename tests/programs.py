@@ -1,4 +1,7 @@
-"""Programs that only tests need. Without its program or data a test is skipped; with SEARCHFM_REQUIRE_ALL it fails."""
+"""Programs and ports that only tests need.
+
+Without its program or data a test is skipped; with SEARCHFM_REQUIRE_ALL it fails.
+"""
 
 import os
 import shutil

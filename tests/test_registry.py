@@ -378,11 +378,11 @@ def test_served_over_http_it_answers_the_same(
     bare: tuple[Path, Path],
     asked: tuple[Path, np.ndarray],
     tmp_path: Path,
-    free_port: int,
     record_property: Callable[[str, object], None],
 ) -> None:
     python, folder = bare
-    command = [str(python), "-m", "mlflow", "models", "serve", "-m", str(folder), "-p", str(free_port)]
+    port = worker_port(6900)
+    command = [str(python), "-m", "mlflow", "models", "serve", "-m", str(folder), "-p", str(port)]
     environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
@@ -394,7 +394,7 @@ def test_served_over_http_it_answers_the_same(
             start_new_session=True,
         )
     try:
-        answer = ask(f"http://127.0.0.1:{free_port}", np.load(asked[0]), server)
+        answer = ask(f"http://127.0.0.1:{port}", np.load(asked[0]), server)
     finally:
         os.killpg(server.pid, 15)
         server.wait(30)
@@ -413,8 +413,3 @@ def ask(address: str, images: np.ndarray, server: "subprocess.Popen[bytes]") -> 
             assert server.poll() is None, "the server ended"
             time.sleep(0.5)
     raise AssertionError("the server never answered")
-
-
-@pytest.fixture
-def free_port() -> int:
-    return worker_port(6900)
