@@ -96,8 +96,6 @@ def work(payload: Mapping[str, Any], context: Context) -> Generator[Epoch, None,
             (context.folder / "tick").touch()
         context.tick()
         time.sleep(0.005)
-    while "waits_for" in payload and not Path(payload["waits_for"]).exists():
-        time.sleep(0.005)
     time.sleep(payload.get("sleeps", 0.0))
     return {
         "pid": os.getpid(),
