@@ -1,0 +1,212 @@
+"""Writes what the results say: the table of studies/README.md, `# Measured:` of studies, pictures.
+
+python -m tests.reports.page; `python -m tests.reports` does it after each study.
+"""
+
+import re
+import statistics
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from searchfm.home import write_whole
+from searchfm.search import files
+from tests.reports import pictures
+from tests.reports.results import Result, Run, label
+from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
+
+README = STUDIES / "README.md"
+HEAD = "| row | study | theirs | ours | budget | pictures |\n|---|---|---|---|---|---|\n"
+WIDTH, INDENT = 120, "#           "
+Cells = tuple[str, str, list[str]]  # our figures, the budget, endings of the names of pictures
+HEADER = re.compile(r"^# ([A-Z]\w+(?: as)?): +", re.MULTILINE)
+# Lines of the table that other rows' studies answer: row, its study, what the report has, where our figures are.
+SHARED = {
+    "A6 curves": ("a4-cnn-schedule", "loss and accuracy curves of the best convolutional net", "best"),
+    "A9 comparison": ("a4-cnn-schedule", "92.68, 93.86, 80.44 and 42.78, 99.6, 1842 s an epoch", "compare"),
+    "B3 interval, confusion": ("b2-mlp-tr1", "95% interval of the error 0.1024 to 0.1145; confusion matrix", "error"),
+    "B7 confusion, curves": ("b6-cifar100-residual", "confusion matrix and curves of the best", "best"),
+}
+COMPARED = {"convolutional": "a4-cnn-schedule", "transfer": "a7-resnet-stages", "ViT": "a8-vit-best"}  # of A9
+
+
+def points(row: str, settings: Mapping[str, Any]) -> int:
+    """How many points the grid of a row's study has."""
+    study = files.read(STUDIES / "reports" / f"{row}.toml").study(settings)
+    assert study.points is not None
+    return len(study.points)
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def percent(values: Sequence[float]) -> str:
+    """The mean in percent, with the standard deviation over seeds where there are several."""
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.2f}"
+
+
+def figures_of(result: Result) -> str:
+    """Accuracies of each point: mean of its seeds."""
+    groups: dict[str, list[Run]] = {}
+    for run in result.runs:
+        groups.setdefault(label(run.params), []).append(run)
+    parts = []
+    for name, runs in groups.items():
+        last = {key: [run.epochs[key][-1] for run in runs] for key in runs[0].epochs}
+        text = f"{percent([run.value for run in runs])} on validation, {percent(last['train_accuracy'])} on training"
+        if len(groups) == 1:
+            losses = (f"{statistics.mean(last[key]):.2f}" for key in ("train_loss", "val_loss"))
+            text += "; loss {1} and {0}".format(*losses)
+        parts.append(f"{name}: {text}" if name else f"accuracy {text}")
+    return "; ".join(parts)
+
+
+def budget_of(result: Result) -> str:
+    """What a row was trained on, and for how long."""
+    run, seeds = result.runs[0], len({run.study_seed for run in result.runs})
+    size = run.config["data"]["size"]
+    epochs = sorted({len(run.epochs["val_loss"]) for run in result.runs})
+    lacking = len(ROWS[result.row].seeds) * points(result.row, result.settings) - len(result.runs)
+    changed = ", ".join(f"{key} = {value}" for key, value in result.settings.items())
+    texts = [
+        f"{run.images[0]:,} images to train, {run.images[1]:,} to validate" + (f", {size}x{size}" if size else ""),
+        f"{' or '.join(map(str, epochs))} epochs of {_span([run.seconds_per_epoch for run in result.runs])} s",
+        changed,
+        f"{seeds} seeds, ± their standard deviation" if seeds > 1 else "one seed",
+        f"{lacking} runs are missing" if lacking else "",
+    ]
+    return "; ".join(filter(None, texts))
+
+
+def _span(values: Sequence[float]) -> str:
+    """The smallest and the largest of them, to three digits."""
+    ends = dict.fromkeys(f"{value:.3g}" for value in (min(values), max(values)))
+    return " to ".join(ends)
+
+
+def conditions_of(result: Result) -> str:
+    """Where and when a row was trained."""
+    run = result.runs[0]
+    beside = f"{run.beside} trainings side by side, " if run.beside > 1 else ""
+    torch = run.versions["torch"].partition("+")[0]
+    return f"{beside}{run.hardware}, {run.precision}, torch {torch}, {max(run.date for run in result.runs)}"
+
+
+def error_of(result: Result) -> str:
+    """The interval of a final model's error."""
+    final = result.retrained
+    assert final is not None
+    images = sum(map(sum, final.confusion))
+    return (
+        f"{1 - final.high:.4f} to {1 - final.low:.4f}: accuracy {100 * final.accuracy:.2f} on the test part of "
+        f"{images:,} images, read once, after {final.epochs} epochs on all training data ({final.date})"
+    )
+
+
+def compared() -> str:
+    """A9: accuracies, and seconds an epoch."""
+    results = {name: Result.load(row) for name, row in COMPARED.items()}
+    parts = []
+    for name, result in results.items():
+        best = max(result.runs, key=lambda run: run.value) if result else None
+        text = f"{100 * best.value:.2f}, {best.seconds_per_epoch:.3g} s" if best else "not yet measured"
+        parts.append(f"{name} {text}")
+    return "; ".join(parts) + ". `searchfm compare a4-cnn-schedule a7-resnet-stages a8-vit-best` prints the table"
+
+
+# --- headers and table ------------------------------------------------------------------------------------------------
+
+
+def header(path: Path) -> dict[str, str]:
+    """The opening comment of a study file by keyword, continued lines joined."""
+    comment = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))
+    assert comment
+    parts = HEADER.split(comment[0])[1:]
+    return {key: re.sub(r"\n# +", " ", text).strip() for key, text in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def with_measured(text: str, measured: str) -> str:
+    """A study file with another measurement in its header."""
+    lines = textwrap.wrap(measured, WIDTH - len(INDENT), break_long_words=False, break_on_hyphens=False)
+    block = "# Measured: " + f"\n{INDENT}".join(lines) + "\n"
+    replaced, count = re.subn(r"^# Measured: .*\n(?:#  .*\n)*", lambda _: block, text, count=1, flags=re.MULTILINE)
+    assert count == 1
+    return replaced
+
+
+def measured(result: Result) -> str:
+    """What the header of a row's study says under `Measured`."""
+    return f"{figures_of(result)}; {budget_of(result)}; {conditions_of(result)}"
+
+
+def _own(study: str) -> Cells:
+    """Our figures of a study, its budget, and the endings of its pictures' names."""
+    if result := Result.load(study):
+        return figures_of(result), budget_of(result), [""]
+    return header(STUDIES / "reports" / f"{study}.toml")["Measured"], "", []
+
+
+def _shared(study: str, kind: str) -> Cells:
+    """The same of a line that shares its study with another."""
+    result = Result.load(study)
+    if kind == "compare":
+        return compared(), "", []
+    if result is None or (kind == "error" and not result.retrained):
+        return f"not yet measured: see {study}", "", []
+    if kind == "error":
+        return error_of(result), "", ["-confusion"]
+    best = max(result.runs, key=lambda run: run.value)
+    endings = ["-best" if points(study, result.settings) > 1 else "", "-confusion"]
+    return f"those of the best trial, {100 * best.value:.2f} on validation", budget_of(result), endings
+
+
+def lines() -> Iterator[str]:
+    """The rows of the table."""
+    entries: dict[str, tuple[str, str, Cells]] = {}
+    for study in studies():
+        number, _, rest = study.partition("-")
+        theirs = header(STUDIES / "reports" / f"{study}.toml")["Reports"]
+        entries[f"{number.upper()} {rest}"] = (study, theirs, _own(study))
+    for line, (study, theirs, kind) in SHARED.items():
+        entries[line] = (study, theirs, _shared(study, kind))
+    for line in sorted(entries, key=lambda line: (line[0], int(line.split()[0][1:]), line)):
+        study, theirs, (ours, budget, endings) = entries[line]
+        links = ", ".join(f"[{end.strip('-') or 'plot'}](reports/results/{study}{end}.svg)" for end in endings)
+        yield f"| {line} | `reports/{study}` | {theirs} | {ours} | {budget} | {links} |"
+
+
+def readme() -> str:
+    """studies/README.md with the table of now."""
+    text = README.read_text("utf-8")
+    before, found, rest = text.partition(HEAD)
+    assert found, f"{README} has no table"
+    after = re.sub(r"\A(?:\|.*\n)*", "", rest)
+    return before + HEAD + "".join(f"{line}\n" for line in lines()) + after
+
+
+def texts(svg: str) -> list[str]:
+    """The texts of a picture, in order."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """All that is generated, with its path. Headers come before the table, which reads them."""
+    for study in studies():
+        if result := Result.load(study):
+            path = STUDIES / "reports" / f"{study}.toml"
+            yield path, with_measured(path.read_text("utf-8"), measured(result))
+            yield from ((RESULTS / name, text) for name, text in pictures.draw(result).items())
+    yield README, readme()
+
+
+def write() -> None:
+    """Writes all that changed."""
+    for path, text in pages():
+        if not path.is_file() or path.read_text("utf-8") != text:
+            write_whole(path, text.encode())
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,44 @@
+"""What is trained for each row of the reports: its study at the report's own budget unless said otherwise here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STUDIES = Path(__file__).parents[2] / "studies"
+RESULTS = STUDIES / "reports" / "results"  # one JSON and its pictures a row
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a study of `studies/reports/` is trained, by its name."""
+
+    seeds: tuple[int, ...] = (0,)  # of the study; each gives every point of its grid a seed of its own
+    settings: dict[str, Any] = field(default_factory=dict)  # keys that differ from the study file
+    retrain: bool = False  # train the best point on all data with a fresh seed, and test it
+
+
+THREE = (0, 1, 2)
+FASHION = {"data.name": "fashion-mnist"}  # for CIFAR-100
+
+ROWS = {
+    "b1-mlp-tr1": Row(THREE),
+    "b1-mlp-tr2": Row(THREE),
+    "b1-mlp-tr3": Row(THREE),
+    "b1-mlp-tr4": Row(THREE),
+    "b2-mlp-tr1": Row(THREE, retrain=True),
+    "b2-mlp-tr2": Row(THREE),
+    "b2-mlp-tr3-tr4": Row(THREE),
+    "a8-vit-first": Row(),
+    "a8-vit-best": Row(),
+    "a8-vit-hidden-dim": Row(),
+    "a8-vit-layers": Row(),
+    "a8-vit-heads": Row(),
+    "b4-cifar100-cnn": Row(settings=FASHION),
+    "b5-cifar100-deep-cnn": Row(settings=FASHION | {"data.size": 32}),  # 28 pixels cannot be halved five times
+    "b6-cifar100-residual": Row(settings=FASHION),
+}
+
+
+def studies() -> list[str]:
+    """The names of all studies of the reports, whether they have a row above or not."""
+    return sorted(path.stem for path in (STUDIES / "reports").glob("*.toml"))

@@ -1,0 +1,114 @@
+"""The rows of the two reports: what is kept of them, and the pages that are generated from it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from searchfm.search import files
+from tests.reports import page, pictures
+from tests.reports.results import Result, Run
+from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
+
+ROOT = Path(__file__).parents[1]
+KEPT = sorted(path.stem for path in RESULTS.glob("*.json"))
+
+
+def result(row: str) -> Result:
+    loaded = Result.load(row)
+    assert loaded is not None
+    return loaded
+
+
+def test_rows_name_studies() -> None:
+    assert set(KEPT) <= set(ROWS) <= set(studies())
+
+
+def test_headers_table_and_pictures_say_what_the_results_say() -> None:
+    """`python -m tests.reports.page` writes them. A picture is compared by its texts: its curves differ by matplotlib."""
+    stale = [path.name for path, text in page.pages() if path.suffix != ".svg" and path.read_text("utf-8") != text]
+    assert stale == []
+    drawn = {path: text for path, text in page.pages() if path.suffix == ".svg"}
+    assert set(RESULTS.glob("*.svg")) == set(drawn)
+    for path, text in drawn.items():
+        assert page.texts(path.read_text("utf-8")) == page.texts(text), path.name
+
+
+@pytest.mark.parametrize("row", KEPT)
+def test_a_row_was_trained_as_its_study_says(row: str) -> None:
+    kept = result(row)
+    assert kept.settings == ROWS[row].settings
+    assert {run.study_seed for run in kept.runs} <= set(ROWS[row].seeds)
+    study = files.read(STUDIES / "reports" / f"{row}.toml").study(kept.settings)
+    for run in kept.runs:
+        config = study.config(run.params).to_table()
+        del config["train"]["seed"], run.config["train"]["seed"]
+        assert config == run.config, run.key
+        epochs = run.config["train"]["epochs"]
+        assert {len(curve) for curve in run.epochs.values()} == {epochs}
+        assert run.value == run.epochs["val_accuracy"][-1]
+
+
+def test_the_figures_of_a_row_are_those_of_its_runs() -> None:
+    """By hand: three seeds of one point, and a grid of two."""
+    some = next(run for row in KEPT for run in result(row).runs)
+
+    def run(seed: int, value: float, **params: int) -> Run:
+        curves = {"train_loss": [0.9, 0.25], "train_accuracy": [0.5, 0.9], "val_loss": [0.8, 0.5]}
+        return Run(**{**some.__dict__, "study_seed": seed, "value": value, "params": params, "epochs": curves})
+
+    seeds = Result("b1-mlp-tr1", {}, [run(seed, value) for seed, value in enumerate((0.88, 0.89, 0.90))])
+    assert page.figures_of(seeds) == (
+        "accuracy 89.00 ± 1.00 on validation, 90.00 ± 0.00 on training; loss 0.50 and 0.25"
+    )
+    grid = Result("b1-mlp-tr1", {}, [run(0, 0.5, **{"train.batch_size": 32}), run(0, 0.75, **{"train.batch_size": 64})])
+    assert page.figures_of(grid) == (
+        "batch_size 32: 50.00 on validation, 90.00 on training; batch_size 64: 75.00 on validation, 90.00 on training"
+    )
+    assert {"batch_size 32", "batch_size 64"} <= set(page.texts(pictures.draw(grid)["b1-mlp-tr1.svg"]))
+
+
+SMALL = """
+SMALL = {"data.name": "digits", "train.epochs": 2}
+ROWS = {"b2-mlp-tr1": Row((0, 1), SMALL, retrain=True), "b2-mlp-tr3-tr4": Row(settings=SMALL)}
+"""
+
+
+@pytest.mark.slow
+def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
+    """In a copy, on digits: two seeds and a grid of two points; a final model; and nothing is trained again."""
+    for name in ("tests", "studies"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    with (tmp_path / "tests" / "reports" / "rows.py").open("a") as file:
+        file.write(SMALL)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("PYTHONPATH", None)
+
+    def train() -> str:
+        command = [sys.executable, "-m", "tests.reports"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert train().count("begins") == 3
+    folder = tmp_path / "studies" / "reports" / "results"
+    kept = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    deep, grid = kept["b2-mlp-tr1"], kept["b2-mlp-tr3-tr4"]
+    assert [run["study_seed"] for run in deep["runs"]] == [0, 1]
+    assert [run["params"] for run in grid["runs"]] == [{"train.batch_size": 32}, {"train.batch_size": 64}]
+    images, tested = deep["runs"][0]["images"], sum(map(sum, deep["retrained"]["confusion"]))
+    assert sum(images) + tested == 1797
+    shown = (tmp_path / "studies" / "README.md").read_text()
+    assert f"{images[0]:,} images to train, {images[1]} to validate; 2 epochs" in shown
+    assert f"{tested} images, read once, after 2 epochs" in shown
+    assert {path.name for path in folder.glob("*.svg")} == {
+        *("b2-mlp-tr1.svg", "b2-mlp-tr1-confusion.svg"),
+        *("b2-mlp-tr3-tr4.svg", "b2-mlp-tr3-tr4-best.svg", "b2-mlp-tr3-tr4-confusion.svg"),
+    }
+    assert train() == ""
