@@ -29,7 +29,7 @@ def test_rows_name_studies() -> None:
 
 
 def test_headers_table_and_pictures_say_what_the_results_say() -> None:
-    """`python -m tests.reports.page` writes them. A picture is compared by its texts: its curves differ by matplotlib."""
+    """`python -m tests.reports.page` writes them. Pictures are compared by their texts: paths depend on matplotlib."""
     stale = [path.name for path, text in page.pages() if path.suffix != ".svg" and path.read_text("utf-8") != text]
     assert stale == []
     drawn = {path: text for path, text in page.pages() if path.suffix == ".svg"}

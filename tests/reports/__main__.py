@@ -7,32 +7,18 @@ the checkpoints.
 
 import argparse
 import datetime
-import os
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import platformdirs
 
 import searchfm
-from searchfm.home import HOME, Home
 from searchfm.records import FINAL
 from tests.bench import _common as common
 from tests.reports import page
 from tests.reports.results import Result, retrained_of, run_of
 from tests.reports.rows import ROWS, Row
+from tests.side_by_side import SideBySide
 
-LOCK = threading.Lock()  # of the results, and of the processes
-PROCESSES: set[subprocess.Popen[bytes]] = set()
-STOPPED = threading.Event()
-
-
-def home() -> Path:
-    return Path(platformdirs.user_cache_dir("searchfm-bench")) / "reports"
+LOCK = threading.Lock()  # of the results and pages
 
 
 def name_of(row: str, seed: int) -> str:
@@ -40,41 +26,22 @@ def name_of(row: str, seed: int) -> str:
     return f"{row}-seed{seed}" if seed else row
 
 
-def call(*arguments: str) -> bool:
-    """Runs a command of searchfm; whether it did its work. What it prints goes to stderr."""
-    with LOCK:
-        if STOPPED.is_set():
-            return False
-        process = subprocess.Popen([sys.executable, "-m", "searchfm", *arguments], stdout=sys.stderr)
-        PROCESSES.add(process)
-    code = process.wait()
-    PROCESSES.discard(process)
-    return code == 0
-
-
-def stop(*_: object) -> None:
-    """Stops all studies, which then write their checkpoints."""
-    STOPPED.set()
-    for process in list(PROCESSES):
-        process.terminate()
-
-
 def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def train(row: str, seed: int, jobs: int) -> bool:
+def train(runner: SideBySide, row: str, seed: int) -> bool:
     """Trains one study of a row; whether it is complete. Keeps the trials that have ended, in any case."""
-    if STOPPED.is_set():
+    if runner.stopped.is_set():
         return False
     name, settings = name_of(row, seed), ROWS[row].settings
     options = [f"--set={key}={value}" for key, value in settings.items()]
     common.progress(f"{name} begins")
-    done = call("tune", f"reports/{row}", "--name", name, "--seed", str(seed), "--workers", "1", *options)
-    if not (home() / "studies" / name).is_dir():
+    done = runner.call("tune", f"reports/{row}", "--name", name, "--seed", str(seed), "--workers", "1", *options)
+    if not (runner.home / "studies" / name).is_dir():
         return done
     study = searchfm.open_study(name).record
-    runs = [run_of(trial, seed, study.data, today(), jobs) for trial in study.of("complete")]
+    runs = [run_of(trial, seed, study.data, today(), runner.jobs) for trial in study.of("complete")]
     with LOCK:
         if runs:
             (Result.load(row) or Result(row, settings, [])).with_runs(runs).write()
@@ -84,7 +51,7 @@ def train(row: str, seed: int, jobs: int) -> bool:
     return done
 
 
-def retrain(row: str) -> None:
+def retrain(runner: SideBySide, row: str) -> None:
     """Trains a row's best point on all data, and tests it once."""
     result = Result.load(row)
     assert result is not None
@@ -92,9 +59,11 @@ def retrain(row: str) -> None:
         return
     best = max(result.runs, key=lambda run: run.value)
     name = name_of(row, best.study_seed)
+    if not (runner.home / "studies" / name).is_dir() and not train(runner, row, best.study_seed):  # on a new machine
+        return
     study = searchfm.open_study(name).record
     assert study.best is not None
-    if call("retrain", name, "--trial", str(study.best.number)):
+    if runner.call("retrain", name, "--trial", str(study.best.number)):
         study = searchfm.open_study(name).record
         assert study.final is not None
         classes = list(study.data.classes)
@@ -119,9 +88,6 @@ def main() -> None:
     rows = arguments.rows or list(ROWS)
     if unknown := sorted(set(rows) - set(ROWS)):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    os.environ[HOME] = str(Home(home()).path)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
     for row in rows:
         result = Result.load(row)
         if result and result.settings != ROWS[row].settings:
@@ -129,15 +95,12 @@ def main() -> None:
                 f"{row} was trained with {result.settings}, now has {ROWS[row].settings}: remove its JSON first"
             )
     todo = [entry for row in rows for entry in missing(row, ROWS[row])]
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        done = list(pool.map(lambda entry: train(*entry, arguments.jobs), todo))
+    runner = SideBySide("reports", arguments.jobs)
+    done = runner.map(lambda entry: train(runner, *entry), todo)
     for row in rows:
         if ROWS[row].retrain and all(ok for ok, entry in zip(done, todo, strict=True) if entry[0] == row):
-            retrain(row)
-    if STOPPED.is_set():
-        sys.exit("stopped; the same command resumes")
-    if not all(done):
-        sys.exit("a study failed; see above")
+            retrain(runner, row)
+    runner.end(done)
 
 
 if __name__ == "__main__":

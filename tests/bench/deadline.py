@@ -1,0 +1,154 @@
+"""The test accuracy after equal wall-clock time: `searchfm tune --retrain` against searches of other libraries.
+
+`python -m tests.bench deadline [--minutes 10] [--repeats 3] [--side NAME]`. Every side has the same time from the start
+of its process, the same space of convolutional nets, the same 51,000 + 9,000 images of Fashion-MNIST, and the machine
+to itself. It answers with one model, which is tested on the 10,000 test images: the best trial's weights, or the best
+trial's configuration trained on all 60,000 images, in a time that is part of its own. Each repetition has its own seed.
+
+A result is kept in the user's cache folder, so that a bench that was stopped continues; `--again` measures anew.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import tomli_w
+
+import searchfm
+from searchfm.config import DataConfig
+from searchfm.learn.data import load, load_test
+from tests.bench import _common as common
+from tests.bench._environments import ENVIRONMENTS, python_of
+from tests.bench.peers import deadline_work as space
+from tests.bench.study import PEERS, failing_in_one_line, variables
+
+EPOCHS = 8
+SUBSET = 0.2  # of the images, for trials that are followed by a final training
+SIDES = {  # a peer's program, its environment, and the fraction of the images that its trials train on
+    "Optuna": ("deadline_optuna.py", "searchfm", 1.0),
+    "Optuna, fraction, final training": ("deadline_optuna.py", "searchfm", SUBSET),
+    "Ray Tune, ASHA": ("deadline_ray.py", "ray", 1.0),
+    "Ray Tune, ASHA, fraction, final training": ("deadline_ray.py", "ray", SUBSET),
+    "Keras Tuner, hyperband": ("deadline_keras.py", "keras-tuner", 1.0),
+    "Keras Tuner, hyperband, fraction, final training": ("deadline_keras.py", "keras-tuner", SUBSET),
+}
+OURS = "searchfm"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What one side answered with."""
+
+    test: float  # accuracy on the test part, 0 to 1
+    value: float  # validation accuracy of its best trial
+    trials: int  # that began
+    wall: float  # seconds of the process
+
+
+def study_table(seed: int) -> dict[str, Any]:
+    """The study file: the space of the peers, the search as the built-in study of convolutional nets has it."""
+    low, high = space.STAGES
+    filters = {"choice": list(space.FILTERS)}
+    cnn = {
+        "stages": {"low": low, "high": high},
+        "filters": [filters] * high,
+        "convs": {"low": space.CONVS[0], "high": space.CONVS[1]},
+        "batch_norm": True,
+        "dropout": {"low": space.DROPOUT[0], "high": space.DROPOUT[1]},
+    }
+    return {
+        "search": {"trials": 1000, "seed": seed, "sampler": "tpe", "pruner": {"name": "asha", "promote": True}},
+        "data": {"name": "fashion-mnist", "subset": SUBSET},
+        "model": {"name": "cnn", "cnn": cnn},
+        "optimizer": {"name": "adam", "lr": {"low": space.LR[0], "high": space.LR[1], "log": True}},
+        "train": {"epochs": EPOCHS, "batch_size": {"choice": list(space.BATCHES)}},
+    }
+
+
+def write_images(folder: Path) -> None:
+    """Writes searchfm's split, and the test part, for the peers."""
+    config = DataConfig(name="fashion-mnist")
+    data = load(config)
+    assert data.val is not None
+    for name, part in (("train", data.train), ("val", data.val), ("test", load_test(config))):
+        np.savez(folder / f"{name}.npz", images=part.images[:, 0].numpy(), labels=part.labels.numpy())
+
+
+def run_searchfm(minutes: float, seed: int) -> Finish:
+    """`searchfm tune FILE --timeout --retrain` in a fresh home, with all workers and MLflow."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        file, home = Path(folder) / "task.toml", Path(folder) / "home"
+        file.write_text(f"# Question: which net is best in a short time?\n{tomli_w.dumps(study_table(seed))}")
+        command = [sys.executable, "-m", "searchfm", "tune", str(file), "--home", str(home), "--retrain"]
+        _, cost = common.run([*command, "--timeout", f"{round(60 * minutes)}"], env=variables(path=True))
+        study = searchfm.open_study("task", home=home).record
+        assert study.final is not None
+        assert study.best is not None
+        return Finish(study.final.test.accuracy, study.best.value or 0, len(study.trials), cost.wall)
+
+
+def run_peer(side: str, images: Path, minutes: float, seed: int) -> Finish:
+    program, environment, fraction = SIDES[side]
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        for path in images.iterdir():
+            (Path(folder) / path.name).symlink_to(path)
+        command = [str(python_of(environment)), str(PEERS / program), folder, "--seconds", str(60 * minutes)]
+        command += ["--fraction", str(fraction), "--epochs", str(EPOCHS), "--seed", str(seed)]
+        output, cost = common.run(command, env=variables(path=False) | ENVIRONMENTS[environment].variables)
+    answer = json.loads(output.strip().splitlines()[-1])
+    return Finish(answer["test"], answer["value"], answer["trials"], cost.wall)
+
+
+def kept() -> Path:
+    folder = Path(platformdirs.user_cache_dir("searchfm-bench")) / "deadline"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def print_table(results: dict[str, list[Finish]]) -> None:
+    common.table("side", "test accuracy: mean", "each", "best trial, validation", "trials", "wall, s")
+    for side, runs in results.items():
+        tests = [100 * run.test for run in runs]
+        common.row(
+            side,
+            f"**{statistics.mean(tests):.2f}**",
+            ", ".join(f"{test:.2f}" for test in tests),
+            f"{100 * statistics.mean(run.value for run in runs):.2f}",
+            ", ".join(str(run.trials) for run in runs),
+            f"{statistics.mean(run.wall for run in runs):.0f}",
+        )
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("python -m tests.bench deadline", description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10, help="that each side has")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side, each with its own seed")
+    parser.add_argument("--side", choices=[OURS, *SIDES], action="append", help="default: all")
+    parser.add_argument("--again", action="store_true", help="do not use results of earlier runs")
+    options = parser.parse_args(arguments)
+    sides = options.side or [OURS, *SIDES]
+    for side in sides:
+        if side in SIDES:
+            python_of(SIDES[side][1])  # made first, so that nothing is installed while a side runs
+    common.header(f"Test accuracy after {options.minutes:g} minutes", cores=common.usable())
+    results: dict[str, list[Finish]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
+        write_images(Path(folder))
+        for seed in range(options.repeats):
+            for side in sides:
+                path = kept() / f"{side}, {options.minutes:g} minutes, seed {seed}, {common.commit()}.json"
+                if options.again or not path.is_file():
+                    common.progress(f"{side}, seed {seed}")
+                    run = run_searchfm if side == OURS else None
+                    done = run(options.minutes, seed) if run else run_peer(side, Path(folder), options.minutes, seed)
+                    path.write_text(json.dumps(asdict(done)))
+                results[side].append(Finish(**json.loads(path.read_text())))
+    print_table(results)
