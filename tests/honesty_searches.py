@@ -1,17 +1,17 @@
 """Many searches of convolutional nets, or of heads on frozen features, by the commands: are their intervals right?
 
-`python -m tests.honesty_searches cnn|transfer [--searches 40]`. Each search is `searchfm tune --retrain` of the built-in
-study with its own sampler, pruner and known first trials, on a small part of Fashion-MNIST that its seed chooses. Then
-its winner and its default are trained with further seeds on the same images. It prints how often one further training
-fell inside the interval that `retrain` printed, and how often the winner was no better than the default. Outcomes are
-kept in the user's cache folder; a signal stops, and the same command resumes.
+`python -m tests.honesty_searches cnn|transfer [--searches 40]`. Each search is `searchfm tune --retrain` of the
+built-in study with its own sampler, pruner and known first trials, on a small part of Fashion-MNIST that its seed
+chooses. Then its winner and its default are trained with further seeds on the same images. It prints how often one
+further training fell inside the interval that `retrain` printed, and how often the winner was no better than the
+default. Outcomes are kept in the user's cache folder; a signal stops, and the same command resumes.
 """
 
 import argparse
 import json
 import statistics
+import threading
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from tests.weights import lite0_settings
 SEEDS = 3  # further trainings of the winner and of the default, on the same images
 SMALL = {"data.subset": 0.03, "data.validation": 0.02}  # 1,764 images to train, 1,200 to validate
 TRIALS = 20
+TRAINING = threading.Lock()  # trainings in one process share torch's global generator
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # the built-in study, and keys that differ
     "cnn": ("cnn", {**SMALL, "train.epochs": 4}),
     "transfer": ("resnet", {**SMALL, "data.size": 64, "model.transfer.tuned_blocks": 0, "augment.flip": 0.0}),
@@ -62,10 +63,11 @@ class Outcome:
 def accuracies(config: Config, first: int) -> list[float]:
     """Validation accuracies of SEEDS trainings of a config, with seeds from `first` on."""
     data, values = load(config.data), []
-    for seed in range(first, first + SEEDS):
-        *_, last = Training(replace(config, train=replace(config.train, seed=seed)), data)
-        assert last.val_accuracy is not None
-        values.append(last.val_accuracy)
+    with TRAINING:
+        for seed in range(first, first + SEEDS):
+            *_, last = Training(replace(config, train=replace(config.train, seed=seed)), data)
+            assert last.val_accuracy is not None
+            values.append(last.val_accuracy)
     return values
 
 
@@ -107,13 +109,15 @@ def described(outcomes: list[Outcome]) -> str:
     optimism = statistics.mean(each.best - each.mean for each in outcomes)
     gain = [statistics.mean(each.further) - statistics.mean(each.default) for each in outcomes]
     half = statistics.mean(each.high - each.low for each in outcomes) / 2
-    return (
-        f"{n} searches of {TRIALS} trials: a further training fell inside the 95% interval in {inside} ({inside / n:.1%}), "
-        f"half its width {half:.2%}. The best value was above the mean of fresh seeds by {optimism:.2%} on average. The "
-        f"winner was no better than the default in {no_better}, and was the default in {same} of these; its gain was "
-        f"{statistics.median(gain):.2%} in the median. {statistics.mean(each.pruned for each in outcomes):.1f} of the "
-        f"trials were pruned; mean test accuracy {statistics.mean(each.test for each in outcomes):.2%}."
+    texts = (
+        f"{n} searches of {TRIALS} trials, {statistics.mean(each.pruned for each in outcomes):.1f} of them pruned.",
+        f"A further training fell inside the 95% interval in {inside} ({inside / n:.1%}); half its width {half:.2%}.",
+        f"The best value was above the mean of fresh seeds by {optimism:.2%} on average.",
+        f"The winner was no better than the default in {no_better}, and was the default in {same} of these;",
+        f"its gain was {statistics.median(gain):.2%} in the median.",
+        f"Mean test accuracy {statistics.mean(each.test for each in outcomes):.2%}.",
     )
+    return " ".join(texts)
 
 
 def main() -> None:
