@@ -22,7 +22,7 @@ from searchfm.learn.data import load
 from searchfm.learn.train import Training
 from tests.bench import _common as common
 from tests.side_by_side import SideBySide
-from tests.weights import lite0_settings
+from tests.weights import MODEL, lite0_file
 
 SEEDS = 3  # further trainings of the winner and of the default, on the same images
 SMALL = {"data.subset": 0.03, "data.validation": 0.02}  # 1,764 images to train, 1,200 to validate
@@ -74,7 +74,9 @@ def accuracies(config: Config, first: int) -> list[float]:
 def search(runner: SideBySide, kind: str, seed: int) -> Outcome | None:
     """One search and what follows it; None where it was stopped or failed."""
     file, settings = KINDS[kind]
-    settings = settings | {"data.seed": seed} | (lite0_settings() if kind == "transfer" else {})
+    settings = settings | {"data.seed": seed}
+    if kind == "transfer":
+        settings |= {"model.transfer.model": MODEL, "model.transfer.weights": lite0_file()}
     name = f"{kind}-{seed}"
     options = [f"--set={key}={value}" for key, value in settings.items()]
     options += ["--name", name, "--seed", str(seed), "--trials", str(TRIALS), "--workers", "1", "--retrain"]

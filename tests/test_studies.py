@@ -76,7 +76,7 @@ def test_a_study_has_a_question_and_a_measurement(name: str) -> None:
     assert (study.points is None) == (name in SEARCHES)
     assert file.question == entries["Question"]
     assert file.question.endswith("?")
-    assert {"Run", "Measured"} <= set(entries) <= {"Question", "Run", "Reports", "Read as", "Measured"}
+    assert {"Run", "Measured"} <= set(entries) <= {"Question", "Run", "Reports", "Read as", "Measured", "Notes"}
     assert ("Reports" in entries) == name.startswith("reports/")
     assert re.search(r"\d\d\d\d-\d\d-\d\d|not yet measured: needs ", entries["Measured"]), "when, or why not"
     assert re.fullmatch(rf"searchfm tune {name}( --trials \d+)?", entries["Run"])
@@ -100,10 +100,11 @@ def test_every_row_of_the_reports_has_a_study(row: str) -> None:
     lines = [line for cell, line in table().items() if cell.split()[0].rstrip(",") == row]
     assert lines
     for line in lines:
-        study, theirs, ours = (cell.strip() for cell in line.split("|"))
+        study, theirs, ours, _, pictures = (cell.strip() for cell in line.split("|"))
         assert set(re.findall(r"reports/[\w-]+", study)) & set(SHIPPED), study
         assert theirs
         assert re.search(r"\d\.\d|not yet measured", ours), ours
+        assert all((shipped_folder() / link).is_file() for link in re.findall(r"\]\((.+?)\)", pictures)), pictures
 
 
 def test_the_table_names_all_studies_and_no_others() -> None:

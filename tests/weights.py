@@ -4,7 +4,7 @@ from pathlib import Path
 
 import platformdirs
 
-MODEL = "tf_efficientnet_lite0"
+MODEL, FILE = "tf_efficientnet_lite0", "lite0.safetensors"
 
 
 def lite0_weights(path: Path) -> Path:
@@ -21,10 +21,10 @@ def lite0_weights(path: Path) -> Path:
     return path
 
 
-def lite0_settings() -> dict[str, str]:
-    """Keys of a study that fine-tunes this net, with a file of its weights in the user's cache folder."""
-    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / "lite0.safetensors"
+def lite0_file() -> Path:
+    """The file of these weights in the user's cache folder."""
+    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / FILE
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         lite0_weights(path.with_suffix(".partial")).rename(path)
-    return {"model.transfer.model": MODEL, "model.transfer.weights": str(path)}
+    return path

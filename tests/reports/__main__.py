@@ -17,6 +17,7 @@ from tests.reports import page
 from tests.reports.results import Result, retrained_of, run_of
 from tests.reports.rows import ROWS, Row
 from tests.side_by_side import SideBySide
+from tests.weights import FILE, lite0_file
 
 LOCK = threading.Lock()  # of the results and pages
 
@@ -35,7 +36,7 @@ def train(runner: SideBySide, row: str, seed: int) -> bool:
     if runner.stopped.is_set():
         return False
     name, settings = name_of(row, seed), ROWS[row].settings
-    options = [f"--set={key}={value}" for key, value in settings.items()]
+    options = [f"--set={key}={lite0_file() if value == FILE else value}" for key, value in settings.items()]
     common.progress(f"{name} begins")
     done = runner.call("tune", f"reports/{row}", "--name", name, "--seed", str(seed), "--workers", "1", *options)
     if not (runner.home / "studies" / name).is_dir():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def run_of(trial: Trial, seed: int, data: Prepared, date: str, beside: int) -> R
     assert trial.result is not None
     assert trial.value is not None
     predictions = Predictions.read(trial.folder)
+    config = deepcopy(dict(trial.config))
+    if transfer := config["model"].get("transfer"):
+        transfer["weights"] = Path(transfer["weights"]).name  # its folder says nothing
     curves = {name: [round(getattr(epoch, name), 4) for epoch in trial.epochs] for name in CURVES}
     return Run(
         study_seed=seed,
@@ -111,7 +115,7 @@ def run_of(trial: Trial, seed: int, data: Prepared, date: str, beside: int) -> R
         hardware=hardware(),
         beside=beside,
         versions=dict(trial.result.versions),
-        config=dict(trial.config),
+        config=config,
         confusion=predictions.confusion.tolist() if predictions else None,
         classes=list(data.classes),
     )
