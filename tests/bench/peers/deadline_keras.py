@@ -5,19 +5,8 @@ import time
 import deadline_work as work
 import keras
 import keras_tuner
-from keras_tuner.engine import trial as trials
-from keras_tuner.tuners.hyperband import HyperbandOracle
 
 TASK = work.Task.parse()
-
-
-class Timed(HyperbandOracle):
-    """Proposes no trial after the end of the search."""
-
-    def populate_space(self, trial_id):
-        if time.monotonic() >= TASK.search_ends:
-            return {"status": trials.TrialStatus.STOPPED}
-        return super().populate_space(trial_id)
 
 
 class Stop(keras.callbacks.Callback):
@@ -65,17 +54,24 @@ def arrays(part: str):
 
 def main() -> None:
     keras.utils.set_random_seed(TASK.seed)
-    objective = keras_tuner.Objective("val_accuracy", "max")
-    oracle = Timed(objective=objective, max_epochs=TASK.epochs, hyperband_iterations=100, seed=TASK.seed)
-    # Hyperband's tuner sets the epochs of each round on its own oracle class.
     tuner = keras_tuner.Hyperband(
-        Net(), objective=objective, max_epochs=TASK.epochs, directory=str(TASK.folder), project_name="keras"
+        Net(),
+        objective=keras_tuner.Objective("val_accuracy", "max"),
+        max_epochs=TASK.epochs,
+        hyperband_iterations=100,
+        seed=TASK.seed,
+        directory=str(TASK.folder),
+        project_name="keras",
     )
-    oracle._set_project_dir(tuner.directory, tuner.project_name)
-    tuner.oracle = oracle
+    propose = tuner.oracle.populate_space
+
+    def propose_in_time(trial_id):
+        return {"status": "STOPPED"} if time.monotonic() >= TASK.search_ends else propose(trial_id)
+
+    tuner.oracle.populate_space = propose_in_time
     images, labels = arrays("train")
     tuner.search(images, labels, validation_data=arrays("val"), callbacks=[Stop(TASK.search_ends)], verbose=0)
-    best = oracle.get_best_trials(1)[0]
+    best = tuner.oracle.get_best_trials(1)[0]
     model = tuner.get_best_models(1)[0]
     if TASK.retrains:
         model = build(best.hyperparameters)
@@ -83,7 +79,7 @@ def main() -> None:
         size = best.hyperparameters.get("batch_size")
         model.fit(images, labels, epochs=TASK.epochs, batch_size=size, callbacks=[Stop(TASK.ends)], verbose=0)
     _, test = model.evaluate(*arrays("test"), verbose=0)
-    work.answer(test, best.score, len(oracle.trials))
+    work.answer(test, best.score, len(tuner.oracle.trials))
 
 
 if __name__ == "__main__":
