@@ -29,6 +29,7 @@ from searchfm.records import NUMERICS, Epoch, Predictions
 _AUGMENTATION = bytes.fromhex("74726561746d656e7473").decode()
 
 TIMED_SECONDS, TIMED_BATCHES = 0.05, 32  # that `epoch_seconds` times: at least, at most
+FIRST_SECONDS = 2.0  # of a first batch, up to which others are timed in any case
 
 
 class Training(Iterator[Epoch]):
@@ -251,8 +252,9 @@ def epoch_seconds(
     `Training.missing_features`. None where the config cannot be trained. data, device, tick, code, bfloat16: as
     those of `Training`.
 
-    The first batch of a training is slower. Its time is only taken if there are no `seconds` left for others, and never
-    on a GPU, where it loads libraries and kernels, and where steps are recorded after the first few.
+    The first batch of a training is slower, that of a process five times and more. Its time is only taken if it took
+    longer than FIRST_SECONDS and there are no `seconds` left for others, and never on a GPU, where it loads libraries
+    and kernels, and where steps are recorded after the first few.
     """
     gpu = torch.device(device).type != "cpu"
 
@@ -270,7 +272,7 @@ def epoch_seconds(
         epoch = next(training)
         if gpu:
             epoch = list(islice(training, untimed))[-1]
-        if gpu or time.monotonic() - began + epoch.seconds < seconds:
+        if gpu or epoch.seconds < FIRST_SECONDS or time.monotonic() - began + epoch.seconds < seconds:
             if epoch.seconds < TIMED_SECONDS:
                 training = train(min(TIMED_BATCHES, math.ceil(TIMED_SECONDS / epoch.seconds)))
                 list(islice(training, untimed))

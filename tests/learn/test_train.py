@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from searchfm.config import Config
 from searchfm.errors import ConfigError, DivergedError, Stopped
 from searchfm.learn.data import Splits
 from searchfm.learn.models import parameters
-from searchfm.learn.train import Training, evaluate
+from searchfm.learn.train import FIRST_SECONDS, Training, epoch_seconds, evaluate
 from tests.learn.toys import config, first, losses
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -254,6 +255,20 @@ def test_a_frozen_backbone_stays_bitwise(digits: Splits) -> None:
         moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         assert moved == {"net.model.fc.weight", "net.model.fc.bias"}
     assert parameters(training.model)[1] == sum(p.numel() for p in training.model.net.model.fc.parameters())
+
+
+def test_a_forecast_does_not_take_the_time_of_a_first_batch(digits: Splits) -> None:
+    """It is several times that of others, even where no seconds are left for more."""
+    ticks: list[float] = []
+
+    def tick() -> None:
+        time.sleep(FIRST_SECONDS / 4 if not ticks else 0)
+        ticks.append(time.monotonic())
+
+    timed = epoch_seconds(config(), digits, 0.0, tick=tick)
+    assert timed is not None
+    assert len(ticks) > 2, "a batch of training, and one of validation, are the first"
+    assert timed[0] < FIRST_SECONDS / 4
 
 
 if __name__ == "__main__":
