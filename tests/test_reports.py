@@ -74,7 +74,7 @@ def test_the_figures_of_a_row_are_those_of_its_runs() -> None:
 
 SMALL = """
 SMALL = {"data.name": "digits", "train.epochs": 2}
-ROWS = {"b2-mlp-tr1": Row((0, 1), SMALL, retrain=True), "b2-mlp-tr3-tr4": Row(settings=SMALL)}
+ROWS = {"b2-mlp-tr1": Row((0, 1), SMALL, retrain=True), "b2-mlp-tr3-tr4": Row(settings=SMALL, best=True)}
 """
 
 

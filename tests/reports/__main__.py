@@ -6,7 +6,6 @@ the checkpoints.
 """
 
 import argparse
-import datetime
 import threading
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ import searchfm
 from searchfm.records import FINAL
 from tests.bench import _common as common
 from tests.reports import page
-from tests.reports.results import Result, retrained_of, run_of
+from tests.reports.results import Result, retrained_of, run_of, today
 from tests.reports.rows import ROWS, Row
 from tests.side_by_side import SideBySide
 from tests.weights import FILE, lite0_file
@@ -25,10 +24,6 @@ LOCK = threading.Lock()  # of the results and pages
 def name_of(row: str, seed: int) -> str:
     """The study of a row's seed. The first has the row's name, so that `searchfm compare` shows it."""
     return f"{row}-seed{seed}" if seed else row
-
-
-def today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def train(runner: SideBySide, row: str, seed: int) -> bool:

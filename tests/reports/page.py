@@ -6,19 +6,26 @@ python -m tests.reports.page; `python -m tests.reports` does it after each study
 import re
 import statistics
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from searchfm import format
+from searchfm.format import plural
 from searchfm.home import write_whole
 from searchfm.search import files
 from tests.reports import pictures
+from tests.reports.hours import kept
 from tests.reports.results import Result, Run, label
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
 
 README = STUDIES / "README.md"
 HEAD = "| row | study | theirs | ours | budget | pictures |\n|---|---|---|---|---|---|\n"
 WIDTH, INDENT = 120, "#           "
+HOURS_HEAD = (
+    "| command | test accuracy, 95% interval | best trial; fresh seeds | trials, pruned | final training | took | "
+    "when, where |\n|---|---|---|---|---|---|---|\n"
+)
 Cells = tuple[str, str, list[str]]  # our figures, the budget, endings of the names of pictures
 HEADER = re.compile(r"^# ([A-Z]\w+(?: as)?): +", re.MULTILINE)
 # Lines of the table that other rows' studies answer: row, its study, what the report has, where our figures are.
@@ -31,9 +38,13 @@ SHARED = {
 COMPARED = {"convolutional": "a4-cnn-schedule", "transfer": "a7-resnet-stages", "ViT": "a8-vit-best"}  # of A9
 
 
+def path_of(study: str) -> Path:
+    return STUDIES / "reports" / f"{study}.toml"
+
+
 def points(row: str, settings: Mapping[str, Any]) -> int:
     """How many points the grid of a row's study has."""
-    study = files.read(STUDIES / "reports" / f"{row}.toml").study(settings)
+    study = files.read(path_of(row)).study(settings)
     assert study.points is not None
     return len(study.points)
 
@@ -75,7 +86,7 @@ def budget_of(result: Result) -> str:
         f"{' or '.join(map(str, epochs))} epochs of {_span([run.seconds_per_epoch for run in result.runs])} s",
         changed,
         f"{seeds} seeds, ± their standard deviation" if seeds > 1 else "one seed",
-        f"{lacking} runs are missing" if lacking else "",
+        f"{plural(lacking, 'run')} missing" if lacking else "",
     ]
     return "; ".join(filter(None, texts))
 
@@ -142,10 +153,11 @@ def measured(result: Result) -> str:
 
 
 def _own(study: str) -> Cells:
-    """Our figures of a study, its budget, and the endings of its pictures' names."""
+    """Our figures of a study, with its notes, its budget, and the endings of its pictures' names."""
+    entries = header(path_of(study))
     if result := Result.load(study):
-        return figures_of(result), budget_of(result), [""]
-    return header(STUDIES / "reports" / f"{study}.toml")["Measured"], "", []
+        return ". ".join([figures_of(result), *filter(None, [entries.get("Notes")])]), budget_of(result), [""]
+    return entries["Measured"], "", []
 
 
 def _shared(study: str, kind: str) -> Cells:
@@ -158,8 +170,7 @@ def _shared(study: str, kind: str) -> Cells:
     if kind == "error":
         return error_of(result), "", ["-confusion"]
     best = max(result.runs, key=lambda run: run.value)
-    endings = ["-best" if points(study, result.settings) > 1 else "", "-confusion"]
-    return f"those of the best trial, {100 * best.value:.2f} on validation", budget_of(result), endings
+    return f"those of the best trial, {100 * best.value:.2f} on validation", budget_of(result), ["-best", "-confusion"]
 
 
 def lines() -> Iterator[str]:
@@ -167,8 +178,7 @@ def lines() -> Iterator[str]:
     entries: dict[str, tuple[str, str, Cells]] = {}
     for study in studies():
         number, _, rest = study.partition("-")
-        theirs = header(STUDIES / "reports" / f"{study}.toml")["Reports"]
-        entries[f"{number.upper()} {rest}"] = (study, theirs, _own(study))
+        entries[f"{number.upper()} {rest}"] = (study, header(path_of(study))["Reports"], _own(study))
     for line, (study, theirs, kind) in SHARED.items():
         entries[line] = (study, theirs, _shared(study, kind))
     for line in sorted(entries, key=lambda line: (line[0], int(line.split()[0][1:]), line)):
@@ -177,13 +187,32 @@ def lines() -> Iterator[str]:
         yield f"| {line} | `reports/{study}` | {theirs} | {ours} | {budget} | {links} |"
 
 
+def hour_lines() -> Iterator[str]:
+    """The rows of the table of searches by the clock."""
+    for hour in kept():
+        fresh = "none" if hour.fresh is None else f"{100 * hour.fresh:.2f}"
+        cells = (
+            f"`{hour.command}`",
+            f"**{100 * hour.test:.2f}** ({100 * hour.low:.2f}-{100 * hour.high:.2f})",
+            f"{100 * hour.value:.2f}; {fresh}",
+            f"{hour.trials}, {hour.pruned}",
+            f"{hour.epochs} epochs in {format.seconds(hour.training_seconds)}, {hour.parameters:,} parameters",
+            format.seconds(hour.seconds),
+            f"{hour.date}, {hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}",
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def with_table(text: str, head: str, rows: Iterable[str]) -> str:
+    """A page whose table with this head has these rows instead of its own."""
+    before, found, rest = text.partition(head)
+    assert found, f"there is no table {head}"
+    return before + head + "".join(f"{line}\n" for line in rows) + re.sub(r"\A(?:\|.*\n)*", "", rest)
+
+
 def readme() -> str:
-    """studies/README.md with the table of now."""
-    text = README.read_text("utf-8")
-    before, found, rest = text.partition(HEAD)
-    assert found, f"{README} has no table"
-    after = re.sub(r"\A(?:\|.*\n)*", "", rest)
-    return before + HEAD + "".join(f"{line}\n" for line in lines()) + after
+    """studies/README.md with the tables of now."""
+    return with_table(with_table(README.read_text("utf-8"), HEAD, lines()), HOURS_HEAD, hour_lines())
 
 
 def texts(svg: str) -> list[str]:
@@ -195,15 +224,18 @@ def pages() -> Iterator[tuple[Path, str]]:
     """All that is generated, with its path. Headers come before the table, which reads them."""
     for study in studies():
         if result := Result.load(study):
-            path = STUDIES / "reports" / f"{study}.toml"
+            path = path_of(study)
             yield path, with_measured(path.read_text("utf-8"), measured(result))
             yield from ((RESULTS / name, text) for name, text in pictures.draw(result).items())
     yield README, readme()
 
 
 def write() -> None:
-    """Writes all that changed."""
-    for path, text in pages():
+    """Writes all that changed, and removes pictures that nothing draws any more."""
+    generated = dict(pages())
+    for path in set(RESULTS.glob("*.svg")) - set(generated):
+        path.unlink()
+    for path, text in generated.items():
         if not path.is_file() or path.read_text("utf-8") != text:
             write_whole(path, text.encode())
 

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from searchfm import figures
 from searchfm.records import Predictions
 from tests.reports.results import Result, Run, label
+from tests.reports.rows import ROWS
 
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#52606d")  # of the points of a grid
 CROWDED = 24  # characters of all tick labels together above which they are turned
@@ -18,13 +19,13 @@ def draw(result: Result) -> dict[str, str]:
     """The pictures of a row as SVG, by file name."""
     grid = len({run.key[1] for run in result.runs}) > 1
     drawn = {f"{result.row}.svg": _grid(result.runs) if grid else _curves(result.runs)}
-    best = max(result.runs, key=lambda run: run.value)
-    if grid:
-        drawn[f"{result.row}-best.svg"] = _curves([best])
     if result.retrained:
         drawn[f"{result.row}-confusion.svg"] = _confusion(result.retrained.confusion, result.retrained.classes)
-    elif best.confusion:
-        drawn[f"{result.row}-confusion.svg"] = _confusion(best.confusion, best.classes)
+    elif ROWS[result.row].best:
+        best = max(result.runs, key=lambda run: run.value)
+        drawn[f"{result.row}-best.svg"] = _curves([best])
+        if best.confusion:
+            drawn[f"{result.row}-confusion.svg"] = _confusion(best.confusion, best.classes)
     return {name: figures.svg(figure, name) + "\n" for name, figure in drawn.items()}
 
 
@@ -50,7 +51,7 @@ def _curves(runs: Sequence[Run]) -> Figure:
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.1, alpha=0.85, label=text)
         figures._count(axes, "epoch", 7)
     figure.axes[1].yaxis.set_major_formatter(figures._percent)
-    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=figures.INK, loc="upper right")
+    figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=figures.INK)
     return figure
 
 

@@ -1,5 +1,6 @@
 """What is kept of the training of a row: `studies/reports/results/ROW.json`, one line a run."""
 
+import datetime
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -84,6 +85,10 @@ class Result(Record):
         runs = ",\n".join("  " + json.dumps(run) for run in values.pop("runs"))
         head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in values.items())
         write_whole(folder / f"{self.row}.json", f'{{\n{head} "runs": [\n{runs}\n ]\n}}\n'.encode())
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def hardware() -> str:

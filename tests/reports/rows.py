@@ -17,6 +17,7 @@ class Row:
     seeds: tuple[int, ...] = (0,)  # of the study; each gives every point of its grid a seed of its own
     settings: dict[str, Any] = field(default_factory=dict)  # keys that differ from the study file
     retrain: bool = False  # train the best point on all data with a fresh seed, and test it
+    best: bool = False  # draw the curves and the confusion matrix of the best run, too
 
 
 THREE = (0, 1, 2)
@@ -38,7 +39,7 @@ ROWS = {
     "a7-resnet-stages": Row(settings={"model.transfer.model": MODEL, "model.transfer.weights": FILE}),
     "b4-cifar100-cnn": Row(settings=FASHION),
     "b5-cifar100-deep-cnn": Row(settings=FASHION | {"data.size": 32}),  # 28 pixels cannot be halved five times
-    "b6-cifar100-residual": Row(settings=FASHION),
+    "b6-cifar100-residual": Row(settings=FASHION, best=True),
 }
 
 
