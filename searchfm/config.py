@@ -101,10 +101,13 @@ class Cnn(Model, tag="cnn"):
 
 
 class Vit(Model, tag="vit"):
-    """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929)."""
+    """A vision transformer from scratch (Dosovitskiy et al. 2021, arXiv 2010.11929); stem: arXiv 2106.14881."""
 
     agree, fits = (("patch_size",), ("hidden_dim", "heads")), "patch_size"
     patch_size: int = key(4, "side of a patch in pixels; must divide the image side", ge=1)
+    stem: Literal["linear", "conv"] = key(
+        "linear", "how pixels become tokens: a projection of each patch, or 3x3 convolutions (Xiao et al. 2021)"
+    )
     hidden_dim: int = key(64, "width of a token", ge=1)
     layers: int = key(6, "encoder layers", ge=1, le=64)
     heads: int = key(4, "attention heads; must divide hidden_dim", ge=1)
