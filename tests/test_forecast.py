@@ -10,6 +10,7 @@ import pytest
 from searchfm.config import SearchConfig
 from searchfm.forecast import (
     END_SECONDS,
+    FINAL_GAIN,
     RETRAIN_SECONDS,
     SEEDS,
     TOP,
@@ -196,9 +197,27 @@ def test_the_reserve_is_for_the_contest_that_fits_into_a_third_at_least_for_the_
 
 def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
     one = ended(6.0, rates=(400.0, 800.0))
-    assert costs(study(one)) == [Cost(0, 6.0, 1800 / 400 + 1800 / 800)]
+    assert costs(study(one), 1) == [Cost(0, 6.0, 1800 / 400 + 1800 / 800)]
     cached = replace(one, result=TrainResult(0.5, frozen_seconds=4.0))
-    assert costs(study(cached)) == [Cost(0, 6.0, 4.0 * 1800 / 800 + 1800 / 400 + 1800 / 800)]
+    assert costs(study(cached), 1) == [Cost(0, 6.0, 4.0 * 1800 / 800 + 1800 / 400 + 1800 / 800)]
     known = replace(DATA, available=1000)
     several = [ended(6.0, number, (400.0, 800.0)) for number in range(5)]
-    assert [cost[1:] for cost in costs(study(*several, data=known))] == [(6.0, 1200 / 400 + 1200 / 800)] * 3
+    assert [cost[1:] for cost in costs(study(*several, data=known), 1)] == [(6.0, 1200 / 400 + 1200 / 800)] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "workers", "gain"),
+    [
+        ("cnn", "cpu (AVX2, 1 thread)", 2, FINAL_GAIN),
+        ("residual", "cpu (AVX2, 1 thread)", 8, FINAL_GAIN),
+        ("cnn", "cpu (AVX2, 1 thread)", 1, 1.0),
+        ("mlp", "cpu (AVX2, 1 thread)", 2, 1.0),
+        ("cnn", "NVIDIA H100 (cuda:0)", 2, 1.0),
+    ],
+)
+def test_the_final_training_of_convolutions_gains_from_a_second_core(
+    model: str, device: str, workers: int, gain: float
+) -> None:
+    one = ended(6.0, config={"model": {"name": model}}, result=TrainResult(0.5, device=device, frozen_seconds=4.0))
+    frozen = 4.0 * 1800 / 800
+    assert costs(study(one), workers) == [Cost(0, 6.0, pytest.approx(frozen + FINAL / gain))]
