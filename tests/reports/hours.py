@@ -21,7 +21,7 @@ from searchfm.records import Record, StudyRecord
 from tests.bench import _common as common
 from tests.reports.results import hardware, today
 from tests.reports.rows import RESULTS
-from tests.weights import FILE, MODEL, lite0_file, mnist_file
+from tests.weights import LITE0, LITE0_FILE, lite0_file, mnist_file
 
 HOURS = RESULTS / "hours"
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ SEARCHES = {
     "cnn": Search("cnn", seeds=(0, 1, 2)),
     "vit": Search("vit"),
     "mlp": Search("mlp"),
-    "transfer": Search("resnet", settings={"model.transfer.model": MODEL, "model.transfer.weights": FILE}),
+    "transfer": Search("resnet", settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
     "any": Search("any"),
     "digits": Search("cnn", settings={"data.name": "digits"}, options=("--timeout", "5m")),
     "mnist-5k": Search("cnn", settings={"data.name": "mnist-5k.npz"}, options=("--timeout", "10m")),
@@ -120,7 +120,7 @@ def kept() -> Iterator[Hour]:
 def run(name: str, seed: int) -> None:
     """Runs one search as a new user does."""
     search = SEARCHES[name]
-    files = {FILE: lite0_file, "mnist-5k.npz": mnist_file}
+    files = {LITE0_FILE: lite0_file, "mnist-5k.npz": mnist_file}
     settings = [(key, str(value)) for key, value in search.settings.items()]
     shown = ["searchfm", "tune", search.study, *(f"--set {key}={value}" for key, value in settings), *search.options]
     with tempfile.TemporaryDirectory(prefix="hour-") as folder:

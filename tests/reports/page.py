@@ -15,7 +15,7 @@ from searchfm.format import plural
 from searchfm.home import write_whole
 from searchfm.search import files
 from tests.reports import pictures
-from tests.reports.hours import kept
+from tests.reports.hours import SEARCHES, kept
 from tests.reports.results import Result, Run, label
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
 
@@ -27,7 +27,6 @@ HOURS_HEAD = (
     "when, where |\n|---|---|---|---|---|---|---|\n"
 )
 Cells = tuple[str, str, list[str]]  # our figures, the budget, endings of the names of pictures
-HEADER = re.compile(r"^# ([A-Z]\w+(?: as)?): +", re.MULTILINE)
 # Lines of the table that other rows' studies answer: row, its study, what the report has, where our figures are.
 SHARED = {
     "A6 curves": ("a4-cnn-schedule", "loss and accuracy curves of the best convolutional net", "best"),
@@ -112,7 +111,7 @@ def error_of(result: Result) -> str:
     images = sum(map(sum, final.confusion))
     return (
         f"{1 - final.high:.4f} to {1 - final.low:.4f}: accuracy {100 * final.accuracy:.2f} on the test part of "
-        f"{images:,} images, read once, after {final.epochs} epochs on all training data ({final.date})"
+        f"{images:,} images (reading {final.reads}), after {final.epochs} epochs on all training data ({final.date})"
     )
 
 
@@ -132,10 +131,18 @@ def compared() -> str:
 
 def header(path: Path) -> dict[str, str]:
     """The opening comment of a study file by keyword, continued lines joined."""
-    comment = re.match(r"(?:#.*\n)*", path.read_text("utf-8"))
-    assert comment
-    parts = HEADER.split(comment[0])[1:]
-    return {key: re.sub(r"\n# +", " ", text).strip() for key, text in zip(parts[::2], parts[1::2], strict=True)}
+    entries: dict[str, str] = {}
+    key = ""
+    for line in path.read_text("utf-8").splitlines():
+        if not line.startswith("# "):
+            break
+        if begun := re.fullmatch(r"# ([A-Z]\w+(?: as)?): +(\S.*)", line):
+            key, entries[begun[1]] = begun[1], begun[2]
+        else:
+            assert key, f"{path.name}: {line}"
+            assert line.startswith("#   "), f"{path.name}: a continued line is indented, or is lost: {line}"
+            entries[key] += " " + line[1:].strip()
+    return entries
 
 
 def with_measured(text: str, measured: str) -> str:
@@ -188,8 +195,9 @@ def lines() -> Iterator[str]:
 
 
 def hour_lines() -> Iterator[str]:
-    """The rows of the table of searches by the clock."""
-    for hour in kept():
+    """The rows of the table of searches by the clock: those that ran, then the names of the others."""
+    hours = list(kept())
+    for hour in hours:
         fresh = "none" if hour.fresh is None else f"{100 * hour.fresh:.2f}"
         cells = (
             f"`{hour.command}`",
@@ -201,6 +209,8 @@ def hour_lines() -> Iterator[str]:
             f"{hour.date}, {hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}",
         )
         yield f"| {' | '.join(cells)} |"
+    for name in sorted(SEARCHES.keys() - {hour.name for hour in hours}):
+        yield f"| {name} | not yet measured |" + " |" * 5
 
 
 def with_table(text: str, head: str, rows: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from searchfm import figures
 from searchfm.records import Predictions
@@ -12,7 +11,7 @@ from tests.reports.results import Result, Run, label
 from tests.reports.rows import ROWS
 
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#52606d")  # of the points of a grid
-CROWDED = 24  # characters of all tick labels together above which they are turned
+CROWDED = 45  # characters of all tick labels together above which they are turned
 
 
 def draw(result: Result) -> dict[str, str]:
@@ -29,38 +28,28 @@ def draw(result: Result) -> dict[str, str]:
     return {name: figures.svg(figure, name) + "\n" for name, figure in drawn.items()}
 
 
-def _panels(titles: Sequence[str]) -> Figure:
-    figure = figures._blank(7.6, 2.9)
-    for axes, title in zip(figure.subplots(1, len(titles)), titles, strict=True):
-        figures._plain(axes, title)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
-    return figure
-
-
 def _curves(runs: Sequence[Run]) -> Figure:
-    """Loss and accuracy of training and validation by epoch, a line a run."""
-    figure = _panels(("loss", "accuracy"))
+    """Loss and accuracy of training and validation by epoch, a line a run, as `searchfm.figures` draws one run."""
+    figure = figures._curve_axes()
     for axes, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
-        for part, prefix, colour in (
-            ("training", "train", figures.TRAIN),
-            ("validation", "val", figures.VALIDATION),
-        ):
+        for part, key, colour in (("training", "train", figures.TRAIN), ("validation", "val", figures.VALIDATION)):
             for index, run in enumerate(runs):
-                values = run.epochs[f"{prefix}_{name}"]
+                values = run.epochs[f"{key}_{name}"]
                 text = part if index == 0 else None
                 axes.plot(range(1, len(values) + 1), values, color=colour, linewidth=1.1, alpha=0.85, label=text)
-        figures._count(axes, "epoch", 7)
-    figure.axes[1].yaxis.set_major_formatter(figures._percent)
     figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=figures.INK)
     return figure
 
 
 def _grid(runs: Sequence[Run]) -> Figure:
     """Validation accuracy of each point, a dot a seed (left), and by epoch (right)."""
-    figure = _panels(("validation accuracy", "by epoch"))
+    figure = figures._curve_axes()
     points = list(dict.fromkeys(run.key[1] for run in runs))
     labels = [label(next(run.params for run in runs if run.key[1] == point)) for point in points]
     accuracy, curves = figure.axes
+    figures._title(accuracy, "validation accuracy")
+    figures._title(curves, "by epoch")
+    accuracy.set_xlabel("")
     for index, point in enumerate(points):
         mine = [run for run in runs if run.key[1] == point]
         colour = COLOURS[index % len(COLOURS)]
@@ -75,10 +64,7 @@ def _grid(runs: Sequence[Run]) -> Figure:
     accuracy.tick_params(axis="x", labelsize=7 if crowded else 8, labelrotation=20 if crowded else 0)
     if crowded:
         figure.subplots_adjust(bottom=0.27)
-    figures._count(curves, "epoch", 7)
-    for axes in figure.axes:
-        axes.yaxis.set_major_formatter(figures._percent)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+    accuracy.yaxis.set_major_formatter(figures._percent)
     return figure
 
 

@@ -52,6 +52,7 @@ class Retrained(Record):
     accuracy: float  # on the test part, 0 to 1
     low: float  # 95% interval (Wilson)
     high: float
+    reads: int  # of the test part by studies of the home, this one included
     epochs: int
     confusion: list[list[int]]  # of the test part: row = true class, column = predicted class
     classes: list[str]
@@ -136,6 +137,7 @@ def retrained_of(final: Final, folder: Path, seed: int, classes: list[str], date
         accuracy=final.test.accuracy,
         low=round(final.test.low, 4),
         high=round(final.test.high, 4),
+        reads=final.test.reads,
         epochs=final.epochs,
         confusion=predictions.confusion.tolist(),
         classes=classes,

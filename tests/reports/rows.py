@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.weights import FILE, MODEL
+from tests.weights import LITE0, LITE0_FILE
 
 STUDIES = Path(__file__).parents[2] / "studies"
 RESULTS = STUDIES / "reports" / "results"  # one JSON and its pictures a row
@@ -36,7 +36,7 @@ ROWS = {
     "a8-vit-hidden-dim": Row(),
     "a8-vit-layers": Row(),
     "a8-vit-heads": Row(),
-    "a7-resnet-stages": Row(settings={"model.transfer.model": MODEL, "model.transfer.weights": FILE}),
+    "a7-resnet-stages": Row(settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
     "b4-cifar100-cnn": Row(settings=FASHION),
     "b5-cifar100-deep-cnn": Row(settings=FASHION | {"data.size": 32}),  # 28 pixels cannot be halved five times
     "b6-cifar100-residual": Row(settings=FASHION, best=True),

@@ -5,6 +5,7 @@ import time
 import deadline_work as work
 import keras
 import keras_tuner
+from work import MEAN, STD
 
 TASK = work.Task.parse()
 
@@ -49,7 +50,7 @@ class Net(keras_tuner.HyperModel):
 
 def arrays(part: str):
     images, labels = TASK.arrays(part)
-    return ((images[..., None] / 255.0 - work.MEAN) / work.STD).astype("float32"), labels
+    return ((images[..., None] / 255.0 - MEAN) / STD).astype("float32"), labels
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import time
 
 import deadline_work as work
 import optuna
+import torch
 
 TASK = work.Task.parse()
 
@@ -21,7 +22,7 @@ def choose(trial: optuna.Trial) -> dict:
 
 def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    work.seeded(TASK.seed)
+    torch.manual_seed(TASK.seed)
     best = work.Best()
     validation = work.loader(TASK, "val", 128)
 

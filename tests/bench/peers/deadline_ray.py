@@ -16,7 +16,7 @@ def objective(config: dict) -> None:
 
     task, point = config["task"], config["point"]
     point = {**point, "filters": point["filters"][: point["stages"]]}
-    work.seeded(task.seed + int(1e6 * point["lr"]))
+    torch.manual_seed(task.seed + int(1e6 * point["lr"]))
     model = work.net(point)
     batches = work.loader(task, "train", point["batch_size"])
     validation = work.loader(task, "val", 128)
@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     task = work.Task.parse()
-    work.seeded(task.seed)
+    torch.manual_seed(task.seed)
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # of workers: Ray gives each trial one thread
     ray.init(
         num_cpus=len(os.sched_getaffinity(0)),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 
 STARTED = time.monotonic()
-MEAN, STD = 0.286, 0.353  # of Fashion-MNIST's pixels, as people write them down
 SEARCHED = 2 / 3  # of the time, where a final training follows
 # The space. `deadline.py` writes the same into searchfm's study file.
 STAGES, CONVS, FILTERS = (1, 3), (1, 2), (16, 32, 64)
@@ -67,9 +67,9 @@ class Task:
             return arrays["images"], arrays["labels"]
 
 
-def answer(test: float, value: float, trials: int, **more: Any) -> None:
+def answer(test: float, value: float, trials: int) -> None:
     """Prints the JSON line: accuracies of the final model and of the best trial, and how many trials began."""
-    print(json.dumps({"test": test, "value": value, "trials": trials, **more}), flush=True)
+    print(json.dumps({"test": test, "value": value, "trials": trials}), flush=True)
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -91,24 +91,11 @@ def net(point: dict[str, Any]) -> Any:
 
 
 def loader(task: Task, part: str, batch_size: int) -> Any:
-    """A DataLoader of an image set with transforms, as the examples have it."""
-    import torch
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
+    """A DataLoader with transforms, as the examples have it."""
+    from torch.utils.data import DataLoader
+    from torch_example import Fashion
 
-    class Fashion(Dataset):
-        def __init__(self) -> None:
-            self.images, self.labels = task.arrays(part)
-            self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-
-        def __len__(self) -> int:
-            return len(self.labels)
-
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
-
-    return DataLoader(Fashion(), batch_size=batch_size, shuffle=part in ("train", "all"))
+    return DataLoader(Fashion(task, part), batch_size=batch_size, shuffle=part in ("train", "all"))
 
 
 def accuracy(model: Any, batches: Any) -> float:
@@ -157,15 +144,11 @@ class Best:
 
 def final(task: Task, best: Best) -> Any:
     """The model to test: the best trial's weights; or, where trials saw a fraction, its net trained on all images."""
+    if best.model is None:
+        sys.exit(f"--seconds {task.seconds:g}: no trial ended an epoch in this time; it must be longer")
     if not task.retrains:
         return best.model
     model = net(best.point)
     for _ in train(model, best.point, loader(task, "all", best.point["batch_size"]), task.epochs, task.ends):
         pass
     return model
-
-
-def seeded(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
