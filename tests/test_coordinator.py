@@ -565,7 +565,8 @@ def test_a_worker_that_dies_after_a_promotion_costs_one_retry(home: Home) -> Non
 
 def test_a_stopped_search_leaves_trials_paused_for_the_next(home: Home) -> None:
     study = toy(search={**PROMOTE, "trials": 6}, train={"epochs": 6})
-    stopped = search(home, study, watch=lambda item, _: item.kind == "promoted")
+    slow = {"seconds": 0.25}  # a tick: the promoted trial is stopped before it ends an epoch
+    stopped = search(home, study, payload=slow, watch=lambda item, _: item.kind == "promoted")
     assert [(row.state, row.paused) for row in stopped.trials] == [("running", None), ("running", 1)]
     assert stopped.paused == [stopped.trials[1]]
     assert [path.name for path in stopped.trials[1].folder.glob("attempt-*")] == ["attempt-1"]
