@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from searchfm.search import files
+from tests.bench import deadline
 from tests.reports import page, pictures
 from tests.reports.results import Result, Run
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
@@ -108,3 +109,23 @@ def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
     assert f"{images[0]:,} images to train, {images[1]} to validate; 2 epochs" in shown
     assert {path.name for path in folder.glob("*.svg")} == {"b2-mlp-tr3-tr4.svg", "b2-mlp-tr3-tr4-confusion.svg"}
     assert train() == ""
+
+
+def test_the_table_of_equal_times_has_a_line_a_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "KEPT", tmp_path / "results" / "deadline.json")
+    assert deadline.kept() == []
+
+    def keep(side: str, seed: int, test: float, trials: int, minutes: float = 10) -> None:
+        finish = deadline.Finish(test, 0.9, trials, 601.2)
+        deadline.keep(deadline.Measured(side, minutes, seed, finish, "abc", f"2026-01-0{seed + 1}", "2 cores"))
+
+    keep("Optuna", 0, 0.91, 7)
+    keep(deadline.OURS, 1, 0.94, 30)
+    keep(deadline.OURS, 0, 0.90, 20)
+    keep(deadline.OURS, 0, 0.92, 21)  # measured again
+    keep(deadline.OURS, 0, 0.95, 90, minutes=30)
+    assert list(deadline.lines(deadline.kept())) == [
+        "| 10, searchfm | **93.00** | 92.00, 94.00 | 90.00 | 21, 30 | 601 | 2026-01-02, 2 cores |",
+        "| 10, Optuna | **91.00** | 91.00 | 90.00 | 7 | 601 | 2026-01-01, 2 cores |",
+        "| 30, searchfm | **95.00** | 95.00 | 90.00 | 90 | 601 | 2026-01-01, 2 cores |",
+    ]

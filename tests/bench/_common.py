@@ -186,6 +186,11 @@ def versions() -> list[str]:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a + if files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "of no repository"
+    """The commit of the working tree, with a + if code differs from it; results and pages may."""
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    command = [*git, "describe", "--always", "--exclude=*"]
+    name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if not name:
+        return "of no repository"
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py", "pyproject.toml"], check=False).returncode
+    return f"{name}+" if changed else name

@@ -5,7 +5,8 @@ of its process, the same space of convolutional nets, the same 51,000 + 9,000 im
 to itself. It answers with one model, which is tested on the 10,000 test images: the best trial's weights, or the best
 trial's configuration trained on all 60,000 images, in a time that is part of its own. Each repetition has its own seed.
 
-A result is kept in the user's cache folder, so that a bench that was stopped continues; `--again` measures anew.
+Each result is kept in `results/deadline.json`, so that a bench that was stopped continues; `--again` measures anew.
+`python -m tests.reports.page` writes BENCHMARKS.md's table of what is kept.
 """
 
 import argparse
@@ -13,22 +14,24 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import tomli_w
 
 import searchfm
 from searchfm.config import DataConfig
+from searchfm.home import write_whole
 from searchfm.learn.data import load, load_test
+from searchfm.records import Record
 from tests.bench import _common as common
 from tests.bench._environments import ENVIRONMENTS, python_of
 from tests.bench.peers import deadline_work as space
 from tests.bench.study import PEERS, failing_in_one_line, variables
+from tests.reports.results import hardware, today
 
 EPOCHS = 8
 SUBSET = 0.2  # of the images, for trials that are followed by a final training
@@ -41,6 +44,11 @@ SIDES = {  # a peer's program, its environment, and the fraction of the images t
     "Keras Tuner, hyperband, fraction, final training": ("deadline_keras.py", "keras-tuner", SUBSET),
 }
 OURS = "searchfm"
+KEPT = Path(__file__).parent / "results" / "deadline.json"
+HEAD = (
+    "| minutes, side | test accuracy, mean | of each run | best trial, validation | trials | wall, s | when, where |\n"
+    "|---|---|---|---|---|---|---|\n"
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,19 @@ class Finish:
     value: float  # validation accuracy of its best trial
     trials: int  # that began
     wall: float  # seconds of the process
+
+
+@dataclass(frozen=True)
+class Measured(Record):
+    """A run that is kept."""
+
+    side: str
+    minutes: float
+    seed: int
+    finish: Finish
+    commit: str
+    date: str
+    hardware: str
 
 
 def study_table(seed: int) -> dict[str, Any]:
@@ -107,24 +128,35 @@ def run_peer(side: str, images: Path, minutes: float, seed: int) -> Finish:
     return Finish(answer["test"], answer["value"], answer["trials"], cost.wall)
 
 
-def kept() -> Path:
-    folder = Path(platformdirs.user_cache_dir("searchfm-bench")) / "deadline"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def kept() -> list[Measured]:
+    """All runs that are kept, in the order of SIDES."""
+    entries = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else []
+    order = [OURS, *SIDES]
+    runs = [Measured.from_json(entry) for entry in entries]
+    return sorted(runs, key=lambda run: (run.minutes, order.index(run.side), run.seed))
 
 
-def print_table(results: dict[str, list[Finish]]) -> None:
-    common.table("side", "test accuracy: mean", "each", "best trial, validation", "trials", "wall, s")
-    for side, runs in results.items():
-        tests = [100 * run.test for run in runs]
-        common.row(
-            side,
+def keep(run: Measured) -> None:
+    """Adds a run to those that are kept; one of the same side, minutes and seed is replaced."""
+    others = [one for one in kept() if (one.side, one.minutes, one.seed) != (run.side, run.minutes, run.seed)]
+    write_whole(KEPT, (json.dumps([one.to_json() for one in [*others, run]], indent=1) + "\n").encode())
+
+
+def lines(runs: Sequence[Measured]) -> Iterator[str]:
+    """The rows of the table below HEAD, a side a line."""
+    for minutes, side in dict.fromkeys((run.minutes, run.side) for run in runs):
+        ours = [run for run in runs if (run.minutes, run.side) == (minutes, side)]
+        tests = [100 * run.finish.test for run in ours]
+        cells = (
+            f"{minutes:g}, {side}",
             f"**{statistics.mean(tests):.2f}**",
             ", ".join(f"{test:.2f}" for test in tests),
-            f"{100 * statistics.mean(run.value for run in runs):.2f}",
-            ", ".join(str(run.trials) for run in runs),
-            f"{statistics.mean(run.wall for run in runs):.0f}",
+            f"{100 * statistics.mean(run.finish.value for run in ours):.2f}",
+            ", ".join(str(run.finish.trials) for run in ours),
+            f"{statistics.mean(run.finish.wall for run in ours):.0f}",
+            f"{max(run.date for run in ours)}, {ours[0].hardware}",
         )
+        yield f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -139,18 +171,22 @@ def main(arguments: Sequence[str]) -> None:
         if side in SIDES:
             python_of(SIDES[side][1])  # made first, so that nothing is installed while a side runs
     common.header(f"Test accuracy after {options.minutes:g} minutes", cores=common.usable())
-    commit, results = common.commit(), {side: list[Finish]() for side in sides}
+    commit, runs = common.commit(), list[Measured]()
+    clean = not commit.endswith("+")  # else the files are no commit's, and nothing is kept
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
         write_images(Path(folder))
         for seed in range(options.repeats):
             for side in sides:
-                path = kept() / f"{side}, {options.minutes:g} minutes, seed {seed}, {commit}.json"
-                if options.again or commit.endswith("+") or not path.is_file():  # +: the files are no commit's
-                    common.progress(f"{side}, seed {seed}")
-                    if side == OURS:
-                        done = run_searchfm(options.minutes, seed)
-                    else:
-                        done = run_peer(side, Path(folder), options.minutes, seed)
-                    path.write_text(json.dumps(asdict(done)))
-                results[side].append(Finish(**json.loads(path.read_text())))
-    print_table(results)
+                earlier = [run for run in kept() if (run.side, run.minutes, run.seed) == (side, options.minutes, seed)]
+                if earlier and clean and not options.again:
+                    runs += earlier
+                    continue
+                common.progress(f"{side}, seed {seed}")
+                if side == OURS:
+                    done = run_searchfm(options.minutes, seed)
+                else:
+                    done = run_peer(side, Path(folder), options.minutes, seed)
+                runs.append(Measured(side, options.minutes, seed, done, commit, today(), hardware()))
+                if clean:
+                    keep(runs[-1])
+    print(HEAD + "\n".join(lines(sorted(runs, key=lambda run: [OURS, *SIDES].index(run.side)))))

@@ -1,4 +1,5 @@
-"""Writes what the results say: the table of studies/README.md, `# Measured:` of studies, pictures.
+"""Writes what the results say: the tables of studies/README.md, `# Measured:` of studies, pictures, and the table of
+searches by equal time in BENCHMARKS.md.
 
 python -m tests.reports.page; `python -m tests.reports` does it after each study.
 """
@@ -14,12 +15,14 @@ from searchfm import format
 from searchfm.format import plural
 from searchfm.home import write_whole
 from searchfm.search import files
+from tests.bench import deadline
 from tests.reports import pictures
 from tests.reports.hours import SEARCHES, kept
 from tests.reports.results import Result, Run, label
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
 
 README = STUDIES / "README.md"
+BENCHMARKS = STUDIES.parent / ".github" / "BENCHMARKS.md"
 HEAD = "| row | study | theirs | ours | budget | pictures |\n|---|---|---|---|---|---|\n"
 WIDTH, INDENT = 120, "#           "
 HOURS_HEAD = (
@@ -238,6 +241,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             yield path, with_measured(path.read_text("utf-8"), measured(result))
             yield from ((RESULTS / name, text) for name, text in pictures.draw(result).items())
     yield README, readme()
+    yield BENCHMARKS, with_table(BENCHMARKS.read_text("utf-8"), deadline.HEAD, deadline.lines(deadline.kept()))
 
 
 def write() -> None:
