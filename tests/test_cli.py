@@ -352,6 +352,14 @@ def test_promotion_trains_the_best_to_their_ends_as_a_search_without_pauses_does
 
 
 @pytest.mark.slow
+def test_nothing_is_reported_at_the_end_of_a_process_that_counted_operations(tmp_path: Path) -> None:
+    """Their counter imports triton, whose nanobind reports what the interpreter does not collect."""
+    done = searchfm("studies", "mlp", SEARCHFM_CACHE=str(tmp_path))
+    assert "MFLOP a sample" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
 def test_a_dry_run_forecasts_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "DRY_RUN_SECONDS", 1.0)
     done = searchfm_here("tune", "cnn", "--dataset", "digits", "--dry-run", "--home", str(tmp_path / "home"))
