@@ -37,6 +37,15 @@ ROWS = {
     "a8-vit-layers": Row(),
     "a8-vit-heads": Row(),
     "a7-resnet-stages": Row(settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
+    # Nets of 64 and 1024 filters take 2.8 GFLOP to train on an image: what fits 100 minutes of two cores (AVX2, float32).
+    "a1-cnn-filters-1": Row(),
+    "a1-cnn-filters-2": Row(settings={"data.subset": 0.2}),
+    "a2-cnn-depth": Row(settings={"data.subset": 0.1}),
+    "a3-cnn-optimizer": Row(settings={"data.subset": 0.1, "train.epochs": 6}),
+    "a4-cnn-lr": Row(settings={"data.subset": 0.1, "train.epochs": 7}),
+    "a4-cnn-schedule": Row(settings={"data.subset": 0.1, "train.epochs": 7}, best=True),
+    "a5-cnn-dropout": Row(settings={"data.subset": 0.18}),
+    "a10-cnn-cutmix": Row(settings={"data.subset": 0.18}),
     "b4-cifar100-cnn": Row(settings=FASHION),
     "b5-cifar100-deep-cnn": Row(settings=FASHION | {"data.size": 32}),  # 28 pixels cannot be halved five times
     "b6-cifar100-residual": Row(settings=FASHION, best=True),
