@@ -185,9 +185,9 @@ def versions() -> list[str]:
     return found
 
 
-def commit() -> str:
-    """The commit of the working tree, with a + if code differs from it; results and pages may."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
+def commit(root: Path = Path(__file__).parents[2]) -> str:
+    """The commit of a working tree, this one's by default, with a + if code differs from it; results and pages may."""
+    git = ["git", "-C", str(root)]
     command = [*git, "describe", "--always", "--exclude=*"]
     name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not name:

@@ -75,7 +75,7 @@ class Hour(Record):
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, name: str, command: str, seed: int, study: StudyRecord, seconds: float) -> "Hour":
+    def of(cls, name: str, command: str, seed: int, study: StudyRecord, seconds: float, commit: str) -> "Hour":
         """What is kept of a study that was tuned and retrained."""
         final, best = study.final, study.best
         assert final is not None
@@ -102,7 +102,7 @@ class Hour(Record):
             config=dict(study.trials[final.winner].config),
             date=today(),
             hardware=hardware(),
-            commit=common.commit(),
+            commit=commit,
             versions=dict(best.result.versions),
         )
 
@@ -133,7 +133,7 @@ def run(name: str, seed: int) -> None:
         seconds = time.monotonic() - began
         study = searchfm.open_study(search.study, home=Path(folder) / "runs").record
         shown += ["--retrain", *(["--seed", str(seed)] if seed else [])]
-        hour = Hour.of(name, " ".join(shown), seed, study, seconds)
+        hour = Hour.of(name, " ".join(shown), seed, study, seconds, common.commit(Path(folder)))
     values = hour.to_json()
     for part in (values["config"]["model"].get("transfer", {}), values["config"]["data"]):
         for key in {"weights", "name"} & part.keys():

@@ -37,7 +37,7 @@ ROWS = {
     "a8-vit-layers": Row(),
     "a8-vit-heads": Row(),
     "a7-resnet-stages": Row(settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
-    # Nets of 64 and 1024 filters take 2.8 GFLOP to train on an image: what fits 100 minutes of two cores (AVX2, float32).
+    # Training nets of 64 and 1024 filters takes 2.8 GFLOP an image: what fits 100 minutes of two cores (AVX2, float32).
     "a1-cnn-filters-1": Row(),
     "a1-cnn-filters-2": Row(settings={"data.subset": 0.2}),
     "a2-cnn-depth": Row(settings={"data.subset": 0.1}),
