@@ -158,7 +158,10 @@ def _with_engine(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _skip_last_collection() -> None:
-    """The interpreter collects no garbage at its end, but where nanobind would report what is left as leaked."""
+    """Freezes all objects, so that the interpreter does not collect them at its end.
+
+    Not where triton was imported: its nanobind would report them as leaked.
+    """
     if "triton" not in sys.modules:
         gc.freeze()
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from searchfm.search import files
+from searchfm.search import files, first
 from tests.bench import deadline
-from tests.reports import page, pictures
+from tests.reports import hours, page, pictures
 from tests.reports.results import Result, Run
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
 
@@ -74,6 +74,14 @@ def test_the_figures_of_a_row_are_those_of_its_runs() -> None:
     assert {"batch_size 32", "batch_size 64"} <= set(page.texts(pictures.draw(grid)["b1-mlp-tr1.svg"]))
 
 
+@pytest.mark.parametrize("kept", list(hours.kept()), ids=lambda hour: f"{hour.name}-{hour.seed}")
+def test_a_search_by_the_clock_found_what_its_study_holds(kept: hours.Hour) -> None:
+    search = hours.SEARCHES[kept.name]
+    assert kept.seed in search.seeds
+    study = files.read(STUDIES / f"{search.study}.toml").study(search.settings)
+    study.add_known(first.config(kept.config), kept.name, strict=True)  # raises ConfigError for another value
+
+
 SMALL = """
 SMALL = {"data.name": "digits", "train.epochs": 2}
 ROWS = {"b2-mlp-tr3-tr4": Row((0, 1), SMALL, retrain=True)}
@@ -114,6 +122,7 @@ def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
 def test_the_table_of_equal_times_has_a_line_a_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "KEPT", tmp_path / "results" / "deadline.json")
     assert deadline.kept() == []
+    assert list(deadline.lines([])) == ["| not yet measured | | | | | | |"]
 
     def keep(side: str, seed: int, test: float, trials: int, minutes: float = 10) -> None:
         finish = deadline.Finish(test, 0.9, trials, 601.2)

@@ -175,6 +175,17 @@ def processor() -> tuple[str, list[str]]:
     return name, [flag for flag in FLAGS if flag in present]
 
 
+def hardware() -> str:
+    """The processor and its cores, in a few words."""
+    model, flags = processor()
+    return f"{usable()} cores of {model} ({', '.join(flags)})"
+
+
+def today() -> str:
+    """The date, as in ISO 8601."""
+    return date.today().isoformat()
+
+
 def versions() -> list[str]:
     found = []
     for name in PACKAGES:

@@ -5,7 +5,8 @@ of its process, the same space of convolutional nets, the same 51,000 + 9,000 im
 to itself. It answers with one model, which is tested on the 10,000 test images: the best trial's weights, or the best
 trial's configuration trained on all 60,000 images, in a time that is part of its own. Each repetition has its own seed.
 
-Each result is kept in `results/deadline.json`, so that a bench that was stopped continues; `--again` measures anew.
+Each result of committed code is kept in `results/deadline.json`, so that a bench that was stopped continues; `--again`
+measures anew.
 `python -m tests.reports.page` writes BENCHMARKS.md's table of what is kept.
 """
 
@@ -31,7 +32,6 @@ from tests.bench import _common as common
 from tests.bench._environments import ENVIRONMENTS, python_of
 from tests.bench.peers import deadline_work as space
 from tests.bench.study import PEERS, failing_in_one_line, variables
-from tests.reports.results import hardware, today
 
 EPOCHS = 8
 SUBSET = 0.2  # of the images, for trials that are followed by a final training
@@ -144,6 +144,8 @@ def keep(run: Measured) -> None:
 
 def lines(runs: Sequence[Measured]) -> Iterator[str]:
     """The rows of the table below HEAD, a side a line."""
+    if not runs:
+        yield "| not yet measured |" + " |" * 6
     for minutes, side in dict.fromkeys((run.minutes, run.side) for run in runs):
         ours = [run for run in runs if (run.minutes, run.side) == (minutes, side)]
         tests = [100 * run.finish.test for run in ours]
@@ -186,7 +188,7 @@ def main(arguments: Sequence[str]) -> None:
                     done = run_searchfm(options.minutes, seed)
                 else:
                     done = run_peer(side, Path(folder), options.minutes, seed)
-                runs.append(Measured(side, options.minutes, seed, done, commit, today(), hardware()))
+                runs.append(Measured(side, options.minutes, seed, done, commit, common.today(), common.hardware()))
                 if clean:
                     keep(runs[-1])
     print(HEAD + "\n".join(lines(sorted(runs, key=lambda run: [OURS, *SIDES].index(run.side)))))

@@ -14,7 +14,7 @@ from searchfm.format import plural
 from searchfm.records import FINAL
 from tests.bench import _common as common
 from tests.reports import page
-from tests.reports.results import Result, retrained_of, run_of, today
+from tests.reports.results import Result, retrained_of, run_of
 from tests.reports.rows import ROWS, Row
 from tests.side_by_side import SideBySide
 from tests.weights import LITE0_FILE, lite0_file
@@ -38,7 +38,7 @@ def train(runner: SideBySide, row: str, seed: int) -> bool:
     if not (runner.home / "studies" / name).is_dir():
         return done
     study = searchfm.open_study(name).record
-    runs = [run_of(trial, seed, study.data, today(), runner.jobs) for trial in study.of("complete")]
+    runs = [run_of(trial, seed, study.data, common.today(), runner.jobs) for trial in study.of("complete")]
     with LOCK:
         if runs:
             (Result.load(row) or Result(row, settings, [])).with_runs(runs).write()
@@ -66,7 +66,7 @@ def retrain(runner: SideBySide, row: str) -> None:
         study = searchfm.open_study(name).record
         assert study.final is not None
         classes = list(study.data.classes)
-        final = retrained_of(study.final, study.folder / FINAL, best.study_seed, classes, today())
+        final = retrained_of(study.final, study.folder / FINAL, best.study_seed, classes, common.today())
         Result(row, result.settings, result.runs, final).write()
         page.write()
 

@@ -19,7 +19,6 @@ import searchfm
 from searchfm.home import write_whole
 from searchfm.records import Record, StudyRecord
 from tests.bench import _common as common
-from tests.reports.results import hardware, today
 from tests.reports.rows import RESULTS
 from tests.weights import LITE0, LITE0_FILE, lite0_file, mnist_file
 
@@ -100,8 +99,8 @@ class Hour(Record):
             parameters=final.parameters,
             flops=final.flops,
             config=dict(study.trials[final.winner].config),
-            date=today(),
-            hardware=hardware(),
+            date=common.today(),
+            hardware=common.hardware(),
             commit=commit,
             versions=dict(best.result.versions),
         )

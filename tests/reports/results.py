@@ -1,6 +1,5 @@
 """What is kept of the training of a row: `studies/reports/results/ROW.json`, one line a run."""
 
-import datetime
 import json
 from collections.abc import Mapping
 from copy import deepcopy
@@ -88,16 +87,6 @@ class Result(Record):
         write_whole(folder / f"{self.row}.json", f'{{\n{head} "runs": [\n{runs}\n ]\n}}\n'.encode())
 
 
-def today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def hardware() -> str:
-    """The processor and its cores."""
-    model, flags = common.processor()
-    return f"{common.usable()} cores of {model} ({', '.join(flags)})"
-
-
 def run_of(trial: Trial, seed: int, data: Prepared, date: str, beside: int) -> Run:
     """What is kept of a complete trial."""
     assert trial.result is not None
@@ -118,7 +107,7 @@ def run_of(trial: Trial, seed: int, data: Prepared, date: str, beside: int) -> R
         flops=trial.result.flops,
         precision=trial.result.precision,
         date=date,
-        hardware=hardware(),
+        hardware=common.hardware(),
         beside=beside,
         versions=dict(trial.result.versions),
         config=config,
@@ -142,7 +131,7 @@ def retrained_of(final: Final, folder: Path, seed: int, classes: list[str], date
         confusion=predictions.confusion.tolist(),
         classes=classes,
         date=date,
-        hardware=hardware(),
+        hardware=common.hardware(),
     )
 
 

@@ -37,8 +37,9 @@ ROWS = {
     "a8-vit-layers": Row(),
     "a8-vit-heads": Row(),
     "a7-resnet-stages": Row(settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
-    # Training nets of 64 and 1024 filters takes 2.8 GFLOP an image: what fits 100 minutes of two cores (AVX2, float32).
     "a1-cnn-filters-1": Row(),
+    # Nets of 64 and 1024 filters take 2.8 GFLOP an image to train. By estimate each row fits 100 minutes of two cores
+    # (AVX2, float32), at 110 GFLOP a second.
     "a1-cnn-filters-2": Row(settings={"data.subset": 0.2}),
     "a2-cnn-depth": Row(settings={"data.subset": 0.1}),
     "a3-cnn-optimizer": Row(settings={"data.subset": 0.1, "train.epochs": 6}),
