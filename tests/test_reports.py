@@ -91,7 +91,7 @@ ROWS = {"b2-mlp-tr3-tr4": Row((0, 1), SMALL, retrain=True)}
 @pytest.mark.slow
 def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
     """In a copy, on digits: two seeds of a grid of two points, and a final model; then nothing is trained again."""
-    for name in ("tests", "studies"):
+    for name in ("tests", "studies", ".github"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     with (tmp_path / "tests" / "reports" / "rows.py").open("a") as file:
         file.write(SMALL)
