@@ -100,7 +100,7 @@ def _panel(width: float, height: float, title: str, bounds: tuple[float, float, 
 
 def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
     """Axes with two spines and a grid, the title at the upper left."""
-    _title(axes, title)
+    put_title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(QUIET)
     axes.tick_params(colors=INK, labelsize=8, length=3)
@@ -109,7 +109,10 @@ def _plain(axes: Axes, title: str, grid: Literal["x", "y"] = "y") -> Axes:
     return axes
 
 
-def _title(axes: Axes, text: str, loc: Literal["left", "right"] = "left", color: str = INK, size: float = 10) -> Text:
+def put_title(
+    axes: Axes, text: str, loc: Literal["left", "right"] = "left", color: str = INK, size: float = 10
+) -> Text:
+    """The text above the axes, as it stands: a dollar sign begins no formula."""
     return axes.set_title(text, loc=loc, y=1.0, pad=4, color=color, fontsize=size, parse_math=False)
 
 
@@ -125,7 +128,7 @@ def _short(name: str, most: int = 24) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _percent(fraction: float, _: object = None) -> str:
+def percent(fraction: float, _: object = None) -> str:
     """The text of a tick."""
     return f"{100 * fraction:.4g}%"
 
@@ -172,17 +175,17 @@ def curves(epochs: Sequence[Epoch], width: float = 7.6) -> Figure:
 
     What is None or not finite leaves a gap. width: in inches.
     """
-    return _plot_curves(_curve_axes(width), epochs)
+    return _plot_curves(curve_axes(width), epochs)
 
 
-def _curve_axes(width: float = 7.6) -> Figure:
-    """What the curves of all trials have in common."""
+def curve_axes(width: float = 7.6) -> Figure:
+    """Two axes, of loss and of accuracy by epoch, without curves."""
     figure = _blank(width, 2.9)
     for axes, title in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         _plain(axes, title)
         _count(axes, "epoch", 7)
         axes.yaxis.set_major_locator(MaxNLocator(5))  # a tick costs as much as a line
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(percent)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.165, top=0.88, wspace=0.2)
     return figure
 
@@ -208,7 +211,7 @@ def _plot_curves(figure: Figure, epochs: Sequence[Epoch]) -> Figure:
     if best is not None:
         accuracy.plot(steps[best], values[best, 3], "o", color=MARK, markersize=6, markerfacecolor="none")
         text = f"best {values[best, 3]:.2%} in epoch {steps[best]}"
-    _title(accuracy, text, "right", color=MARK, size=9)
+    put_title(accuracy, text, "right", color=MARK, size=9)
     loss.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper right")
     return figure
 
@@ -259,7 +262,7 @@ def _shade(axes: Axes, predictions: Predictions) -> tuple[NDArray[np.int64], NDA
     shades[..., :3], shades[..., 3] = to_rgb(VALIDATION), np.sqrt(fractions)
     axes.images[0].set_data(shades)
     correct, total = int(np.trace(counts)), int(counts.sum())
-    title = _title(axes, f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})", size=9)
+    title = put_title(axes, f"{correct:,} of {total:,} correct ({correct / max(total, 1):.2%})", size=9)
     return counts, fractions, title
 
 
@@ -271,7 +274,7 @@ class _Pictures:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._curves, self._confusion, self._counted = _curve_axes(), _confusion_axes(names), len(names) <= COUNTED
+        self._curves, self._confusion, self._counted = curve_axes(), _confusion_axes(names), len(names) <= COUNTED
         canvas: Any = self._confusion.canvas  # Agg's
         self._canvas = canvas
         with warnings.catch_warnings():
@@ -398,7 +401,7 @@ def history(
     legend = "● complete" + "   ○ pruned, at its last report" * bool(pruned)
     legend += "   × failed" * bool(failed)
     legend += "   ▾ below the scale" * any(value < floor for value in (*values.values(), *pruned.values()))
-    _title(axes, legend, "right", color=SOFT, size=8)
+    put_title(axes, legend, "right", color=SOFT, size=8)
     return figure
 
 
@@ -425,7 +428,7 @@ def parallel(trials: Sequence[Trial], space: Mapping[str, Choice | Range], names
             axes.text(x, BELOW - 0.025, "no value", fontsize=7, color=QUIET, ha="center", va="top")
     values = [*(trial.value or 0.0 for trial in complete), *pruned.values()]
     accuracy = Range(_floor(values), max(values, default=1.0), log=False, step=None)
-    ticks, accuracy_height = _scale(accuracy, _percent)
+    ticks, accuracy_height = _scale(accuracy, percent)
     _vertical(axes, len(space), "accuracy", ticks, side=1)
     for rank, trial in enumerate(shown, -len(pruned)):
         jitter = 0.025 * (2 * _spread(trial.number) - 1)  # else trials of one choice would overlap
@@ -570,7 +573,7 @@ def ranking(accuracies: Mapping[int, Accuracy], tied: Container[int]) -> Figure:
         axes.plot(accuracy.fraction, index, "o", color=colour, markersize=5, gid=f"trial-ranking-{number}")
     axes.set_yticks(range(len(accuracies)), [f"trial {number}" for number in accuracies], fontsize=8, color=INK)
     axes.set_ylim(len(accuracies) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(_percent)
+    axes.xaxis.set_major_formatter(percent)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.tick_params(axis="y", length=0)
     return figure
@@ -594,7 +597,7 @@ def _limits(axes: Axes, values: Sequence[float]) -> float:
     floor, top = _floor(values), max(values, default=1.0)
     margin = max(0.06 * (top - floor), 1e-3)
     axes.set_ylim(floor - margin, top + margin)
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(percent)
     return floor
 
 
@@ -699,7 +702,7 @@ def _front(axes: Axes, measured: Sequence[Measured]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 8 * low else (1, 2, 5), numticks=10))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g} s")
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(percent)
     axes.set_xlabel("training time", color=INK, fontsize=9)
     _name(axes, measured)
 

@@ -195,7 +195,7 @@ def context(warm: str = WARM) -> ForkServerContext | SpawnContext:
         os.environ.setdefault(name, "1")
     # The final training has several. On busy cores, threads that spin while they wait made it 5 to 25 times as slow (a
     # small mlp, two threads on two cores with a load of 3: 2.5 and 9.1 s, not 0.3 and 0.4). A short spin has half of
-    # what spinning gains on idle cores, and costs nothing on busy ones. Images a second of the default of `cnn`, two
+    # what spinning gains on idle cores, and costs little on busy ones. Images a second of the default of `cnn`, two
     # threads on two cores, medians of two to four: without a spin 381, with 1,000 turns 441, with gcc's 300,000 turns
     # 486; beside a load of 1: 262, 269, 158.
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -93,6 +93,7 @@ def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
     """In a copy, on digits: two seeds of a grid of two points, and a final model; then nothing is trained again."""
     for name in ("tests", "studies", ".github"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "README.md", tmp_path)
     with (tmp_path / "tests" / "reports" / "rows.py").open("a") as file:
         file.write(SMALL)
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}

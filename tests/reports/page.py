@@ -1,5 +1,5 @@
-"""Writes what the results say: the tables of studies/README.md, `# Measured:` of studies, pictures, and the table of
-searches by equal time in BENCHMARKS.md.
+"""Writes what the results say: the tables of studies/README.md, `# Measured:` of studies, pictures, the table of
+searches by the clock in README.md, and that of searches by equal time in BENCHMARKS.md.
 
 python -m tests.reports.page; `python -m tests.reports` does it after each study.
 """
@@ -8,6 +8,7 @@ import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from searchfm.home import write_whole
 from searchfm.search import files
 from tests.bench import deadline
 from tests.reports import pictures
-from tests.reports.hours import SEARCHES, kept
+from tests.reports.hours import SEARCHES, Hour, kept
 from tests.reports.results import Result, Run, label
 from tests.reports.rows import RESULTS, ROWS, STUDIES, studies
 
 README = STUDIES / "README.md"
+FRONT = STUDIES.parent / "README.md"
 BENCHMARKS = STUDIES.parent / ".github" / "BENCHMARKS.md"
 HEAD = "| row | study | theirs | ours | budget | pictures |\n|---|---|---|---|---|---|\n"
 WIDTH, INDENT = 120, "#           "
@@ -29,6 +31,7 @@ HOURS_HEAD = (
     "| command | test accuracy, 95% interval | best trial; fresh seeds | trials, pruned | final training | took | "
     "when, where |\n|---|---|---|---|---|---|---|\n"
 )
+FRONT_HEAD = "| command | test accuracy, 95% interval | trials | when, where |\n|---|---|---|---|\n"
 Cells = tuple[str, str, list[str]]  # our figures, the budget, endings of the names of pictures
 # Lines of the table that other rows' studies answer: row, its study, what the report has, where our figures are.
 SHARED = {
@@ -197,6 +200,15 @@ def lines() -> Iterator[str]:
         yield f"| {line} | `reports/{study}` | {theirs} | {ours} | {budget} | {links} |"
 
 
+def tested(hour: Hour) -> str:
+    """Test accuracy, with its interval."""
+    return f"**{100 * hour.test:.2f}** ({100 * hour.low:.2f}-{100 * hour.high:.2f})"
+
+
+def where(hour: Hour) -> str:
+    return f"{hour.date}, {hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}"
+
+
 def hour_lines() -> Iterator[str]:
     """The rows of the table of searches by the clock: those that ran, then the names of the others."""
     hours = list(kept())
@@ -204,16 +216,29 @@ def hour_lines() -> Iterator[str]:
         fresh = "none" if hour.fresh is None else f"{100 * hour.fresh:.2f}"
         cells = (
             f"`{hour.command}`",
-            f"**{100 * hour.test:.2f}** ({100 * hour.low:.2f}-{100 * hour.high:.2f})",
+            tested(hour),
             f"{100 * hour.value:.2f}; {fresh}",
             f"{hour.trials}, {hour.pruned}",
             f"{hour.epochs} epochs in {format.seconds(hour.training_seconds)}, {hour.parameters:,} parameters",
             format.seconds(hour.seconds),
-            f"{hour.date}, {hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}",
+            where(hour),
         )
         yield f"| {' | '.join(cells)} |"
     for name in sorted(SEARCHES.keys() - {hour.name for hour in hours}):
         yield f"| {name} | not yet measured |" + " |" * 5
+
+
+def front_lines() -> Iterator[str]:
+    """The rows of the front page: a line for all seeds of a search."""
+    for _, group in groupby(kept(), key=lambda hour: hour.name):
+        hours = list(group)
+        cells = (
+            f"`{hours[0].command.partition(' --seed')[0]}`",
+            ", ".join(map(tested, hours)),
+            ", ".join(str(hour.trials) for hour in hours),
+            "; ".join(dict.fromkeys(map(where, hours))),
+        )
+        yield f"| {' | '.join(cells)} |"
 
 
 def with_table(text: str, head: str, rows: Iterable[str]) -> str:
@@ -241,6 +266,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             yield path, with_measured(path.read_text("utf-8"), measured(result))
             yield from ((RESULTS / name, text) for name, text in pictures.draw(result).items())
     yield README, readme()
+    yield FRONT, with_table(FRONT.read_text("utf-8"), FRONT_HEAD, front_lines())
     yield BENCHMARKS, with_table(BENCHMARKS.read_text("utf-8"), deadline.HEAD, deadline.lines(deadline.kept()))
 
 

@@ -30,7 +30,7 @@ def draw(result: Result) -> dict[str, str]:
 
 def _curves(runs: Sequence[Run]) -> Figure:
     """Loss and accuracy of training and validation by epoch, a line a run, as `searchfm.figures` draws one run."""
-    figure = figures._curve_axes()
+    figure = figures.curve_axes()
     for axes, name in zip(figure.axes, ("loss", "accuracy"), strict=True):
         for part, key, colour in (("training", "train", figures.TRAIN), ("validation", "val", figures.VALIDATION)):
             for index, run in enumerate(runs):
@@ -43,12 +43,12 @@ def _curves(runs: Sequence[Run]) -> Figure:
 
 def _grid(runs: Sequence[Run]) -> Figure:
     """Validation accuracy of each point, a dot a seed (left), and by epoch (right)."""
-    figure = figures._curve_axes()
+    figure = figures.curve_axes()
     points = list(dict.fromkeys(run.key[1] for run in runs))
     labels = [label(next(run.params for run in runs if run.key[1] == point)) for point in points]
     accuracy, curves = figure.axes
-    figures._title(accuracy, "validation accuracy")
-    figures._title(curves, "by epoch")
+    figures.put_title(accuracy, "validation accuracy")
+    figures.put_title(curves, "by epoch")
     accuracy.set_xlabel("")
     for index, point in enumerate(points):
         mine = [run for run in runs if run.key[1] == point]
@@ -64,7 +64,7 @@ def _grid(runs: Sequence[Run]) -> Figure:
     accuracy.tick_params(axis="x", labelsize=7 if crowded else 8, labelrotation=20 if crowded else 0)
     if crowded:
         figure.subplots_adjust(bottom=0.27)
-    accuracy.yaxis.set_major_formatter(figures._percent)
+    accuracy.yaxis.set_major_formatter(figures.percent)
     return figure
 
 
