@@ -82,6 +82,24 @@ def test_a_search_by_the_clock_found_what_its_study_holds(kept: hours.Hour) -> N
     study.add_known(first.config(kept.config), kept.name, strict=True)  # raises ConfigError for another value
 
 
+def test_the_front_page_has_a_line_for_all_seeds_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = next(hours.kept())
+
+    def hour(name: str, seed: int, test: float, date: str) -> hours.Hour:
+        command = f"searchfm tune {name} --retrain" + (f" --seed {seed}" if seed else "")
+        changes = {"name": name, "seed": seed, "test": test, "low": 0.9, "high": 0.96, "trials": 7 + seed, "date": date}
+        return hours.Hour(**{**some.__dict__, **changes, "command": command, "hardware": "2 cores"})
+
+    found = [hour("cnn", 0, 0.94, "2026-01-01"), hour("cnn", 1, 0.95, "2026-01-02"), hour("mlp", 0, 0.91, "2026-01-02")]
+    monkeypatch.setattr(page, "kept", lambda: found)
+    torch = some.versions["torch"].partition("+")[0]
+    assert list(page.front_lines()) == [
+        "| `searchfm tune cnn --retrain` | **94.00** (90.00-96.00), **95.00** (90.00-96.00) | 7, 8 | "
+        f"2026-01-01 and 2026-01-02, 2 cores, torch {torch} |",
+        f"| `searchfm tune mlp --retrain` | **91.00** (90.00-96.00) | 7 | 2026-01-02, 2 cores, torch {torch} |",
+    ]
+
+
 SMALL = """
 SMALL = {"data.name": "digits", "train.epochs": 2}
 ROWS = {"b2-mlp-tr3-tr4": Row((0, 1), SMALL, retrain=True)}

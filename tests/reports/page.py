@@ -205,8 +205,10 @@ def tested(hour: Hour) -> str:
     return f"**{100 * hour.test:.2f}** ({100 * hour.low:.2f}-{100 * hour.high:.2f})"
 
 
-def where(hour: Hour) -> str:
-    return f"{hour.date}, {hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}"
+def where(*hours: Hour) -> str:
+    """Dates, then machines and versions of torch, each once."""
+    machines = dict.fromkeys(f"{hour.hardware}, torch {hour.versions['torch'].partition('+')[0]}" for hour in hours)
+    return f"{' and '.join(dict.fromkeys(hour.date for hour in hours))}, {'; '.join(machines)}"
 
 
 def hour_lines() -> Iterator[str]:
@@ -236,7 +238,7 @@ def front_lines() -> Iterator[str]:
             f"`{hours[0].command.partition(' --seed')[0]}`",
             ", ".join(map(tested, hours)),
             ", ".join(str(hour.trials) for hour in hours),
-            "; ".join(dict.fromkeys(map(where, hours))),
+            where(*hours),
         )
         yield f"| {' | '.join(cells)} |"
 
