@@ -195,9 +195,9 @@ def context(warm: str = WARM) -> ForkServerContext | SpawnContext:
         os.environ.setdefault(name, "1")
     # The final training has several. On busy cores, threads that spin while they wait made it 5 to 25 times as slow (a
     # small mlp, two threads on two cores with a load of 3: 2.5 and 9.1 s, not 0.3 and 0.4). A short spin has half of
-    # what spinning gains on idle cores, and costs little on busy ones. Images a second of the default of `cnn`, two
-    # threads on two cores, medians of two to four: without a spin 381, with 1,000 turns 441, with gcc's 300,000 turns
-    # 486; beside a load of 1: 262, 269, 158.
+    # what spinning gains on idle cores. Images a second of the default of `cnn`, two threads on two cores, medians of
+    # two to four: without a spin 381, with 1,000 turns 441, with gcc's 300,000 turns 486; beside a load of 1: 262, 269,
+    # 158. Beside a load of 3 the small mlp took 1.15 times as long with 1,000 turns as without.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for gcc's OpenMP, which torch has on Linux

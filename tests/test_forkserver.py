@@ -1,10 +1,13 @@
 """The fork server that a command starts before it knows what there is to train."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from searchfm import forkserver
 
 HEAD = """
 import sys
@@ -65,3 +68,23 @@ def test_a_refused_study_leaves_no_process_and_the_next_call_starts_another(tmp_
 @pytest.mark.slow
 def test_a_server_that_forked_a_worker_stays_for_further_searches(tmp_path: Path) -> None:
     run(USED, tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("given", "waiting"),
+    [
+        ({}, ("passive", "1000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("passive", "7")),
+        ({"OMP_WAIT_POLICY": "active"}, ("active", None)),
+    ],
+)
+def test_threads_of_workers_spin_briefly_unless_the_user_says_otherwise(
+    given: dict[str, str], waiting: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is restored, whatever it was
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    forkserver.context()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")) == waiting

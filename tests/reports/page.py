@@ -235,7 +235,7 @@ def front_lines() -> Iterator[str]:
     for _, group in groupby(kept(), key=lambda hour: hour.name):
         hours = list(group)
         cells = (
-            f"`{hours[0].command.partition(' --seed')[0]}`",
+            f"`{hours[0].command}`",
             ", ".join(map(tested, hours)),
             ", ".join(str(hour.trials) for hour in hours),
             where(*hours),
