@@ -175,19 +175,30 @@ class TestVit(SlowToLearn):
 class TestVitOfConvolutions(SlowToLearn):
     """Its patches of 4 pixels are two 3x3 convolutions that halve the image, and a 1x1 one: 32 filters, then 64."""
 
-    name, settings = "vit", {"stem": "conv"}
+    name, settings = "vit", {"stem_convs": 1}
     count = TestVit.count - (16 * 64 + 64) + (9 * 32 + 2 * 32) + (9 * 32 * 64 + 64) + (64 * 64 + 64)
-    learner: ClassVar[dict[str, Any]] = TestVit.learner | {"stem": "conv"}
+    learner: ClassVar[dict[str, Any]] = TestVit.learner | {"stem_convs": 1}
     tables: ClassVar[dict[str, Any]] = TestVit.tables
     accuracy = 0.93
 
 
-@pytest.mark.parametrize(("patch_size", "strides", "patch"), [(1, [1], 1), (2, [2], 1), (7, [1], 7), (14, [2], 7)])
+@pytest.mark.parametrize(
+    ("patch_size", "convs", "filters", "strides", "patch"),
+    [
+        (1, 1, [8], [1], 1),
+        (2, 1, [8], [2], 1),
+        (7, 1, [8], [1], 7),
+        (14, 1, [8], [2], 7),
+        (4, 3, [2, 2, 4, 4, 4, 8], [1, 1, 2, 1, 1, 2], 1),
+        (7, 2, [4, 8], [1, 1], 7),
+    ],
+)
 def test_a_stem_of_convolutions_halves_as_often_as_the_patch_allows(
-    patch_size: int, strides: list[int], patch: int
+    patch_size: int, convs: int, filters: list[int], strides: list[int], patch: int
 ) -> None:
-    settings = {"patch_size": patch_size, "stem": "conv", "hidden_dim": 8, "layers": 1}
+    settings = {"patch_size": patch_size, "stem_convs": convs, "hidden_dim": 8, "layers": 1}
     embed: Any = build(model_config("vit", settings), (1, 28, 28), 10, seed=0).patch_embed
+    assert [layer.conv.out_channels for layer in embed.backbone] == filters
     assert [layer.conv.stride[0] for layer in embed.backbone] == strides
     assert embed.proj.stride == (patch, patch)
     assert embed.num_patches == (28 // patch_size) ** 2

@@ -17,8 +17,8 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
     channels, height, width = shape
     token = config.pooling == "token"
     size, embed = config.patch_size, PatchEmbed
-    if config.stem == "conv":
-        size, embed = _convolutions(channels, config.patch_size, config.hidden_dim)
+    if config.stem_convs:
+        size, embed = _convolutions(channels, config)
     model = VisionTransformer(
         img_size=(height, width),
         patch_size=size,
@@ -37,17 +37,22 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _convolutions(channels: int, patch_size: int, hidden_dim: int) -> tuple[int, Callable[..., nn.Module]]:
-    """3x3 convolutions with batch norm in place of a patch's projection, as Xiao et al. (2021, arXiv 2106.14881): each
-    halves the image, as often as the patch allows, at twice the filters; at least one, that keeps its size.
+def _convolutions(channels: int, config: Vit) -> tuple[int, Callable[..., nn.Module]]:
+    """3x3 convolutions with batch norm in place of a patch's projection, as Xiao et al. (2021, arXiv 2106.14881).
 
-    Returns the side of the patches of their feature maps, and the embedding that timm's class takes.
+    The image is halved as often as the patch allows, each time by the last of `stem_convs` convolutions, which doubles
+    the filters; if it allows none, they all keep the size. Returns the side of the patches of their feature maps, and
+    the embedding that timm's class takes.
     """
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer_hybrid import ConvStem
 
-    halvings = (patch_size & -patch_size).bit_length() - 1  # how often 2 divides it
+    halvings = (config.patch_size & -config.patch_size).bit_length() - 1  # how often 2 divides it
     depth = max(halvings, 1)
-    filters = tuple(max(hidden_dim >> i, 1) for i in reversed(range(depth)))
-    stem = ConvStem(channels, depth, filters, stride=(2 if halvings else 1,) * depth)
-    return patch_size >> halvings, partial(HybridEmbed, backbone=stem)
+    filters: list[int] = []
+    for left in reversed(range(depth)):
+        last = config.hidden_dim >> left
+        filters += [max(last >> 1, 1)] * (config.stem_convs - 1) + [max(last, 1)]
+    strides = ([1] * (config.stem_convs - 1) + [2 if halvings else 1]) * depth
+    stem = ConvStem(channels, len(filters), tuple(filters), stride=tuple(strides))
+    return config.patch_size >> halvings, partial(HybridEmbed, backbone=stem)
