@@ -106,7 +106,7 @@ class Vit(Model, tag="vit"):
     agree, fits = (("patch_size",), ("hidden_dim", "heads")), "patch_size"
     patch_size: int = key(4, "side of a patch in pixels; must divide the image side", ge=1)
     stem_convs: int = key(
-        0, "3x3 convolutions per halving of the image, which make its tokens; 0: a projection of patches", ge=0, le=8
+        0, "3x3 convolutions per halving of the image; the last one halves it; 0: patches are projected", ge=0, le=8
     )
     hidden_dim: int = key(64, "width of a token", ge=1)
     layers: int = key(6, "encoder layers", ge=1, le=64)

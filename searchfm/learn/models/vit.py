@@ -40,9 +40,9 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
 def _convolutions(channels: int, config: Vit) -> tuple[int, Callable[..., nn.Module]]:
     """3x3 convolutions with batch norm in place of a patch's projection, as Xiao et al. (2021, arXiv 2106.14881).
 
-    The image is halved as often as the patch allows, each time by the last of `stem_convs` convolutions, which doubles
-    the filters; if it allows none, they all keep the size. Returns the side of the patches of their feature maps, and
-    the embedding that timm's class takes.
+    Each group of `stem_convs` doubles the filters and halves the image, both in its last convolution: as many groups as
+    the patch allows halvings; if it allows none, one group that keeps the size. Returns the side of the patches of its
+    feature maps, and the embedding that timm's class takes.
     """
     from timm.layers import HybridEmbed
     from timm.models.vision_transformer_hybrid import ConvStem
@@ -51,8 +51,8 @@ def _convolutions(channels: int, config: Vit) -> tuple[int, Callable[..., nn.Mod
     depth = max(halvings, 1)
     filters: list[int] = []
     for left in reversed(range(depth)):
-        last = config.hidden_dim >> left
-        filters += [max(last >> 1, 1)] * (config.stem_convs - 1) + [max(last, 1)]
+        before, last = (max(config.hidden_dim >> i, 1) for i in (left + 1, left))
+        filters += [before] * (config.stem_convs - 1) + [last]
     strides = ([1] * (config.stem_convs - 1) + [2 if halvings else 1]) * depth
     stem = ConvStem(channels, len(filters), tuple(filters), stride=tuple(strides))
     return config.patch_size >> halvings, partial(HybridEmbed, backbone=stem)
