@@ -113,7 +113,9 @@ class Vit(Model, tag="vit"):
     heads: int = key(4, "attention heads; must divide hidden_dim", ge=1)
     mlp_ratio: float = key(4.0, "MLP width of an encoder layer, as a multiple of hidden_dim", gt=0, le=16)
     dropout: float = key(0.0, "probability of dropping after embedding, projection and MLP", ge=0, lt=1)
-    pooling: Literal["token", "average"] = key("token", "input of the classifier: class token or mean of tokens")
+    pooling: Literal["token", "average", "flatten"] = key(
+        "token", "input of the classifier: class token, mean of tokens, or all tokens side by side"
+    )
 
     def check(self) -> None:
         """Heads must divide hidden_dim."""

@@ -35,7 +35,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {
     "mlp": ({"layers": 2, "width": 16, "batch_norm": True, "dropout": 0.2}, (1, 8, 8)),
     "cnn": ({"stages": 2, "filters": 8, "batch_norm": True, "conv_dropout": 0.2, "dropout": 0.2}, (3, 10, 8)),
     "vit": ({"patch_size": 4, "hidden_dim": 16, "layers": 2, "heads": 2, "dropout": 0.1}, (1, 8, 8)),
-    "vit, conv": ({"patch_size": 4, "stem_convs": 1, "hidden_dim": 16, "layers": 1, "heads": 2}, (3, 8, 8)),
+    "vit, conv": (
+        {"patch_size": 4, "stem_convs": 1, "hidden_dim": 16, "layers": 1, "heads": 2, "pooling": "flatten"},
+        (3, 8, 8),
+    ),
     "residual": ({"stages": 2, "blocks": 1, "width": 8, "block": ["basic", "bottleneck"]}, (3, 16, 16)),
     "transfer": ({"model": "resnet18", "weights": "none"}, (1, 32, 32)),
 }

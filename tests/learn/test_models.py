@@ -182,6 +182,16 @@ class TestVitOfConvolutions(SlowToLearn):
     accuracy = 0.93
 
 
+class TestVitWithAllTokens(SlowToLearn):
+    """Its classifier sees the 49 tokens side by side, and there is no class token."""
+
+    name, settings = "vit", {"pooling": "flatten"}
+    count = TestVit.count - 64 - 64 + 48 * 64 * 10
+    learner: ClassVar[dict[str, Any]] = TestVit.learner | {"pooling": "flatten"}
+    tables: ClassVar[dict[str, Any]] = TestVit.tables
+    accuracy = 0.93
+
+
 @pytest.mark.parametrize(
     ("patch_size", "convs", "filters", "strides", "patch"),
     [

@@ -30,10 +30,13 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
         num_heads=config.heads,
         mlp_ratio=config.mlp_ratio,
         class_token=token,
-        global_pool="token" if token else "avg",
+        global_pool={"token": "token", "average": "avg", "flatten": ""}[config.pooling],
         pos_drop_rate=config.dropout,
         proj_drop_rate=config.dropout,
     )
+    if config.pooling == "flatten":
+        tokens = cast(int, model.patch_embed.num_patches)
+        model.head = nn.Sequential(nn.Flatten(), nn.Linear(tokens * config.hidden_dim, classes))
     return cast(nn.Module, model)
 
 
