@@ -15,7 +15,6 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     channels, height, width = shape
-    token = config.pooling == "token"
     size, embed = config.patch_size, PatchEmbed
     if config.stem_convs:
         size, embed = _convolutions(channels, config)
@@ -29,12 +28,12 @@ def build(config: Vit, shape: Shape, classes: int) -> nn.Module:
         depth=config.layers,
         num_heads=config.heads,
         mlp_ratio=config.mlp_ratio,
-        class_token=token,
+        class_token=config.pooling == "token",
         global_pool={"token": "token", "average": "avg", "flatten": ""}[config.pooling],
         pos_drop_rate=config.dropout,
         proj_drop_rate=config.dropout,
     )
-    if config.pooling == "flatten":
+    if config.pooling == "flatten":  # timm's class has no such pooling: its "" gives the head (N, tokens, hidden_dim)
         tokens = cast(int, model.patch_embed.num_patches)
         model.head = nn.Sequential(nn.Flatten(), nn.Linear(tokens * config.hidden_dim, classes))
     return cast(nn.Module, model)
