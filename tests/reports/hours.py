@@ -6,6 +6,7 @@ Each is one `searchfm tune ... --timeout 1h --retrain` with all cores, alone on 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import searchfm
-from searchfm.home import write_whole
+from searchfm.home import CACHE, write_whole
 from searchfm.records import Record, StudyRecord
 from tests.bench import _common as common
 from tests.reports.rows import RESULTS
@@ -42,7 +43,10 @@ SEARCHES = {
     "cnn": Search("cnn", seeds=(0, 1, 2)),
     "vit": Search("vit"),
     "mlp": Search("mlp"),
-    "transfer": Search("resnet", settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE}),
+    "transfer": Search(
+        "resnet",
+        settings={"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE, "data.size": 64},
+    ),
     "any": Search("any"),
     "digits": Search("cnn", settings={"data.name": "digits"}, options=("--timeout", "5m")),
     "mnist-5k": Search("cnn", settings={"data.name": MNIST_FILE}, options=("--timeout", "10m")),
@@ -128,8 +132,9 @@ def run(name: str, seed: int) -> None:
         subprocess.run(["uv", "sync", "--quiet"], cwd=folder, check=True)
         command = ["uv", "run", "searchfm", "tune", search.study, "--retrain", *search.options, "--seed", str(seed)]
         command += [f"--set={key}={FILES[value]() if value in FILES else value}" for key, value in settings]
+        variables = {**os.environ, CACHE: str(Path(folder) / "cache")}  # features are computed within the hour
         began = time.monotonic()
-        subprocess.run(command, cwd=folder, check=True, stdout=sys.stderr)
+        subprocess.run(command, cwd=folder, env=variables, check=True, stdout=sys.stderr)
         seconds = time.monotonic() - began
         study = searchfm.open_study(search.study, home=Path(folder) / "runs").record
         shown += ["--retrain", *(["--seed", str(seed)] if seed else [])]
