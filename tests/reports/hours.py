@@ -1,7 +1,7 @@
 """Searches of an hour, from a fresh clone, retrained and tested: python -m tests.reports.hours [NAME ...].
 
-Each is one `searchfm tune ... --timeout 1h --retrain` with all cores, alone on the machine. What it reached is kept as
-`studies/reports/results/hours/NAME-SEED.json`; a run that is kept is skipped.
+Each is one `searchfm tune ... --timeout 1h --retrain` with all cores and an empty cache folder, alone on the machine.
+What it reached is kept as `studies/reports/results/hours/NAME-SEED.json`; a run that is kept is skipped.
 """
 
 import argparse
