@@ -186,7 +186,9 @@ def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, worker
 CONTESTS = ((TOP, SEEDS), (TOP, 2), (2, 2))  # finalists and fresh seeds, the most thorough first
 FINAL_GAIN = 1.4  # of the final training of a net of convolutions on two cores or more, at least: see `_final_seconds`
 CONVOLUTIONS = ("cnn", "residual")  # names of models
+GAINING = 8_000_000  # FLOP of an image's forward pass, of the smallest net that was seen to gain as much
 RESERVED = 1 / 3  # of a timeout at most, where the final training alone takes no longer
+LATE = 1.1  # of the time that is left, which a better trial's final training may take
 END_SECONDS = 4.0  # of a search that is stopped: its workers end their batches, MLflow gets the last trials
 
 
@@ -199,33 +201,29 @@ class Cost(NamedTuple):
 
 
 def costs(study: StudyRecord, workers: int) -> list[Cost]:
-    """The costs of the trials that may become finalists, from the times of their own epochs: of the best, in order,
-    then of the study's default, if it is none of them. Without a complete trial of the default, it is estimated by the
-    maximum of the best. Empty without any complete trial. workers: the final training has as many threads on a CPU.
+    """The costs of the complete trials, the best first, from the times of their own epochs. workers: the final training
+    has as many threads on a CPU.
     """
     images = all_images(study.data, study.subset)
-    found = [
+    return [
         Cost(trial.number, trial.seconds, _final_seconds(trial, images, study.data.train, workers))
         for trial in study.ranked(twins=False)
     ]
-    best, default = found[:TOP], study.default
-    if best and default is not None and all(cost.trial != default for cost in best):
-        maximum = Cost(default, max(cost.training for cost in best), max(cost.final for cost in best))
-        best.append(next((cost for cost in found if cost.trial == default), maximum))
-    return best
 
 
 def _final_seconds(trial: Trial, images: float, trained: int, workers: int) -> float:
     """Seconds of a training like a trial's on so many images, with the features that the cache has for others only.
 
     A trial has one thread on a CPU. Two made the training of nets of convolutions 1.5 to 1.9 times as fast (8 to 74
-    MFLOP an image, EPYC with AVX2), that of vision transformers 1.1 to 1.4 times, of MLPs 1.1 times.
+    MFLOP an image, EPYC with AVX2), that of vision transformers 1.1 to 1.4 times, of MLPs 1.1 times; that of a net of
+    convolutions of 4 MFLOP, in batches of 32, no faster.
     """
-    frozen = trial.result.frozen_seconds * images / trained if trial.result else 0.0
     seconds = sum(images / epoch.samples_per_second for epoch in trial.epochs)
-    on_cpu = trial.result is not None and trial.result.device.startswith("cpu")
-    gains = on_cpu and workers > 1 and trial.config.get("model", {}).get("name") in CONVOLUTIONS
-    return frozen + (seconds / FINAL_GAIN if gains else seconds)
+    if (result := trial.result) is None:
+        return seconds
+    convolutions = trial.config.get("model", {}).get("name") in CONVOLUTIONS and result.flops >= GAINING
+    gain = FINAL_GAIN if convolutions and workers > 1 and result.device.startswith("cpu") else 1.0
+    return result.frozen_seconds * images / trained + seconds / gain
 
 
 def all_images(data: Prepared, subset: float) -> float:
@@ -236,29 +234,40 @@ def all_images(data: Prepared, subset: float) -> float:
 class Contest(NamedTuple):
     """How a winner is found among the best trials, and the time of that and its final training."""
 
-    top: int  # finalists beside the default; 0: the best trial wins without a contest
+    top: int  # finalists beside the default; 0: the winner is given, without a contest
     seeds: int  # fresh ones of each
     seconds: float
+    winner: int | None = None  # number of the trial that wins without a contest
 
 
-def fitting_contest(study: StudyRecord, workers: int, seconds: float) -> Contest:
-    """The most thorough contest of finalists that fits into a time, or none. study: with a complete trial."""
+def fitting_contest(study: StudyRecord, workers: int, left: float, share: float = math.inf) -> Contest:
+    """The most thorough contest of finalists that fits into the seconds that are left, and takes `share` of them at
+    most. If none does, no contest, and the best trial whose final training fits; if none fits, the best trial. study:
+    with a complete trial.
+    """
     found = costs(study, workers)
+    finalists = found[:TOP]
+    default = study.default
+    if default is not None and all(cost.trial != default for cost in finalists):
+        # Without a complete trial of the default, it is estimated by the maximum of the best.
+        maximum = Cost(default, max(cost.training for cost in finalists), max(cost.final for cost in finalists))
+        finalists.append(next((cost for cost in found if cost.trial == default), maximum))
     for top, seeds in CONTESTS:
-        finalists = [cost for rank, cost in enumerate(found) if rank < top or cost.trial == study.default]
+        chosen = [cost for rank, cost in enumerate(finalists) if rank < top or cost.trial == default]
         # Any of them may win.
-        final = max(cost.final for cost in finalists)
-        expected = retrain_seconds([cost.training for cost in finalists], seeds, final, workers)
-        if expected <= seconds:
+        final = max(cost.final for cost in chosen)
+        expected = retrain_seconds([cost.training for cost in chosen], seeds, final, workers)
+        if expected <= min(left, share):
             return Contest(top, seeds, expected)
-    return Contest(0, 0, retrain_seconds([], 0, found[0].final, workers))
+    alone = [Contest(0, 0, retrain_seconds([], 0, cost.final, workers), cost.trial) for cost in found]
+    return next((contest for contest in alone if contest.seconds <= LATE * left), alone[0])
 
 
-def reserve(study: StudyRecord, workers: int, timeout: float) -> float:
+def reserve(study: StudyRecord, workers: int, timeout: float, left: float) -> float:
     """Seconds of a timeout that the search leaves for what follows it: its own end, and the most thorough contest of
-    finalists that fits into a third of the timeout, else the final training of the best trial, however long that takes.
-    0 without a complete trial, since nothing could follow.
+    finalists that fits into a third of the timeout, else a final training without one. 0 without a complete trial,
+    since nothing could follow. left: seconds to the end of the timeout.
     """
     if study.best is None:
         return 0.0
-    return END_SECONDS + fitting_contest(study, workers, RESERVED * timeout).seconds
+    return END_SECONDS + fitting_contest(study, workers, left - END_SECONDS, RESERVED * timeout).seconds

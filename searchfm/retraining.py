@@ -144,14 +144,16 @@ def retrain_within(
     """As `retrain`, with as many finalists and fresh seeds as fit into the `left` seconds. Nothing is cut off: a note
     at the end reports a longer time. study: as the search left it. workers: that will train.
     """
-    began, best = time.monotonic(), study.ranked(twins=False)
+    began, best = time.monotonic(), study.ranked(twins=False)[0].number
     contest = fitting_contest(study, workers, left)
-    if contest.top:
+    if contest.winner is None:
         options = replace(options, top=contest.top, seeds=contest.seeds)
         text = f"{plural(contest.top, 'finalist')} with {plural(contest.seeds, 'fresh seed')}"
     else:
-        options = replace(options, trial=best[0].number)
-        text = f"no finalists; trial {best[0].number} wins as the best of the search"
+        options = replace(options, trial=contest.winner)
+        text = f"no finalists; trial {contest.winner} wins as the best of the search"
+        if contest.winner != best:
+            text += f" whose final training fits; that of trial {best} does not"
     yield Note(f"{seconds(max(left, 0.0))} left: {text}; forecast {seconds(contest.seconds)}")
     final = yield from retrain(options, stopping, engine)
     took = time.monotonic() - began

@@ -32,7 +32,6 @@ from searchfm.records import (
     StudyRecord,
     TrainJob,
     Trial,
-    ranked,
 )
 from searchfm.search import files, first
 from searchfm.search.database import failures
@@ -270,9 +269,8 @@ def reserving(
             case TrialEnded(record=trial):
                 trials.append(trial)
         if study is not None and isinstance(event, StudyOpened | TrialEnded):
-            best = ranked(trials, twins=False)[:TOP]  # all that matter, and the default
-            trials = sorted((t for t in trials if t in best or t.number == 0), key=lambda t: t.number)
-            stop.reserve = reserve(replace(study, trials=tuple(trials)), workers, timeout)
+            trials = [trial for trial in trials if trial.state == "complete" or trial.number == 0]  # all that matter
+            stop.reserve = reserve(replace(study, trials=tuple(trials)), workers, timeout, stop.left)
         yield event
 
 

@@ -11,10 +11,13 @@ from searchfm.config import SearchConfig
 from searchfm.forecast import (
     END_SECONDS,
     FINAL_GAIN,
+    GAINING,
+    LATE,
     RETRAIN_SECONDS,
     SEEDS,
     TOP,
     TRIAL_SECONDS,
+    Contest,
     Cost,
     costs,
     fill,
@@ -166,7 +169,7 @@ def test_the_most_thorough_contest_that_fits_the_time_is_chosen(seconds: float, 
 
 def test_a_contest_includes_the_finalist_whose_final_training_takes_longest() -> None:
     six = retrain_seconds([10.0] * 6, 1, FINAL, 1)
-    assert fitting_contest(study(*THREE), 1, six) == (3, 2, six)
+    assert fitting_contest(study(*THREE), 1, six) == Contest(3, 2, six)
     assert fitting_contest(study(*THREE[:2], ended(10.0, 2, (800, 700))), 1, six)[:2] == (2, 2)
 
 
@@ -174,10 +177,10 @@ def test_a_contest_includes_the_default_once() -> None:
     last = ended(40.0, 0, value=0.1)
     others = [ended(10.0, number) for number in range(1, 4)]
     expensive = retrain_seconds([10.0, 10.0, 10.0, 40.0], 3, FINAL, 1)
-    assert fitting_contest(study(last, *others, default=True), 1, 1e4) == (3, 3, expensive)
+    assert fitting_contest(study(last, *others, default=True), 1, 1e4) == Contest(3, 3, expensive)
     even = retrain_seconds([10.0] * 4, 3, FINAL, 1)
     failed = trial(number=0, state="failed", value=None)
-    assert fitting_contest(study(failed, *others, default=True), 1, 1e4) == (3, 3, even), (
+    assert fitting_contest(study(failed, *others, default=True), 1, 1e4) == Contest(3, 3, even), (
         "one that failed, by the others"
     )
     assert fitting_contest(study(*THREE, default=True), 1, 1e4)[2] == retrain_seconds([10.0] * 3, 3, FINAL, 1)
@@ -191,8 +194,27 @@ def test_the_reserve_is_for_the_contest_that_fits_into_a_third_at_least_for_the_
     timeout: float, finalists: int, seeds: int
 ) -> None:
     expected = END_SECONDS + retrain_seconds([10.0] * finalists, seeds, FINAL, 1)
-    assert reserve(study(*THREE), 1, timeout) == pytest.approx(expected)
-    assert reserve(study(), 1, timeout) == 0
+    assert reserve(study(*THREE), 1, timeout, timeout) == pytest.approx(expected)
+    assert reserve(study(), 1, timeout, timeout) == 0
+
+
+def test_without_a_contest_the_best_trial_wins_whose_final_training_fits() -> None:
+    best, middle, cheap = (
+        ended(10.0, number, (rate, rate), value=value)
+        for number, (rate, value) in enumerate([(8.0, 0.93), (80.0, 0.92), (800.0, 0.91)])
+    )
+    three = study(cheap, middle, best)
+    finals = [retrain_seconds([], 0, 2 * 1800 / rate, 1) for rate in (8, 80, 800)]
+    for left, expected in (
+        (finals[0], Contest(0, 0, finals[0], 0)),
+        (finals[0] / LATE, Contest(0, 0, finals[0], 0)),  # a little late, but the best
+        (finals[0] / LATE - 1, Contest(0, 0, finals[1], 1)),
+        (finals[1] / LATE - 1, Contest(0, 0, finals[2], 2)),
+        (finals[2] / LATE - 1, Contest(0, 0, finals[0], 0)),  # none fits
+        (-1.0, Contest(0, 0, finals[0], 0)),
+    ):
+        assert fitting_contest(three, 1, left, share=1.0) == expected, left
+        assert reserve(three, 1, 3.0, left + END_SECONDS) == END_SECONDS + expected.seconds, left
 
 
 def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
@@ -202,22 +224,24 @@ def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
     assert costs(study(cached), 1) == [Cost(0, 6.0, 4.0 * 1800 / 800 + 1800 / 400 + 1800 / 800)]
     known = replace(DATA, available=1000)
     several = [ended(6.0, number, (400.0, 800.0)) for number in range(5)]
-    assert [cost[1:] for cost in costs(study(*several, data=known), 1)] == [(6.0, 1200 / 400 + 1200 / 800)] * 3
+    assert [cost[1:] for cost in costs(study(*several, data=known), 1)] == [(6.0, 1200 / 400 + 1200 / 800)] * 5
 
 
 @pytest.mark.parametrize(
-    ("model", "device", "workers", "gain"),
+    ("model", "flops", "device", "workers", "gain"),
     [
-        ("cnn", "cpu (AVX2, 1 thread)", 2, FINAL_GAIN),
-        ("residual", "cpu (AVX2, 1 thread)", 8, FINAL_GAIN),
-        ("cnn", "cpu (AVX2, 1 thread)", 1, 1.0),
-        ("mlp", "cpu (AVX2, 1 thread)", 2, 1.0),
-        ("cnn", "NVIDIA H100 (cuda:0)", 2, 1.0),
+        ("cnn", GAINING, "cpu (AVX2, 1 thread)", 2, FINAL_GAIN),
+        ("residual", 10 * GAINING, "cpu (AVX2, 1 thread)", 8, FINAL_GAIN),
+        ("cnn", GAINING - 1, "cpu (AVX2, 1 thread)", 2, 1.0),
+        ("cnn", GAINING, "cpu (AVX2, 1 thread)", 1, 1.0),
+        ("mlp", GAINING, "cpu (AVX2, 1 thread)", 2, 1.0),
+        ("cnn", GAINING, "NVIDIA H100 (cuda:0)", 2, 1.0),
     ],
 )
-def test_the_final_training_of_convolutions_gains_from_a_second_core(
-    model: str, device: str, workers: int, gain: float
+def test_the_final_training_of_larger_nets_of_convolutions_gains_from_a_second_core(
+    model: str, flops: int, device: str, workers: int, gain: float
 ) -> None:
-    one = ended(6.0, config={"model": {"name": model}}, result=TrainResult(0.5, device=device, frozen_seconds=4.0))
+    result = TrainResult(0.5, flops=flops, device=device, frozen_seconds=4.0)
+    one = ended(6.0, config={"model": {"name": model}}, result=result)
     frozen = 4.0 * 1800 / 800
     assert costs(study(one), workers) == [Cost(0, 6.0, pytest.approx(frozen + FINAL / gain))]

@@ -1,6 +1,7 @@
 """A study from open to close, and the checks before anything is written. Real training on digits."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -305,7 +306,7 @@ def test_with_a_final_training_to_follow_a_search_leaves_it_time_from_its_first_
     assert left == [
         ("opened", 0.0),
         ("ended", 0.0),
-        ("ended", reserve(first, 2, timeout)),
-        ("ended", reserve(both, 2, timeout)),
+        ("ended", reserve(first, 2, timeout, math.inf)),
+        ("ended", reserve(both, 2, timeout, math.inf)),
     ]
-    assert 0 < reserve(first, 2, timeout) < reserve(both, 2, timeout)
+    assert 0 < reserve(first, 2, timeout, math.inf) < reserve(both, 2, timeout, math.inf)
