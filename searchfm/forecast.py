@@ -186,9 +186,9 @@ def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, worker
 CONTESTS = ((TOP, SEEDS), (TOP, 2), (2, 2))  # finalists and fresh seeds, the most thorough first
 FINAL_GAIN = 1.4  # of the final training of a net of convolutions on two cores or more, at least: see `_final_seconds`
 CONVOLUTIONS = ("cnn", "residual")  # names of models
-GAINING = 8_000_000  # FLOP of an image's forward pass, of the smallest net that was seen to gain as much
+GAINING = 8_000_000  # FLOP of an image's forward pass: the smallest net for which such a gain was measured
 RESERVED = 1 / 3  # of a timeout at most, where the final training alone takes no longer
-LATE = 1.1  # of the time that is left, which a better trial's final training may take
+LATE = 1.1  # of the time that is left: what the final training of a trial that wins without a contest may take
 END_SECONDS = 4.0  # of a search that is stopped: its workers end their batches, MLflow gets the last trials
 
 
@@ -240,10 +240,10 @@ class Contest(NamedTuple):
     winner: int | None = None  # number of the trial that wins without a contest
 
 
-def fitting_contest(study: StudyRecord, workers: int, left: float, share: float = math.inf) -> Contest:
-    """The most thorough contest of finalists that fits into the seconds that are left, and takes `share` of them at
-    most. If none does, no contest, and the best trial whose final training fits; if none fits, the best trial. study:
-    with a complete trial.
+def fitting_contest(study: StudyRecord, workers: int, left: float, most: float = math.inf) -> Contest:
+    """The most thorough contest of finalists that takes at most `left` seconds, and at most `most`. If none does, the
+    best trial wins whose final training takes at most `LATE` times `left`; without such a trial, the best. study: with
+    a complete trial. left: seconds to the end of the timeout.
     """
     found = costs(study, workers)
     finalists = found[:TOP]
@@ -257,7 +257,7 @@ def fitting_contest(study: StudyRecord, workers: int, left: float, share: float 
         # Any of them may win.
         final = max(cost.final for cost in chosen)
         expected = retrain_seconds([cost.training for cost in chosen], seeds, final, workers)
-        if expected <= min(left, share):
+        if expected <= min(left, most):
             return Contest(top, seeds, expected)
     alone = [Contest(0, 0, retrain_seconds([], 0, cost.final, workers), cost.trial) for cost in found]
     return next((contest for contest in alone if contest.seconds <= LATE * left), alone[0])

@@ -269,7 +269,8 @@ def reserving(
             case TrialEnded(record=trial):
                 trials.append(trial)
         if study is not None and isinstance(event, StudyOpened | TrialEnded):
-            trials = [trial for trial in trials if trial.state == "complete" or trial.number == 0]  # all that matter
+            kept = [trial for trial in trials if trial.state == "complete" or trial.number == 0]  # all that matter
+            trials = sorted(kept, key=lambda trial: trial.number)  # trial 0 is the study's default
             stop.reserve = reserve(replace(study, trials=tuple(trials)), workers, timeout, stop.left)
         yield event
 

@@ -213,7 +213,7 @@ def test_without_a_contest_the_best_trial_wins_whose_final_training_fits() -> No
         (finals[2] / LATE - 1, Contest(0, 0, finals[0], 0)),  # none fits
         (-1.0, Contest(0, 0, finals[0], 0)),
     ):
-        assert fitting_contest(three, 1, left, share=1.0) == expected, left
+        assert fitting_contest(three, 1, left, most=1.0) == expected, left
         assert reserve(three, 1, 3.0, left + END_SECONDS) == END_SECONDS + expected.seconds, left
 
 

@@ -16,10 +16,11 @@ from optuna.trial import TrialState
 
 from searchfm import cli
 from searchfm.errors import DataError, StorageError, StudyError, UserError
+from searchfm.events import Note
 from searchfm.format import final_sentences
 from searchfm.home import STORAGE, TRACKING, Home
 from searchfm.records import Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
-from searchfm.retraining import RetrainOptions, make_plan, retrain
+from searchfm.retraining import RetrainOptions, make_plan, retrain, retrain_within
 from searchfm.search.storage import load_study, open_storage, write_record
 from searchfm.search.study import Study
 from searchfm.stats import Accuracy
@@ -328,6 +329,26 @@ def test_trials_that_no_coordinator_trains_are_left_out(four: StudyRecord, home:
     before = make_plan(four, RetrainOptions(home, "toy"))
     rows.ask(home)
     assert make_plan(rows.study(home), RetrainOptions(home, "toy")) == before
+
+
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (10**6, "277 h 46 min left: 2 finalists"),
+        (2000, "trial 3 wins as the best of the search; forecast "),
+        (100, "trial 0 wins as the best of the search whose final training fits; that of trial 3 does not; forecast "),
+        (1, "trial 3 wins as the best of the search; forecast "),
+    ],
+)
+def test_a_note_names_the_winner_and_why_before_its_final_training(
+    four: StudyRecord, home: Home, left: float, text: str
+) -> None:
+    slow = [dataclasses.replace(epoch, samples_per_second=1.0) for epoch in four.trials[3].epochs]
+    best = dataclasses.replace(four.trials[3], value=0.99, epochs=slow)
+    study = dataclasses.replace(four, trials=(*four.trials[:3], best))
+    note = next(retrain_within(left, RetrainOptions(home, "toy"), study, 2, never))
+    assert isinstance(note, Note)
+    assert text in note.text
 
 
 # --- the default ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from searchfm.errors import ConfigError, DataError, LockedError, StudyError, Use
 from searchfm.events import StudyOpened, TrialEnded
 from searchfm.forecast import reserve
 from searchfm.home import Home
-from searchfm.records import StudyHeader, StudyRecord
+from searchfm.records import DEFAULT, ORIGIN, StudyHeader, StudyRecord
 from searchfm.search.lock import study_lock
 from searchfm.search.storage import open_storage, write_record
 from searchfm.stopping import StopRequest
@@ -310,3 +310,23 @@ def test_with_a_final_training_to_follow_a_search_leaves_it_time_from_its_first_
         ("ended", reserve(both, 2, timeout, math.inf)),
     ]
     assert 0 < reserve(first, 2, timeout, math.inf) < reserve(both, 2, timeout, math.inf)
+
+
+def test_the_time_left_for_the_final_training_includes_the_default_that_ended_late(home: Home) -> None:
+    begun, stop, timeout = rows.begin(home), StopRequest(), 3600.0
+    study = dataclasses.replace(begun, resolved={**begun.resolved, "first": [{ORIGIN: DEFAULT}]})
+    values = (0.1, 0.8, 0.9, 0.7, 0.6)
+    trials = [
+        rows.trial(number=number, value=value, epochs=rows.epochs(number, 3), digest=f"{number}")
+        for number, value in enumerate(values)
+    ]
+    opened = StudyOpened(study, len(trials), ("cpu", "cpu"))
+    late = [*trials[1:], trials[0]]
+    list(reserving(iter([opened, *(TrialEnded(trial.number, trial) for trial in late)]), stop, timeout))
+    whole = dataclasses.replace(study, trials=tuple(trials))
+    assert whole.default == 0
+    assert (
+        stop.reserve
+        == reserve(whole, 2, timeout, math.inf)
+        > reserve(dataclasses.replace(begun, trials=tuple(trials)), 2, timeout, math.inf)
+    )
