@@ -334,8 +334,8 @@ def test_trials_that_no_coordinator_trains_are_left_out(four: StudyRecord, home:
 @pytest.mark.parametrize(
     ("left", "text"),
     [
-        (10**6, "277 h 46 min left: 2 finalists"),
-        (2000, "trial 3 wins as the best of the search; forecast "),
+        (10**6, "277 h 46 min left: 3 finalists with 3 fresh seeds; forecast 57 h "),
+        (200_000, "trial 3 wins as the best of the search; forecast "),
         (100, "trial 0 wins as the best of the search whose final training fits; that of trial 3 does not; forecast "),
         (1, "trial 3 wins as the best of the search; forecast "),
     ],
