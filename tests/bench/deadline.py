@@ -6,7 +6,7 @@ to itself. It answers with one model, which is tested on the 10,000 test images:
 trial's configuration trained on all 60,000 images, in a time that is part of its own. Each repetition has its own seed.
 
 Each result of committed code is kept in `results/deadline.json`, so that a bench that was stopped continues; `--again`
-measures anew.
+measures anew. Sides are compared on one machine: results of other hardware are kept beside, and are not used.
 `python -m tests.reports.page` writes BENCHMARKS.md's table of what is kept.
 """
 
@@ -73,6 +73,11 @@ class Measured(Record):
     date: str
     hardware: str
 
+    @property
+    def key(self) -> tuple[str, float, int, str]:
+        """What distinguishes it from the other runs that are kept."""
+        return self.side, self.minutes, self.seed, self.hardware
+
 
 def study_table(seed: int) -> dict[str, Any]:
     """The study file: the space of the peers, the search as the built-in study of convolutional nets has it."""
@@ -133,12 +138,12 @@ def kept() -> list[Measured]:
     entries = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else []
     order = [OURS, *SIDES]
     runs = [Measured.from_json(entry) for entry in entries]
-    return sorted(runs, key=lambda run: (run.minutes, order.index(run.side), run.seed))
+    return sorted(runs, key=lambda run: (run.minutes, run.hardware, order.index(run.side), run.seed))
 
 
 def keep(run: Measured) -> None:
-    """Adds a run to those that are kept; one of the same side, minutes and seed is replaced."""
-    others = [one for one in kept() if (one.side, one.minutes, one.seed) != (run.side, run.minutes, run.seed)]
+    """Adds a run to those that are kept; one of the same side, minutes, seed and hardware is replaced."""
+    others = [one for one in kept() if one.key != run.key]
     write_whole(KEPT, (json.dumps([one.to_json() for one in [*others, run]], indent=1) + "\n").encode())
 
 
@@ -146,8 +151,9 @@ def lines(runs: Sequence[Measured]) -> Iterator[str]:
     """The rows of the table below HEAD, a side a line."""
     if not runs:
         yield "| not yet measured |" + " |" * 6
-    for minutes, side in dict.fromkeys((run.minutes, run.side) for run in runs):
-        ours = [run for run in runs if (run.minutes, run.side) == (minutes, side)]
+    for group in dict.fromkeys((run.minutes, run.hardware, run.side) for run in runs):
+        minutes, hardware, side = group
+        ours = [run for run in runs if (run.minutes, run.hardware, run.side) == group]
         tests = [100 * run.finish.test for run in ours]
         cells = (
             f"{minutes:g}, {side}",
@@ -156,7 +162,7 @@ def lines(runs: Sequence[Measured]) -> Iterator[str]:
             f"{100 * statistics.mean(run.finish.value for run in ours):.2f}",
             ", ".join(str(run.finish.trials) for run in ours),
             f"{statistics.mean(run.finish.wall for run in ours):.0f}",
-            f"{max(run.date for run in ours)}, {ours[0].hardware}",
+            f"{max(run.date for run in ours)}, {hardware}",
         )
         yield f"| {' | '.join(cells)} |"
 
@@ -173,13 +179,13 @@ def main(arguments: Sequence[str]) -> None:
         if side in SIDES:
             python_of(SIDES[side][1])  # made first, so that nothing is installed while a side runs
     common.header(f"Test accuracy after {options.minutes:g} minutes", cores=common.usable())
-    commit, runs = common.commit(), list[Measured]()
+    commit, hardware, runs = common.commit(), common.hardware(), list[Measured]()
     clean = not commit.endswith("+")  # else the files are no commit's, and nothing is kept
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, failing_in_one_line():
         write_images(Path(folder))
         for seed in range(options.repeats):
             for side in sides:
-                earlier = [run for run in kept() if (run.side, run.minutes, run.seed) == (side, options.minutes, seed)]
+                earlier = [run for run in kept() if run.key == (side, options.minutes, seed, hardware)]
                 if earlier and clean and not options.again:
                     runs += earlier
                     continue
@@ -188,7 +194,7 @@ def main(arguments: Sequence[str]) -> None:
                     done = run_searchfm(options.minutes, seed)
                 else:
                     done = run_peer(side, Path(folder), options.minutes, seed)
-                runs.append(Measured(side, options.minutes, seed, done, commit, common.today(), common.hardware()))
+                runs.append(Measured(side, options.minutes, seed, done, commit, common.today(), hardware))
                 if clean:
                     keep(runs[-1])
     print(HEAD + "\n".join(lines(sorted(runs, key=lambda run: [OURS, *SIDES].index(run.side)))))
