@@ -184,9 +184,9 @@ def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, worker
 # --- from trials that have ended --------------------------------------------------------------------------------------
 
 CONTESTS = ((TOP, SEEDS), (TOP, 2), (2, 2))  # finalists and fresh seeds, the most thorough first
-FINAL_GAIN = 1.4  # of the final training of a net of convolutions on two cores or more, at least: see `_final_seconds`
+THREAD_FLOPS = 250_000_000  # of a batch's forward pass, for each thread of a final training: see `final_threads`
+FINAL_GAIN = 1.4  # of a second thread, at least, for a net of convolutions in float32
 CONVOLUTIONS = ("cnn", "residual")  # names of models
-GAINING = 8_000_000  # FLOP of an image's forward pass: the smallest net for which such a gain was measured
 RESERVED = 1 / 3  # of a timeout at most, where the final training alone takes no longer
 LATE = 1.1  # of the time that is left: what the final training of a trial that wins without a contest may take
 END_SECONDS = 4.0  # of a search that is stopped: its workers end their batches, MLflow gets the last trials
@@ -211,18 +211,31 @@ def costs(study: StudyRecord, workers: int) -> list[Cost]:
     ]
 
 
+def final_threads(flops: int, batch_size: int, workers: int) -> int:
+    """How many threads a final training has on a CPU: one for each THREAD_FLOPS of a batch, at most `workers`, since
+    nothing else runs. flops: of an image's forward pass. workers: cores that it may use.
+
+    Threads that wait for each other often take longer than one. Two threads instead of one, by the FLOP of a batch
+    (Xeon with AMX, bfloat16; in float32 about the same; torch 2.15): MLPs of 61 million 0.6, 306 million 0.8 and
+    715 million 1.2 times as fast; nets of convolutions of 125 to 250 million 0.9 to 1.1, 500 million to 6 billion 1.1
+    to 1.7; a vision transformer of 200 million 0.9, 800 million 1.3 times. More than two were not measured.
+    """
+    return max(1, min(workers, batch_size * flops // THREAD_FLOPS))
+
+
 def _final_seconds(trial: Trial, images: float, trained: int, workers: int) -> float:
     """Seconds of a training like a trial's on so many images, with the features that the cache has for others only.
 
-    A trial has one thread on a CPU. Two made the training of nets of convolutions 1.5 to 1.9 times as fast (8 to 74
-    MFLOP an image, EPYC with AVX2), that of vision transformers 1.1 to 1.4 times, of MLPs 1.1 times; that of a net of
-    convolutions of 4 MFLOP, in batches of 32, no faster.
+    A trial has one thread on a CPU. Two made the training of nets of convolutions in float32 1.5 to 1.9 times as fast
+    (8 to 74 MFLOP an image, EPYC with AVX2), that of vision transformers 1.1 to 1.4 times.
     """
     seconds = sum(images / epoch.samples_per_second for epoch in trial.epochs)
     if (result := trial.result) is None:
         return seconds
-    convolutions = trial.config.get("model", {}).get("name") in CONVOLUTIONS and result.flops >= GAINING
-    gain = FINAL_GAIN if convolutions and workers > 1 and result.device.startswith("cpu") else 1.0
+    config, gain = trial.config, 1.0
+    if config["model"]["name"] in CONVOLUTIONS and result.precision == "float32" and result.device.startswith("cpu"):
+        several = final_threads(result.flops, config["train"]["batch_size"], workers) > 1
+        gain = FINAL_GAIN if several else 1.0
     return result.frozen_seconds * images / trained + seconds / gain
 
 

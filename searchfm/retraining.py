@@ -26,7 +26,7 @@ from searchfm.engines import Engine
 from searchfm.engines.local import LocalEngine
 from searchfm.errors import NewerError, StorageError, StudyError, UserError, WorldError
 from searchfm.events import JobEnded, JobEpoch, JobEvent, JobPlanned, JobRetried, JobStarted, Note, Phase, StudyFound
-from searchfm.forecast import SEEDS, TOP, fitting_contest
+from searchfm.forecast import SEEDS, TOP, final_threads, fitting_contest
 from searchfm.format import plural, seconds, state
 from searchfm.home import Home, flush, write_json, write_whole
 from searchfm.jobs import EpochDone, Failed, Finished, Job, Result, Retried, Started
@@ -367,9 +367,12 @@ class _Retraining:
         config = _with_seed(self._chosen(number)[0], seed, self.plan.epochs)
         done, partial = self.study.final_folder, self.study.folder / f"{FINAL}-{number:04d}-{seed}"
         identity = f"{self.study.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
-        fit = self._task("final training", identity, done, FIT, config, FITTED)
+        threads, known = self.workers, self.study.trials[number].result
+        if known is not None:
+            threads = final_threads(known.flops, config["train"]["batch_size"], threads)
+        fit = self._task("final training", identity, done, FIT, config, FITTED, threads)
         if fit.result() is None:
-            fit = self._task("final training", identity, partial, FIT, config, FITTED)
+            fit = self._task("final training", identity, partial, FIT, config, FITTED, threads)
             text = (
                 f"# The final training of study {self.study.name}, after its trial {number}: on all training and "
                 f"validation data,\n# whatever `subset` and `validation` say here.\n{tomli_w.dumps(config)}"
@@ -431,9 +434,15 @@ class _Retraining:
         return self._task(label, identity, folder, TRIAL, config, TRAINED)
 
     def _task(
-        self, label: str, identity: str, folder: Path, entry: str, config: Mapping[str, Any], record: str
+        self,
+        label: str,
+        identity: str,
+        folder: Path,
+        entry: str,
+        config: Mapping[str, Any],
+        record: str,
+        threads: int | None = None,
     ) -> Task:
-        threads = self.workers if entry == FIT else None  # the final training runs alone
         payload = train_payload(self.search, self.study.data, self.data_dir, config, identity, threads)
         if entry == TRIAL:
             payload["weights_from"] = None  # the predictions are all that is needed

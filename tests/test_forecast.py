@@ -11,16 +11,17 @@ from searchfm.config import SearchConfig
 from searchfm.forecast import (
     END_SECONDS,
     FINAL_GAIN,
-    GAINING,
     LATE,
     RETRAIN_SECONDS,
     SEEDS,
+    THREAD_FLOPS,
     TOP,
     TRIAL_SECONDS,
     Contest,
     Cost,
     costs,
     fill,
+    final_threads,
     fitting_contest,
     make_forecast,
     reserve,
@@ -143,10 +144,15 @@ def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_free_space
 # --- from trials that have ended --------------------------------------------------------------------------------------
 
 
+CPU = "cpu (AVX2, 1 thread)"
+MLP = {"model": {"name": "mlp"}, "train": {"batch_size": 32}}
+TWO = THREAD_FLOPS // 16  # FLOP of an image: a batch of 32 occupies two threads
+
+
 def ended(seconds: float, number: int = 0, rates: Sequence[float] = (800.0, 800.0), **facts: Any) -> Trial:
     """A trial of two epochs, whose final training takes 2.25 s an epoch at 800 images a second."""
     trained = [replace(e, seconds=seconds / 2, samples_per_second=r) for e, r in zip(epochs(0, 2), rates, strict=True)]
-    return trial(number=number, epochs=trained, **{"value": 0.9, "digest": f"{number}", **facts})
+    return trial(number=number, epochs=trained, **{"value": 0.9, "digest": f"{number}", "config": MLP, **facts})
 
 
 def study(*trials: Trial, default: bool = False, data: Prepared = DATA) -> StudyRecord:
@@ -228,20 +234,29 @@ def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "flops", "device", "workers", "gain"),
+    ("workers", "flops", "threads"),
+    [(1, 100 * TWO, 1), (8, 0, 1), (8, TWO - 1, 1), (8, TWO, 2), (8, 3 * TWO, 6), (8, 100 * TWO, 8)],
+)
+def test_the_final_training_has_as_many_threads_as_its_batches_occupy(workers: int, flops: int, threads: int) -> None:
+    assert final_threads(flops, 32, workers) == threads
+
+
+@pytest.mark.parametrize(
+    ("model", "flops", "precision", "device", "workers", "gain"),
     [
-        ("cnn", GAINING, "cpu (AVX2, 1 thread)", 2, FINAL_GAIN),
-        ("residual", 10 * GAINING, "cpu (AVX2, 1 thread)", 8, FINAL_GAIN),
-        ("cnn", GAINING - 1, "cpu (AVX2, 1 thread)", 2, 1.0),
-        ("cnn", GAINING, "cpu (AVX2, 1 thread)", 1, 1.0),
-        ("mlp", GAINING, "cpu (AVX2, 1 thread)", 2, 1.0),
-        ("cnn", GAINING, "NVIDIA H100 (cuda:0)", 2, 1.0),
+        ("cnn", TWO, "float32", CPU, 2, FINAL_GAIN),
+        ("residual", 10 * TWO, "float32", CPU, 8, FINAL_GAIN),
+        ("cnn", TWO - 1, "float32", CPU, 2, 1.0),
+        ("cnn", TWO, "float32", CPU, 1, 1.0),
+        ("cnn", TWO, "bfloat16", CPU, 2, 1.0),
+        ("mlp", TWO, "float32", CPU, 2, 1.0),
+        ("cnn", TWO, "float32", "NVIDIA H100 (cuda:0)", 2, 1.0),
     ],
 )
 def test_the_final_training_of_larger_nets_of_convolutions_gains_from_a_second_core(
-    model: str, flops: int, device: str, workers: int, gain: float
+    model: str, flops: int, precision: str, device: str, workers: int, gain: float
 ) -> None:
-    result = TrainResult(0.5, flops=flops, device=device, frozen_seconds=4.0)
-    one = ended(6.0, config={"model": {"name": model}}, result=result)
+    result = TrainResult(0.5, flops=flops, device=device, precision=precision, frozen_seconds=4.0)
+    one = ended(6.0, config=MLP | {"model": {"name": model}}, result=result)
     frozen = 4.0 * 1800 / 800
     assert costs(study(one), workers) == [Cost(0, 6.0, pytest.approx(frozen + FINAL / gain))]

@@ -148,6 +148,7 @@ def test_rows_are_trained_once_and_kept(tmp_path: Path) -> None:
 
 def test_the_table_of_equal_times_has_a_line_a_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "KEPT", tmp_path / "results" / "deadline.json")
+    ours = "searchfm, final training"
     assert deadline.kept() == []
     assert list(deadline.lines([])) == ["| not yet measured | | | | | | |"]
 
@@ -156,14 +157,14 @@ def test_the_table_of_equal_times_has_a_line_a_side(tmp_path: Path, monkeypatch:
         deadline.keep(deadline.Measured(side, minutes, seed, finish, "abc", f"2026-01-0{seed + 1}", hardware))
 
     keep("Optuna", 0, 0.91, 7)
-    keep(deadline.OURS, 1, 0.94, 30)
-    keep(deadline.OURS, 0, 0.90, 20)
-    keep(deadline.OURS, 0, 0.92, 21)  # measured again
-    keep(deadline.OURS, 0, 0.95, 90, minutes=30)
-    keep(deadline.OURS, 0, 0.96, 99, hardware="8 cores")
+    keep(ours, 1, 0.94, 30)
+    keep(ours, 0, 0.90, 20)
+    keep(ours, 0, 0.92, 21)  # measured again
+    keep(ours, 0, 0.95, 90, minutes=30)
+    keep(ours, 0, 0.96, 99, hardware="8 cores")
     assert list(deadline.lines(deadline.kept())) == [
-        "| 10, searchfm | **93.00** | 92.00, 94.00 | 90.00 | 21, 30 | 601 | 2026-01-02, 2 cores |",
+        "| 10, searchfm, final training | **93.00** | 92.00, 94.00 | 90.00 | 21, 30 | 601 | 2026-01-02, 2 cores |",
         "| 10, Optuna | **91.00** | 91.00 | 90.00 | 7 | 601 | 2026-01-01, 2 cores |",
-        "| 10, searchfm | **96.00** | 96.00 | 90.00 | 99 | 601 | 2026-01-01, 8 cores |",
-        "| 30, searchfm | **95.00** | 95.00 | 90.00 | 90 | 601 | 2026-01-01, 2 cores |",
+        "| 10, searchfm, final training | **96.00** | 96.00 | 90.00 | 99 | 601 | 2026-01-01, 8 cores |",
+        "| 30, searchfm, final training | **95.00** | 95.00 | 90.00 | 90 | 601 | 2026-01-01, 2 cores |",
     ]

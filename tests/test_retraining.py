@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from optuna.trial import TrialState
 
-from searchfm import cli
+from searchfm import cli, forecast
 from searchfm.errors import DataError, StorageError, StudyError, UserError
 from searchfm.events import Note
 from searchfm.format import final_sentences
 from searchfm.home import STORAGE, TRACKING, Home
-from searchfm.records import Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
+from searchfm.records import FITTED, Final, Predictions, RegisteredModel, StudyHeader, StudyRecord
 from searchfm.retraining import RetrainOptions, make_plan, retrain, retrain_within
 from searchfm.search.storage import load_study, open_storage, write_record
 from searchfm.search.study import Study
@@ -121,6 +121,20 @@ def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, l
     assert final == Final.from_json(json.loads((home.study("digits") / "final" / "final.json").read_text()))
     assert final.study == "digits"
     assert final.fingerprint == row(home).data.fingerprint
+
+
+def test_the_final_training_has_as_many_threads_as_its_batches_occupy(
+    retrained: tuple[Home, Final, list[Any]], copied: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def device(home: Home) -> str:
+        fitted = json.loads((home.study("digits") / "final" / FITTED).read_text())["result"]
+        assert isinstance(fitted["device"], str)
+        return fitted["device"]
+
+    assert device(retrained[0]).endswith("1 thread)")
+    monkeypatch.setattr(forecast, "THREAD_FLOPS", 1000)
+    finish(copied, top=2, seeds=2, again=True)
+    assert device(copied).endswith("2 threads)")
 
 
 def test_finalists_are_the_best_trials_with_seeds_that_the_search_did_not_use(

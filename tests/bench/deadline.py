@@ -43,7 +43,8 @@ SIDES = {  # a peer's program, its environment, and the fraction of the images t
     "Keras Tuner, hyperband": ("deadline_keras.py", "keras-tuner", 1.0),
     "Keras Tuner, hyperband, fraction, final training": ("deadline_keras.py", "keras-tuner", SUBSET),
 }
-OURS = "searchfm"
+OURS = {"searchfm, final training": 1.0, "searchfm, fraction, final training": SUBSET}
+ALL = (*OURS, *SIDES)
 KEPT = Path(__file__).parent / "results" / "deadline.json"
 HEAD = (
     "| minutes, side | test accuracy, mean | of each run | best trial, validation | trials | wall, s | when, where |\n"
@@ -79,8 +80,10 @@ class Measured(Record):
         return self.side, self.minutes, self.seed, self.hardware
 
 
-def study_table(seed: int) -> dict[str, Any]:
-    """The study file: the space of the peers, the search as the built-in study of convolutional nets has it."""
+def study_table(seed: int, fraction: float) -> dict[str, Any]:
+    """The study file: the space of the peers, the search as the built-in study of convolutional nets has it. fraction:
+    of the images, for the trials.
+    """
     low, high = space.STAGES
     filters = {"choice": list(space.FILTERS)}
     cnn = {
@@ -92,7 +95,7 @@ def study_table(seed: int) -> dict[str, Any]:
     }
     return {
         "search": {"trials": 1000, "seed": seed, "sampler": "tpe", "pruner": {"name": "asha", "promote": True}},
-        "data": {"name": "fashion-mnist", "subset": SUBSET},
+        "data": {"name": "fashion-mnist", "subset": fraction},
         "model": {"name": "cnn", "cnn": cnn},
         "optimizer": {"name": "adam", "lr": {"low": space.LR[0], "high": space.LR[1], "log": True}},
         "train": {"epochs": EPOCHS, "batch_size": {"choice": list(space.BATCHES)}},
@@ -108,11 +111,12 @@ def write_images(folder: Path) -> None:
         np.savez(folder / f"{name}.npz", images=part.images[:, 0].numpy(), labels=part.labels.numpy())
 
 
-def run_searchfm(minutes: float, seed: int) -> Finish:
+def run_searchfm(side: str, minutes: float, seed: int) -> Finish:
     """`searchfm tune FILE --timeout --retrain` in a fresh home, with all workers and MLflow."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file, home = Path(folder) / "task.toml", Path(folder) / "home"
-        file.write_text(f"# Question: which net is best in a short time?\n{tomli_w.dumps(study_table(seed))}")
+        table = tomli_w.dumps(study_table(seed, OURS[side]))
+        file.write_text(f"# Question: which net is best in a short time?\n{table}")
         command = [sys.executable, "-m", "searchfm", "tune", str(file), "--home", str(home), "--retrain"]
         _, cost = common.run([*command, "--timeout", f"{round(60 * minutes)}"], env=variables(path=True))
         study = searchfm.open_study("task", home=home).record
@@ -134,11 +138,10 @@ def run_peer(side: str, images: Path, minutes: float, seed: int) -> Finish:
 
 
 def kept() -> list[Measured]:
-    """All runs that are kept, in the order of SIDES."""
+    """All runs that are kept, in the order of ALL."""
     entries = json.loads(KEPT.read_text("utf-8")) if KEPT.is_file() else []
-    order = [OURS, *SIDES]
     runs = [Measured.from_json(entry) for entry in entries]
-    return sorted(runs, key=lambda run: (run.minutes, run.hardware, order.index(run.side), run.seed))
+    return sorted(runs, key=lambda run: (run.minutes, run.hardware, ALL.index(run.side), run.seed))
 
 
 def keep(run: Measured) -> None:
@@ -171,10 +174,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("python -m tests.bench deadline", description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="that each side has")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, each with its own seed")
-    parser.add_argument("--side", choices=[OURS, *SIDES], action="append", help="default: all")
+    parser.add_argument("--side", choices=ALL, action="append", help="default: all")
     parser.add_argument("--again", action="store_true", help="do not use results of earlier runs")
     options = parser.parse_args(arguments)
-    sides = options.side or [OURS, *SIDES]
+    sides = options.side or ALL
     for side in sides:
         if side in SIDES:
             python_of(SIDES[side][1])  # made first, so that nothing is installed while a side runs
@@ -190,11 +193,11 @@ def main(arguments: Sequence[str]) -> None:
                     runs += earlier
                     continue
                 common.progress(f"{side}, seed {seed}")
-                if side == OURS:
-                    done = run_searchfm(options.minutes, seed)
+                if side in OURS:
+                    done = run_searchfm(side, options.minutes, seed)
                 else:
                     done = run_peer(side, Path(folder), options.minutes, seed)
                 runs.append(Measured(side, options.minutes, seed, done, commit, common.today(), hardware))
                 if clean:
                     keep(runs[-1])
-    print(HEAD + "\n".join(lines(sorted(runs, key=lambda run: [OURS, *SIDES].index(run.side)))))
+    print(HEAD + "\n".join(lines(sorted(runs, key=lambda run: ALL.index(run.side)))))
