@@ -271,7 +271,7 @@ class ScheduleConfig(Table):
     """`[schedule]`: the learning rate over time, batch by batch."""
 
     agree = (("name", "warmup"),)
-    kind: Constant | StepDecay | Exponential | Cosine | OneCycle = branch(Constant, "the schedule")
+    kind: Constant | StepDecay | Exponential | Cosine | OneCycle = branch(Cosine, "the schedule")
     warmup: float = key(0.0, "epochs of linear warm-up from 0", ge=0)
 
     def check(self) -> None:

@@ -21,6 +21,8 @@ TIMM = re.compile(r"(resne|wide_res|densenet|efficientnet|mobilenet|regnet|convn
 
 INDEX = re.compile(r"[0-9]{1,6}")  # of an entry of a list; `isdigit` is true of what `int` refuses
 AFRESH = "name another study with --name to begin afresh"  # end of a message
+# Defaults of earlier versions, by key: a study that began with one keeps it where its file does not have the key.
+FORMER = {"schedule.name": "constant"}  # before 0.4
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,8 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     search = dict(stored.resolved["search"])
     begun, tables = _completed(stored.file), stored.file.get("first")
     if file is not None:
-        table = resolve(apply_overrides(file.table, {}), where)
+        former = {key: old for key, old in FORMER.items() if get(begun, key) == old and get(file.table, key) is None}
+        table = resolve(apply_overrides(file.table, former), where)
         if table.pop("first", None) != tables and "first" in stored.resolved:  # a study begun without goes on without
             raise ConfigError("first", f"differs from what study {stored.name!r} was begun with; {AFRESH}", where)
         search |= _free_changes(stored.name, changed(begun, table), where)

@@ -22,7 +22,7 @@ from tests.learn.toys import config, drain, losses
 ALL = ("mlp", "cnn", "vit", "transfer", "residual", "custom")
 FAST = ("mlp", "cnn", "transfer", "residual")
 MLP = config(settings={"layers": 2, "width": 64, "dropout": 0.1}, optimizer={"lr": 0.003}, train={"epochs": 4})
-CNN = config("cnn", {"filters": 16, "batch_norm": True}, optimizer={"lr": 0.003}, train={"epochs": 3})
+CNN = config("cnn", {"filters": 16, "batch_norm": True}, optimizer={"lr": 0.005}, train={"epochs": 4})
 VIT = config("vit", {"patch_size": 4, "hidden_dim": 16, "layers": 1, "heads": 2}, train={"epochs": 1})
 
 

@@ -35,6 +35,7 @@ CONFIGS: dict[str, Config] = {
     "mlp-adamw-average": config(
         settings={"width": 32, "dropout": 0.2, "batch_norm": True},
         optimizer={"name": "adamw", "lr": 0.003, "weight_decay": 0.05, "clip": 1.0},
+        schedule={"name": "constant"},
         augment={"flip": 0.3, "crop": 1, "erase": 0.3, "mixup": 0.2, "cutmix": 1.0, "mix": 0.7},
         train={"epochs": 5, "ema": 0.98, "label_smoothing": 0.1},
     ),
