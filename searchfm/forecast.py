@@ -12,7 +12,7 @@ import numpy as np
 
 from searchfm.config import Asha, Hyperband, Median, NoPruner, Patient, Percentile, SearchConfig, rungs
 from searchfm.format import size
-from searchfm.records import Forecast, Prepared, StudyRecord, Timing, Trial
+from searchfm.records import Forecast, Prepared, StudyRecord, Timing, TrainResult, Trial
 
 CONFIGS = 8  # of the space, drawn at random, whose mean is that of all trials
 TRIAL_SECONDS = 0.15  # of a trial beside its epochs: model, weights, figures, database
@@ -184,7 +184,8 @@ def retrain_seconds(finalists: Sequence[float], seeds: int, final: float, worker
 # --- from trials that have ended --------------------------------------------------------------------------------------
 
 CONTESTS = ((TOP, SEEDS), (TOP, 2), (2, 2))  # finalists and fresh seeds, the most thorough first
-THREAD_FLOPS = 250_000_000  # of a batch's forward pass, for each thread of a final training: see `final_threads`
+# FLOP of a batch's forward pass from which a final training gains from several threads: see `final_threads`.
+THREADED = {"float32": 500_000_000, "bfloat16": 2_000_000_000}
 FINAL_GAIN = 1.4  # of a second thread, at least, for a net of convolutions in float32
 CONVOLUTIONS = ("cnn", "residual")  # names of models
 RESERVED = 1 / 3  # of a timeout at most, where the final training alone takes no longer
@@ -211,16 +212,17 @@ def costs(study: StudyRecord, workers: int) -> list[Cost]:
     ]
 
 
-def final_threads(flops: int, batch_size: int, workers: int) -> int:
-    """How many threads a final training has on a CPU: one for each THREAD_FLOPS of a batch, at most `workers`, since
-    nothing else runs. flops: of an image's forward pass. workers: cores that it may use.
+def final_threads(result: TrainResult, batch_size: int, workers: int) -> int:
+    """How many threads a final training has on a CPU: `workers`, since nothing else runs; or one, where threads that
+    wait for each other would take longer. result: of the trial. workers: cores that it may use.
 
-    Threads that wait for each other often take longer than one. Two threads instead of one, by the FLOP of a batch
-    (Xeon with AMX, bfloat16; in float32 about the same; torch 2.15): MLPs of 61 million 0.6, 306 million 0.8 and
-    715 million 1.2 times as fast; nets of convolutions of 125 to 250 million 0.9 to 1.1, 500 million to 6 billion 1.1
-    to 1.7; a vision transformer of 200 million 0.9, 800 million 1.3 times. More than two were not measured.
+    Two threads instead of one, by the FLOP of a batch (Xeon with AMX, torch 2.15, threads that hardly spin). bfloat16:
+    MLPs of 61 million 0.6, 306 million 0.8, 2.9 billion 1.4 times as fast; nets of convolutions of 125 to 250 million
+    0.9 to 1.1, 500 million to 1 billion 0.6 to 1.7, 2.8 billion and more 1.1 to 1.5. float32: 500 million and more
+    1.0 to 1.5, MLPs of 61 million 0.7. More than two were not measured.
     """
-    return max(1, min(workers, batch_size * flops // THREAD_FLOPS))
+    threaded = batch_size * result.flops >= THREADED.get(result.precision, THREADED["float32"])
+    return workers if threaded else 1
 
 
 def _final_seconds(trial: Trial, images: float, trained: int, workers: int) -> float:
@@ -234,7 +236,7 @@ def _final_seconds(trial: Trial, images: float, trained: int, workers: int) -> f
         return seconds
     config, gain = trial.config, 1.0
     if config["model"]["name"] in CONVOLUTIONS and result.precision == "float32" and result.device.startswith("cpu"):
-        several = final_threads(result.flops, config["train"]["batch_size"], workers) > 1
+        several = final_threads(result, config["train"]["batch_size"], workers) > 1
         gain = FINAL_GAIN if several else 1.0
     return result.frozen_seconds * images / trained + seconds / gain
 

@@ -369,7 +369,7 @@ class _Retraining:
         identity = f"{self.study.uuid}/{number}/final/{seed}/{config['train']['epochs']}"
         threads, known = self.workers, self.study.trials[number].result
         if known is not None:
-            threads = final_threads(known.flops, config["train"]["batch_size"], threads)
+            threads = final_threads(known, config["train"]["batch_size"], threads)
         fit = self._task("final training", identity, done, FIT, config, FITTED, threads)
         if fit.result() is None:
             fit = self._task("final training", identity, partial, FIT, config, FITTED, threads)

@@ -106,6 +106,7 @@ def _config(rng: np.random.Generator) -> Config:
             "data": {"name": "digits"},
             "model": {"name": "mlp", "mlp": {"layers": 1, "width": int(rng.integers(40, 65))}},
             "optimizer": {"lr": float(10 ** rng.uniform(-2.05, -1.95))},
+            "schedule": {"name": "constant"},  # few steps
             "train": {"epochs": 3, "batch_size": 64},
         }
     )

@@ -14,7 +14,7 @@ from searchfm.forecast import (
     LATE,
     RETRAIN_SECONDS,
     SEEDS,
-    THREAD_FLOPS,
+    THREADED,
     TOP,
     TRIAL_SECONDS,
     Contest,
@@ -146,7 +146,7 @@ def test_what_stays_and_the_checkpoints_of_a_search_must_fit_into_the_free_space
 
 CPU = "cpu (AVX2, 1 thread)"
 MLP = {"model": {"name": "mlp"}, "train": {"batch_size": 32}}
-TWO = THREAD_FLOPS // 16  # FLOP of an image: a batch of 32 occupies two threads
+LEAST = THREADED["float32"] // 32  # FLOP of an image: batches of 32 gain from several threads
 
 
 def ended(seconds: float, number: int = 0, rates: Sequence[float] = (800.0, 800.0), **facts: Any) -> Trial:
@@ -234,23 +234,33 @@ def test_what_a_trial_costs_once_more_is_what_its_own_epochs_took() -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "flops", "threads"),
-    [(1, 100 * TWO, 1), (8, 0, 1), (8, TWO - 1, 1), (8, TWO, 2), (8, 3 * TWO, 6), (8, 100 * TWO, 8)],
+    ("precision", "flops", "threads"),
+    [
+        ("float32", LEAST - 1, 1),
+        ("float32", LEAST, 8),
+        ("", LEAST, 8),
+        ("bfloat16", LEAST, 1),
+        ("bfloat16", 4 * LEAST, 8),
+    ],
 )
-def test_the_final_training_has_as_many_threads_as_its_batches_occupy(workers: int, flops: int, threads: int) -> None:
-    assert final_threads(flops, 32, workers) == threads
+def test_the_final_training_has_several_threads_for_large_batches_of_large_nets(
+    precision: str, flops: int, threads: int
+) -> None:
+    result = TrainResult(0.5, flops=flops, precision=precision)
+    assert final_threads(result, 32, 8) == threads
+    assert final_threads(result, 32, 1) == 1
 
 
 @pytest.mark.parametrize(
     ("model", "flops", "precision", "device", "workers", "gain"),
     [
-        ("cnn", TWO, "float32", CPU, 2, FINAL_GAIN),
-        ("residual", 10 * TWO, "float32", CPU, 8, FINAL_GAIN),
-        ("cnn", TWO - 1, "float32", CPU, 2, 1.0),
-        ("cnn", TWO, "float32", CPU, 1, 1.0),
-        ("cnn", TWO, "bfloat16", CPU, 2, 1.0),
-        ("mlp", TWO, "float32", CPU, 2, 1.0),
-        ("cnn", TWO, "float32", "NVIDIA H100 (cuda:0)", 2, 1.0),
+        ("cnn", LEAST, "float32", CPU, 2, FINAL_GAIN),
+        ("residual", 10 * LEAST, "float32", CPU, 8, FINAL_GAIN),
+        ("cnn", LEAST - 1, "float32", CPU, 2, 1.0),
+        ("cnn", LEAST, "float32", CPU, 1, 1.0),
+        ("cnn", LEAST, "bfloat16", CPU, 2, 1.0),
+        ("mlp", LEAST, "float32", CPU, 2, 1.0),
+        ("cnn", LEAST, "float32", "NVIDIA H100 (cuda:0)", 2, 1.0),
     ],
 )
 def test_the_final_training_of_larger_nets_of_convolutions_gains_from_a_second_core(

@@ -123,7 +123,7 @@ def test_the_record_is_kept_whole_in_both_places(retrained: tuple[Home, Final, l
     assert final.fingerprint == row(home).data.fingerprint
 
 
-def test_the_final_training_has_as_many_threads_as_its_batches_occupy(
+def test_the_final_training_has_several_threads_for_large_batches_of_large_nets(
     retrained: tuple[Home, Final, list[Any]], copied: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def device(home: Home) -> str:
@@ -132,7 +132,7 @@ def test_the_final_training_has_as_many_threads_as_its_batches_occupy(
         return fitted["device"]
 
     assert device(retrained[0]).endswith("1 thread)")
-    monkeypatch.setattr(forecast, "THREAD_FLOPS", 1000)
+    monkeypatch.setattr(forecast, "THREADED", {"float32": 1000, "bfloat16": 1000})
     finish(copied, top=2, seeds=2, again=True)
     assert device(copied).endswith("2 threads)")
 

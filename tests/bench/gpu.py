@@ -132,6 +132,7 @@ def airbench(device: str, count: int, epochs: int) -> None:
     table_of = {
         "model": {"name": "custom", "custom": {"factory": "tests.bench.peers.airbench:net"}},
         "optimizer": {"name": "sgd", "lr": 0.05, "sgd": {"momentum": 0.85, "nesterov": True}},
+        "schedule": {"name": "constant"},
         "augment": {"flip": 0.5, "crop": 2},
         "train": {"epochs": epochs + 2, "batch_size": 1024, "label_smoothing": 0.2},
     }

@@ -77,6 +77,7 @@ def study_table(trials: int, seed: int, asha: bool) -> dict[str, Any]:
         "data": {"name": "fashion-mnist", "validation": VALIDATION / ALL, "subset": TRAIN / (ALL - VALIDATION)},
         "model": {"name": "mlp", "mlp": {"layers": {"low": 1, "high": 3}, "width": [width] * 3}},
         "optimizer": {"name": "adam", "lr": {"low": 1e-4, "high": 1e-2, "log": True}},
+        "schedule": {"name": "constant"},  # as the peers
         "train": {"epochs": EPOCHS, "batch_size": BATCH, "seed": seed},
     }
 

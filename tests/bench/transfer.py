@@ -59,6 +59,7 @@ def config_of(side: int, index: int, trials: int, weights: Path) -> Config:
             "data": {"size": side, "validation": VALIDATION / 60000, "subset": subset},
             "model": {"name": "transfer", "transfer": {"weights": str(weights), "tuned_blocks": 0}},
             "optimizer": {"name": "adam", "lr": lr},
+            "schedule": {"name": "constant"},  # as the peer
             "train": {"epochs": EPOCHS, "batch_size": BATCH, "seed": index},
         }
     )

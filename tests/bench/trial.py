@@ -68,6 +68,7 @@ def config_of(arch: str, seed: int, precision: str = "auto", dropout: float = 0.
             },
             "model": model | {model["name"]: kind | ({"dropout": dropout} if dropout else {})},
             "optimizer": {"name": "adam", "lr": LR.get(arch, 1e-3)},
+            "schedule": {"name": "constant"},  # as the peer
             "train": {"epochs": epochs, "batch_size": BATCH, "seed": seed, "precision": precision},
         }
     )

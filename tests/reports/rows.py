@@ -22,7 +22,7 @@ class Row:
 
 THREE = (0, 1, 2)
 FASHION = {"data.name": "fashion-mnist"}  # for CIFAR-100
-# For ResNet-18, the ImageNet weights that a package ships. All images would take two cores 4 and 7 hours.
+# For ResNet-18, the ImageNet weights that a package ships. All images take about 4 hours (A7) and 6 (A10), by estimate.
 TRANSFER = {"model.transfer.model": LITE0, "model.transfer.weights": LITE0_FILE, "data.subset": 0.2}
 
 ROWS = {
