@@ -311,6 +311,7 @@ def find_study(
     except StudyError:
         stored = None
     if stored is not None:
+        file = file and files.with_former(file, stored)
         study, plain = files.reopen(file, stored, overrides), file.study(name=chosen).resolved if file else stored.file
     elif file is None:
         raise files.not_found(chosen, home)

@@ -229,6 +229,37 @@ def test_opening_a_study_writes_nothing_and_refuses_unknown_and_invalid_names(ho
     assert not home.path.exists()
 
 
+def test_a_default_of_an_earlier_version_stays_where_the_file_says_nothing(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_schedule(name: str) -> None:
+        monkeypatch.setitem(TABLE, "schedule", {"name": name})
+
+    with_schedule("constant")
+    tune(home)
+    monkeypatch.delitem(TABLE, "schedule")
+    for trials in (3, 4):  # the file is stored anew each time
+        study, _ = tune(home, {"search.trials": trials})
+        assert study.trials[-1].config["schedule"]["name"] == "constant" == study.file["schedule"]["name"]
+    assert find_study(file_of(home), "other", {}, home)[0].resolved["schedule"]["name"] == "cosine"
+    with_schedule("constant")
+    find_study(file_of(home), None, {}, home)
+    for other in ("cosine", "step"):
+        with_schedule(other)
+        with pytest.raises(ConfigError, match=f'schedule.name = "{other}": study .toy. was begun with "constant"'):
+            find_study(file_of(home), None, {}, home)
+
+
+def test_a_study_that_began_with_another_schedule_needs_it_in_its_file(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TABLE, "schedule", {"name": "step"})
+    tune(home)
+    monkeypatch.delitem(TABLE, "schedule")
+    with pytest.raises(ConfigError, match=r'schedule.name = "cosine": study .toy. was begun with "step"'):
+        find_study(file_of(home), None, {}, home)
+
+
 def test_another_name_makes_another_study(home: Home) -> None:
     study, before, _ = find_study(file_of(home), "other", {}, home)
     assert (study.name, before) == ("other", None)

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +278,13 @@ def _with(table: Mapping[str, Any], path: list[str], value: Any, dotted: str) ->
     return {**table, name: _with(inner, rest, value, dotted)}
 
 
+def with_former(file: StudyFile, stored: StudyRecord) -> StudyFile:
+    """The file with those defaults of earlier versions that the study began with, of keys that the file lacks."""
+    begun = _completed(stored.file)
+    former = {key: old for key, old in FORMER.items() if get(begun, key) == old and get(file.table, key) is None}
+    return replace(file, table=apply_overrides(file.table, former))
+
+
 def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, Any]) -> Study:
     """The stored study with new values of the keys that may change (`FREE`), from the file and the overrides.
 
@@ -287,8 +294,7 @@ def reopen(file: StudyFile | None, stored: StudyRecord, overrides: Mapping[str, 
     search = dict(stored.resolved["search"])
     begun, tables = _completed(stored.file), stored.file.get("first")
     if file is not None:
-        former = {key: old for key, old in FORMER.items() if get(begun, key) == old and get(file.table, key) is None}
-        table = resolve(apply_overrides(file.table, former), where)
+        table = resolve(apply_overrides(file.table, {}), where)
         if table.pop("first", None) != tables and "first" in stored.resolved:  # a study begun without goes on without
             raise ConfigError("first", f"differs from what study {stored.name!r} was begun with; {AFRESH}", where)
         search |= _free_changes(stored.name, changed(begun, table), where)

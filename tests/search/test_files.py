@@ -1,6 +1,5 @@
 """Study files: finding, reading, overriding, and comparing with the stored study."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,24 +313,6 @@ def test_overrides_that_fit_only_together_may_be_repeated_one_by_one(path: Path)
     study = file.study(overrides)
     for key, value in overrides.items():
         assert reopen(file, begun(study, file), {key: value}).resolved == study.resolved
-
-
-def test_a_default_of_an_earlier_version_stays_where_the_file_says_nothing(path: Path) -> None:
-    file = read(path)
-
-    def with_schedule(name: str) -> StudyFile:
-        return replace(file, table={**file.table, "schedule": {"name": name}})
-
-    earlier = with_schedule("constant")
-    stored = begun(earlier.study({}), earlier)
-    assert reopen(file, stored, {}).resolved == stored.resolved
-    assert get(stored.resolved, "schedule.name") == "constant" != get(file.study({}).resolved, "schedule.name")
-    refused = 'schedule.name = "cosine": study \'deep\' was begun with "constant"'
-    with pytest.raises(ConfigError, match=refused):
-        reopen(with_schedule("cosine"), stored, {})
-    other = with_schedule("step")
-    with pytest.raises(ConfigError, match='was begun with "step"'):
-        reopen(file, begun(other.study({}), other), {})
 
 
 @pytest.mark.parametrize(
